@@ -1,0 +1,48 @@
+"""16-bit floats: IEEE half (`fp16`) and bfloat16 (`bf16`, Kalamkar et al. 2019, https://arxiv.org/abs/1905.12322)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tersor.encoded import Encoded
+from tersor.errors import FormatError
+from tersor.formats.contract import Layout, Params, Weight
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class FloatCast:
+    """Every weight rounded to the nearest 16-bit float.
+
+    >>> FloatCast("bf16").snap(torch.tensor([[1.001]]), {})
+    tensor([[1.]])
+    """
+
+    name: str
+    rows_apart = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.name]
+
+    def misfit(self, shape: tuple[int, int]) -> str | None:
+        return None
+
+    def layout(self, shape: tuple[int, int]) -> Layout:
+        return {"values": (self.dtype, shape)}
+
+    def fit(self, weight: Weight) -> Params:
+        largest = weight.abs().max().item()
+        if largest > torch.finfo(self.dtype).max:
+            raise FormatError(f"{self.name}: the largest weight {largest:.3g} overflows to infinity; use bf16")
+        return {}
+
+    def snap(self, weight: Weight, params: Params) -> Weight:
+        return weight.to(self.dtype).float()
+
+    def encode(self, weight: Weight, params: Params) -> Encoded:
+        return Encoded(self, (weight.shape[0], weight.shape[1]), {"values": weight.to(self.dtype)})
+
+    def decode(self, encoded: Encoded) -> Weight:
+        return encoded.parts["values"].float()

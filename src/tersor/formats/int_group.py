@@ -1,0 +1,149 @@
+"""Integer grids with one scale per group of neighbouring columns: `int4-g128`, `int8`, `int3-g32-asym`, ...
+
+The uniform affine quantizer (Jacob et al. 2017, https://arxiv.org/abs/1712.05877) with group-wise scales
+(Shen et al. 2019, Q-BERT, https://arxiv.org/abs/1909.05840):
+
+    weight = (code - zero_point) * scale
+
+Without a group size, one scale serves a whole output row (per channel).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tersor.encoded import Encoded
+from tersor.errors import FormatError
+from tersor.formats.contract import Layout, Params, Weight
+from tersor.formats.packing import pack, packed_width, unpack
+
+# Suffixes: o output row, g group, k column within the group.
+
+
+@dataclass(frozen=True)
+class IntGroup:
+    """A `bits`-bit integer grid per output row and group of `group_size` columns.
+
+    Parts:
+        codes: packed unsigned codes `[out, ceil(in * bits / 8)]` uint8 (`int8` symmetric: the signed codes, int8).
+        scale: `[out, groups]` fp16. Below 8 bits it may be negative: the weight of largest magnitude then lands on the
+            grid's longer end, `-2**(bits-1)`. 8-bit codes keep to -127..127, which int8 kernels want.
+        zero_point: `[out, groups]` uint8, asymmetric grids only: a fixed-point code in units of `2**bits / 256` steps.
+            Integer zero points are the multiples of `256 / 2**bits`.
+
+    >>> int4 = IntGroup(bits=4, group_size=2)
+    >>> weight = torch.tensor([[0.1, -0.8, 0.3, 0.2]])
+    >>> int4.snap(weight, int4.fit(weight)).mul(10).round(decimals=1)
+    tensor([[ 1.0000, -8.0000,  3.0000,  1.9000]])
+    >>> int4.name, int4.encode(weight, int4.fit(weight)).parts["codes"].shape
+    ('int4-g2', torch.Size([1, 2]))
+    """
+
+    bits: int
+    group_size: int | None = None
+    symmetric: bool = True
+    rows_apart = True
+
+    @property
+    def name(self) -> str:
+        group = f"-g{self.group_size}" if self.group_size else ""
+        return f"int{self.bits}{group}{'' if self.symmetric else '-asym'}"
+
+    @property
+    def plain_int8(self) -> bool:
+        """Whether `codes` are signed bytes with one scale per row, as int8 kernels take them."""
+        return self.bits == 8 and self.symmetric and self.group_size is None
+
+    def misfit(self, shape: tuple[int, int]) -> str | None:
+        num_columns = shape[1]
+        if not self.group_size or num_columns % self.group_size == 0:
+            return None
+        asym = "" if self.symmetric else "-asym"
+        fitting = [f"int{self.bits}-g{g}{asym}" for g in (128, 64, 32) if num_columns % g == 0]
+        instead = (fitting or [f"int{self.bits}{asym}"])[0]
+        return f"has in={num_columns} columns, not a multiple of {self.group_size}; use {instead}"
+
+    def num_groups(self, num_columns: int) -> int:
+        return num_columns // self.group_size if self.group_size else 1
+
+    def layout(self, shape: tuple[int, int]) -> Layout:
+        num_rows, num_columns = shape
+        groups = (num_rows, self.num_groups(num_columns))
+        layout: Layout = {"codes": (torch.uint8, (num_rows, packed_width(num_columns, self.bits)))}
+        if self.bits == 8 and self.symmetric:
+            layout["codes"] = (torch.int8, shape)
+        layout["scale"] = (torch.float16, groups)
+        if not self.symmetric:
+            layout["zero_point"] = (torch.uint8, groups)
+        return layout
+
+    def fit(self, weight: Weight, shrink: float | Tensor = 1.0) -> Params:
+        """The grid that spans the weights' range (absmax), or `shrink` times it: a number, or one per group
+        `[out, groups]`. Raises FormatError where a scale overflows fp16."""
+        w_ogk = self.grouped(weight)
+        if not self.symmetric:
+            # Zero stays inside the range, so that the zero point fits on the grid.
+            low, high = w_ogk.amin(-1).clamp(max=0) * shrink, w_ogk.amax(-1).clamp(min=0) * shrink
+            scale = self.storable((high - low) / (2**self.bits - 1))
+            return {"scale": scale, "zero_point": self.zero_point_code(-low / self.divisor(scale))}
+        largest, smallest = w_ogk.amax(-1), w_ogk.amin(-1)
+        if self.bits == 8:
+            return {"scale": self.storable(torch.maximum(largest, -smallest) * shrink / 127)}
+        extreme = torch.where(largest > -smallest, largest, smallest)
+        return {"scale": self.storable(extreme * shrink / -(2 ** (self.bits - 1)))}
+
+    def snap(self, weight: Weight, params: Params) -> Weight:
+        return self.dequantize(self.quantize(weight, params), params)
+
+    def encode(self, weight: Weight, params: Params) -> Encoded:
+        codes = self.quantize(weight, params)
+        if self.bits == 8 and self.symmetric:
+            codes = (codes - 128).to(torch.int8)
+        else:
+            codes = pack(codes.to(torch.uint8), self.bits)
+        return Encoded(self, (weight.shape[0], weight.shape[1]), {"codes": codes, **params})
+
+    def decode(self, encoded: Encoded) -> Weight:
+        codes = encoded.parts["codes"]
+        if codes.dtype is torch.int8:
+            return self.dequantize(codes.float() + 128, encoded.parts)
+        return self.dequantize(unpack(codes, self.bits, encoded.shape[1]).float(), encoded.parts)
+
+    # What methods that choose better grids build on.
+
+    def grouped(self, weight: Weight) -> Float[Tensor, "o g k"]:
+        return weight.view(weight.shape[0], self.num_groups(weight.shape[1]), -1)
+
+    def quantize(self, weight: Weight, params: Params) -> Float[Tensor, "out in"]:
+        """The nearest unsigned codes, as floats."""
+        lowest = 1 if self.bits == 8 and self.symmetric else 0
+        codes = self.grouped(weight) / self.divisor(params["scale"]).unsqueeze(-1) + self.zero_point(params)
+        return codes.round_().clamp_(lowest, 2**self.bits - 1).view_as(weight)
+
+    def dequantize(self, codes: Float[Tensor, "out in"], params: Params) -> Weight:
+        scale = params["scale"].float().unsqueeze(-1)
+        return ((self.grouped(codes) - self.zero_point(params)) * scale).view_as(codes)
+
+    def zero_point(self, params: Params) -> Tensor | float:
+        """In units of one step: half the grid, or what the stored code stands for `[out, groups, 1]`."""
+        if self.symmetric:
+            return float(2 ** (self.bits - 1))
+        return params["zero_point"].float().unsqueeze(-1) * (2**self.bits / 256)
+
+    def zero_point_code(self, zero_point: Float[Tensor, "out groups"]) -> Tensor:
+        """A real zero point in steps, as the nearest fixed-point code."""
+        return (zero_point * (256 / 2**self.bits)).round().clamp(0, 255).to(torch.uint8)
+
+    def storable(self, scale: Float[Tensor, "out groups"]) -> Tensor:
+        largest = scale.abs().max().item()
+        if not largest <= torch.finfo(torch.float16).max:
+            raise FormatError(f"{self.name}: a scale of {largest:.3g} overflows fp16; keep this weight in bf16")
+        return scale.half()
+
+    @staticmethod
+    def divisor(scale: Tensor) -> Tensor:
+        """The stored scale in float32; where it is zero (a group of zeros), one."""
+        scale = scale.float()
+        return torch.where(scale == 0, 1.0, scale)

@@ -1,0 +1,46 @@
+"""Unsigned b-bit codes to bytes and back, without waste: eight codes fill exactly b bytes.
+
+Codes of one row stand one after another, least significant bit first (code j occupies bits j*b ... j*b+b-1 of the
+row). A row ends on a byte boundary, so rows stay apart. Two 4-bit codes per byte: the first in the low half.
+"""
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+
+def packed_width(num_codes: int, bits: int) -> int:
+    """Bytes of one row of `num_codes` codes.
+
+    >>> packed_width(128, 3), packed_width(9, 1)
+    (48, 2)
+    """
+    return -(-num_codes * bits // 8)
+
+
+def pack(codes: UInt8[Tensor, "out n"], bits: int) -> UInt8[Tensor, "out width"]:
+    """Pack codes below `2**bits`.
+
+    >>> pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), bits=4).tolist()
+    [[33, 3]]
+    """
+    num_rows, num_codes = codes.shape
+    octets = torch.nn.functional.pad(codes, (0, -num_codes % 8)).view(num_rows, -1, 8).long()
+    words = (octets << (bits * torch.arange(8, device=codes.device))).sum(-1, keepdim=True)
+    bytes_ = (words >> (8 * torch.arange(bits, device=codes.device))) & 0xFF
+    return bytes_.to(torch.uint8).view(num_rows, -1)[:, : packed_width(num_codes, bits)].contiguous()
+
+
+def unpack(packed: UInt8[Tensor, "out width"], bits: int, num_codes: int) -> UInt8[Tensor, "out n"]:
+    """The inverse of `pack`.
+
+    >>> unpack(torch.tensor([[33, 3]], dtype=torch.uint8), bits=4, num_codes=3).tolist()
+    [[1, 2, 3]]
+    """
+    num_rows = packed.shape[0]
+    if bits == 4:  # the common case, without the detour over words
+        return torch.stack((packed & 15, packed >> 4), dim=-1).view(num_rows, -1)[:, :num_codes]
+    octets = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).view(num_rows, -1, bits).long()
+    words = (octets << (8 * torch.arange(bits, device=packed.device))).sum(-1, keepdim=True)
+    codes = (words >> (bits * torch.arange(8, device=packed.device))) & ((1 << bits) - 1)
+    return codes.to(torch.uint8).view(num_rows, -1)[:, :num_codes]

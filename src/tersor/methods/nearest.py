@@ -1,0 +1,24 @@
+"""Round to nearest: every weight to the closest point of the format's plain grid (absmax).
+
+The baseline all post-training methods start from (Jacob et al. 2017, https://arxiv.org/abs/1712.05877).
+"""
+
+from dataclasses import dataclass
+
+from tersor.encoded import Encoded
+from tersor.formats.contract import Format, Weight
+from tersor.stats import Stats
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """No data, no search: `format.fit`, then the nearest point."""
+
+    name = "nearest"
+    needs = frozenset[str]()
+
+    def accepts(self, format: Format) -> str | None:
+        return None
+
+    def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
+        return format.encode(weight, format.fit(weight))

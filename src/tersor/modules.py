@@ -1,0 +1,183 @@
+"""The nn.Modules that run an Encoded. Weights stay packed in memory; what runs equals the decoded weight.
+
+`PackedLinear`, `PackedConv` and `PackedEmbedding` take the place of their float counterparts. Every other module that
+owns a weight (LSTM, GRU, multi-head attention, stacked experts, subclasses with a forward of their own) stays what it
+is, and `pack_parameter` has the weight decoded just before the module runs and dropped right after.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tersor.activations import Activation
+from tersor.encoded import Encoded
+from tersor.kernels import int8_dynamic_fits, int8_dynamic_linear
+
+
+@dataclass(frozen=True)
+class Fold:
+    """How a weight of any shape is seen as a matrix `[out, in]`, and back.
+
+    `rows`: the first axis is out, the rest is in. `transposed`: the first two axes are swapped before that (Hugging
+    Face's Conv1D, transposed convolutions). `stack`: the last axis is in, the rest is out (stacked experts).
+
+    >>> fold = Fold((3, 4, 2, 2), "transposed")
+    >>> fold.shape, fold.unfold(fold.matrix(torch.zeros(3, 4, 2, 2))).shape
+    ((4, 12), torch.Size([3, 4, 2, 2]))
+    """
+
+    weight_shape: tuple[int, ...]
+    view: str = "rows"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        first, *rest = self.swapped_shape
+        if self.view == "stack":
+            return (torch.Size(self.weight_shape[:-1]).numel(), self.weight_shape[-1])
+        return (first, torch.Size(rest).numel())
+
+    @property
+    def swapped_shape(self) -> tuple[int, ...]:
+        if self.view != "transposed":
+            return self.weight_shape
+        first, second, *rest = self.weight_shape
+        return (second, first, *rest)
+
+    def matrix(self, weight: Tensor) -> Float[Tensor, "out in"]:
+        return (weight.transpose(0, 1) if self.view == "transposed" else weight).reshape(self.shape)
+
+    def unfold(self, matrix: Float[Tensor, "out in"]) -> Tensor:
+        weight = matrix.reshape(self.swapped_shape)
+        return weight.transpose(0, 1).contiguous() if self.view == "transposed" else weight
+
+
+class PackedWeight(nn.Module):
+    """An Encoded as a module: its parts are buffers. Calling it decodes to the weight's own shape and dtype.
+
+    Casting the model (`half()`, `to(torch.bfloat16)`) changes the dtype it decodes to, never the stored parts.
+    Tied weights share one PackedWeight.
+    """
+
+    def __init__(self, encoded: Encoded, fold: Fold, dtype: torch.dtype):
+        super().__init__()
+        self.format, self.shape, self.fold, self.dtype = encoded.format, encoded.shape, fold, dtype
+        for name, part in encoded.parts.items():
+            self.register_buffer(name, part)
+
+    @property
+    def encoded(self) -> Encoded:
+        return Encoded(self.format, self.shape, {name: part for name, part in self._buffers.items() if part is not None})
+
+    def forward(self) -> Tensor:
+        return self.fold.unfold(self.encoded.decode()).to(self.dtype)
+
+    def rows(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n in"]:
+        return self.encoded.rows(index).to(self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
+        probe = fn(torch.empty(0, dtype=self.dtype, device=next(self.buffers()).device))
+        self.dtype = probe.dtype
+        for name, part in self._buffers.items():
+            if part is not None:
+                self._buffers[name] = part.to(probe.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.format.name}, shape={tuple(self.shape)}"
+
+
+class PackedLinear(nn.Module):
+    """A linear map whose weight is packed and whose input may be quantized."""
+
+    def __init__(self, packed: PackedWeight, bias: nn.Parameter | None, activation: Activation | None):
+        super().__init__()
+        self.packed = packed
+        self.register_parameter("bias", bias)
+        self.activation = activation
+        self.out_features, self.in_features = packed.shape
+
+    @property
+    def weight(self) -> Tensor:
+        return self.packed()
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        if self.activation is not None:
+            encoded = self.packed.encoded
+            if int8_dynamic_fits(encoded, self.activation, x):
+                return int8_dynamic_linear(x, encoded, self.bias)
+            x = self.activation.snap(x)
+        weight = self.packed()
+        # Hugging Face's Conv1D keeps its weight as [in, out].
+        return F.linear(x, weight.t() if self.packed.fold.view == "transposed" else weight, self.bias)
+
+
+class PackedConv(nn.Module):
+    """Conv1d, Conv2d or Conv3d with a packed weight."""
+
+    def __init__(self, packed: PackedWeight, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        super().__init__()
+        self.packed = packed
+        self.register_parameter("bias", conv.bias)
+        self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
+        self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
+        self.padding, self.padding_mode = conv.padding, conv.padding_mode
+        self.padding_around = conv._reversed_padding_repeated_twice
+        self.convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(conv.kernel_size)]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.packed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding: object = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self.padding_around, mode=self.padding_mode), 0
+        return self.convolve(x, self.packed(), self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding that decodes only the rows it is asked for."""
+
+    def __init__(self, packed: PackedWeight, padding_idx: int | None):
+        super().__init__()
+        self.packed = packed
+        self.padding_idx = padding_idx
+        self.num_embeddings, self.embedding_dim = packed.shape
+
+    @property
+    def weight(self) -> Tensor:
+        return self.packed()
+
+    def forward(self, index: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:
+        if index.numel() >= self.num_embeddings or not self.packed.format.rows_apart:
+            return F.embedding(index, self.packed())
+        return self.packed.rows(index.reshape(-1)).view(*index.shape, -1)
+
+
+PREFIX = "packed_"
+
+
+def pack_parameter(module: nn.Module, name: str, packed: PackedWeight) -> None:
+    """Keep `module.<name>` packed: decoded just before the module's forward, dropped right after."""
+    if not any(isinstance(child, PackedWeight) for child in module.children()):
+        module.register_forward_pre_hook(_decode_parameters)
+        module.register_forward_hook(_drop_parameters, always_call=True)
+    module._parameters.pop(name, None)
+    setattr(module, name, None)
+    setattr(module, PREFIX + name, packed)
+
+
+def _decode_parameters(module: nn.Module, args: object) -> None:
+    for child_name, child in module.named_children():
+        if isinstance(child, PackedWeight):
+            setattr(module, child_name.removeprefix(PREFIX), child())
+
+
+def _drop_parameters(module: nn.Module, args: object, output: object) -> None:
+    for child_name, child in module.named_children():
+        if isinstance(child, PackedWeight):
+            setattr(module, child_name.removeprefix(PREFIX), None)

@@ -1,0 +1,201 @@
+"""Find the weights of a model that can be compressed, and put an Encoded back in their place.
+
+Only this file, `calibrate.py` and `modules.py` know modules; methods and formats see matrices. What differs between
+module classes is the table `WEIGHTS`.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tersor.activations import Activation
+from tersor.encoded import Encoded
+from tersor.errors import FormatError
+from tersor.modules import (
+    PREFIX,
+    Fold,
+    PackedConv,
+    PackedEmbedding,
+    PackedLinear,
+    PackedWeight,
+    pack_parameter,
+)
+
+
+class Row(NamedTuple):
+    """A module class, the parameters of it that are weights (by prefix), what they are, and how they fold."""
+
+    classes: tuple[type[nn.Module], ...]
+    prefixes: tuple[str, ...]
+    kind: str
+    view: str = "rows"
+
+
+WEIGHTS = [
+    Row((nn.modules.linear.NonDynamicallyQuantizableLinear,), ("weight",), "attention"),
+    Row((nn.Linear,), ("weight",), "linear"),
+    Row((nn.Conv1d, nn.Conv2d, nn.Conv3d), ("weight",), "conv"),
+    Row((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), ("weight",), "conv", "transposed"),
+    Row((nn.Embedding, nn.EmbeddingBag), ("weight",), "embedding"),
+    Row((nn.RNNBase, nn.RNNCellBase), ("weight_ih", "weight_hh", "weight_hr"), "rnn"),
+    Row((nn.MultiheadAttention,), ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), "attention"),
+]
+SMALLEST_STACK = 16  # a bare 3-D parameter is taken for stacked experts when both matrix sides reach this
+
+
+class Place(NamedTuple):
+    """Where a weight lives: the module's path and the parameter's name in it."""
+
+    module: str
+    parameter: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight that can be compressed, seen as a matrix.
+
+    Attributes:
+        name: its place in the model: the parameter's name without a trailing `.weight`.
+        kind: `linear`, `conv`, `embedding`, `rnn`, `attention` or `stack`.
+        fold: how the weight becomes a matrix `[out, in]`.
+        places: where the weight is used; more than one when it is tied.
+        dtype: of the weight as it came.
+    """
+
+    name: str
+    kind: str
+    fold: Fold
+    places: tuple[Place, ...]
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.fold.shape
+
+    @property
+    def num_weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def parameter(self) -> str:
+        """The full name of the parameter, as in a state dict."""
+        return ".".join(filter(None, self.places[0]))
+
+    def weight(self, model: nn.Module) -> Tensor:
+        """The weight in its own shape: the parameter itself, or decoded from what stands in its place."""
+        module = model.get_submodule(self.places[0].module)
+        packed = packed_weight(module, self.places[0].parameter)
+        return packed() if packed is not None else getattr(module, self.places[0].parameter)
+
+    def matrix(self, model: nn.Module) -> Float[Tensor, "out in"]:
+        """The weight as a float32 matrix, detached."""
+        return self.fold.matrix(self.weight(model).detach()).float().contiguous()
+
+    def takes_activation(self, model: nn.Module) -> bool:
+        """Whether an input quantizer can run here: everywhere it is used, it is a plain linear map."""
+        modules = [model.get_submodule(place.module) for place in self.places]
+        return self.kind == "linear" and all(is_linear(m) or isinstance(m, PackedLinear) for m in modules)
+
+    def replace(self, model: nn.Module, encoded: Encoded, activation: Activation | None = None) -> None:
+        """Put `encoded` in every place of this weight. Raises FormatError if the shapes differ."""
+        if encoded.shape != self.shape:
+            raise FormatError(f"{self.name}: encoded as {encoded.shape}, but the model has {self.shape} here")
+        packed = PackedWeight(encoded, self.fold, self.dtype)
+        for place in self.places:
+            put(model, place, packed, activation if self.takes_activation(model) else None)
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """All sites, in the order of the model's modules. Tied weights are one site; a packed model gives the same sites.
+
+    >>> [(site.name, site.shape) for site in find_sites(nn.Sequential(nn.Linear(3, 2), nn.LSTM(2, 4)))]
+    [('0', (2, 3)), ('1.weight_ih_l0', (16, 2)), ('1.weight_hh_l0', (16, 4))]
+    """
+    found: dict[int, Site] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for parameter, owner, kind, view in weights_of(module):
+            place = Place(path, parameter)
+            if id(owner) in found:
+                site = found[id(owner)]
+                if place not in site.places:
+                    found[id(owner)] = Site(site.name, site.kind, site.fold, (*site.places, place), site.dtype)
+                continue
+            fold = owner.fold if isinstance(owner, PackedWeight) else Fold(tuple(owner.shape), view)
+            name = ".".join(filter(None, place)).removesuffix(".weight")
+            found[id(owner)] = Site(name, kind, fold, (place,), owner.dtype)
+    return list(found.values())
+
+
+def weights_of(module: nn.Module) -> list[tuple[str, nn.Parameter | PackedWeight, str, str]]:
+    """The weights a module owns itself: parameter name, owner, kind, view."""
+    packed_kind = {PackedLinear: "linear", PackedConv: "conv", PackedEmbedding: "embedding"}.get(type(module))
+    if packed_kind:
+        return [("weight", module.packed, packed_kind, module.packed.fold.view)]  # type: ignore[list-item, union-attr]
+    owned: dict[str, nn.Parameter | PackedWeight] = {n: p for n, p in module._parameters.items() if p is not None}
+    owned |= {n.removeprefix(PREFIX): p for n, p in module.named_children() if isinstance(p, PackedWeight)}
+    row = next((row for row in WEIGHTS if isinstance(module, row.classes)), None)
+    if row is None and is_transposed_linear(module):
+        row = Row((), ("weight",), "linear", "transposed")
+    if row is not None:
+        return [(n, p, row.kind, row.view) for n, p in owned.items() if n.startswith(row.prefixes)]
+    return [(n, p, "stack", "stack") for n, p in owned.items() if is_stack(p)]
+
+
+def is_stack(owner: nn.Parameter | PackedWeight) -> bool:
+    shape = owner.fold.weight_shape if isinstance(owner, PackedWeight) else owner.shape
+    floating = isinstance(owner, PackedWeight) or owner.is_floating_point()
+    return floating and len(shape) == 3 and shape[0] > 1 and min(shape[1:]) >= SMALLEST_STACK
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Hugging Face's Conv1D, a Linear with its weight as [in, out]."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def is_linear(module: nn.Module) -> bool:
+    plain = type(module).forward is nn.Linear.forward and type(module) is nn.Linear
+    return plain or is_transposed_linear(module)
+
+
+def packed_weight(module: nn.Module, parameter: str) -> PackedWeight | None:
+    """What stands in a parameter's place, if it was packed."""
+    if isinstance(module, PackedLinear | PackedConv | PackedEmbedding):
+        return module.packed
+    packed = module._modules.get(PREFIX + parameter)
+    return packed if isinstance(packed, PackedWeight) else None
+
+
+def put(model: nn.Module, place: Place, packed: PackedWeight, activation: Activation | None) -> None:
+    """Make the module at `place` run on `packed`: by a packed module, or by decoding around its own forward."""
+    module = model.get_submodule(place.module)
+    new: nn.Module
+    if isinstance(module, PackedLinear) or is_linear(module):
+        new = PackedLinear(packed, module.bias, activation)  # type: ignore[arg-type]
+    elif isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        new = PackedLinear(packed, module.bias, None)  # nn.MultiheadAttention reads its weight and bias
+    elif isinstance(module, PackedConv) or type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        new = module if isinstance(module, PackedConv) else PackedConv(packed, module)  # type: ignore[arg-type]
+        new.packed = packed
+    elif isinstance(module, PackedEmbedding) or (type(module) is nn.Embedding and module.max_norm is None):
+        new = PackedEmbedding(packed, module.padding_idx)
+    else:
+        pack_parameter(module, place.parameter, packed)
+        return
+    if not place.module:
+        raise FormatError("the model is a single layer; wrap it in nn.Sequential so that its weight can be replaced")
+    new.train(module.training)
+    parent, _, child = place.module.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+    leave_fused_path(model)
+
+
+def leave_fused_path(model: nn.Module) -> None:
+    """nn.TransformerEncoder has a fused inference path that reads float weights around its modules; turn it off."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
