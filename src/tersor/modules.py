@@ -5,7 +5,7 @@ owns a weight (LSTM, GRU, multi-head attention, stacked experts, subclasses with
 is, and `pack_parameter` has the weight decoded just before the module runs and dropped right after.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,22 +55,40 @@ class Fold:
         return weight.transpose(0, 1).contiguous() if self.view == "transposed" else weight
 
 
-class PackedWeight(nn.Module):
-    """An Encoded as a module: its parts are buffers. Calling it decodes to the weight's own shape and dtype.
+class Stored(nn.Module):
+    """Tensors that move with the model from device to device, and that no cast of the model ever changes.
 
-    Casting the model (`half()`, `to(torch.bfloat16)`) changes the dtype it decodes to, never the stored parts.
-    Tied weights share one PackedWeight.
+    Casting (`half()`, `to(torch.bfloat16)`) only changes `dtype`, the one results are given in.
     """
 
-    def __init__(self, encoded: Encoded, fold: Fold, dtype: torch.dtype):
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype):
         super().__init__()
-        self.format, self.shape, self.fold, self.dtype = encoded.format, encoded.shape, fold, dtype
-        for name, part in encoded.parts.items():
-            self.register_buffer(name, part)
+        self.dtype = dtype
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Stored":
+        for name, tensor in self.tensors.items():
+            probe = fn(torch.empty(0, dtype=self.dtype, device=tensor.device))
+            self._buffers[name] = tensor.to(probe.device)
+            self.dtype = probe.dtype
+        return self
+
+
+class PackedWeight(Stored):
+    """An Encoded as a module. Calling it decodes to the weight's own shape. Tied weights share one PackedWeight."""
+
+    def __init__(self, encoded: Encoded, fold: Fold, dtype: torch.dtype):
+        super().__init__(encoded.parts, dtype)
+        self.format, self.shape, self.fold = encoded.format, encoded.shape, fold
 
     @property
     def encoded(self) -> Encoded:
-        return Encoded(self.format, self.shape, {name: part for name, part in self._buffers.items() if part is not None})
+        return Encoded(self.format, self.shape, self.tensors)
 
     def forward(self) -> Tensor:
         return self.fold.unfold(self.encoded.decode()).to(self.dtype)
@@ -78,16 +96,23 @@ class PackedWeight(nn.Module):
     def rows(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n in"]:
         return self.encoded.rows(index).to(self.dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
-        probe = fn(torch.empty(0, dtype=self.dtype, device=next(self.buffers()).device))
-        self.dtype = probe.dtype
-        for name, part in self._buffers.items():
-            if part is not None:
-                self._buffers[name] = part.to(probe.device)
-        return self
-
     def extra_repr(self) -> str:
         return f"{self.format.name}, shape={tuple(self.shape)}"
+
+
+class InputQuantizer(Stored):
+    """An Activation as a module; its static parameters are kept beside the weight they serve."""
+
+    def __init__(self, activation: Activation):
+        super().__init__(activation.params, torch.float32)
+        self.format = activation.format
+
+    @property
+    def activation(self) -> Activation:
+        return Activation(self.format, self.tensors)
+
+    def extra_repr(self) -> str:
+        return self.format
 
 
 class PackedLinear(nn.Module):
@@ -97,7 +122,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.packed = packed
         self.register_parameter("bias", bias)
-        self.activation = activation
+        self.input_quantizer = InputQuantizer(activation) if activation else None
         self.out_features, self.in_features = packed.shape
 
     @property
@@ -105,11 +130,11 @@ class PackedLinear(nn.Module):
         return self.packed()
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        if self.activation is not None:
-            encoded = self.packed.encoded
-            if int8_dynamic_fits(encoded, self.activation, x):
+        if self.input_quantizer is not None:
+            encoded, activation = self.packed.encoded, self.input_quantizer.activation
+            if int8_dynamic_fits(encoded, activation, x):
                 return int8_dynamic_linear(x, encoded, self.bias)
-            x = self.activation.snap(x)
+            x = activation.snap(x)
         weight = self.packed()
         # Hugging Face's Conv1D keeps its weight as [in, out].
         return F.linear(x, weight.t() if self.packed.fold.view == "transposed" else weight, self.bias)

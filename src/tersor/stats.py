@@ -1,4 +1,4 @@
-"""What calibration can tell about one site. Methods name the fields they need in `needs`."""
+"""What calibration can tell about one site. Methods name the fields they read in `needs`."""
 
 from dataclasses import dataclass
 
@@ -6,21 +6,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class Stats:
-    """Statistics of one site `[out, in]` over the calibration data.
+    """Statistics of one site `[out, in]`; None where nothing was measured.
 
     Attributes:
-        input_square: `E[x_j^2]` of each input feature. For an embedding, whose inputs are one-hot, see `row_share`.
-        output_fisher: `E[(dL/dy_i)^2]` of each output feature: the diagonal of the output Fisher, in nats per squared
-            unit of output, per token. L is the loss the task's output calls for (see calibrate.py).
-        row_share: how often each row of an embedding was read, per token.
-        num_tokens: how many input vectors were seen.
-        tokens_per_example: input vectors per example, so that a per-token loss becomes a per-example one.
+        row_weight, column_weight: the curvature of the loss at weight `ij` is about `row_weight_i * column_weight_j`,
+            per example, in the loss of the task's output (see calibrate.py). Columns have mean one.
     """
 
-    input_square: Float[Tensor, " in"] | None = None
-    output_fisher: Float[Tensor, " out"] | None = None
-    row_share: Float[Tensor, " out"] | None = None
-    num_tokens: int = 0
-    tokens_per_example: float = 1.0
+    row_weight: Float[Tensor, " out"] | None = None
+    column_weight: Float[Tensor, " in"] | None = None
+
+    def loss(self, error: Float[Tensor, "out in"]) -> float:
+        """The predicted loss of changing the weight by `error`: half the weighted sum of squares, per example."""
+        if self.row_weight is None or self.column_weight is None:
+            return 0.5 * error.square().sum().item()
+        return 0.5 * (self.row_weight @ (error.square() @ self.column_weight)).item()

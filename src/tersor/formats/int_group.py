@@ -8,6 +8,7 @@ The uniform affine quantizer (Jacob et al. 2017, https://arxiv.org/abs/1712.0587
 Without a group size, one scale serves a whole output row (per channel).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -147,3 +148,13 @@ class IntGroup:
         """The stored scale in float32; where it is zero (a group of zeros), one."""
         scale = scale.float()
         return torch.where(scale == 0, 1.0, scale)
+
+
+CHUNK = 2**18  # weights searched at a time: what a core's cache holds
+
+
+def by_rows(weight: Weight, search: Callable[[Weight], Params]) -> Params:
+    """Run a parameter search on a few rows at a time; rows of an integer grid are independent."""
+    num_rows = max(1, CHUNK // weight.shape[1])
+    found = [search(rows) for rows in weight.split(num_rows)]
+    return {name: torch.cat([params[name] for params in found]) for name in found[0]}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tersor.encoded import Encoded
-from tersor.formats.contract import Format, Weight
-from tersor.formats.int_group import IntGroup
+from tersor.formats.contract import Format, Params, Weight
+from tersor.formats.int_group import IntGroup, by_rows
 from tersor.stats import Stats
 
 
@@ -43,6 +43,10 @@ class Hqq:
 
     def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
         assert isinstance(format, IntGroup)
+        return format.encode(weight, by_rows(weight, lambda rows: self.search(rows, format)))
+
+    def search(self, weight: Weight, format: IntGroup) -> Params:
+        """The plain scales, and the best zero point found for every group."""
         best = format.fit(weight)
         scale = format.divisor(best["scale"]).unsqueeze(-1)
         w_ogk = format.grouped(weight) / scale  # in steps of the grid, so that beta has no units
@@ -57,7 +61,7 @@ class Hqq:
             zero_point = (q_ogk - w_ogk + shrink(error_ogk, beta, self.p)).mean(-1)
             params = {**params, "zero_point": format.zero_point_code(zero_point)}
             beta *= self.kappa
-        return format.encode(weight, best)
+        return best
 
 
 def shrink(error: Tensor, beta: float, p: float) -> Tensor:

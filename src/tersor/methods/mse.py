@@ -3,7 +3,7 @@
 Choosing the clipping range by squared error goes back to Sung et al. 2015 (https://arxiv.org/abs/1511.06488) and
 OMSE (Choukroun et al. 2019, https://arxiv.org/abs/1902.06822). Here every group tries a grid of shrunken ranges, then
 fits its scale once more by least squares to the codes it chose, and keeps whatever was best; so no group ever does
-worse than `nearest`. Columns are weighted by the inputs' mean square where calibration measured it.
+worse than `nearest`. Columns are weighted by the loss's curvature where calibration measured it.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tersor.encoded import Encoded
 from tersor.formats.contract import Format, Params, Weight
-from tersor.formats.int_group import IntGroup
+from tersor.formats.int_group import IntGroup, by_rows
 from tersor.stats import Stats
 
 
@@ -31,7 +31,7 @@ class Mse:
     smallest: float = 0.4
 
     name = "mse"
-    needs = frozenset({"input_square"})
+    needs = frozenset({"column_weight"})
 
     def accepts(self, format: Format) -> str | None:
         if isinstance(format, IntGroup):
@@ -41,6 +41,10 @@ class Mse:
     def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
         assert isinstance(format, IntGroup)
         importance = column_importance(weight, stats)
+        return format.encode(weight, by_rows(weight, lambda rows: self.search(rows, format, importance)))
+
+    def search(self, weight: Weight, format: IntGroup, importance: Float[Tensor, " in"]) -> Params:
+        """The best parameters found for every group."""
 
         def error(params: Params) -> Float[Tensor, "out groups"]:
             return format.grouped((format.snap(weight, params) - weight).square_().mul_(importance)).sum(-1)
@@ -53,15 +57,14 @@ class Mse:
             lowest = keep_better(best, lowest, candidate, error(candidate))
         candidate = {**best, "scale": least_squares_scale(weight, format, best, importance)}
         keep_better(best, lowest, candidate, error(candidate))
-        return format.encode(weight, best)
+        return best
 
 
 def column_importance(weight: Weight, stats: Stats) -> Float[Tensor, " in"]:
-    """The inputs' mean square with a floor of 1 % of its mean, or ones without data."""
-    if stats.input_square is None:
+    """The columns' curvature with a floor of 1 % of its mean, or ones without data."""
+    if stats.column_weight is None:
         return torch.ones(weight.shape[1], device=weight.device)
-    square = stats.input_square.to(weight.device)
-    return square + 0.01 * square.mean() + torch.finfo(torch.float32).tiny
+    return stats.column_weight.to(weight.device) + 0.01
 
 
 def keep_better(best: Params, lowest: Tensor, candidate: Params, error: Tensor) -> Float[Tensor, "out groups"]:

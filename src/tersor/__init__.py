@@ -1,0 +1,47 @@
+"""tersor: state a budget, get the best model that fits it, and the proof of what it cost.
+
+>>> import tersor
+>>> from torch import nn
+>>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+>>> compressed = tersor.compress(model, tersor.Recipe.of("int4-g32"))
+>>> [(site.name, site.bits_per_weight) for site in compressed.sites]
+[('0', 4.5), ('2', 4.5)]
+"""
+
+from importlib.metadata import version
+
+from tersor.budget.plan import plan
+from tersor.checkpoint.artifact import load, save
+from tersor.compress import Compressed, compress
+from tersor.errors import TersorError
+from tersor.formats import FORMATS
+from tersor.measure.verdict import Tolerance, Verdict, judge
+from tersor.methods import METHODS
+from tersor.recipe import Recipe
+from tersor.scores import METRICS, Metric, Scores
+from tersor.sites import Site, find_sites
+from tersor.tasks import TASKS, open_task
+
+__version__ = version("tersor")
+
+__all__ = [
+    "FORMATS",
+    "METHODS",
+    "METRICS",
+    "TASKS",
+    "Compressed",
+    "Metric",
+    "Recipe",
+    "Scores",
+    "Site",
+    "TersorError",
+    "Tolerance",
+    "Verdict",
+    "compress",
+    "find_sites",
+    "judge",
+    "load",
+    "open_task",
+    "plan",
+    "save",
+]

@@ -1,0 +1,233 @@
+"""From a size limit to a recipe: measure what every candidate format costs at every site, then choose.
+
+The loss of a candidate is predicted from the error it really makes: the site is compressed with it (a sample of rows,
+which are independent), and the squared error is weighed by the loss's curvature there (`Stats.loss`). Without data the
+error relative to the weights stands in.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tersor.budget.allocate import Option, allocate
+from tersor.budget.limit import Limit
+from tersor.calibrate import gather
+from tersor.checkpoint.layout import file_size, kept_tensors, size_of
+from tersor.checkpoint.weights import METADATA
+from tersor.compress import Progress, check_finite, silent
+from tersor.errors import BudgetError, InputError
+from tersor.recipe import Recipe, WeightsStep, matches
+from tersor.schemes import KEEP, Scheme, parse_rule
+from tersor.sites import Site, find_sites
+from tersor.stats import Stats
+from tersor.tasks.contract import Task
+
+CANDIDATES = [
+    KEEP,
+    "bf16",
+    *(f"int{bits}{group}" for bits in (8, 6, 5) for group in ("", "-g128", "-g32")),
+    *(f"int4{group}" for group in ("", "-g128", "-g64", "-g32", "-asym", "-g128-asym", "-g64-asym", "-g32-asym")),
+    *(f"int3{group}" for group in ("", "-g128", "-g64", "-g32", "-asym", "-g64-asym", "-g32-asym")),
+    *(f"int2{group}" for group in ("", "-g64", "-g32", "-asym", "-g64-asym", "-g32-asym")),
+]
+SAMPLED_ROWS = 128  # the rows that matter most, and as many at random from the rest
+UNREACHED = 0.01  # a site the data never reaches counts as much as this fraction of the median site
+
+
+@dataclass(frozen=True)
+class Menu:
+    """One site and the options for it; a single option where the user's rules fixed it."""
+
+    site: Site
+    options: list[Option]
+
+
+def measure_menus(
+    model: nn.Module,
+    stats: Mapping[str, Stats],
+    step: WeightsStep,
+    candidates: Iterable[str] = CANDIDATES,
+    progress: Progress = silent,
+) -> list[Menu]:
+    """Options and predicted losses for every site. Rules and excludes of `step` fix their sites."""
+    sites = find_sites(model)
+    pinned = {name for name in (s.name for s in sites) if is_pinned(step, name)}
+    assigned = {site.name: scheme for site, scheme in step.assign(sites)}
+    floor = UNREACHED * median_curvature(stats)
+    parsed = [parse_rule(text) for text in candidates]
+    menus = []
+    for done, site in enumerate(sites):
+        progress("measuring formats", done, len(sites))
+        weight = site.matrix(model)
+        check_finite(site, weight)
+        schemes = [assigned[site.name]] if site.name in pinned else [s for s in parsed if fits(s, site)]
+        rows, scale = sample_rows(site, stats.get(site.name, Stats()))
+        site_stats = site_curvature(site, stats.get(site.name, Stats()), weight, floor)
+        sampled = weight[rows]
+        sampled_stats = Stats(site_stats.row_weight[rows] * scale, site_stats.column_weight)  # type: ignore[index]
+        options = [option(site, scheme, sampled, sampled_stats, model) for scheme in schemes]
+        menus.append(Menu(site, options))
+    progress("measuring formats", len(sites), len(sites))
+    return menus
+
+
+def is_pinned(step: WeightsStep, name: str) -> bool:
+    return any(matches(pattern, name) for pattern in (*step.rules, *step.exclude))
+
+
+def fits(scheme: Scheme | None, site: Site) -> bool:
+    return scheme is None or scheme.format.misfit(site.shape) is None
+
+
+def option(site: Site, scheme: Scheme | None, weight: Tensor, stats: Stats, model: nn.Module) -> Option:
+    """Bytes and predicted loss of one scheme at one site; `weight` and `stats` are those of the sampled rows."""
+    if scheme is None:
+        return Option(KEEP, site.num_weights * site.dtype.itemsize, 0.0)
+    method_stats = Stats(column_weight=stats.column_weight)
+    encoded = scheme.method.compress(weight, scheme.format, method_stats)
+    layout = scheme.format.layout(site.shape)
+    per_row = encoded.num_bytes / weight.shape[0]  # for parts whose size depends on the data
+    fixed = all(None not in shape for _, shape in layout.values())
+    num_bytes = (
+        sum(d.itemsize * torch.Size(s).numel() for d, s in layout.values()) if fixed else per_row * site.shape[0]
+    )
+    return Option(str(scheme), int(num_bytes), stats.loss(encoded.decode() - weight))
+
+
+def sample_rows(site: Site, stats: Stats) -> tuple[Tensor, Tensor]:
+    """Row indices to measure on, and how many rows each stands for."""
+    num_rows = site.shape[0]
+    if num_rows <= 2 * SAMPLED_ROWS:
+        return torch.arange(num_rows), torch.ones(num_rows)
+    weight = stats.row_weight if stats.row_weight is not None else torch.zeros(num_rows)
+    order = weight.argsort(descending=True, stable=True)
+    rest = order[SAMPLED_ROWS:]
+    picked = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))[:SAMPLED_ROWS]]
+    scale = torch.cat([torch.ones(SAMPLED_ROWS), torch.full((SAMPLED_ROWS,), len(rest) / SAMPLED_ROWS)])
+    return torch.cat([order[:SAMPLED_ROWS], picked]), scale
+
+
+def site_curvature(site: Site, stats: Stats, weight: Tensor, floor: float) -> Stats:
+    """The measured curvature with a floor; without data, what makes the loss relative to the weights."""
+    if stats.row_weight is None or stats.column_weight is None:
+        relative = 1 / weight.square().mean().clamp_min(1e-30).item()
+        return Stats(torch.full((site.shape[0],), relative), torch.ones(site.shape[1]))
+    return Stats(stats.row_weight + floor, stats.column_weight)
+
+
+def median_curvature(stats: Mapping[str, Stats]) -> float:
+    means = [s.row_weight.mean().item() for s in stats.values() if s.row_weight is not None]
+    reached = sorted(mean for mean in means if mean > 0)
+    return reached[len(reached) // 2] if reached else 0.0
+
+
+def plan_size(model: nn.Module, menus: list[Menu], limit: Limit, seed: int = 0) -> Recipe:
+    """The recipe with the least predicted loss whose file fits `limit`, by the exact size of the file.
+
+    Raises BudgetError naming the smallest reachable size and what binds.
+    """
+    kept = kept_layout(model, menus)
+    for_sites = limit.num_bytes - planned_size(kept, menus, [])
+    for _ in range(8):
+        chosen = allocate([menu.options for menu in menus], for_sites)
+        if chosen is None:
+            break
+        over = planned_size(kept, menus, chosen) - limit.num_bytes
+        if over <= 0:
+            return recipe_of(menus, chosen, seed)
+        for_sites -= over
+    raise BudgetError(why_infeasible(kept, menus, limit))
+
+
+def smallest_size(model: nn.Module, menus: list[Menu]) -> int:
+    return planned_size(kept_layout(model, menus), menus, [min(m.options, key=lambda o: o.num_bytes) for m in menus])
+
+
+def largest_size(model: nn.Module, menus: list[Menu]) -> int:
+    return planned_size(kept_layout(model, menus), menus, [max(m.options, key=lambda o: o.num_bytes) for m in menus])
+
+
+def why_infeasible(kept: list, menus: list[Menu], limit: Limit) -> str:
+    smallest = [min(menu.options, key=lambda o: o.num_bytes) for menu in menus]
+    reachable = planned_size(kept, menus, smallest)
+    floats = planned_size(kept, menus, [])
+    largest, its_option = max(zip(menus, smallest, strict=True), key=lambda pair: pair[1].num_bytes)
+    pinned = sum(len(menu.options) == 1 for menu in menus)
+    hint = f"; rules and excludes fix {pinned} sites" if pinned else ""
+    return (
+        f"{limit.text} ({limit.num_bytes:,} bytes) is below what any format reaches: the nearest reachable file is "
+        f"{reachable:,} bytes, --size {-(-reachable // 1000)}KB. What binds: {floats:,} bytes are kept as they are, and "
+        f"{largest.site.name} alone takes {its_option.num_bytes:,} at {its_option.scheme}{hint}"
+    )
+
+
+def kept_layout(model: nn.Module, menus: list[Menu]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    compressed = {menu.site.parameter for menu in menus}
+    return [(n, t.dtype, tuple(t.shape)) for n, t in kept_tensors(model).items() if n not in compressed]
+
+
+def planned_size(kept: list[tuple[str, torch.dtype, tuple[int, ...]]], menus: list[Menu], chosen: list[Option]) -> int:
+    """Exact bytes of the weights file; with nothing chosen, of what is kept."""
+    tensors = list(kept)
+    extra = 0
+    for menu, option in zip(menus, chosen, strict=False):
+        site, scheme = menu.site, parse_rule(option.scheme)
+        if scheme is None:
+            tensors.append((site.parameter, site.dtype, site.fold.weight_shape))
+            continue
+        for part, (dtype, shape) in scheme.format.layout(site.shape).items():
+            if None in shape:  # values of a sparse format: their bytes were measured, only the header entry is added
+                shape, extra = (0,), extra + option.num_bytes - fixed_bytes(scheme, site)
+            tensors.append((f"{site.parameter}.{part}", dtype, shape))  # type: ignore[arg-type]
+    return file_size(tensors, METADATA) + extra
+
+
+def fixed_bytes(scheme: Scheme, site: Site) -> int:
+    layout = scheme.format.layout(site.shape).values()
+    return sum(d.itemsize * torch.Size(s).numel() for d, s in layout if None not in s)  # type: ignore[arg-type]
+
+
+def recipe_of(menus: list[Menu], chosen: list[Option], seed: int) -> Recipe:
+    """Spelled out site by site: the recipe says exactly what was done. The most common scheme is the default."""
+    schemes = {menu.site.name: option.scheme for menu, option in zip(menus, chosen, strict=True)}
+    common = max(set(schemes.values()), key=lambda s: (sum(v == s for v in schemes.values()), s))
+    rules = {escape(name): scheme for name, scheme in schemes.items() if scheme != common}
+    return Recipe.of(common, rules, seed=seed)
+
+
+def escape(name: str) -> str:
+    """A pattern that matches exactly this name."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def plan(
+    model: nn.Module,
+    task: Task | None = None,
+    *,
+    size: str | None = None,
+    ratio: str | None = None,
+    bits: float | None = None,
+    rules: dict[str, str] | None = None,
+    exclude: Iterable[str] = (),
+    seed: int = 0,
+) -> Recipe:
+    """The recipe with the least predicted loss under one limit on the weights file, for `tersor.compress`.
+
+    Args:
+        task: its calibration split tells where errors hurt; without it every site's relative error counts alike.
+        size, ratio, bits: the limit, as on the command line: `"8MB"`, `"4x"`, `4.2`.
+        rules, exclude: sites whose scheme is fixed.
+
+    Raises:
+        BudgetError: no candidate reaches the limit; the message names the nearest reachable size.
+    """
+    original = size_of(model)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    limit = Limit.of(original_bytes=original, num_parameters=num_parameters, size=size, ratio=ratio, bits=bits)
+    if limit is None:
+        raise InputError("plan needs a limit: size='8MB', ratio='4x' or bits=4.2")
+    stats = gather(model, task, seed=seed) if task is not None else {}
+    step = Recipe.of(KEEP, rules, exclude).steps[0]
+    return plan_size(model, measure_menus(model, stats, step), limit, seed)

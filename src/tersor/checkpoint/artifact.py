@@ -1,0 +1,284 @@
+"""Artifacts: folders that hold a compressed model and everything needed to load, check and explain it.
+
+    model.safetensors   packed weights (see layout.py and docs/formats.md)
+    tersor.json         the manifest: recipe, sites and their formats, versions, hashes, scorecards, verdict
+    config.json, tokenizer files   as they came
+    README.md           the model card
+
+A folder is written under a temporary name beside its place and appears by one rename.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.activations import Activation, activation_named
+from tersor.checkpoint.layout import kept_tensors, packed_sites, tensors_of
+from tersor.checkpoint.source import first_line, quiet_transformers, sha256, transformers_class
+from tersor.checkpoint.weights import read_weights, write_weights
+from tersor.encoded import Encoded
+from tersor.errors import ArtifactError, InputError, ModelError
+from tersor.formats import format_named
+from tersor.sites import Site, find_sites
+
+VERSION = 1
+WEIGHTS = "model.safetensors"
+MANIFEST = "tersor.json"
+NOT_COPIED = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".onnx",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".ot",
+    ".py",
+    ".tflite",
+}
+OWN_FILES = {MANIFEST, "README.md", ".gitattributes"}
+
+
+def save(
+    model: nn.Module, folder: str | Path, *, source: Path | None = None, manifest: Mapping[str, Any] | None = None
+) -> None:
+    """Write `model`, packed weights and all, into `folder`, which must exist and should be empty.
+
+    Args:
+        source: folder whose config and tokenizer files are copied as they are; without it a transformers model writes
+            its config itself.
+        manifest: more keys for `tersor.json`.
+    """
+    folder = Path(folder)
+    if source is not None:
+        copy_side_files(source, folder)
+    elif hasattr(model, "config") and hasattr(model.config, "save_pretrained"):
+        model.config.save_pretrained(folder)
+    write_weights(tensors_of(model), folder / WEIGHTS)
+    is_transformers = (folder / "config.json").exists()
+    about = {"class": type(model).__name__} if is_transformers else {"class": type(model).__name__, "factory": None}
+    content = {
+        "tersor": VERSION,
+        "model": about,
+        "sites": {
+            site.name: {
+                "format": packed.format.name,
+                "shape": list(site.shape),
+                "activation": quantizer.format if quantizer else None,
+            }
+            for site, packed, quantizer in packed_sites(model)
+        },
+        **(manifest or {}),
+        "files": {WEIGHTS: {"sha256": sha256(folder / WEIGHTS), "bytes": (folder / WEIGHTS).stat().st_size}},
+    }
+    write_manifest(folder, content)
+
+
+def load(folder: str | Path, *, model: nn.Module | None = None, packed: bool = True) -> nn.Module:
+    """The model of an artifact, in eval mode. A Hugging Face model comes back as its own class.
+
+    Args:
+        model: for an artifact of a custom model: a fresh instance to fill (its weights are replaced).
+        packed: keep weights packed in memory; False decodes them into ordinary parameters.
+
+    Raises:
+        ArtifactError: the folder is no artifact, is damaged, or does not fit the model.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    if model is None:
+        model = skeleton(folder, manifest)
+    try:
+        tensors = read_weights(folder / WEIGHTS)
+    except ModelError as error:
+        raise ArtifactError(str(error)) from None
+    sites = {site.name: site for site in find_sites(model)}
+    for name, entry in manifest["sites"].items():
+        if name not in sites:
+            raise ArtifactError(
+                f"{folder}: the manifest names the site {name}, which {type(model).__name__} does not have"
+            )
+        restore_site(model, sites[name], entry, tensors, packed)
+    restore_rest(model, tensors, {sites[name].parameter for name in manifest["sites"]}, folder)
+    return model.eval()
+
+
+def restore_site(
+    model: nn.Module, site: Site, entry: Mapping[str, Any], tensors: dict[str, Tensor], packed: bool
+) -> None:
+    """Check one site's parts against its format's layout, and put them in place."""
+    format = format_named(entry["format"])
+    if tuple(entry["shape"]) != site.shape:
+        raise ArtifactError(f"{site.name}: stored as {tuple(entry['shape'])}, but the model has {site.shape} here")
+    parts = {}
+    for part, (dtype, shape) in format.layout(site.shape).items():
+        tensor = tensors.pop(f"{site.parameter}.{part}", None)
+        expected = f"{format.name} at {site.name}: part {part} should be {dtype} {shape}"
+        if tensor is None:
+            raise ArtifactError(f"{expected}, and the file does not have it")
+        fits = tensor.dim() == len(shape) and all(e is None or e == s for e, s in zip(shape, tensor.shape, strict=True))
+        if tensor.dtype != dtype or not fits:
+            raise ArtifactError(f"{expected}, and the file has {tensor.dtype} {tuple(tensor.shape)}")
+        parts[part] = tensor
+    encoded = Encoded(format, site.shape, parts)
+    if not packed:
+        site.weight(model).data = site.fold.unfold(encoded.decode()).to(site.dtype)
+        return
+    activation = None
+    if entry.get("activation"):
+        activation_named(entry["activation"])
+        prefix = f"{site.parameter}.input."
+        static = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+        activation = Activation(entry["activation"], static)
+    site.replace(model, encoded, activation)
+
+
+def restore_rest(model: nn.Module, tensors: dict[str, Tensor], done: set[str], folder: Path) -> None:
+    """Fill everything that is not packed; every tensor must find its place, and every place its tensor."""
+    rest = {name: tensor for name, tensor in kept_tensors(model).items() if name not in done}
+    missing, unexpected = sorted(rest.keys() - tensors.keys()), sorted(tensors.keys() - rest.keys())
+    if missing or unexpected:
+        what = f"lacks {missing[0]}" if missing else f"holds {unexpected[0]}, which the model does not have"
+        raise ArtifactError(f"{folder / WEIGHTS}: {what}; the artifact and the model's code do not match")
+    for name, tensor in rest.items():
+        if tensor.shape != tensors[name].shape:
+            raise ArtifactError(
+                f"{name}: stored as {tuple(tensors[name].shape)}, but the model has {tuple(tensor.shape)}"
+            )
+        owner, _, attribute = name.rpartition(".")
+        getattr(model.get_submodule(owner), attribute).data = tensors[name]
+
+
+def skeleton(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
+    """A Hugging Face model of the right class and shape, weights not initialized."""
+    if not (folder / "config.json").exists():
+        raise ArtifactError(
+            f"{folder}: holds a custom model ({manifest['model'].get('class')}); "
+            f"pass a fresh instance: tersor.load({str(folder)!r}, model=YourModel())"
+        )
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    quiet_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        config.architectures = [manifest["model"]["class"]]
+        with no_init_weights():
+            model = transformers_class(config)._from_config(config, dtype=getattr(config, "dtype", None))
+        if (folder / "generation_config.json").exists() and model.can_generate():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{folder}: transformers cannot build the model: {first_line(error)}") from None
+    return model
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """`tersor.json`, checked for what loading relies on."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder}: no {MANIFEST}, so not a tersor artifact") from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: cannot be read ({first_line(error)})") from None
+    shaped = isinstance(manifest, dict) and all(isinstance(manifest.get(k), dict) for k in ("model", "sites", "files"))
+    if not shaped or not all(
+        isinstance(e, dict) and {"format", "shape"} <= e.keys() for e in manifest["sites"].values()
+    ):
+        raise ArtifactError(f"{path}: not a manifest that this version of tersor can read")
+    if manifest.get("tersor") != VERSION:
+        raise ArtifactError(f"{path}: written by format version {manifest.get('tersor')}; this tersor reads {VERSION}")
+    return manifest
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """The weights file is there, whole, and the one that was written."""
+    path, entry = folder / WEIGHTS, manifest["files"].get(WEIGHTS, {})
+    if not path.exists():
+        raise ArtifactError(f"{path}: missing from the artifact")
+    if path.stat().st_size != entry.get("bytes"):
+        raise ArtifactError(
+            f"{path}: {path.stat().st_size} bytes, but {entry.get('bytes')} were written; copy it again"
+        )
+    if sha256(path) != entry.get("sha256"):
+        raise ArtifactError(f"{path}: the sha256 differs from the one in {MANIFEST}; the file was changed or damaged")
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    (folder / MANIFEST).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Config, tokenizer and pooling files as they came; weights and code stay behind."""
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        weights = path.suffix in NOT_COPIED or path.name.endswith(".index.json")
+        if path.is_file() and not hidden and not weights and str(relative) not in OWN_FILES:
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / relative)
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Before any work: the output can be written, and nothing of the user's is lost."""
+    if folder.exists():
+        if not overwrite:
+            raise InputError(f"{folder} exists; choose another --output, or --overwrite it")
+        if not (folder / MANIFEST).exists():
+            raise InputError(
+                f"{folder} is not a tersor artifact, so --overwrite does not touch it; choose another --output"
+            )
+    parent = folder.absolute().parent
+    if not parent.is_dir():
+        raise InputError(f"{folder}: the folder {parent} does not exist")
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{folder}: no permission to write in {parent}")
+
+
+@contextmanager
+def atomic_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends well, and vanishes when it does not."""
+    check_output(folder, overwrite)
+    target = folder.absolute()
+    try:
+        working = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ArtifactError(f"{folder}: cannot be written: {error.strerror}") from None
+    try:
+        yield working
+        working.chmod(0o755)
+        for path in working.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        if target.exists():
+            replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)) / "old"
+            target.rename(replaced)
+            working.rename(target)
+            shutil.rmtree(replaced.parent)
+        else:
+            working.rename(target)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+
+
+def state_hash(model: nn.Module) -> str:
+    """sha256 over everything the weights file would hold, for models that have no file yet."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors_of(model).items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,197 @@
+"""Models in: a Hugging Face folder or hub id, a tersor artifact, or `package.module:factory` with a state dict."""
+
+import hashlib
+import importlib
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tersor.checkpoint.weights import PICKLES, check_finite, read_weights, refuse_pickle
+from tersor.errors import InputError, ModelError
+
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "1_Pooling/*"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as it came, and what is needed to write a smaller one beside it.
+
+    Attributes:
+        model: in eval mode, on the CPU.
+        name: what the user called it.
+        kind: `transformers`, `custom` or `artifact`.
+        architecture: the class, or the factory.
+        folder: where config and tokenizer files lie; None for custom models.
+        num_bytes: of the weight files.
+        hashes: sha256 of each weight file.
+        notes: what the user should know, such as weights the checkpoint lacks.
+    """
+
+    model: nn.Module
+    name: str
+    kind: str
+    architecture: str
+    folder: Path | None = None
+    num_bytes: int = 0
+    hashes: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def open_model(name: str, *, weights: Path | None = None, trust_remote_code: bool = False) -> Source:
+    """Open what the user named. Raises ModelError or InputError, each with the way out."""
+    folder = Path(name).expanduser()
+    if ":" in name and not folder.exists():
+        return open_custom(name, weights)
+    if folder.is_file():
+        refuse_pickle(folder)
+        raise ModelError(
+            f"{name}: a file, not a model; give its folder, or 'package.module:factory' with --weights {name}"
+        )
+    if not folder.exists():
+        folder = from_hub(name)
+    if (folder / "tersor.json").exists():
+        return open_artifact(name, folder)
+    if weights is not None:
+        raise InputError(f"--weights goes with a model given as 'package.module:factory', and {name} is a folder")
+    return open_transformers(name, folder, trust_remote_code)
+
+
+def open_transformers(name: str, folder: Path, trust_remote_code: bool) -> Source:
+    import transformers
+
+    if not (folder / "config.json").exists():
+        raise ModelError(
+            f"{name}: no config.json, so not a Hugging Face model folder; "
+            f"for your own model write 'package.module:factory' and --weights FILE.safetensors"
+        )
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        for pickled in sorted(folder.iterdir()):
+            refuse_pickle(pickled)
+        raise ModelError(f"{name}: no *.safetensors file in the folder; save the model with save_pretrained")
+    quiet_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(f"{folder / 'config.json'}: cannot be read ({first_line(error)})") from None
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"{name}: already quantized (see quantization_config); start from the float checkpoint")
+    for file in files:
+        check_finite(read_weights(file), str(file))
+    model_class = transformers_class(config)
+    try:
+        model, info = model_class.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ModelError(
+            f"{name}: transformers cannot load it as {model_class.__name__}: {first_line(error)}"
+        ) from None
+    missing = sorted(info["missing_keys"])
+    notes = ()
+    if missing:
+        notes = (f"the checkpoint lacks {', '.join(missing[:5])}{' ...' if missing[5:] else ''}: randomly initialized",)
+    return Source(
+        model=model.eval(),
+        name=name,
+        kind="transformers",
+        architecture=type(model).__name__,
+        folder=folder,
+        num_bytes=sum(file.stat().st_size for file in files),
+        hashes={file.name: sha256(file) for file in files},
+        notes=notes,
+    )
+
+
+def transformers_class(config: Any) -> Any:
+    """The class a config names; `AutoModel` when it names none that transformers has."""
+    import transformers
+
+    for architecture in getattr(config, "architectures", None) or []:
+        found = getattr(transformers, architecture, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    return transformers.AutoModel
+
+
+def open_custom(name: str, weights: Path | None) -> Source:
+    model = call_factory(name)
+    notes: tuple[str, ...] = ("no --weights given: the factory's own weights are used",)
+    num_bytes, hashes = 0, {}
+    if weights is not None:
+        state = read_weights(weights)
+        check_finite(state, str(weights))
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ModelError(f"{weights}: does not fit {name}: {str(error).splitlines()[-1].strip()}") from None
+        notes, num_bytes, hashes = (), weights.stat().st_size, {weights.name: sha256(weights)}
+    return Source(model.eval(), name, "custom", name, None, num_bytes, hashes, notes)
+
+
+def open_artifact(name: str, folder: Path) -> Source:
+    from tersor.checkpoint.artifact import load, read_manifest
+
+    manifest = read_manifest(folder)
+    factory = manifest["model"].get("factory")
+    model = load(folder, model=call_factory(factory) if factory else None)
+    file = folder / "model.safetensors"
+    hashes = {file.name: manifest["files"][file.name]["sha256"]}
+    architecture = manifest["model"].get("class") or factory
+    return Source(model, name, "artifact", architecture, folder, file.stat().st_size, hashes)
+
+
+def call_factory(name: str) -> nn.Module:
+    """Import `package.module:factory` (the working folder is on the path) and call it."""
+    model = import_object(name, "model factory")()
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{name} returned {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def import_object(name: str, what: str) -> Any:
+    """What `package.module:name` names. Raises InputError when it cannot be imported."""
+    module_name, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{what} '{name}': {error}; write 'package.module:function', importable from here") from None
+
+
+def from_hub(name: str) -> Path:
+    """Download a hub id's safe files; a path that does not exist is never looked up there."""
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if looks_like_path or Path(name).suffix in PICKLES:
+        raise ModelError(f"{name}: no such file or folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub client's errors have no common base of their own
+        raise ModelError(f"{name}: no such folder, and not on the hub either ({first_line(error)})") from None
+
+
+def quiet_transformers() -> None:
+    """tersor shows its own progress and its own errors."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

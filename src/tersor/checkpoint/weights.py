@@ -1,0 +1,53 @@
+"""Safetensors files in and out, with errors that say the file, the tensor and the way out."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tersor.errors import ArtifactError, ModelError
+
+METADATA = {"format": "pt"}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write one file; raises ArtifactError when the disk or the place refuses."""
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, METADATA)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path}: cannot write the weights: {error}") from None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file. Raises ModelError for pickles and damaged files."""
+    refuse_pickle(path)
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path}: not a whole safetensors file ({error}); download or save it again") from None
+
+
+def refuse_pickle(path: Path) -> None:
+    if path.suffix.lower() in PICKLES:
+        raise ModelError(
+            f"{path}: a pickle can run any code when it is opened, so tersor does not. If you trust it, convert it: "
+            f'python -c "import torch, safetensors.torch as s; '
+            f"s.save_file(torch.load('{path.name}', map_location='cpu', weights_only=True), 'model.safetensors')\""
+        )
+
+
+def check_finite(tensors: Mapping[str, Tensor], place: str) -> None:
+    """Raises ModelError naming the first tensor with a NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            num_bad = int((~torch.isfinite(tensor)).sum())
+            raise ModelError(
+                f"{place}: {name}: {num_bad} of {tensor.numel()} values are NaN or infinite; retrain or repair it"
+            )

@@ -1,0 +1,278 @@
+"""The whole job of `tersor compress`: open, measure, choose, compress, write, load back, measure again, judge.
+
+What is measured is what was written: the artifact is loaded from its temporary folder before it is scored, and the
+folder appears under its own name only when everything went well.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tersor.budget.limit import Limit
+from tersor.budget.plan import CANDIDATES, measure_menus, plan_size
+from tersor.budget.search import Trial, nearest_points, search_drop, smallest_within
+from tersor.calibrate import gather
+from tersor.checkpoint.artifact import (
+    atomic_folder,
+    check_output,
+    load,
+    read_manifest,
+    save,
+    write_manifest,
+)
+from tersor.checkpoint.layout import size_of
+from tersor.checkpoint.source import Source, call_factory, open_model
+from tersor.compress import Progress, SiteReport, compress, silent
+from tersor.errors import BudgetError, InputError
+from tersor.measure.scorecard import Scorecard, Subject, machine, measure
+from tersor.measure.verdict import Tolerance, Verdict, judge
+from tersor.recipe import Recipe
+from tersor.report.card import model_card
+from tersor.schemes import KEEP
+from tersor.tasks import Task, open_task
+
+
+@dataclass(frozen=True)
+class TaskChoice:
+    """What the user says about the task; each field is a flag of the command line."""
+
+    task: str | None = None
+    data: Path | None = None
+    calibration: Path | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the user allows; each field is a flag of the command line. Without size, ratio and bits, `drop` is searched."""
+
+    size: str | None = None
+    ratio: str | None = None
+    bits: float | None = None
+    drop: str | None = None
+
+    @property
+    def is_set(self) -> bool:
+        return any(value is not None for value in (self.size, self.ratio, self.bits, self.drop))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `tersor compress` made, measured and concluded."""
+
+    output: Path
+    recipe: Recipe
+    sites: list[SiteReport]
+    scorecards: list[Scorecard]
+    verdict: Verdict
+    limit: Limit | None
+    trials: list[Trial]
+    task: str
+    notes: list[str]
+    manifest: dict[str, Any]
+
+
+DEFAULT_DROP = "1%"
+
+
+def compress_to_folder(
+    model: str,
+    output: Path,
+    *,
+    weights: Path | None = None,
+    task_choice: TaskChoice = TaskChoice(),
+    budget: Budget = Budget(),
+    recipe: Recipe | None = None,
+    formats: Sequence[str] = (),
+    rules: dict[str, str] | None = None,
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    batch_sizes: Sequence[int] = (1, 32),
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+    on_trial: Callable[[Trial], None] = lambda trial: None,
+) -> Outcome:
+    """Make `output` from `model`. Raises a TersorError with the way out, and then leaves nothing behind."""
+    check_output(output, overwrite)
+    tolerance = Tolerance.parse(budget.drop or DEFAULT_DROP)
+    given = check_choices(budget, recipe, formats, rules, exclude, seed)
+    torch.manual_seed(seed)
+    progress("opening the model", 0, 1)
+    source = open_model(model, weights=weights, trust_remote_code=trust_remote_code)
+    if source.kind == "artifact":
+        raise InputError(f"{model} is a tersor artifact already; compress the original model instead")
+    progress("opening the model", 1, 1)
+    original_bytes = source.num_bytes or size_of(source.model)
+    num_parameters = sum(parameter.numel() for parameter in source.model.parameters())
+    limit = Limit.of(
+        original_bytes=original_bytes,
+        num_parameters=num_parameters,
+        size=budget.size,
+        ratio=budget.ratio,
+        bits=budget.bits,
+    )
+    task = open_task_for(source, task_choice)
+    task.prepare(source.model)
+    progress("evaluating the original", 0, 1)
+    original = task.score(source.model, "eval")
+    progress("evaluating the original", 1, 1)
+    stats = gather(source.model, task, seed=seed, progress=progress)
+    notes, trials = list(source.notes), []
+    if recipe is None and given is None:
+        step = Recipe.of(KEEP, rules, exclude).steps[0]
+        menus = measure_menus(source.model, stats, step, formats or CANDIDATES, progress)
+        if limit is not None:
+            recipe = plan_size(source.model, menus, limit, seed)
+        else:
+            trials = search_drop(
+                source.model, task, original, menus, tolerance, stats, seed=seed, progress=progress, on_trial=on_trial
+            )
+            best = smallest_within(trials)
+            if best is None:
+                raise BudgetError(
+                    f"--drop {tolerance}: no size tried can be defended with {original.num_examples} examples; "
+                    f"nearest points: {nearest_points(trials)}. More examples or a larger --drop would help"
+                )
+            recipe = best.recipe
+    recipe = recipe or given
+    assert recipe is not None
+    made = compress(source.model, recipe, stats=stats, progress=progress)
+    with atomic_folder(output, overwrite) as folder:
+        save(made.model, folder, source=source.folder, manifest=about(source))
+        loaded = load(folder, model=call_factory(source.architecture) if source.kind == "custom" else None)
+        progress("evaluating the compressed model", 0, 1)
+        scores = task.score(loaded, "eval")
+        progress("evaluating the compressed model", 1, 1)
+        folder_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        subjects = [
+            Subject("original", source.model, original_bytes),
+            Subject("compressed", loaded, (folder / "model.safetensors").stat().st_size, folder_bytes),
+        ]
+        cards = measure(subjects, [original, scores], task, batch_sizes=batch_sizes, progress=progress)
+        verdict = chosen_verdict(trials) or judge(original, scores, tolerance, seed=seed)
+        manifest = read_manifest(folder) | {
+            "source": {"name": source.name, "hashes": source.hashes, "bytes": original_bytes},
+            "task": {"name": task.name, "description": task.description, "fingerprint": task.fingerprint},
+            "recipe": recipe.model_dump(mode="json"),
+            "seed": seed,
+            "limit": {"text": limit.text, "bytes": limit.num_bytes} if limit else None,
+            "site_reports": [report.to_dict() for report in made.sites],
+            "scorecards": [card.to_dict() for card in cards],
+            "verdict": verdict.to_dict(),
+            "trials": [{"bytes": t.num_bytes, "score": t.score, "verdict": t.verdict.to_dict()} for t in trials],
+            "machine": machine(),
+            "notes": notes,
+        }
+        write_manifest(folder, manifest)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(output.name, manifest, verdict, cards), encoding="utf-8")
+    return Outcome(output, recipe, made.sites, cards, verdict, limit, trials, task.description, notes, manifest)
+
+
+def check_choices(
+    budget: Budget,
+    recipe: Recipe | None,
+    formats: Sequence[str],
+    rules: dict[str, str] | None,
+    exclude: Sequence[str],
+    seed: int,
+) -> Recipe | None:
+    """The recipe that flags alone spell out; None when a budget or a recipe file decides. Contradictions are refused."""
+    sized = budget.size or budget.ratio or budget.bits
+    if recipe is not None:
+        if sized or formats or rules or exclude:
+            raise InputError("--recipe says everything already; leave out the budget, --format, --rule and --exclude")
+        return None
+    for text in formats:
+        Recipe.of(text)
+    Recipe.of(KEEP, rules, exclude)
+    if sized or (budget.drop and not formats and not rules):
+        return None
+    if len(formats) > 1:
+        raise InputError(
+            "several --format are candidates for a budget; add --size, --ratio or --bits, or give one format"
+        )
+    if not formats and not rules:
+        raise InputError(
+            "say what you want: --size 8MB, --ratio 4x, --bits 4.2, --drop 1%, --format int4-g64 or --recipe FILE"
+        )
+    return Recipe.of(formats[0] if formats else KEEP, rules, exclude, seed)
+
+
+def chosen_verdict(trials: list[Trial]) -> Verdict | None:
+    """After a search, the verdict of the chosen trial, which was held to the search's stricter level."""
+    best = smallest_within(trials)
+    return best.verdict if best else None
+
+
+def open_task_for(source: Source, choice: TaskChoice) -> Task:
+    """The task, with the model's tokenizer where it has one."""
+    tokenizer = config = None
+    if source.folder is not None and re.search(r"tokenizer|vocab", " ".join(p.name for p in source.folder.iterdir())):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    config = getattr(source.model, "config", None)
+    return open_task(
+        choice.task,
+        choice.data,
+        tokenizer=tokenizer,
+        config=config,
+        model_folder=source.folder,
+        calibration=choice.calibration,
+        options=choice.options,
+    )
+
+
+def about(source: Source) -> dict[str, Any]:
+    if source.kind == "custom":
+        return {"model": {"class": type(source.model).__name__, "factory": source.architecture}}
+    return {"model": {"class": source.architecture}}
+
+
+def evaluate_model(
+    model: str,
+    *,
+    weights: Path | None = None,
+    task_choice: TaskChoice = TaskChoice(),
+    batch_sizes: Sequence[int] = (1, 32),
+    progress: Progress = silent,
+) -> tuple[Scorecard, str]:
+    """The scorecard of one model or artifact, and what it was measured on."""
+    cards, description, _ = compare_models(
+        [model], [weights], task_choice=task_choice, batch_sizes=batch_sizes, progress=progress
+    )
+    return cards[0], description
+
+
+def compare_models(
+    names: Sequence[str],
+    weights: Sequence[Path | None] = (),
+    *,
+    task_choice: TaskChoice = TaskChoice(),
+    drop: str = DEFAULT_DROP,
+    seed: int = 0,
+    batch_sizes: Sequence[int] = (1, 32),
+    progress: Progress = silent,
+) -> tuple[list[Scorecard], str, list[Verdict]]:
+    """Scorecards of all models, measured together, and each one's verdict against the first."""
+    tolerance = Tolerance.parse(drop)
+    torch.manual_seed(seed)
+    files = [*weights, *[None] * (len(names) - len(weights))]
+    sources = [open_model(name, weights=file) for name, file in zip(names, files, strict=True)]
+    task = open_task_for(sources[0], task_choice)
+    task.prepare(sources[0].model)
+    scores = []
+    for done, source in enumerate(sources):
+        progress("evaluating", done, len(sources))
+        scores.append(task.score(source.model, "eval"))
+    progress("evaluating", len(sources), len(sources))
+    subjects = [Subject(s.name, s.model, s.num_bytes or size_of(s.model)) for s in sources]
+    cards = measure(subjects, scores, task, batch_sizes=batch_sizes, progress=progress)
+    verdicts = [judge(scores[0], other, tolerance, seed=seed) for other in scores[1:]]
+    return cards, task.description, verdicts
