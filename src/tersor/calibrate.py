@@ -4,14 +4,15 @@ The curvature of the loss. To second order, changing the weights W of a site by 
 
     1/2 sum_ij F_ij D_ij^2,    F_ij = E[(dL/dW_ij)^2]
 
-where F is the diagonal of the Fisher information (Amari 1998; as a pruning and quantization saliency: Theis et al. 2018,
+where F is the diagonal of the Fisher information (Amari 1998; as a saliency for pruning: Theis et al. 2018,
 https://arxiv.org/abs/1801.05787). For it to be the curvature of the divergence from the *original* model, the loss is
 not taken against labels: for logits, classes are sampled from the model's own distribution; for embeddings and values,
 the output is projected on random directions, whose squared gradient is the curvature of half the squared distance
 (for unit embeddings: of 1 - cosine). Examples are independent and their gradients have mean zero, so the square of a
 batch's gradient sum estimates the sum of the examples' squares.
 
-F is kept as its row and column sums (Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235): `F_ij = row_i column_j`.
+F is kept as its row and column sums (Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235):
+`F_ij = row_i column_j`.
 """
 
 from collections.abc import Callable

@@ -90,8 +90,8 @@ def compress_site(model: nn.Module, site: Site, scheme: Scheme, stats: Stats) ->
     check_finite(site, weight)
     try:
         encoded = scheme.method.compress(weight, scheme.format, stats)
-    except TersorError as error:
-        raise type(error)(f"{site.name}: {error}; or exclude it with --exclude '{site.name}'") from None
+    except TersorError as problem:
+        raise type(problem)(f"{site.name}: {problem}; or exclude it with --exclude '{site.name}'") from None
     activation = None
     if scheme.activation and site.takes_activation(model):
         activation = Activation(scheme.activation, ACTIVATIONS[scheme.activation].fit(stats))

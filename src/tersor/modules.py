@@ -118,6 +118,8 @@ class InputQuantizer(Stored):
 class PackedLinear(nn.Module):
     """A linear map whose weight is packed and whose input may be quantized."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, packed: PackedWeight, bias: nn.Parameter | None, activation: Activation | None):
         super().__init__()
         self.packed = packed
@@ -143,15 +145,17 @@ class PackedLinear(nn.Module):
 class PackedConv(nn.Module):
     """Conv1d, Conv2d or Conv3d with a packed weight."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, packed: PackedWeight, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d):
         super().__init__()
         self.packed = packed
-        self.register_parameter("bias", conv.bias)
+        self.register_parameter("bias", conv.bias)  # type: ignore[arg-type]
         self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
         self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
         self.padding, self.padding_mode = conv.padding, conv.padding_mode
-        self.padding_around = conv._reversed_padding_repeated_twice
-        self.convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(conv.kernel_size)]
+        self.padding_around: list[int] = conv._reversed_padding_repeated_twice
+        self.convolve: Callable[..., Tensor] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(conv.kernel_size)]
 
     @property
     def weight(self) -> Tensor:

@@ -48,7 +48,7 @@ class TaskChoice:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the user allows; each field is a flag of the command line. Without size, ratio and bits, `drop` is searched."""
+    """What the user allows; each field is a flag. Without size, ratio and bits, `drop` is searched."""
 
     size: str | None = None
     ratio: str | None = None
@@ -182,7 +182,7 @@ def check_choices(
     exclude: Sequence[str],
     seed: int,
 ) -> Recipe | None:
-    """The recipe that flags alone spell out; None when a budget or a recipe file decides. Contradictions are refused."""
+    """The recipe that flags spell out; None when a budget or a recipe file decides. Contradictions are refused."""
     sized = budget.size or budget.ratio or budget.bits
     if recipe is not None:
         if sized or formats or rules or exclude:

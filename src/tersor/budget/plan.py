@@ -5,6 +5,7 @@ which are independent), and the squared error is weighed by the loss's curvature
 error relative to the weights stands in.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -67,7 +68,7 @@ def measure_menus(
         site_stats = site_curvature(site, stats.get(site.name, Stats()), weight, floor)
         sampled = weight[rows]
         sampled_stats = Stats(site_stats.row_weight[rows] * scale, site_stats.column_weight)  # type: ignore[index]
-        options = [option(site, scheme, sampled, sampled_stats, model) for scheme in schemes]
+        options = [option(site, scheme, sampled, sampled_stats) for scheme in schemes]
         menus.append(Menu(site, options))
     progress("measuring formats", len(sites), len(sites))
     return menus
@@ -81,19 +82,15 @@ def fits(scheme: Scheme | None, site: Site) -> bool:
     return scheme is None or scheme.format.misfit(site.shape) is None
 
 
-def option(site: Site, scheme: Scheme | None, weight: Tensor, stats: Stats, model: nn.Module) -> Option:
+def option(site: Site, scheme: Scheme | None, weight: Tensor, stats: Stats) -> Option:
     """Bytes and predicted loss of one scheme at one site; `weight` and `stats` are those of the sampled rows."""
     if scheme is None:
         return Option(KEEP, site.num_weights * site.dtype.itemsize, 0.0)
-    method_stats = Stats(column_weight=stats.column_weight)
-    encoded = scheme.method.compress(weight, scheme.format, method_stats)
-    layout = scheme.format.layout(site.shape)
-    per_row = encoded.num_bytes / weight.shape[0]  # for parts whose size depends on the data
-    fixed = all(None not in shape for _, shape in layout.values())
-    num_bytes = (
-        sum(d.itemsize * torch.Size(s).numel() for d, s in layout.values()) if fixed else per_row * site.shape[0]
-    )
-    return Option(str(scheme), int(num_bytes), stats.loss(encoded.decode() - weight))
+    encoded = scheme.method.compress(weight, scheme.format, Stats(column_weight=stats.column_weight))
+    num_bytes, exact = fixed_bytes(scheme, site)
+    if not exact:  # the values of a sparse format: as many per row as the sample had
+        num_bytes = round(encoded.num_bytes * site.shape[0] / weight.shape[0])
+    return Option(str(scheme), num_bytes, stats.loss(encoded.decode() - weight))
 
 
 def sample_rows(site: Site, stats: Stats) -> tuple[Tensor, Tensor]:
@@ -179,14 +176,20 @@ def planned_size(kept: list[tuple[str, torch.dtype, tuple[int, ...]]], menus: li
             continue
         for part, (dtype, shape) in scheme.format.layout(site.shape).items():
             if None in shape:  # values of a sparse format: their bytes were measured, only the header entry is added
-                shape, extra = (0,), extra + option.num_bytes - fixed_bytes(scheme, site)
+                shape, extra = (0,), extra + option.num_bytes - fixed_bytes(scheme, site)[0]
             tensors.append((f"{site.parameter}.{part}", dtype, shape))  # type: ignore[arg-type]
     return file_size(tensors, METADATA) + extra
 
 
-def fixed_bytes(scheme: Scheme, site: Site) -> int:
+def fixed_bytes(scheme: Scheme, site: Site) -> tuple[int, bool]:
+    """Bytes of the parts whose size the shape fixes, and whether that is all of them."""
     layout = scheme.format.layout(site.shape).values()
-    return sum(d.itemsize * torch.Size(s).numel() for d, s in layout if None not in s)  # type: ignore[arg-type]
+    sizes = [
+        dtype.itemsize * math.prod(side for side in shape if side is not None)
+        for dtype, shape in layout
+        if None not in shape
+    ]
+    return sum(sizes), len(sizes) == len(layout)
 
 
 def recipe_of(menus: list[Menu], chosen: list[Option], seed: int) -> Recipe:

@@ -60,10 +60,11 @@ def save(
         manifest: more keys for `tersor.json`.
     """
     folder = Path(folder)
+    config = getattr(model, "config", None)
     if source is not None:
         copy_side_files(source, folder)
-    elif hasattr(model, "config") and hasattr(model.config, "save_pretrained"):
-        model.config.save_pretrained(folder)
+    elif config is not None and hasattr(config, "save_pretrained"):
+        config.save_pretrained(folder)
     write_weights(tensors_of(model), folder / WEIGHTS)
     is_transformers = (folder / "config.json").exists()
     about = {"class": type(model).__name__} if is_transformers else {"class": type(model).__name__, "factory": None}
@@ -248,7 +249,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well, and vanishes when it does not."""
+    """A temporary folder beside `folder`: takes its place when the block ends well, vanishes when it does not."""
     check_output(folder, overwrite)
     target = folder.absolute()
     try:

@@ -94,7 +94,7 @@ def open_transformers(name: str, folder: Path, trust_remote_code: bool) -> Sourc
             f"{name}: transformers cannot load it as {model_class.__name__}: {first_line(error)}"
         ) from None
     missing = sorted(info["missing_keys"])
-    notes = ()
+    notes: tuple[str, ...] = ()
     if missing:
         notes = (f"the checkpoint lacks {', '.join(missing[:5])}{' ...' if missing[5:] else ''}: randomly initialized",)
     return Source(

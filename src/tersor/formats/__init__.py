@@ -6,20 +6,18 @@ from tersor.formats.contract import Format
 from tersor.formats.float_cast import FloatCast
 from tersor.formats.int_group import IntGroup
 
-FORMATS: dict[str, Format] = {
-    format.name: format
-    for format in [
-        FloatCast("fp16"),
-        FloatCast("bf16"),
-        *(
-            IntGroup(bits, group_size, symmetric)
-            for bits in (8, 6, 5, 4, 3, 2)
-            for group_size in (None, 128, 64, 32)
-            for symmetric in (True, False)
-        ),
-        Bitmask(),
-    ]
-}
+ROWS: list[Format] = [
+    FloatCast("fp16"),
+    FloatCast("bf16"),
+    *(
+        IntGroup(bits, group_size, symmetric)
+        for bits in (8, 6, 5, 4, 3, 2)
+        for group_size in (None, 128, 64, 32)
+        for symmetric in (True, False)
+    ),
+    Bitmask(),
+]
+FORMATS = {format.name: format for format in ROWS}
 
 
 def format_named(name: str) -> Format:

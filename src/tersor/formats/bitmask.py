@@ -22,7 +22,8 @@ class Bitmask:
         mask: packed bits `[out, ceil(in / 8)]` uint8, least significant bit first.
         values: the kept weights `[kept]` fp16, row by row.
 
-    >>> sparse = Bitmask().encode(torch.tensor([[0.0, 2.0, 0.0, 3.0]]), {"mask": torch.tensor([[False, True, False, True]])})
+    >>> weight = torch.tensor([[0.0, 2.0, 0.0, 3.0]])
+    >>> sparse = Bitmask().encode(weight, Bitmask().fit(weight))
     >>> sparse.parts["mask"].tolist(), sparse.parts["values"].tolist()
     ([[10]], [2.0, 3.0])
     """

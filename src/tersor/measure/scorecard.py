@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -81,17 +82,16 @@ def measure(
     one = next(iter(task.batches("eval", batch_size=1)))
     models = [subject.model for subject in subjects]
     latencies: list[list[Latency]] = [[] for _ in subjects]
-    for done, (size, batch) in enumerate(batches.items()):
+    for done, (batch_size, batch) in enumerate(batches.items()):
         progress("timing", done, len(batches))
-        found = measure_latency(models, lambda model, batch=batch: task.forward(model, batch), batch_size=size)
+        found = measure_latency(models, partial(forward, task, batch), batch_size=batch_size)
         for latency, kept in zip(found, latencies, strict=True):
             kept.append(latency)
     progress("timing", len(batches), len(batches))
     cards = []
     for subject, score, latency_list in zip(subjects, scores, latencies, strict=True):
         size = measure_size(subject.model)
-        largest = batches[max(batches)]
-        peak = measure_peak_memory(subject.model, lambda model: task.forward(model, largest), size.num_bytes)
+        peak = measure_peak_memory(subject.model, partial(forward, task, batches[max(batches)]), size.num_bytes)
         cards.append(
             Scorecard(
                 name=subject.name,
@@ -100,7 +100,7 @@ def measure(
                 memory_bytes=size.num_bytes,
                 num_parameters=size.num_parameters,
                 num_nonzeros=size.num_nonzeros,
-                macs=count_macs(subject.model, lambda model: task.forward(model, one)),
+                macs=count_macs(subject.model, partial(forward, task, one)),
                 peak_memory=peak,
                 latency=latency_list,
                 metric=score.metric.name,
@@ -111,6 +111,10 @@ def measure(
             )
         )
     return cards
+
+
+def forward(task: Task, batch: Any, model: nn.Module) -> object:
+    return task.forward(model, batch)
 
 
 def machine() -> dict[str, Any]:

@@ -6,4 +6,5 @@ from tersor.methods.magnitude import Magnitude
 from tersor.methods.mse import Mse
 from tersor.methods.nearest import Nearest
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in [Nearest, Mse, Hqq, Magnitude]}
+ROWS: list[type[Method]] = [Nearest, Mse, Hqq, Magnitude]
+METHODS = {method.name: method for method in ROWS}

@@ -1,7 +1,7 @@
 """The model card: what was done, what it cost, and how to load it. Everything in it is read from the manifest."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tersor.measure.scorecard import Scorecard
@@ -45,52 +45,58 @@ model = tersor.load("{name}"{argument})
 
 The whole recipe is in `recipe.yaml`; every number, site and hash is in `tersor.json`.
 
-Measured with torch {about["torch"]}, transformers {about["transformers"]}, Python {about["python"]}, on {about["processor"]}
-({about["cpu_capability"]}), {about["num_threads"]} threads, seed {manifest["seed"]}.
+Measured with torch {about["torch"]}, transformers {about["transformers"]}, Python {about["python"]}, on
+{about["processor"]} ({about["cpu_capability"]}), {about["num_threads"]} threads, seed {manifest["seed"]}.
 """
 
 
-def comparison(original: Scorecard, compressed: Scorecard) -> list[tuple[str, str, str]]:
-    """Rows of label, original, compressed, for tables of any kind."""
-    both = (original, compressed)
+def comparison(original: Scorecard, compressed: Scorecard) -> list[tuple[str, ...]]:
+    """Rows of label, original, compressed, with the ratios that matter."""
+    rows = [list(row) for row in scorecard_rows([original, compressed])]
+    rows[0][2] += f" ({original.file_bytes / compressed.file_bytes:.2f}x smaller)"
+    for row, after in zip(rows[-len(compressed.latency) :], compressed.latency, strict=True):
+        low, high = after.speedup_interval
+        found = f"{after.speedup:.2f}x [{low:.2f}, {high:.2f}]"
+        row[2] += " (no difference measured)" if low <= 1 <= high else f" ({found} the speed)"
+    return [tuple(row) for row in rows]
 
-    def row(label: str, show: Any) -> tuple[str, str, str]:
-        before, after = (show(card) for card in both)
-        return label, before, after
 
-    ratio = original.file_bytes / compressed.file_bytes
-    rows = [
-        ("weights file", megabytes(original.file_bytes), f"{megabytes(compressed.file_bytes)} ({ratio:.2f}x smaller)"),
+def scorecard_rows(cards: Sequence[Scorecard]) -> list[tuple[str, ...]]:
+    """One row per quantity, one column per scorecard; latencies last."""
+    first = cards[0]
+
+    def row(label: str, show: Callable[[Scorecard], str]) -> tuple[str, ...]:
+        return (label, *(show(card) for card in cards))
+
+    rows = [row("weights file", lambda c: megabytes(c.file_bytes))]
+    if any(card.folder_bytes is not None for card in cards):
+        rows.append(row("whole folder", lambda c: megabytes(c.folder_bytes)))
+    rows += [
         row("bits per parameter (whole file)", lambda c: f"{c.bits_per_parameter:.2f}"),
         row("tensors in memory", lambda c: megabytes(c.memory_bytes)),
-        row("peak memory", lambda c: megabytes(c.peak_memory) if c.peak_memory is not None else "not measured"),
+        row("peak memory", lambda c: megabytes(c.peak_memory)),
         row("parameters", lambda c: f"{c.num_parameters:,}"),
         row("non-zero", lambda c: f"{c.num_nonzeros:,}"),
         row("MACs per example", lambda c: f"{c.macs:,}"),
-        row(original.metric, lambda c: f"{c.score:.4f} [{c.score_interval[0]:.4f}, {c.score_interval[1]:.4f}]"),
+        row(first.metric, lambda c: f"{c.score:.4f} [{c.score_interval[0]:.4f}, {c.score_interval[1]:.4f}]"),
     ]
-    rows += [
-        row(extra, lambda c, e=extra: f"{c.extras[e]:.4f}") for extra in original.extras if extra in compressed.extras
-    ]
-    for before, after in zip(original.latency, compressed.latency, strict=True):
-        low, high = after.speedup_interval
-        verb = "no difference measured" if low <= 1 <= high else f"{after.speedup:.2f}x [{low:.2f}, {high:.2f}]"
-        rows.append(
-            (
-                f"latency, batch {before.batch_size}, {before.num_threads} threads (p50 / p95)",
-                f"{before.p50:.2f} / {before.p95:.2f} ms",
-                f"{after.p50:.2f} / {after.p95:.2f} ms ({verb})",
-            )
-        )
-    if compressed.folder_bytes is not None:
-        rows.insert(1, ("whole folder", "", megabytes(compressed.folder_bytes)))
+    rows += [row(key, lambda c, key=key: f"{c.extras[key]:.4f}") for key in shared_extras(cards)]  # type: ignore[misc]
+    for index, latency in enumerate(first.latency):
+        label = f"latency, batch {latency.batch_size}, {latency.num_threads} threads (p50 / p95)"
+        rows.append(row(label, lambda c, i=index: f"{c.latency[i].p50:.2f} / {c.latency[i].p95:.2f} ms"))  # type: ignore[misc]
     return rows
 
 
-def megabytes(num_bytes: int) -> str:
-    """Decimal megabytes.
+def shared_extras(cards: Sequence[Scorecard]) -> list[str]:
+    return [key for key in cards[0].extras if all(key in card.extras for card in cards)]
+
+
+def megabytes(num_bytes: int | None) -> str:
+    """Decimal megabytes; a dash for what was not measured.
 
     >>> megabytes(12_345_678), megabytes(4_321)
     ('12.35 MB', '4.32 kB')
     """
+    if num_bytes is None:
+        return "-"
     return f"{num_bytes / 1e6:.2f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.2f} kB"

@@ -1,0 +1,48 @@
+"""`tersor compare A B`: two models measured side by side, and the verdict of B against A."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tersor.cli import options
+from tersor.cli.console import out, print_json, print_table, progress_bars
+from tersor.report.card import comparison
+from tersor.workflow import compare_models
+
+
+def compare(
+    a: Annotated[str, typer.Argument(help="The reference: folder, hub id, artifact, or package.module:factory.")],
+    b: Annotated[str, typer.Argument(help="The model that is judged.")],
+    weights: Annotated[
+        list[Path] | None, typer.Option(help="Safetensors state dicts of A and B, in this order.")
+    ] = None,
+    task: options.TaskName = None,
+    data: options.Data = None,
+    calibration: options.Calibration = None,
+    task_option: options.TaskOption = None,
+    drop: options.Drop = "1%",
+    batch: options.Batch = "1,32",
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+    json: options.Json = False,
+) -> None:
+    """Measure two models on the same examples, in turn, and judge the difference."""
+    options.set_threads(threads)
+    with progress_bars(json) as progress:
+        cards, description, verdicts = compare_models(
+            [a, b],
+            weights or [],
+            task_choice=options.task_choice(task, data, calibration, task_option),
+            drop=drop,
+            seed=seed,
+            batch_sizes=options.batch_sizes(batch),
+            progress=progress,
+        )
+    if json:
+        found = {"scorecards": [card.to_dict() for card in cards], "verdict": verdicts[0].to_dict()}
+        print_json(found | {"measured_on": description})
+        return
+    print_table("side by side", ["", a, b], comparison(*cards))
+    out.print(f"measured on: {description}", markup=False, highlight=False)
+    out.print(f"verdict: {verdicts[0].sentence()}", style="bold", markup=False, highlight=False)

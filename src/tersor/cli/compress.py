@@ -1,0 +1,122 @@
+"""`tersor compress MODEL --size 8MB -o OUT`: the main job."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tersor.cli import options
+from tersor.cli.console import err, out, print_json, print_table, progress_bars
+from tersor.errors import InputError
+from tersor.recipe import Recipe
+from tersor.report.card import comparison, megabytes
+from tersor.workflow import Budget, Outcome, compress_to_folder
+
+
+def compress(
+    model: Annotated[
+        str, typer.Argument(help="Hugging Face folder or hub id, or package.module:factory (with --weights).")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")],
+    size: Annotated[str | None, typer.Option(help="Budget: the weights file, such as 8MB or 1.5GiB.")] = None,
+    ratio: Annotated[
+        str | None, typer.Option(help="Budget: times smaller than the original weights, such as 6x.")
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="Budget: bits per parameter of the whole file, over all parameters.")
+    ] = None,
+    drop: Annotated[
+        str | None,
+        typer.Option(
+            help="Largest tolerated loss of the score: 1% or 0.01. Alone: find the smallest model within it. "
+            "With another budget: the tolerance of the verdict (default 1%)."
+        ),
+    ] = None,
+    format: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Scheme for every site, such as int4-g64, hqq:int4-g64-asym, int8-dynamic. "
+            "With a budget, repeat it to name the candidates."
+        ),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Method for --format, such as nearest, mse, hqq.")] = None,
+    rule: Annotated[
+        list[str] | None, typer.Option(help="PATTERN=SCHEME for some sites, such as '*.embeddings.*=int8-g32'.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of sites to leave as they are.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe file; the one used is saved in the artifact.")] = None,
+    weights: options.Weights = None,
+    task: options.TaskName = None,
+    data: options.Data = None,
+    calibration: options.Calibration = None,
+    task_option: options.TaskOption = None,
+    batch: options.Batch = "1,32",
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a tersor artifact.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
+    json: options.Json = False,
+) -> None:
+    """Make a model smaller under a budget, and prove what it cost."""
+    options.set_threads(threads)
+    with progress_bars(json) as progress:
+        outcome = compress_to_folder(
+            model,
+            output,
+            weights=weights,
+            task_choice=options.task_choice(task, data, calibration, task_option),
+            budget=Budget(size, ratio, bits, drop),
+            recipe=Recipe.from_file(recipe) if recipe else None,
+            formats=with_method(format or [], method),
+            rules=dict(parse_rule(text) for text in rule or []),
+            exclude=exclude or [],
+            seed=seed,
+            batch_sizes=options.batch_sizes(batch),
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if json:
+        print_json({"output": str(outcome.output), **outcome.manifest})
+    else:
+        show(outcome)
+
+
+def with_method(formats: list[str], method: str | None) -> list[str]:
+    """`--method hqq --format int4-g64-asym` is short for `--format hqq:int4-g64-asym`."""
+    if method is None:
+        return formats
+    if not formats:
+        raise InputError(f"--method {method} needs the --format it fills, such as --format int4-g64")
+    return [f"{method}:{text}" for text in formats]
+
+
+def parse_rule(text: str) -> tuple[str, str]:
+    pattern, equals, scheme = text.partition("=")
+    if not equals or not pattern or not scheme:
+        raise InputError(f"--rule '{text}' is not PATTERN=SCHEME; write for example '*.embeddings.*=int8-g32'")
+    return pattern, scheme
+
+
+def show(outcome: Outcome) -> None:
+    original, compressed = outcome.scorecards
+    for note in outcome.notes:
+        err.print("note:", note, style="yellow", markup=False, highlight=False)
+    if outcome.trials:
+        rows = [(megabytes(t.num_bytes), f"{t.score:.4f}", t.verdict.outcome) for t in outcome.trials]
+        print_table("trials of the search", ["weights file", original.metric, "verdict"], rows)
+    print_table("before and after", ["", "original", "compressed"], comparison(original, compressed))
+    out.print(f"measured on: {outcome.task}", markup=False, highlight=False)
+    if outcome.limit:
+        share = compressed.file_bytes / outcome.limit.num_bytes
+        out.print(
+            f"budget: {outcome.limit.text} = {megabytes(outcome.limit.num_bytes)}; used {share:.2%}", highlight=False
+        )
+    out.print(f"verdict: {outcome.verdict.sentence()}", style="bold", markup=False, highlight=False)
+    out.print(
+        f"artifact: {outcome.output}  (load it with tersor.load; recipe.yaml and tersor.json say how it was made)",
+        markup=False,
+        highlight=False,
+    )

@@ -1,0 +1,66 @@
+"""What the verbs share: tables to stdout, progress and errors to stderr, or one JSON object."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tersor.compress import Progress as Report
+from tersor.compress import silent
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+
+def fail(message: str, *, as_json: bool, status: int = 2) -> NoReturn:
+    """One message, and out."""
+    if as_json:
+        print(json.dumps({"error": message}))
+    else:
+        err.print("error:", message, style="red", markup=False, highlight=False)
+    sys.exit(status)
+
+
+def print_json(data: Any) -> None:
+    """The machine-readable result; the only thing on stdout."""
+    print(json.dumps(data, ensure_ascii=False, default=str))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Numbers to the right, names to the left. Wide cells fold; nothing is cut."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        numeric = index > 0 and all(str(row[index])[:1].isdigit() or str(row[index]) in ("", "-") for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell).replace("[", "\\[") for cell in row))
+    Console(width=max(out.width, 100) if not out.is_terminal else None).print(table)
+
+
+@contextmanager
+def progress_bars(as_json: bool) -> Iterator[Report]:
+    """A bar per kind of work, with rate and remaining time, on stderr; none under --json."""
+    if as_json:
+        yield silent
+        return
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=err) as progress:
+        bars: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in bars or (done == 0 and progress.tasks[bars[what]].finished):
+                bars[what] = progress.add_task(what, total=total)
+            progress.update(bars[what], completed=done, total=total)
+
+        yield report

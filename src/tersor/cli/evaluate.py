@@ -1,0 +1,38 @@
+"""`tersor evaluate MODEL`: the scorecard of one model."""
+
+from typing import Annotated
+
+import typer
+
+from tersor.cli import options
+from tersor.cli.console import out, print_json, print_table, progress_bars
+from tersor.report.card import scorecard_rows
+from tersor.workflow import evaluate_model
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, artifact, or package.module:factory.")],
+    weights: options.Weights = None,
+    task: options.TaskName = None,
+    data: options.Data = None,
+    calibration: options.Calibration = None,
+    task_option: options.TaskOption = None,
+    batch: options.Batch = "1,32",
+    threads: options.Threads = None,
+    json: options.Json = False,
+) -> None:
+    """Measure a model: bytes, memory, operations, latency, and its score with an interval."""
+    options.set_threads(threads)
+    with progress_bars(json) as progress:
+        card, description = evaluate_model(
+            model,
+            weights=weights,
+            task_choice=options.task_choice(task, data, calibration, task_option),
+            batch_sizes=options.batch_sizes(batch),
+            progress=progress,
+        )
+    if json:
+        print_json({"scorecard": card.to_dict(), "measured_on": description})
+        return
+    print_table(model, ["", "measured"], scorecard_rows([card]))
+    out.print(f"measured on: {description}", markup=False, highlight=False)

@@ -1,0 +1,51 @@
+"""`tersor formats`: the table of formats."""
+
+from tersor.activations import ACTIVATIONS
+from tersor.cli import options
+from tersor.cli.console import print_json, print_table
+from tersor.formats import FORMATS
+from tersor.formats.contract import Format
+from tersor.schemes import SHORTHANDS, usual_method
+
+EXAMPLE = (1024, 1024)
+
+
+def formats(json: options.Json = False) -> None:
+    """List the formats, their bits per weight, and the method each gets when none is named."""
+    rows = [
+        {"format": name, "bits_per_weight": bits_per_weight(format), "usual_method": usual_method(format)}
+        for name, format in FORMATS.items()
+    ]
+    if json:
+        print_json({"formats": rows, "activations": list(ACTIVATIONS), "shorthands": SHORTHANDS})
+        return
+    print_table(
+        "formats (bits per weight at 1024 x 1024, scales and zero points counted)",
+        ["format", "bits per weight", "usual method"],
+        [
+            (
+                r["format"],
+                f"{r['bits_per_weight']:.3f}" if r["bits_per_weight"] else "1 + 16 x density",
+                r["usual_method"],
+            )
+            for r in rows
+        ],
+    )
+    print_table(
+        "activations: write FORMAT/ACTIVATION",
+        ["activation", "short for"],
+        [(name, ", ".join(f"{k} = {v}" for k, v in SHORTHANDS.items() if v.endswith(name))) for name in ACTIVATIONS],
+    )
+
+
+def bits_per_weight(format: Format) -> float | None:
+    """None where it depends on the data."""
+    total = 0
+    for dtype, shape in format.layout(EXAMPLE).values():
+        num_values = 1
+        for side in shape:
+            if side is None:
+                return None
+            num_values *= side
+        total += 8 * dtype.itemsize * num_values
+    return total / (EXAMPLE[0] * EXAMPLE[1])

@@ -1,0 +1,129 @@
+"""`tersor inspect MODEL`: the sites, their shapes and sizes, and what each format would make of them."""
+
+from typing import Annotated, Any
+
+import typer
+
+from tersor.checkpoint.layout import kept_tensors, packed_sites, size_of
+from tersor.checkpoint.source import open_model
+from tersor.cli import options
+from tersor.cli.console import print_json, print_table
+from tersor.formats import FORMATS
+from tersor.report.card import megabytes
+from tersor.schemes import Scheme
+from tersor.sites import find_sites
+from tersor.stats import Stats
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, artifact, or package.module:factory.")],
+    weights: options.Weights = None,
+    format: Annotated[
+        list[str] | None, typer.Option(help="Formats of the cost table; default: a selection. 'all' for every one.")
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """List the sites of a model, what is kept, and the cost of every format."""
+    source = open_model(model, weights=weights)
+    file_bytes = source.num_bytes or size_of(source.model)
+    sites = find_sites(source.model)
+    packed = {site.name: module.format.name for site, module, _ in packed_sites(source.model)}
+    kept = {n: t for n, t in kept_tensors(source.model).items() if n not in {s.parameter for s in sites}}
+    kept_bytes = sum(tensor.nbytes for tensor in kept.values())
+    site_rows: list[dict[str, Any]] = [
+        {
+            "name": site.name,
+            "kind": site.kind,
+            "shape": list(site.shape),
+            "dtype": str(site.dtype).removeprefix("torch."),
+            "format": packed.get(site.name),
+            "weights": site.num_weights,
+            "tied": [".".join(place) for place in site.places[1:]],
+        }
+        for site in sites
+    ]
+    names = list(FORMATS) if format == ["all"] else format or SELECTION
+    costs = [cost_of(name, sites, kept_bytes, source.model) for name in names]
+    if json:
+        kept_rows = [{"name": n, "shape": list(t.shape), "bytes": t.nbytes} for n, t in kept.items()]
+        print_json(
+            {
+                "model": model,
+                "architecture": source.architecture,
+                "weights_file_bytes": file_bytes,
+                "sites": site_rows,
+                "kept": kept_rows,
+                "kept_bytes": kept_bytes,
+                "formats": costs,
+            }
+        )
+        return
+    num_weights = sum(site.num_weights for site in sites)
+    print_table(
+        f"{model}: {source.architecture}, {megabytes(file_bytes)}, {len(sites)} sites with {num_weights:,} weights",
+        ["site", "kind", "shape", "dtype", "format", "weights", "share", "tied to"],
+        [
+            (
+                row["name"],
+                row["kind"],
+                "x".join(map(str, row["shape"])),
+                row["dtype"],
+                row["format"] or "-",
+                f"{row['weights']:,}",
+                f"{row['weights'] / num_weights:.1%}",
+                ", ".join(row["tied"]),
+            )
+            for row in site_rows
+        ],
+    )
+    rows = [
+        (
+            c["format"],
+            megabytes(c["bytes"]),
+            f"{c['bits_per_weight']:.3f}",
+            f"{c['relative_error']:.5f}" if c["relative_error"] is not None else "-",
+            c["misfits"] or "",
+        )
+        for c in costs
+    ]
+    print_table(
+        f"cost of a format at every site it fits ({megabytes(kept_bytes)} are kept as they are and counted)",
+        ["format", "file, about", "bits per site weight", "relative error", "sites it does not fit"],
+        rows,
+    )
+
+
+SELECTION = [
+    "bf16",
+    *(f"int{bits}{group}" for bits in (8, 6, 5, 4, 3, 2) for group in ("", "-g32")),
+    "int4-g128",
+    "int4-g32-asym",
+    "bitmask",
+]
+SAMPLED_ROWS = 64
+
+
+def cost_of(name: str, sites: list, kept_bytes: int, model: object) -> dict:
+    """Bytes over all sites (those that do not fit stay as they are), and the error on a sample of rows."""
+    scheme = Scheme.parse(name)
+    num_bytes, bits, num_weights, squared, energy, misfits = kept_bytes, 0.0, 0, 0.0, 0.0, 0
+    for site in sites:
+        if scheme.format.misfit(site.shape):
+            misfits += 1
+            num_bytes += site.num_weights * site.dtype.itemsize
+            continue
+        rows = site.matrix(model)[:: max(1, site.shape[0] // SAMPLED_ROWS)]
+        encoded = scheme.method.compress(rows, scheme.format, Stats())
+        scale = site.shape[0] / rows.shape[0]
+        squared += float((encoded.decode() - rows).square().sum()) * scale
+        energy += float(rows.square().sum()) * scale
+        bits += 8 * encoded.num_bytes * scale
+        num_bytes += round(encoded.num_bytes * scale)
+        num_weights += site.num_weights
+    return {
+        "format": str(scheme),
+        "bytes": num_bytes,
+        "bits_per_weight": bits / max(1, num_weights),
+        "relative_error": (squared / energy) ** 0.5 if energy else None,
+        "misfits": misfits,
+    }

@@ -1,0 +1,83 @@
+"""Flags that several verbs take, and how their texts become values."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tersor.errors import InputError
+from tersor.workflow import TaskChoice
+
+Weights = Annotated[
+    Path | None, typer.Option(help="Safetensors state dict, for a MODEL given as package.module:factory.")
+]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        help="classification, similarity, perplexity, fidelity (the default: agreement with the original), "
+        "or your own as package.module:factory."
+    ),
+]
+Data = Annotated[
+    Path | None, typer.Option(help="The task's data. Without it: fidelity on the standard library's docstrings.")
+]
+Calibration = Annotated[
+    Path | None, typer.Option(help="Separate calibration data. Without it, a part of --data is held out.")
+]
+TaskOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task-option", help="KEY=VALUE for the task: batch_size, max_length, context, stride, ... Repeatable."
+    ),
+]
+Batch = Annotated[str, typer.Option(help="Batch sizes for latency, separated by commas.")]
+Drop = Annotated[str, typer.Option(help="Largest tolerated loss of the score: 1% (relative) or 0.01 (absolute).")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: what PyTorch chooses.")]
+
+
+def task_choice(task: str | None, data: Path | None, calibration: Path | None, options: list[str] | None) -> TaskChoice:
+    return TaskChoice(task, data, calibration, dict(key_value(text, "--task-option") for text in options or []))
+
+
+def key_value(text: str, flag: str) -> tuple[str, Any]:
+    """`context=512` as a pair; numbers become numbers, and `a,b,c` of numbers a tuple."""
+    key, equals, value = text.partition("=")
+    if not equals or not key or not value:
+        raise InputError(f"{flag} '{text}' is not KEY=VALUE")
+    return key.strip(), number(value.strip())
+
+
+def number(text: str) -> Any:
+    """
+    >>> number("512"), number("0.5,0.25"), number("mean")
+    (512, (0.5, 0.25), 'mean')
+    """
+    if "," in text:
+        return tuple(number(part.strip()) for part in text.split(","))
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def batch_sizes(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise InputError(f"--batch '{text}' is not a list of batch sizes; write for example 1,32")
+    return sizes
+
+
+def set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"--threads {threads} is not a number of threads; write for example 2")
+        torch.set_num_threads(threads)

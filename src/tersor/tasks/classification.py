@@ -1,0 +1,185 @@
+"""Classification: arrays, image folders or texts with labels; the metric is accuracy.
+
+data.npz                    x, y or x_test, y_test, and optionally x_train, y_train (which then calibrate)
+folder/class_name/*.png     classes in sorted order, or by the model's label2id
+data.csv (.tsv, .jsonl)     text,label; or any columns with a header naming text (or sentence) and label
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tersor.errors import DataError, InputError
+from tersor.scores import METRICS, Scores
+from tersor.tasks.arrays import ArrayInputs, Numbers, check_same_shape, examples, find_name, read_npz
+from tersor.tasks.contract import Output, Split
+from tersor.tasks.encoder import MAX_LENGTH, tokenize
+from tersor.tasks.images import find_images, open_images
+from tersor.tasks.inputs import Batch, Inputs, batches, check_classes, scatter, scoring
+from tersor.tasks.labels import Label, class_numbers
+from tersor.tasks.source import Source
+from tersor.tasks.split import Rows, split_rows
+from tersor.tasks.table import is_table, read_rows, read_texts
+from tersor.tasks.text import fingerprint
+
+COLUMNS = {"text": ("text", "sentence"), "label": ("label",)}
+EXPECTED = ".npz arrays, a folder of class_name/picture.png, or a csv, tsv or jsonl file with text,label"
+
+
+@dataclass(frozen=True, eq=False)
+class Classification:
+    """Labelled examples; a row is 1 where the largest logit is the label's, else 0.
+
+    Attributes:
+        labels: class numbers, -1 for calibration examples without one, `[example]`.
+    """
+
+    inputs: Inputs
+    labels: Int[np.ndarray, " example"]
+    rows: Rows
+    description: str
+    fingerprint: str
+    batch_size: int
+    name: str = "classification"
+    output: Output = "logits"
+
+    def prepare(self, original: nn.Module) -> None:
+        """Nothing: the labels come with the data."""
+
+    def batches(self, split: Split, batch_size: int | None = None) -> Iterator[Batch]:
+        """The split's examples (32 texts or 128 images at a time); `labels[batch.rows]` are theirs."""
+        return batches(self.inputs, self.rows[split], self.batch_size if batch_size is None else batch_size)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Float[Tensor, "row class_"]:
+        """Logits."""
+        return self.inputs.forward(model, batch)
+
+    def score(self, model: nn.Module, split: Split = "eval") -> Scores:
+        """Rows of one column, 1 correct or 0 wrong, in the order of the data."""
+        rows = self.rows[split]
+        if (self.labels[rows] < 0).any():
+            raise InputError(f"the {split} split was read without labels; score the eval split")
+        pieces = []
+        with scoring(model):
+            for batch in self.batches(split):
+                logits = self.forward(model, batch)
+                if logits.ndim != 2:
+                    raise InputError(f"the model gives logits {list(logits.shape)}; expected [example, class]")
+                check_classes(logits, max(2, int(self.labels.max()) + 1))
+                predicted = logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1).cpu().numpy()
+                pieces.append((batch.rows, (predicted == self.labels[batch.rows]).astype(np.float64)))
+        return Scores(METRICS["accuracy"], scatter(pieces, rows)[:, None])
+
+
+def open_classification(
+    source: Source,
+    *,
+    batch_size: int | None = None,
+    max_length: int = MAX_LENGTH,
+    image_size: int | None = None,
+    mean: Numbers = 0.0,
+    std: Numbers = 1.0,
+    max_examples: int | None = None,
+    calibration_examples: int = 128,
+) -> Classification:
+    """Read labelled arrays, pictures or texts; `mean` and `std` are on the [0, 1] scale."""
+    data = source.need_data("classification", EXPECTED)
+    inputs: Inputs
+    if data.is_dir():
+        paths, labels, num = _read_folder(data, source.calibration)
+        inputs = open_images(paths, image_size=image_size, mean=mean, std=std)
+        unit, how, default_batch = "pictures", f"size {image_size}" if image_size else "size as stored", 128
+    elif data.suffix.lower() == ".npz":
+        parts, labels = _read_arrays(data, source.calibration)
+        inputs, num = ArrayInputs(parts, mean, std), len(parts[0])
+        unit, how, default_batch = "rows", f"shape {list(parts[0].shape[1:])}", 128
+    else:
+        texts, labels, num = _read_texts(data, source)
+        inputs = tokenized = tokenize(texts, source, max_length=max_length, embedding=False)
+        unit, how, default_batch = "rows", tokenized.description, 32
+    numbers, note = class_numbers(labels, source.config, numeric=not data.is_dir())
+    rows = split_rows(
+        num,
+        len(labels) - num,
+        calibration_examples=calibration_examples,
+        max_examples=max_examples,
+        unit=unit,
+        separate=source.calibration_name or "x_train",
+    )
+    description = "; ".join(filter(None, [f"classification on {data.name}: {rows.description}", how, note]))
+    return Classification(inputs, numbers, rows, description, fingerprint(data), batch_size or default_batch)
+
+
+def _read_folder(data: Path, calibration: Path | None) -> tuple[list[Path], list[Label], int]:
+    paths = find_images(data)
+    labels = [Label(_class_of(path, data), str(path)) for path in paths]
+    if calibration is None:
+        return paths, labels, len(paths)
+    if not calibration.is_dir():
+        raise DataError(f"{calibration}: expected a folder of pictures, as the data is one")
+    more = find_images(calibration)
+    return paths + more, labels + [Label(None, str(path)) for path in more], len(paths)
+
+
+def _class_of(path: Path, folder: Path) -> str:
+    parts = path.relative_to(folder).parts
+    if len(parts) < 2:
+        raise DataError(f"{path}: lies in no class folder; expected {folder.name}/class_name/{path.name}")
+    return parts[0]
+
+
+def _read_arrays(data: Path, calibration: Path | None) -> tuple[tuple[np.ndarray, ...], list[Label]]:
+    """Input arrays (data, then calibration), and labels for all their rows."""
+    arrays = read_npz(data)
+    x_name = find_name(data, arrays, ("x_test", "x"))
+    x = examples(data, arrays, x_name)
+    y_name = find_name(data, arrays, (x_name.replace("x", "y"),))
+    labels = _array_labels(data, arrays[y_name], y_name, len(x))
+    if calibration is not None:
+        others = read_npz(calibration)
+        more = examples(calibration, others, find_name(calibration, others, ("x_train", "x", "x_test")))
+        labels = labels + [Label(None, str(calibration))] * len(more)
+    elif "x_train" in arrays:
+        more = examples(data, arrays, "x_train")
+        if "y_train" in arrays:
+            labels = labels + _array_labels(data, arrays["y_train"], "y_train", len(more))
+        else:
+            labels = labels + [Label(None, str(data))] * len(more)
+    else:
+        return (x,), labels
+    check_same_shape(calibration or data, (x, more))
+    return (x, more), labels
+
+
+def _array_labels(path: Path, y: np.ndarray, name: str, num: int) -> list[Label]:
+    if y.shape not in ((num,), (num, 1)):
+        raise DataError(
+            f"{path}: '{name}' has shape {list(y.shape)}; expected [{num}], one class per example "
+            f"(of one-hot rows take y.argmax(1))"
+        )
+    y = y.reshape(num)
+    if y.dtype.kind == "f" and np.isfinite(y).all() and (y == np.floor(y)).all():
+        y = y.astype(np.int64)
+    if y.dtype.kind not in "biuU":
+        raise DataError(f"{path}: '{name}' is of type {y.dtype}; expected class numbers from 0 or class names")
+    if y.dtype.kind != "U" and y.min() < 0:
+        raise DataError(f"{path}: '{name}' holds {y.min()} at index {y.argmin()}; expected class numbers from 0")
+    texts = y.astype(np.int64).astype(str) if y.dtype.kind != "U" else y
+    return [Label(str(text), f"{path}, {name}[{i}]") for i, text in enumerate(texts)]
+
+
+def _read_texts(data: Path, source: Source) -> tuple[list[str], list[Label], int]:
+    source.need_tokenizer(str(data))
+    if not is_table(data):
+        raise DataError(f"{data}: plain text has no labels; expected {EXPECTED}")
+    rows = read_rows(data, COLUMNS)
+    texts = [row.cells["text"] for row in rows]
+    labels = [Label(row.cells["label"].strip(), f"{data}, line {row.line}") for row in rows]
+    if source.calibration is None:
+        return texts, labels, len(texts)
+    more = read_texts(source.calibration)
+    return texts + more, labels + [Label(None, str(source.calibration))] * len(more), len(texts)

@@ -1,0 +1,173 @@
+"""Texts through a Hugging Face model: tokens, batches of like length, sentence embeddings.
+
+A sentence embedding is the mean of the last hidden states over the attention mask, unless the model folder's
+`1_Pooling/config.json` (sentence-transformers) says first token (`cls`) or last token (`lasttoken`); it is then scaled
+to unit length. Reimers & Gurevych 2019, "Sentence-BERT", https://arxiv.org/abs/1908.10084
+"""
+
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
+
+from tersor.errors import DataError, InputError
+from tersor.tasks.contract import Output
+from tersor.tasks.inputs import Batch, consecutive, device_of, logits_of
+from tersor.tasks.source import Source
+from tersor.tasks.split import SEED, RowNumbers
+
+MAX_LENGTH = 256
+POOLINGS = ("mean", "cls", "lasttoken")
+NO_LIMIT = 1_000_000  # tokenizers that know no limit say 10^30
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """Tokenized texts, and the model's embedding or logits of them.
+
+    Attributes:
+        tokens: one dict of token lists (`input_ids`, `attention_mask`, ...) a text.
+        padding: what fills each list up to the longest of its batch, and on which side.
+        pooling: how hidden states become an embedding; None asks the model for logits.
+        num_truncated: how many texts were cut to `max_length` tokens.
+        can_pad: without a padding token, texts run one at a time.
+    """
+
+    tokens: list[dict[str, list[int]]]
+    padding: dict[str, int]
+    padding_side: str
+    pooling: str | None
+    max_length: int
+    num_truncated: int
+    can_pad: bool
+
+    @property
+    def output(self) -> Output:
+        return "logits" if self.pooling is None else "embedding"
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " text"]:
+        return np.array([len(tokens["input_ids"]) for tokens in self.tokens], dtype=np.int64)
+
+    @property
+    def description(self) -> str:
+        cut = f", {self.num_truncated:,} of {len(self):,} texts cut" if self.num_truncated else ""
+        pooled = f", {self.pooling} pooling" if self.pooling else ""
+        return f"at most {self.max_length} tokens{cut}{pooled}"
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def chunks(self, rows: RowNumbers, batch_size: int) -> list[RowNumbers]:
+        """Texts of like length together (little padding); the chunks themselves in a seeded random order, so that a
+        reader who takes only the first few gets a fair sample."""
+        by_length = rows[np.argsort(self.lengths[rows], kind="stable")]
+        chunks = consecutive(by_length, batch_size if self.can_pad else 1)
+        return [chunks[i] for i in np.random.default_rng(SEED).permutation(len(chunks))]
+
+    def batch(self, rows: RowNumbers) -> Batch:
+        """Padded tensors `[row, position]`."""
+        chosen = [self.tokens[row] for row in rows]
+        return Batch(
+            rows,
+            {
+                name: pad_sequence([torch.tensor(tokens[name]) for tokens in chosen], True, fill, self.padding_side)
+                for name, fill in self.padding.items()
+            },
+        )
+
+    def forward(self, model: nn.Module, batch: Batch) -> Float[Tensor, "row *rest"]:
+        """Unit embeddings `[row, dim]`, or logits `[row, class]` (per token: `[row, position, class]`)."""
+        arguments = batch.to(device_of(model))
+        if "token_type_ids" in arguments and "token_type_ids" not in inspect.signature(model.forward).parameters:
+            del arguments["token_type_ids"]
+        output = model(**arguments)
+        if self.pooling is None:
+            return logits_of(output)
+        return normalize(pool(hidden_of(output), arguments["attention_mask"], self.pooling), dim=-1)
+
+
+def tokenize(texts: Sequence[str], source: Source, *, max_length: int = MAX_LENGTH, embedding: bool) -> Texts:
+    """Tokenize texts once, with special tokens, cut to `max_length` tokens or to what the model can take."""
+    tokenizer = source.need_tokenizer("the data")
+    limit = min(max_length, length_limit(source), getattr(tokenizer, "model_max_length", NO_LIMIT))
+    encoded = tokenizer(list(texts), truncation=True, max_length=limit, return_attention_mask=True, verbose=False)
+    tokens = [{name: encoded[name][i] for name in encoded} for i in range(len(texts))]
+    for text, lists in zip(texts, tokens, strict=True):
+        if not lists["input_ids"]:
+            raise DataError(f"the tokenizer makes no tokens of {text[:40]!r}; remove this text")
+    full = [text for text, lists in zip(texts, tokens, strict=True) if len(lists["input_ids"]) >= limit]
+    num_truncated = sum(len(ids) > limit for ids in tokenizer(full, verbose=False)["input_ids"]) if full else 0
+    padding = {
+        "input_ids": tokenizer.pad_token_id or 0,
+        "attention_mask": 0,
+        "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0),
+    }
+    return Texts(
+        tokens,
+        {name: padding.get(name, 0) for name in tokens[0]},
+        tokenizer.padding_side,
+        read_pooling(source.model_folder) if embedding else None,
+        limit,
+        num_truncated,
+        tokenizer.pad_token_id is not None,
+    )
+
+
+def length_limit(source: Source) -> int:
+    """How many positions the model has, as far as its configuration says."""
+    limit = getattr(source.config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else NO_LIMIT
+
+
+def pool(
+    hidden: Float[Tensor, "row position dim"], mask: Int[Tensor, "row position"], how: str
+) -> Float[Tensor, "row dim"]:
+    """One float32 vector a text; padding (mask 0) takes no part, on whichever side it stands."""
+    hidden = hidden.float()
+    if how == "mean":
+        weights = mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weights).sum(1) / weights.sum(1)
+    first = mask.argmax(1)
+    place = first if how == "cls" else first + mask.sum(1) - 1
+    return hidden[torch.arange(len(hidden), device=hidden.device), place]
+
+
+def hidden_of(output: Any) -> Float[Tensor, "row position dim"]:
+    """The last hidden states in what an encoder returned."""
+    hidden = getattr(output, "last_hidden_state", output)
+    if isinstance(hidden, tuple) and hidden:
+        hidden = hidden[0]
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+        raise InputError(
+            f"the model returned {type(output).__name__} without hidden states [text, position, dim]: sentence "
+            f"embeddings need an encoder (AutoModel), not a model with a prediction head"
+        )
+    return hidden
+
+
+def read_pooling(model_folder: Path | None) -> str:
+    """`mean`, `cls` or `lasttoken`, from `1_Pooling/config.json`; `mean` when the folder has none."""
+    path = None if model_folder is None else Path(model_folder) / "1_Pooling" / "config.json"
+    if path is None or not path.is_file():
+        return "mean"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        named = config.get("pooling_mode")
+        old_style = [key for key in config if key.startswith("pooling_mode_") and config[key] is True]
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise DataError(f"{path}: not a JSON object; expected sentence-transformers' pooling configuration") from None
+    modes = [named] if named else [key.removeprefix("pooling_mode_").removesuffix("_tokens") for key in old_style]
+    modes = [str(mode).removesuffix("_token") for mode in modes] or ["mean"]
+    if len(modes) > 1 or modes[0] not in POOLINGS:
+        raise InputError(f"{path}: pooling {' + '.join(modes)} is not supported; known: {', '.join(POOLINGS)}")
+    return modes[0]

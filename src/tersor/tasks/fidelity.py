@@ -1,0 +1,171 @@
+"""Fidelity: does the compressed model do what the original did? Needs no labels.
+
+For logits: how often both rank the same class first (`agreement`; for token logits, the fraction of a window's
+positions), and the mean KL divergence from the original to the compressed model, in nats per prediction. For
+embeddings: their cosine, and how many of an example's 10 nearest neighbours among the others stay the same.
+
+`prepare` keeps the original's outputs for the eval split in memory: float32 up to 1 GiB, else logits rounded to float16
+(then on both sides of the comparison, so that a model always agrees with itself). Token logits are kept for at most
+16,384 positions and 2 GiB; further windows are left out when the task is opened, and its description says so.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tersor.errors import InputError
+from tersor.scores import METRICS, Scores
+from tersor.tasks.contract import Output, Split
+from tersor.tasks.inputs import Batch, Inputs, batches, check_classes, scatter, scoring
+from tersor.tasks.split import Rows
+
+FLOAT32_BYTES = 2**30
+NUM_NEIGHBOURS = 10
+CHUNK = 2**24  # logits compared at a time
+
+
+@dataclass(eq=False)
+class Reference:
+    """What the original said, batch by batch in the order of `batches("eval")`."""
+
+    dtype: torch.dtype = torch.float32
+    outputs: list[Tensor] = field(default_factory=list)
+    top1: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Fidelity:
+    """Unlabelled examples, and the original model's outputs once `prepare` has seen it."""
+
+    inputs: Inputs
+    rows: Rows
+    description: str
+    fingerprint: str
+    batch_size: int
+    name: str = "fidelity"
+    reference: Reference | None = None
+
+    @property
+    def output(self) -> Output:
+        return self.inputs.output
+
+    def prepare(self, original: nn.Module) -> None:
+        """Run the original on the eval split and keep its outputs."""
+        reference = Reference()
+        with scoring(original):
+            for batch in self.batches("eval"):
+                output = self.forward(original, batch)
+                if self.output == "logits":
+                    check_classes(output)
+                    if not reference.outputs:
+                        whole = output.numel() / len(batch.rows) * len(self.rows.eval) * 4
+                        reference.dtype = torch.float32 if whole <= FLOAT32_BYTES else torch.float16
+                    reference.top1.append(output.argmax(-1).cpu())
+                if output.isnan().any():
+                    raise InputError("the original model gives NaN on the fidelity data; nothing can agree with it")
+                reference.outputs.append(_stored(output, reference.dtype).cpu())
+        self.reference = reference
+
+    def batches(self, split: Split, batch_size: int | None = None) -> Iterator[Batch]:
+        """The split's examples in a fixed order."""
+        return batches(self.inputs, self.rows[split], self.batch_size if batch_size is None else batch_size)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Float[Tensor, "row *rest"]:
+        """Logits `[row, (position,) class]` or unit embeddings `[row, dim]`."""
+        return self.inputs.forward(model, batch)
+
+    def score(self, model: nn.Module, split: Split = "eval") -> Scores:
+        """Rows of one column, agreement or cosine; `extras` hold `kl` or `neighbour_overlap`."""
+        if split != "eval":
+            raise InputError("fidelity keeps the original's outputs for the eval split only; score that one")
+        if self.reference is None:
+            raise InputError("fidelity compares with the original model: call task.prepare(original) before score")
+        with scoring(model):
+            if self.output == "logits":
+                return self._score_logits(model, self.reference)
+            return self._score_embeddings(model, self.reference)
+
+    def _score_logits(self, model: nn.Module, reference: Reference) -> Scores:
+        pieces, divergence, count = [], 0.0, 0
+        for batch, kept, top1 in zip(self.batches("eval"), reference.outputs, reference.top1, strict=True):
+            logits = self.forward(model, batch)
+            if logits.shape != kept.shape:
+                raise InputError(f"outputs {list(logits.shape)}, but the original gave {list(kept.shape)}")
+            mask = _mask(batch, logits)
+            same = (logits.argmax(-1) == top1.to(logits.device)) & ~logits.isnan().any(-1) & mask
+            shares = [(hit.sum() / counted.sum()).item() for hit, counted in zip(same, mask, strict=True)]
+            pieces.append((batch.rows, np.array(shares)))
+            divergence += kl_divergence(kept.to(logits.device)[mask], _stored(logits, reference.dtype)[mask])
+            count += int(mask.sum())
+        agreement = scatter(pieces, self.rows.eval)[:, None]
+        return Scores(METRICS["agreement"], agreement, {"kl": divergence / count})
+
+    def _score_embeddings(self, model: nn.Module, reference: Reference) -> Scores:
+        old, new = [], []
+        for batch, kept in zip(self.batches("eval"), reference.outputs, strict=True):
+            old.append((batch.rows, kept.numpy()))
+            new.append((batch.rows, self.forward(model, batch).float().cpu().numpy()))
+        before, after = scatter(old, self.rows.eval), scatter(new, self.rows.eval)
+        if before.shape != after.shape:
+            raise InputError(f"embeddings {list(after.shape)}, but the original gave {list(before.shape)}")
+        overlap = neighbour_overlap(torch.from_numpy(before), torch.from_numpy(after))
+        return Scores(METRICS["cosine"], row_cosine(before, after)[:, None], {"neighbour_overlap": overlap})
+
+
+def _stored(output: Tensor, dtype: torch.dtype) -> Tensor:
+    """As kept: float32, or float16 cut to its finite range."""
+    largest = torch.finfo(torch.float16).max
+    return output.float() if dtype == torch.float32 else output.float().clamp(-largest, largest).to(dtype)
+
+
+def _mask(batch: Batch, logits: Tensor) -> Tensor:
+    """Which predictions count: all, but for padding where there is one per token."""
+    attention = batch.inputs.get("attention_mask")
+    if attention is not None and logits.ndim == 3:
+        return attention.bool().to(logits.device)
+    return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+
+
+def kl_divergence(original: Float[Tensor, "row class_"], compressed: Float[Tensor, "row class_"]) -> float:
+    """Sum over rows of KL(original || compressed) in nats; at least 0."""
+    total = 0.0
+    step = max(1, CHUNK // original.shape[-1])
+    for start in range(0, len(original), step):
+        log_p = original[start : start + step].float().log_softmax(-1)
+        log_q = compressed[start : start + step].float().log_softmax(-1)
+        terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0)
+        total += float(terms.sum(-1).cpu().double().sum())
+    return total if not total < 0 else 0.0
+
+
+def row_cosine(a: Float[np.ndarray, "row dim"], b: Float[np.ndarray, "row dim"]) -> Float[np.ndarray, " row"]:
+    """Cosine of rows, exactly 1 for equal ones; NaN counts as 0."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    norm = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    cosine = np.divide((a * b).sum(-1), norm, out=np.zeros_like(norm), where=norm > 0)
+    return np.nan_to_num(np.clip(cosine, -1, 1))
+
+
+def neighbour_overlap(a: Float[Tensor, "row dim"], b: Float[Tensor, "row other"], k: int = NUM_NEIGHBOURS) -> float:
+    """Mean share of each row's `k` nearest others (by cosine) that two embeddings have in common.
+
+    Fewer than 11 rows: `k` is one less than their number; a single row has no neighbours and overlaps fully.
+    """
+    k = min(k, len(a) - 1)
+    if k < 1:
+        return 1.0
+    shared = 0
+    for start in range(0, len(a), 1024):
+        near_a, near_b = (_neighbours(x, start, min(start + 1024, len(x)), k) for x in (a, b))
+        shared += int((near_a[:, :, None] == near_b[:, None, :]).sum())
+    return shared / (len(a) * k)
+
+
+def _neighbours(x: Float[Tensor, "row dim"], start: int, stop: int, k: int) -> Tensor:
+    likeness = x[start:stop] @ x.T
+    likeness[torch.arange(stop - start), torch.arange(start, stop)] = -torch.inf
+    return likeness.topk(k, dim=-1).indices

@@ -1,0 +1,105 @@
+"""Image folders: `class_name/picture.png`, opened when they are needed.
+
+The shorter side is resized to `image_size` (bilinear), the centre square is cropped, and values are scaled to [0, 1],
+then `(x - mean) / std`. The first picture decides between grey and RGB for all.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tersor.errors import DataError, MissingExtra
+from tersor.tasks.arrays import Numbers, normalise, run_array, to_model_layout
+from tersor.tasks.contract import Output
+from tersor.tasks.inputs import Batch, consecutive
+from tersor.tasks.split import RowNumbers
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+GREY = ("1", "L", "LA")
+DEEP = ("I", "I;16", "I;16B", "F")  # more than 8 bits: a conversion would clip them silently
+
+
+@dataclass(frozen=True, eq=False)
+class ImageInputs:
+    """Picture files and how they become `x [row, channel, height, width]`."""
+
+    paths: tuple[Path, ...]
+    mode: str
+    image_size: int | None = None
+    mean: Numbers = 0.0
+    std: Numbers = 1.0
+
+    @property
+    def output(self) -> Output:
+        return "logits"
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def chunks(self, rows: RowNumbers, batch_size: int) -> list[RowNumbers]:
+        return consecutive(rows, batch_size)
+
+    def batch(self, rows: RowNumbers) -> Batch:
+        """`x [row, channel, height, width]`, float32."""
+        pictures = [read_picture(self.paths[row], self.mode, self.image_size) for row in rows]
+        for row, picture in zip(rows, pictures, strict=True):
+            if picture.shape != pictures[0].shape:
+                raise DataError(
+                    f"{self.paths[row]}: {picture.shape[0]} x {picture.shape[1]} pixels, others have "
+                    f"{pictures[0].shape[0]} x {pictures[0].shape[1]}; give one size to all (option image_size=224)"
+                )
+        return Batch(rows, {"x": normalise(to_model_layout(np.stack(pictures)), self.mean, self.std)})
+
+    def forward(self, model: nn.Module, batch: Batch) -> Float[Tensor, "row *rest"]:
+        """Logits `[row, class]`."""
+        return run_array(model, batch)
+
+
+def open_images(paths: list[Path], *, image_size: int | None, mean: Numbers, std: Numbers) -> ImageInputs:
+    """Pictures by path; the first one says whether they are grey."""
+    pil = import_pil()
+    try:
+        with pil.open(paths[0]) as picture:
+            stored = picture.mode
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{paths[0]}: not a readable picture ({error})") from None
+    if stored in DEEP:
+        raise DataError(f"{paths[0]}: more than 8 bits a channel (mode {stored}); use 8-bit pictures or .npz arrays")
+    return ImageInputs(tuple(paths), "L" if stored in GREY else "RGB", image_size, mean, std)
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Pictures anywhere under a folder, sorted."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not paths:
+        raise DataError(f"{folder}: no pictures ({', '.join(SUFFIXES)}) in it; expected class_name/picture.png")
+    return paths
+
+
+def read_picture(path: Path, mode: str, size: int | None) -> np.ndarray:
+    """One picture as uint8 `[height, width, channel]`."""
+    pil = import_pil()
+    try:
+        with pil.open(path) as opened:
+            picture = opened.convert(mode)
+    except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as error:
+        raise DataError(f"{path}: not a readable picture ({error})") from None
+    if size is not None:
+        scale = size / min(picture.size)
+        width, height = (max(size, round(side * scale)) for side in picture.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        picture = picture.resize((width, height), pil.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    pixels = np.asarray(picture, dtype=np.uint8)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def import_pil() -> Any:
+    try:
+        import PIL.Image
+    except ImportError:
+        raise MissingExtra("vision", "reading an image folder") from None
+    return PIL.Image

@@ -1,0 +1,120 @@
+"""Examples and how a model runs on them: what all tasks share, whatever they score."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tersor.errors import InputError
+from tersor.tasks.contract import Output
+from tersor.tasks.split import RowNumbers
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some examples, ready for the model.
+
+    Attributes:
+        rows: which examples these are, `[row]`.
+        inputs: the model's arguments by name, each `[row, ...]`, on the CPU.
+    """
+
+    rows: RowNumbers
+    inputs: dict[str, Tensor]
+
+    def to(self, device: torch.device) -> dict[str, Tensor]:
+        return {name: tensor.to(device) for name, tensor in self.inputs.items()}
+
+
+@runtime_checkable
+class Inputs(Protocol):
+    """Numbered examples of one kind (texts, token windows, arrays, image files)."""
+
+    @property
+    def output(self) -> Output: ...
+
+    def __len__(self) -> int: ...
+
+    def chunks(self, rows: RowNumbers, batch_size: int) -> list[RowNumbers]:
+        """Which rows go together, in the order they are run."""
+
+    def batch(self, rows: RowNumbers) -> Batch:
+        """These examples as tensors."""
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Run the model; differentiable."""
+
+
+def batches(inputs: Inputs, rows: RowNumbers, batch_size: int) -> Iterator[Batch]:
+    """The rows as batches, in an order that depends on nothing but the arguments."""
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; expected 1 or more")
+    for chunk in inputs.chunks(rows, batch_size):
+        yield inputs.batch(chunk)
+
+
+def consecutive(rows: RowNumbers, batch_size: int) -> list[RowNumbers]:
+    """Rows in the order given, `batch_size` at a time."""
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+
+@contextmanager
+def scoring(model: nn.Module) -> Iterator[None]:
+    """No gradients and evaluation mode; every module's own training flag is restored afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first parameter or buffer lies; the CPU for a model with neither."""
+    tensor = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def float_type_of(model: nn.Module) -> torch.dtype:
+    """The type of the first floating-point parameter; float32 for a model without any."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def logits_of(output: Any) -> Float[Tensor, "..."]:
+    """The logits in what a model returned: a tensor, `.logits`, or a tuple's first tensor."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise InputError(
+        f"the model returned {type(output).__name__}, which holds no logits: this task needs a model with a "
+        f"prediction head (a classifier or a language model); for sentence encoders use similarity or fidelity"
+    )
+
+
+def check_classes(logits: Tensor, num_needed: int = 2) -> None:
+    """Tell a model with too few outputs apart from a model that is wrong."""
+    if logits.ndim < 2 or logits.shape[-1] < num_needed:
+        raise InputError(
+            f"the model gives outputs of shape {list(logits.shape)}; expected [example, class] with at least "
+            f"{num_needed} classes; for other outputs write your own task and name it package.module:factory"
+        )
+
+
+def scatter(pieces: list[tuple[RowNumbers, np.ndarray]], rows: RowNumbers) -> np.ndarray:
+    """Per-batch results `[row, ...]` put back in the order of `rows`."""
+    numbers = np.concatenate([piece_rows for piece_rows, _ in pieces])
+    values = np.concatenate([values for _, values in pieces])
+    order = np.argsort(numbers, kind="stable")
+    return values[order][np.searchsorted(numbers[order], rows)]

@@ -1,0 +1,48 @@
+"""What a task is opened from: the data, and the model's own files that say how to feed it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tersor.errors import DataError
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task's examples come from.
+
+    Attributes:
+        data: file or folder; None only where a task has a fallback.
+        calibration: a separate file or folder for calibration; None holds out a part of `data`.
+        tokenizer: the model's Hugging Face tokenizer, or None.
+        config: the model's Hugging Face configuration, or None.
+        model_folder: where the model lies (`1_Pooling/config.json` is read from it), or None.
+    """
+
+    data: Path | None = None
+    calibration: Path | None = None
+    tokenizer: Any = None
+    config: Any = None
+    model_folder: Path | None = None
+
+    @property
+    def calibration_name(self) -> str:
+        """What tables call the separate calibration source; empty without one."""
+        return "" if self.calibration is None else self.calibration.name
+
+    def need_data(self, task: str, expected: str) -> Path:
+        """The data's path, or DataError saying what the task expects."""
+        if self.data is None:
+            raise DataError(f"task '{task}' needs data: {expected}")
+        if not self.data.exists():
+            raise DataError(f"{self.data}: no such file or folder; task '{task}' expects {expected}")
+        return self.data
+
+    def need_tokenizer(self, what: str) -> Any:
+        """The tokenizer, or DataError: text cannot be fed to a model without one."""
+        if self.tokenizer is None:
+            raise DataError(
+                f"{what} is text, and this model has no tokenizer: put tokenizer.json into the model folder, give "
+                f"arrays instead (.npz with x), or write your own task and name it package.module:factory"
+            )
+        return self.tokenizer
