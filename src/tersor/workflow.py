@@ -5,7 +5,7 @@ folder appears under its own name only when everything went well.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from tersor.measure.verdict import Tolerance, Verdict, judge
 from tersor.recipe import Recipe
 from tersor.report.card import model_card
 from tersor.schemes import KEEP
+from tersor.stats import Stats
 from tersor.tasks import Task, open_task
 
 
@@ -92,6 +93,7 @@ def compress_to_folder(
     exclude: Sequence[str] = (),
     seed: int = 0,
     batch_sizes: Sequence[int] = (1, 32),
+    num_threads: int = 1,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -122,7 +124,7 @@ def compress_to_folder(
     original = task.score(source.model, "eval")
     progress("evaluating the original", 1, 1)
     stats = gather(source.model, task, seed=seed, progress=progress)
-    notes, trials = list(source.notes), []
+    notes, trials = [*source.notes, *unreached(stats)], []
     if recipe is None and given is None:
         step = Recipe.of(KEEP, rules, exclude).steps[0]
         menus = measure_menus(source.model, stats, step, formats or CANDIDATES, progress)
@@ -153,7 +155,9 @@ def compress_to_folder(
             Subject("original", source.model, original_bytes),
             Subject("compressed", loaded, (folder / "model.safetensors").stat().st_size, folder_bytes),
         ]
-        cards = measure(subjects, [original, scores], task, batch_sizes=batch_sizes, progress=progress)
+        cards = measure(
+            subjects, [original, scores], task, batch_sizes=batch_sizes, num_threads=num_threads, progress=progress
+        )
         verdict = chosen_verdict(trials) or judge(original, scores, tolerance, seed=seed)
         manifest = read_manifest(folder) | {
             "source": {"name": source.name, "hashes": source.hashes, "bytes": original_bytes},
@@ -204,6 +208,17 @@ def check_choices(
     return Recipe.of(formats[0] if formats else KEEP, rules, exclude, seed)
 
 
+def unreached(stats: Mapping[str, Stats]) -> list[str]:
+    """A note for the sites that calibration data never reached: nothing is known about what they cost."""
+    names = [name for name, found in stats.items() if found.row_weight is not None and not found.row_weight.any()]
+    if not names:
+        return []
+    listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
+    return [
+        f"the task never uses {listed}: a budget squeezes what costs the task nothing; --rule or --exclude protects it"
+    ]
+
+
 def chosen_verdict(trials: list[Trial]) -> Verdict | None:
     """After a search, the verdict of the chosen trial, which was held to the search's stricter level."""
     best = smallest_within(trials)
@@ -241,11 +256,12 @@ def evaluate_model(
     weights: Path | None = None,
     task_choice: TaskChoice = TaskChoice(),
     batch_sizes: Sequence[int] = (1, 32),
+    num_threads: int = 1,
     progress: Progress = silent,
 ) -> tuple[Scorecard, str]:
     """The scorecard of one model or artifact, and what it was measured on."""
     cards, description, _ = compare_models(
-        [model], [weights], task_choice=task_choice, batch_sizes=batch_sizes, progress=progress
+        [model], [weights], task_choice=task_choice, batch_sizes=batch_sizes, num_threads=num_threads, progress=progress
     )
     return cards[0], description
 
@@ -258,6 +274,7 @@ def compare_models(
     drop: str = DEFAULT_DROP,
     seed: int = 0,
     batch_sizes: Sequence[int] = (1, 32),
+    num_threads: int = 1,
     progress: Progress = silent,
 ) -> tuple[list[Scorecard], str, list[Verdict]]:
     """Scorecards of all models, measured together, and each one's verdict against the first."""
@@ -273,6 +290,6 @@ def compare_models(
         scores.append(task.score(source.model, "eval"))
     progress("evaluating", len(sources), len(sources))
     subjects = [Subject(s.name, s.model, s.num_bytes or size_of(s.model)) for s in sources]
-    cards = measure(subjects, scores, task, batch_sizes=batch_sizes, progress=progress)
+    cards = measure(subjects, scores, task, batch_sizes=batch_sizes, num_threads=num_threads, progress=progress)
     verdicts = [judge(scores[0], other, tolerance, seed=seed) for other in scores[1:]]
     return cards, task.description, verdicts

@@ -154,9 +154,9 @@ def why_infeasible(kept: list, menus: list[Menu], limit: Limit) -> str:
     pinned = sum(len(menu.options) == 1 for menu in menus)
     hint = f"; rules and excludes fix {pinned} sites" if pinned else ""
     return (
-        f"{limit.text} ({limit.num_bytes:,} bytes) is below what any format reaches: the nearest reachable file is "
-        f"{reachable:,} bytes, --size {-(-reachable // 1000)}KB. What binds: {floats:,} bytes are kept as they are, and "
-        f"{largest.site.name} alone takes {its_option.num_bytes:,} at {its_option.scheme}{hint}"
+        f"{limit.text} ({limit.num_bytes:,} bytes) is below what any candidate format reaches: the nearest reachable "
+        f"file is {reachable:,} bytes, --size {-(-reachable // 1000)}KB. What binds: {floats:,} bytes are kept as they "
+        f"are, and {largest.site.name} alone takes {its_option.num_bytes:,} at {its_option.scheme}{hint}"
     )
 
 

@@ -24,11 +24,10 @@ def compare(
     drop: options.Drop = "1%",
     batch: options.Batch = "1,32",
     seed: options.Seed = 0,
-    threads: options.Threads = None,
+    threads: options.Threads = 1,
     json: options.Json = False,
 ) -> None:
     """Measure two models on the same examples, in turn, and judge the difference."""
-    options.set_threads(threads)
     with progress_bars(json) as progress:
         cards, description, verdicts = compare_models(
             [a, b],
@@ -37,6 +36,7 @@ def compare(
             drop=drop,
             seed=seed,
             batch_sizes=options.batch_sizes(batch),
+            num_threads=options.checked_threads(threads),
             progress=progress,
         )
     if json:

@@ -52,7 +52,7 @@ def compress(
     task_option: options.TaskOption = None,
     batch: options.Batch = "1,32",
     seed: options.Seed = 0,
-    threads: options.Threads = None,
+    threads: options.Threads = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a tersor artifact.")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
@@ -60,7 +60,6 @@ def compress(
     json: options.Json = False,
 ) -> None:
     """Make a model smaller under a budget, and prove what it cost."""
-    options.set_threads(threads)
     with progress_bars(json) as progress:
         outcome = compress_to_folder(
             model,
@@ -74,6 +73,7 @@ def compress(
             exclude=exclude or [],
             seed=seed,
             batch_sizes=options.batch_sizes(batch),
+            num_threads=options.checked_threads(threads),
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=progress,

@@ -18,17 +18,17 @@ def evaluate(
     calibration: options.Calibration = None,
     task_option: options.TaskOption = None,
     batch: options.Batch = "1,32",
-    threads: options.Threads = None,
+    threads: options.Threads = 1,
     json: options.Json = False,
 ) -> None:
     """Measure a model: bytes, memory, operations, latency, and its score with an interval."""
-    options.set_threads(threads)
     with progress_bars(json) as progress:
         card, description = evaluate_model(
             model,
             weights=weights,
             task_choice=options.task_choice(task, data, calibration, task_option),
             batch_sizes=options.batch_sizes(batch),
+            num_threads=options.checked_threads(threads),
             progress=progress,
         )
     if json:

@@ -34,7 +34,7 @@ Batch = Annotated[str, typer.Option(help="Batch sizes for latency, separated by 
 Drop = Annotated[str, typer.Option(help="Largest tolerated loss of the score: 1% (relative) or 0.01 (absolute).")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default: what PyTorch chooses.")]
+Threads = Annotated[int, typer.Option(help="CPU threads for latency.")]
 
 
 def task_choice(task: str | None, data: Path | None, calibration: Path | None, options: list[str] | None) -> TaskChoice:
@@ -74,10 +74,7 @@ def batch_sizes(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def set_threads(threads: int | None) -> None:
-    import torch
-
-    if threads is not None:
-        if threads < 1:
-            raise InputError(f"--threads {threads} is not a number of threads; write for example 2")
-        torch.set_num_threads(threads)
+def checked_threads(threads: int) -> int:
+    if threads < 1:
+        raise InputError(f"--threads {threads} is not a number of threads; write for example 1")
+    return threads

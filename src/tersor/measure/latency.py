@@ -5,7 +5,8 @@ ratio is the median over rounds of time(first) / time(other), with a bootstrap i
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,7 @@ def measure_latency(
     run: Callable[[nn.Module], object],
     *,
     batch_size: int,
+    num_threads: int = 1,
     seconds: float = 4.0,
     num_rounds: int = 60,
     seed: int = 0,
@@ -43,10 +45,11 @@ def measure_latency(
     Args:
         run: one forward pass.
         batch_size: what `run` feeds, for the record.
+        num_threads: CPU threads while timing; put back afterwards.
         seconds: stop after about this long, but never before 8 rounds.
         num_rounds: stop after this many rounds.
     """
-    with torch.inference_mode():
+    with torch.inference_mode(), threads(num_threads):
         for model in models:  # warm-up: caches, first-call set-up
             run(model)
             run(model)
@@ -61,7 +64,7 @@ def measure_latency(
     return [
         Latency(
             batch_size=batch_size,
-            num_threads=torch.get_num_threads(),
+            num_threads=num_threads,
             num_rounds=len(times),
             p50=float(np.median(times[:, i]) * 1e3),
             p95=float(np.percentile(times[:, i], 95) * 1e3),
@@ -70,6 +73,17 @@ def measure_latency(
         )
         for i in range(len(models))
     ]
+
+
+@contextmanager
+def threads(num_threads: int) -> Iterator[None]:
+    """Run on this many CPU threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def timed(run: Callable[[nn.Module], object], model: nn.Module) -> float:

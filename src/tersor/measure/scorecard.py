@@ -75,16 +75,21 @@ def measure(
     task: Task,
     *,
     batch_sizes: Sequence[int] = (1, 32),
+    num_threads: int = 1,
     progress: Progress = silent,
 ) -> list[Scorecard]:
-    """Scorecards of models that were scored on `task`; latency is measured in turn, on the same batches."""
+    """Scorecards of models that were scored on `task`; latency is measured in turn, on the same batches.
+
+    Latency is taken on one thread unless told otherwise: on a shared machine several threads wait for each other, and
+    the ratio measures the neighbours.
+    """
     batches = {size: next(iter(task.batches("eval", batch_size=size))) for size in batch_sizes}
     one = next(iter(task.batches("eval", batch_size=1)))
     models = [subject.model for subject in subjects]
     latencies: list[list[Latency]] = [[] for _ in subjects]
     for done, (batch_size, batch) in enumerate(batches.items()):
         progress("timing", done, len(batches))
-        found = measure_latency(models, partial(forward, task, batch), batch_size=batch_size)
+        found = measure_latency(models, partial(forward, task, batch), batch_size=batch_size, num_threads=num_threads)
         for latency, kept in zip(found, latencies, strict=True):
             kept.append(latency)
     progress("timing", len(batches), len(batches))

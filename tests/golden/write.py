@@ -1,0 +1,68 @@
+"""Golden files: the bytes every format wrote when it was added, to be decoded forever.
+
+    python tests/golden/write.py
+
+writes the file of each format that has none yet. It never touches one that exists: bytes in the field do not change
+either. To give up a layout on purpose, delete its file, say so in the changelog, and keep a reader for the old one.
+"""
+
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tersor.encoded import Encoded
+from tersor.formats import FORMATS
+from tersor.methods.magnitude import Magnitude
+from tersor.methods.nearest import Nearest
+from tersor.stats import Stats
+
+HOME = Path(__file__).parent
+PARTS, DECODED = "part.", "decoded"
+
+
+def make_weight() -> Tensor:
+    """Four rows: as trained, with outliers, all positive, and one that is zero in two groups of 32 columns."""
+    weight = torch.randn(4, 128, generator=torch.Generator().manual_seed(2024)) * 0.05
+    weight[1, [5, 70, 100]] = torch.tensor([1.5, -2.25, 0.875])
+    weight[2] = weight[2].abs() + 0.01
+    weight[3, 32:96] = 0.0
+    return weight
+
+
+def stored_weight() -> Tensor:
+    return safetensors.torch.load_file(HOME / "weight.safetensors")["weight"]
+
+
+def encode(name: str) -> Encoded:
+    """Half of the weights pruned where a format holds a mask, rounded to nearest elsewhere."""
+    format, magnitude = FORMATS[name], Magnitude(sparsity=0.5)
+    method = Nearest() if magnitude.accepts(format) else magnitude
+    return method.compress(stored_weight(), format, Stats())
+
+
+def read(name: str) -> tuple[dict[str, Tensor], Tensor]:
+    """The parts in a golden file, and the weight they decoded to when they were written."""
+    tensors = safetensors.torch.load_file(HOME / f"{name}.safetensors")
+    decoded = tensors.pop(DECODED)
+    return {key.removeprefix(PARTS): part for key, part in tensors.items()}, decoded
+
+
+def write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Refuses to overwrite."""
+    data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    with path.open("xb") as file:
+        file.write(data)
+
+
+if __name__ == "__main__":
+    if not (HOME / "weight.safetensors").exists():
+        write(HOME / "weight.safetensors", {"weight": make_weight()})
+    for name in FORMATS:
+        path = HOME / f"{name}.safetensors"
+        if not path.exists():
+            encoded = encode(name)
+            parts = {PARTS + key: part for key, part in encoded.parts.items()}
+            write(path, {**parts, DECODED: encoded.decode()})
+            print(f"wrote {path.name}")

@@ -1,0 +1,103 @@
+"""The laws of laws.py over the tables. A new line in a table is covered without a change here."""
+
+from itertools import product
+
+import pytest
+import torch
+
+import laws
+from golden.write import HOME, encode, read, stored_weight
+from tersor.activations import ACTIVATIONS
+from tersor.encoded import Encoded
+from tersor.formats import FORMATS
+from tersor.methods import METHODS
+
+
+def by_name(law):
+    return law.__name__
+
+
+@pytest.mark.parametrize("law", laws.FORMAT_LAWS, ids=by_name)
+@pytest.mark.parametrize("name", FORMATS)
+def test_format(name, law):
+    for label, weight in laws.weights_for(FORMATS[name]).items():
+        try:
+            law(FORMATS[name], weight)
+        except AssertionError as broken:
+            raise AssertionError(f"{name}, weight '{label}': {broken}") from broken
+
+
+@pytest.mark.parametrize("law", laws.FORMAT_TABLE_LAWS, ids=by_name)
+@pytest.mark.parametrize("name", FORMATS)
+def test_format_in_the_table(name, law):
+    law(FORMATS[name])
+
+
+@pytest.mark.parametrize("law", laws.METHOD_LAWS, ids=by_name)
+@pytest.mark.parametrize(("method", "format"), list(laws.pairs()))
+def test_method(method, format, law):
+    for label, weight in laws.weights_for(FORMATS[format]).items():
+        for kind, stats in laws.stats_for(weight).items():
+            try:
+                law(METHODS[method](), FORMATS[format], weight, stats)
+            except AssertionError as broken:
+                raise AssertionError(f"{method}:{format}, weight '{label}', {kind}: {broken}") from broken
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_accepts_some_format(method):
+    assert method in {name for name, _ in laws.pairs()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_refusals_name_what_is_accepted(method):
+    for format in FORMATS.values():
+        laws.refusal_names_what_is_accepted(METHODS[method](), format)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_schemes_read_what_they_write(method):
+    for name, format in laws.pairs():
+        if name == method:
+            laws.scheme_reads_what_it_writes(METHODS[method](), FORMATS[format])
+
+
+@pytest.mark.parametrize("law", laws.ACTIVATION_LAWS, ids=by_name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation(name, dtype, law):
+    for label, x in laws.inputs().items():
+        try:
+            law(ACTIVATIONS[name], x.to(dtype))
+        except AssertionError as broken:
+            raise AssertionError(f"{name}, input '{label}': {broken}") from broken
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "format"), list(product(ACTIVATIONS, FORMATS)))
+def test_kernel(name, format, dtype, bias):
+    for label, x in laws.inputs().items():
+        try:
+            laws.kernel_agrees_with_reference(ACTIVATIONS[name], FORMATS[format], x.to(dtype), bias)
+        except AssertionError as broken:
+            raise AssertionError(f"{format}/{name}, input '{label}': {broken}") from broken
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_golden_bytes_decode_forever(name):
+    parts, decoded = read(name)
+    weight = stored_weight()
+    assert laws.same_bits(Encoded(FORMATS[name], tuple(weight.shape), parts).decode(), decoded)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_golden_bytes_are_still_written(name):
+    parts, _ = read(name)
+    assert laws.same_parts(encode(name).parts, parts)
+
+
+def test_golden_files_are_small_and_all_known():
+    files = list(HOME.glob("*.safetensors"))
+    assert {file.stem for file in files} == {*FORMATS, "weight"}, "run `python tests/golden/write.py`"
+    assert sum(file.stat().st_size for file in files) < 500_000
