@@ -182,9 +182,13 @@ class PackedEmbedding(nn.Module):
         return self.packed()
 
     def forward(self, index: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:
-        if index.numel() >= self.num_embeddings or not self.packed.format.rows_apart:
+        if not 0 < index.numel() < self.num_embeddings or not self.packed.format.rows_apart:
             return F.embedding(index, self.packed())
         return self.packed.rows(index.reshape(-1)).view(*index.shape, -1)
+
+
+class PackedProjection(PackedLinear):
+    """nn.MultiheadAttention's output projection, which is never called: its weight and bias are read."""
 
 
 PREFIX = "packed_"
@@ -192,7 +196,7 @@ PREFIX = "packed_"
 
 def pack_parameter(module: nn.Module, name: str, packed: PackedWeight) -> None:
     """Keep `module.<name>` packed: decoded just before the module's forward, dropped right after."""
-    if not any(isinstance(child, PackedWeight) for child in module.children()):
+    if not packed_parameters(module):
         module.register_forward_pre_hook(_decode_parameters)
         module.register_forward_hook(_drop_parameters, always_call=True)
     module._parameters.pop(name, None)
@@ -200,13 +204,17 @@ def pack_parameter(module: nn.Module, name: str, packed: PackedWeight) -> None:
     setattr(module, PREFIX + name, packed)
 
 
+def packed_parameters(module: nn.Module) -> dict[str, PackedWeight]:
+    """The parameters that `pack_parameter` packed, by name."""
+    children = module._modules.items()  # named_children() would skip the second name of a tied weight
+    return {name.removeprefix(PREFIX): child for name, child in children if isinstance(child, PackedWeight)}
+
+
 def _decode_parameters(module: nn.Module, args: object) -> None:
-    for child_name, child in module.named_children():
-        if isinstance(child, PackedWeight):
-            setattr(module, child_name.removeprefix(PREFIX), child())
+    for name, packed in packed_parameters(module).items():
+        setattr(module, name, packed())
 
 
 def _drop_parameters(module: nn.Module, args: object, output: object) -> None:
-    for child_name, child in module.named_children():
-        if isinstance(child, PackedWeight):
-            setattr(module, child_name.removeprefix(PREFIX), None)
+    for name in packed_parameters(module):
+        setattr(module, name, None)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 
 Rows = Float[np.ndarray, "*sample example column"]
-Values = Float[np.ndarray, "*sample"]
+Values = Float[np.ndarray, "*sample"] | np.floating
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Metric:
 
     name: str
     columns: tuple[str, ...]
-    aggregate: Callable[[np.ndarray], np.ndarray]
+    aggregate: Callable[[Rows], Values]
     higher_is_better: bool = True
     binary: bool = False
 

@@ -4,6 +4,7 @@ Only this file, `calibrate.py` and `modules.py` know modules; methods and format
 module classes is the table `WEIGHTS`.
 """
 
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,29 +21,37 @@ from tersor.modules import (
     PackedConv,
     PackedEmbedding,
     PackedLinear,
+    PackedProjection,
     PackedWeight,
     pack_parameter,
+    packed_parameters,
 )
 
 
 class Row(NamedTuple):
-    """A module class, the parameters of it that are weights (by prefix), what they are, and how they fold."""
+    """A module class, the parameters of it that are weights (a regular expression), what they are, how they fold."""
 
     classes: tuple[type[nn.Module], ...]
-    prefixes: tuple[str, ...]
+    names: str
     kind: str
     view: str = "rows"
 
 
 WEIGHTS = [
-    Row((nn.modules.linear.NonDynamicallyQuantizableLinear,), ("weight",), "attention"),
-    Row((nn.Linear,), ("weight",), "linear"),
-    Row((nn.Conv1d, nn.Conv2d, nn.Conv3d), ("weight",), "conv"),
-    Row((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), ("weight",), "conv", "transposed"),
-    Row((nn.Embedding, nn.EmbeddingBag), ("weight",), "embedding"),
-    Row((nn.RNNBase, nn.RNNCellBase), ("weight_ih", "weight_hh", "weight_hr"), "rnn"),
-    Row((nn.MultiheadAttention,), ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), "attention"),
+    Row((nn.modules.linear.NonDynamicallyQuantizableLinear,), "weight", "attention"),
+    Row((nn.Linear,), "weight", "linear"),
+    Row((nn.Conv1d, nn.Conv2d, nn.Conv3d), "weight", "conv"),
+    Row((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), "weight", "conv", "transposed"),
+    Row((nn.Embedding, nn.EmbeddingBag), "weight", "embedding"),
+    Row((nn.RNNBase, nn.RNNCellBase), r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?", "rnn"),
+    Row((nn.MultiheadAttention,), "(in|q|k|v)_proj_weight", "attention"),
 ]
+PACKED_KINDS: dict[type[nn.Module], str] = {
+    PackedLinear: "linear",
+    PackedProjection: "attention",
+    PackedConv: "conv",
+    PackedEmbedding: "embedding",
+}
 SMALLEST_STACK = 16  # a bare 3-D parameter is taken for stacked experts when both matrix sides reach this
 
 
@@ -131,23 +140,22 @@ def find_sites(model: nn.Module) -> list[Site]:
 
 def weights_of(module: nn.Module) -> list[tuple[str, nn.Parameter | PackedWeight, str, str]]:
     """The weights a module owns itself: parameter name, owner, kind, view."""
-    packed_kind = {PackedLinear: "linear", PackedConv: "conv", PackedEmbedding: "embedding"}.get(type(module))
+    packed_kind = PACKED_KINDS.get(type(module))
     if packed_kind:
         return [("weight", module.packed, packed_kind, module.packed.fold.view)]  # type: ignore[list-item, union-attr]
-    owned: dict[str, nn.Parameter | PackedWeight] = {n: p for n, p in module._parameters.items() if p is not None}
-    owned |= {n.removeprefix(PREFIX): p for n, p in module.named_children() if isinstance(p, PackedWeight)}
+    floats = {n: p for n, p in module._parameters.items() if p is not None and p.is_floating_point()}
+    owned: dict[str, nn.Parameter | PackedWeight] = {**floats, **packed_parameters(module)}
     row = next((row for row in WEIGHTS if isinstance(module, row.classes)), None)
     if row is None and is_transposed_linear(module):
-        row = Row((), ("weight",), "linear", "transposed")
+        row = Row((), "weight", "linear", "transposed")
     if row is not None:
-        return [(n, p, row.kind, row.view) for n, p in owned.items() if n.startswith(row.prefixes)]
+        return [(n, p, row.kind, row.view) for n, p in owned.items() if re.fullmatch(row.names, n)]
     return [(n, p, "stack", "stack") for n, p in owned.items() if is_stack(p)]
 
 
 def is_stack(owner: nn.Parameter | PackedWeight) -> bool:
     shape = owner.fold.weight_shape if isinstance(owner, PackedWeight) else owner.shape
-    floating = isinstance(owner, PackedWeight) or owner.is_floating_point()
-    return floating and len(shape) == 3 and shape[0] > 1 and min(shape[1:]) >= SMALLEST_STACK
+    return len(shape) == 3 and shape[0] > 1 and min(shape[1:]) >= SMALLEST_STACK
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
@@ -172,10 +180,10 @@ def put(model: nn.Module, place: Place, packed: PackedWeight, activation: Activa
     """Make the module at `place` run on `packed`: by a packed module, or by decoding around its own forward."""
     module = model.get_submodule(place.module)
     new: nn.Module
-    if isinstance(module, PackedLinear) or is_linear(module):
+    if isinstance(module, PackedProjection | nn.modules.linear.NonDynamicallyQuantizableLinear):
+        new = PackedProjection(packed, module.bias, None)
+    elif isinstance(module, PackedLinear) or is_linear(module):
         new = PackedLinear(packed, module.bias, activation)  # type: ignore[arg-type]
-    elif isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        new = PackedLinear(packed, module.bias, None)  # nn.MultiheadAttention reads its weight and bias
     elif isinstance(module, PackedConv) or type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         new = module if isinstance(module, PackedConv) else PackedConv(packed, module)  # type: ignore[arg-type]
         new.packed = packed

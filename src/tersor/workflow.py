@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tersor.budget.limit import Limit
-from tersor.budget.plan import CANDIDATES, measure_menus, plan_size
+from tersor.budget.plan import CANDIDATES, check_reachable, measure_menus, plan_size
 from tersor.budget.search import Trial, nearest_points, search_drop, smallest_within
 from tersor.calibrate import gather
 from tersor.checkpoint.artifact import (
@@ -26,13 +27,14 @@ from tersor.checkpoint.artifact import (
 )
 from tersor.checkpoint.layout import size_of
 from tersor.checkpoint.source import Source, call_factory, open_model
-from tersor.compress import Progress, SiteReport, compress, silent
+from tersor.compress import Progress, SiteReport, compress, preflight, silent
 from tersor.errors import BudgetError, InputError
 from tersor.measure.scorecard import Scorecard, Subject, machine, measure
 from tersor.measure.verdict import Tolerance, Verdict, judge
 from tersor.recipe import Recipe
 from tersor.report.card import model_card
 from tersor.schemes import KEEP
+from tersor.sites import find_sites
 from tersor.stats import Stats
 from tersor.tasks import Task, open_task
 
@@ -118,6 +120,10 @@ def compress_to_folder(
         ratio=budget.ratio,
         bits=budget.bits,
     )
+    step = Recipe.of(KEEP, rules, exclude).steps[0]
+    preflight_all(source.model, recipe or given)
+    if recipe is None and given is None:
+        check_reachable(source.model, step, formats or CANDIDATES, limit)
     task = open_task_for(source, task_choice)
     task.prepare(source.model)
     progress("evaluating the original", 0, 1)
@@ -126,7 +132,6 @@ def compress_to_folder(
     stats = gather(source.model, task, seed=seed, progress=progress)
     notes, trials = [*source.notes, *unreached(stats)], []
     if recipe is None and given is None:
-        step = Recipe.of(KEEP, rules, exclude).steps[0]
         menus = measure_menus(source.model, stats, step, formats or CANDIDATES, progress)
         if limit is not None:
             recipe = plan_size(source.model, menus, limit, seed)
@@ -176,6 +181,12 @@ def compress_to_folder(
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         (folder / "README.md").write_text(model_card(output.name, manifest, verdict, cards), encoding="utf-8")
     return Outcome(output, recipe, made.sites, cards, verdict, limit, trials, task.description, notes, manifest)
+
+
+def preflight_all(model: nn.Module, recipe: Recipe | None) -> None:
+    """Before anything is measured: every pattern matches a site, and every scheme fits its shape."""
+    for step in recipe.steps if recipe else ():
+        preflight([(site, scheme) for site, scheme in step.assign(find_sites(model)) if scheme is not None])
 
 
 def check_choices(

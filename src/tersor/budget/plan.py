@@ -17,7 +17,7 @@ from tersor.budget.limit import Limit
 from tersor.calibrate import gather
 from tersor.checkpoint.layout import file_size, kept_tensors, size_of
 from tersor.checkpoint.weights import METADATA
-from tersor.compress import Progress, check_finite, silent
+from tersor.compress import Progress, check_finite, preflight, silent
 from tersor.errors import BudgetError, InputError
 from tersor.recipe import Recipe, WeightsStep, matches
 from tersor.schemes import KEEP, Scheme, parse_rule
@@ -33,7 +33,7 @@ CANDIDATES = [
     *(f"int3{group}" for group in ("", "-g128", "-g64", "-g32", "-asym", "-g64-asym", "-g32-asym")),
     *(f"int2{group}" for group in ("", "-g64", "-g32", "-asym", "-g64-asym", "-g32-asym")),
 ]
-SAMPLED_ROWS = 128  # the rows that matter most, and as many at random from the rest
+SAMPLED_ROWS = 64  # the rows that matter most, and as many at random from the rest
 UNREACHED = 0.01  # a site the data never reaches counts as much as this fraction of the median site
 
 
@@ -54,7 +54,6 @@ def measure_menus(
 ) -> list[Menu]:
     """Options and predicted losses for every site. Rules and excludes of `step` fix their sites."""
     sites = find_sites(model)
-    pinned = {name for name in (s.name for s in sites) if is_pinned(step, name)}
     assigned = {site.name: scheme for site, scheme in step.assign(sites)}
     floor = UNREACHED * median_curvature(stats)
     parsed = [parse_rule(text) for text in candidates]
@@ -63,7 +62,7 @@ def measure_menus(
         progress("measuring formats", done, len(sites))
         weight = site.matrix(model)
         check_finite(site, weight)
-        schemes = [assigned[site.name]] if site.name in pinned else [s for s in parsed if fits(s, site)]
+        schemes = candidate_schemes(step, site, assigned[site.name], parsed)
         rows, scale = sample_rows(site, stats.get(site.name, Stats()))
         site_stats = site_curvature(site, stats.get(site.name, Stats()), weight, floor)
         sampled = weight[rows]
@@ -74,12 +73,20 @@ def measure_menus(
     return menus
 
 
-def is_pinned(step: WeightsStep, name: str) -> bool:
-    return any(matches(pattern, name) for pattern in (*step.rules, *step.exclude))
+def candidate_schemes(
+    step: WeightsStep, site: Site, assigned: Scheme | None, candidates: list[Scheme | None]
+) -> list[Scheme | None]:
+    """What a rule or exclude fixed, or the candidates that fit the site's shape.
 
-
-def fits(scheme: Scheme | None, site: Site) -> bool:
-    return scheme is None or scheme.format.misfit(site.shape) is None
+    Raises FormatError when nothing fits.
+    """
+    if any(matches(pattern, site.name) for pattern in (*step.rules, *step.exclude)):
+        preflight([(site, assigned)] if assigned else [])
+        return [assigned]
+    fitting = [scheme for scheme in candidates if scheme is None or scheme.format.misfit(site.shape) is None]
+    if not fitting:
+        preflight([(site, scheme) for scheme in candidates if scheme is not None])
+    return fitting
 
 
 def option(site: Site, scheme: Scheme | None, weight: Tensor, stats: Stats) -> Option:
@@ -136,6 +143,20 @@ def plan_size(model: nn.Module, menus: list[Menu], limit: Limit, seed: int = 0) 
             return recipe_of(menus, chosen, seed)
         for_sites -= over
     raise BudgetError(why_infeasible(kept, menus, limit))
+
+
+def check_reachable(model: nn.Module, step: WeightsStep, candidates: Iterable[str], limit: Limit | None) -> None:
+    """Before anything is measured: raises BudgetError if even the smallest formats exceed the limit."""
+    parsed = [parse_rule(text) for text in candidates]
+    menus = []
+    for site, assigned in step.assign(find_sites(model)):
+        schemes = candidate_schemes(step, site, assigned, parsed)
+        sizes = [
+            (str(s or KEEP), fixed_bytes(s, site)[0] if s else site.num_weights * site.dtype.itemsize) for s in schemes
+        ]
+        menus.append(Menu(site, [Option(name, num_bytes, 0.0) for name, num_bytes in sizes]))
+    if limit is not None and smallest_size(model, menus) > limit.num_bytes:
+        raise BudgetError(why_infeasible(kept_layout(model, menus), menus, limit))
 
 
 def smallest_size(model: nn.Module, menus: list[Menu]) -> int:

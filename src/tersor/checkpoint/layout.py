@@ -14,18 +14,25 @@ from tersor.checkpoint.weights import METADATA
 from tersor.modules import InputQuantizer, PackedLinear, PackedWeight, Stored
 from tersor.sites import Site, find_sites, packed_weight
 
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
+DTYPE_NAMES = {  # in the order in which safetensors writes them
+    torch.uint64: "U64",
     torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
     torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
     torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+RANKS = {dtype: rank for rank, dtype in enumerate(DTYPE_NAMES)}
 
 
 def packed_sites(model: nn.Module) -> list[tuple[Site, PackedWeight, InputQuantizer | None]]:
@@ -73,8 +80,7 @@ def file_size(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metad
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    # safetensors orders by alignment, then name.
-    for name, dtype, shape in sorted(tensors, key=lambda t: (-t[1].itemsize, t[0])):
+    for name, dtype, shape in sorted(tensors, key=lambda t: (RANKS[t[1]], t[0])):
         end = offset + torch.Size(shape).numel() * dtype.itemsize
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end

@@ -16,8 +16,15 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write one file; raises ArtifactError when the disk or the place refuses."""
+    apart: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        pointer = own.untyped_storage().data_ptr()
+        apart[name] = own.clone() if pointer in storages else own  # safetensors refuses tensors that share memory
+        storages.add(pointer)
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, METADATA)
+        save_file(apart, path, METADATA)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path}: cannot write the weights: {error}") from None
 

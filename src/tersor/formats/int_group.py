@@ -115,13 +115,14 @@ class IntGroup:
     # What methods that choose better grids build on.
 
     def grouped(self, weight: Weight) -> Float[Tensor, "o g k"]:
-        return weight.view(weight.shape[0], self.num_groups(weight.shape[1]), -1)
+        return weight.unflatten(1, (self.num_groups(weight.shape[1]), -1))
 
     def quantize(self, weight: Weight, params: Params) -> Float[Tensor, "out in"]:
         """The nearest unsigned codes, as floats."""
         lowest = 1 if self.bits == 8 and self.symmetric else 0
         codes = self.grouped(weight) / self.divisor(params["scale"]).unsqueeze(-1) + self.zero_point(params)
-        return codes.round_().clamp_(lowest, 2**self.bits - 1).view_as(weight)
+        # Clamped first, for rounding then leaves no negative zero, which a stored code could not tell.
+        return codes.clamp_(lowest, 2**self.bits - 1).round_().view_as(weight)
 
     def dequantize(self, codes: Float[Tensor, "out in"], params: Params) -> Weight:
         scale = params["scale"].float().unsqueeze(-1)

@@ -39,8 +39,8 @@ def unpack(packed: UInt8[Tensor, "out width"], bits: int, num_codes: int) -> UIn
     """
     num_rows = packed.shape[0]
     if bits == 4:  # the common case, in one step
-        return torch.stack((packed & 15, packed >> 4), dim=-1).view(num_rows, -1)[:, :num_codes]
-    groups = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).view(num_rows, -1, bits)
+        return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :num_codes]
+    groups = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).unflatten(1, (-1, bits))
     codes = torch.empty(num_rows, groups.shape[1], 8, dtype=torch.uint8, device=packed.device)
     for j in range(8):
         first, shift = divmod(j * bits, 8)
@@ -48,4 +48,4 @@ def unpack(packed: UInt8[Tensor, "out width"], bits: int, num_codes: int) -> UIn
         if shift + bits > 8:
             code = code | (groups[..., first + 1] << (8 - shift))
         torch.bitwise_and(code, (1 << bits) - 1, out=codes[..., j])
-    return codes.view(num_rows, -1)[:, :num_codes]
+    return codes.flatten(1)[:, :num_codes]

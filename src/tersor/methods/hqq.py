@@ -38,8 +38,8 @@ class Hqq:
     def accepts(self, format: Format) -> str | None:
         if isinstance(format, IntGroup) and not format.symmetric:
             return None
-        instead = f"{format.name}-asym" if isinstance(format, IntGroup) else "int4-g64-asym"
-        return f"hqq moves zero points, and {format.name} has none; use {instead}, or the method mse"
+        instead = f"{format.name}-asym, or the method mse" if isinstance(format, IntGroup) else "int4-g64-asym"
+        return f"hqq moves zero points, and {format.name} has none; use {instead}"
 
     def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
         assert isinstance(format, IntGroup)

@@ -1,0 +1,338 @@
+"""The command line through its entry point: the main job, every verb, every bad input, and its frozen flags."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
+from torch import nn
+
+from cli_runner import tersor
+from tersor.cli import app
+from tersor.recipe import Recipe
+
+FACTORY = """
+from torch import nn
+
+def digits_net():
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 16, 64),
+        nn.ReLU(), nn.Linear(64, 10))
+"""
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a conv net trained on scikit-learn's digits: `digits_factory.py`, `digits.safetensors`,
+    `digits.npz` (test part)."""
+    folder = tmp_path_factory.mktemp("digits")
+    (folder / "digits_factory.py").write_text(FACTORY)
+    namespace: dict = {}
+    exec(FACTORY, namespace)
+    torch.manual_seed(0)
+    model = namespace["digits_net"]()
+    images, labels = load_digits(return_X_y=True)
+    x = (images.reshape(-1, 1, 8, 8) / 16).astype(np.float32)
+    order = np.random.default_rng(0).permutation(len(x))
+    train, test = order[:900], order[900:]
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    x_train, y_train = torch.tensor(x[train]), torch.tensor(labels[train])
+    for _ in range(12):
+        for batch in torch.randperm(len(train)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x_train[batch]), y_train[batch]).backward()
+            optimizer.step()
+    save_file(model.state_dict(), folder / "digits.safetensors")
+    np.savez(folder / "digits.npz", x=x[test], y=labels[test])
+    return folder
+
+
+@pytest.fixture
+def inside(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run in an empty folder from which the factory can be imported; returns that folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(digits))
+    return tmp_path
+
+
+def digits_arguments(digits: Path) -> list[object]:
+    return ["digits_factory:digits_net", "--weights", digits / "digits.safetensors"]
+
+
+def labelled(digits: Path) -> list[object]:
+    return ["--task", "classification", "--data", digits / "digits.npz", "--batch", "1"]
+
+
+def test_a_custom_conv_net_meets_its_budget_and_loads_in_a_new_process(digits, inside, capsys):
+    made = tersor(
+        capsys, "compress", *digits_arguments(digits), "--ratio", "5x", "--drop", "3%", *labelled(digits),
+        "-o", "small", "--json",
+    )  # fmt: skip
+    assert made.status == 0, made.stdout
+    original, compressed = made.json["scorecards"]
+    assert original["score"] > 0.95
+    assert 0.97 * made.json["limit"]["bytes"] < compressed["file_bytes"] <= made.json["limit"]["bytes"]
+    assert compressed["file_bytes"] == (inside / "small" / "model.safetensors").stat().st_size
+    assert made.json["verdict"]["outcome"] in ("within", "cannot tell")
+    assert made.json["verdict"]["mcnemar_p"] > 0
+    # A new process scores the loaded artifact exactly like the one that was measured.
+    again = subprocess.run(
+        [Path(sys.executable).parent / "tersor", "evaluate", "small", *map(str, labelled(digits)), "--json"],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(digits)},
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["scorecard"]["score"] == compressed["score"]
+
+
+def test_the_saved_recipe_makes_the_same_bytes(digits, inside, capsys):
+    first = ["compress", *digits_arguments(digits), *labelled(digits), "--bits", "6", "-o", "a", "--json"]
+    assert tersor(capsys, *first).status == 0
+    again = tersor(
+        capsys,
+        "compress",
+        *digits_arguments(digits),
+        *labelled(digits),
+        "--recipe",
+        "a/recipe.yaml",
+        "-o",
+        "b",
+        "--json",
+    )
+    assert again.status == 0, again.stdout
+    assert Path("a/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
+    assert Recipe.from_file(Path("a/recipe.yaml")) == Recipe.from_file(Path("b/recipe.yaml"))
+
+
+def test_drop_finds_the_smallest_defensible_model(digits, inside, capsys):
+    made = tersor(capsys, "compress", *digits_arguments(digits), *labelled(digits), "--drop", "5%", "-o", "s", "--json")
+    assert made.status == 0, made.stdout
+    within = [t["bytes"] for t in made.json["trials"] if t["verdict"]["outcome"] == "within"]
+    assert made.json["scorecards"][1]["file_bytes"] == min(within)
+    assert made.json["verdict"]["outcome"] == "within"
+    assert made.json["verdict"]["alpha"] < 0.05  # held to the level of a search of several trials
+
+
+def test_rules_excludes_and_the_tables(digits, inside, capsys):
+    made = tersor(
+        capsys, "compress", *digits_arguments(digits), *labelled(digits), "--format", "int4", "--rule", "8=hqq:int8-g32-asym",
+        "--exclude", "10", "-o", "s",
+    )  # fmt: skip
+    assert made.status == 0, made.stderr
+    assert "verdict:" in made.stdout
+    assert "x smaller)" in made.stdout
+    stored = load_file("s/model.safetensors")
+    assert "10.weight" in stored
+    assert stored["8.weight.zero_point"].shape == (64, 16)
+    assert stored["0.weight.codes"].dtype is torch.uint8
+    compared = tersor(
+        capsys, "compare", "digits_factory:digits_net", "s", "--weights", digits / "digits.safetensors",
+        *labelled(digits), "--json",
+    )  # fmt: skip
+    assert compared.status == 0, compared.stdout
+    assert compared.json["verdict"]["num_examples"] == compared.json["scorecards"][0]["num_examples"]
+
+
+@pytest.mark.parametrize("verb", ["formats", "methods"])
+def test_the_tables_of_what_exists(verb, capsys):
+    assert "int4-g64" in tersor(capsys, verb).stdout or verb == "methods"
+    assert tersor(capsys, verb, "--json").json[verb]
+
+
+def test_inspect_counts_every_byte(digits, inside, capsys):
+    shown = tersor(capsys, "inspect", *digits_arguments(digits), "--json").json
+    model = load_file(digits / "digits.safetensors")
+    site_bytes = sum(4 * site["weights"] for site in shown["sites"])
+    assert site_bytes + shown["kept_bytes"] == sum(tensor.nbytes for tensor in model.values())
+    assert {cost["format"] for cost in shown["formats"]} >= {"mse:int4", "nearest:bf16"}
+    table = tersor(capsys, "inspect", *digits_arguments(digits))
+    assert "int4-g128" in table.stdout
+    assert table.status == 0
+
+
+# Bad inputs: one clear message, a non-zero status, nothing left behind.
+
+
+def refused(capsys, inside: Path, *arguments: object) -> str:
+    before = sorted(inside.rglob("*"))
+    result = tersor(capsys, *arguments)
+    assert result.status == 2
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("error:") == 1
+    assert sorted(inside.rglob("*")) == before
+    return " ".join(result.stderr.split("error:", 1)[1].split())
+
+
+def test_missing_folder(inside, capsys):
+    assert "no such file or folder" in refused(capsys, inside, "compress", "./nowhere", "--ratio", "4x", "-o", "out")
+
+
+def test_pickled_weights(inside, capsys):
+    folder = inside / "pickled"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    torch.save({}, folder / "pytorch_model.bin")
+    message = refused(capsys, inside, "compress", folder, "--ratio", "4x", "-o", "out")
+    assert "pickle" in message
+    assert "save_file" in message  # the way out
+    message = refused(
+        capsys, inside, "compress", "m:f", "--weights", folder / "pytorch_model.bin", "--bits", "4", "-o", "o"
+    )
+    assert "m" in message
+
+
+def test_wrong_group_size(digits, inside, capsys):
+    message = refused(
+        capsys, inside, "compress", *digits_arguments(digits), *labelled(digits), "--format", "int4-g128", "-o", "out"
+    )
+    assert "int4-g128: 0 has in=9 columns, not a multiple of 128; use int4, or exclude it with --exclude '0'" in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(digits, inside, capsys, value):
+    state = load_file(digits / "digits.safetensors")
+    state["4.weight"][3, 2, 1, 1] = value
+    save_file(state, inside / "bad.safetensors")
+    message = refused(
+        capsys,
+        inside,
+        "compress",
+        "digits_factory:digits_net",
+        "--weights",
+        "bad.safetensors",
+        "--ratio",
+        "4x",
+        "-o",
+        "out",
+    )
+    assert "4.weight: 1 of 4608 values are NaN or infinite" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("", "empty"), ("sentence1,sentence2,score\na,b,c\nd,e,0.5\n", "line 2"), ("only one column\nx\n", "sentence1")],
+)
+def test_malformed_csv(minilm, inside, capsys, content, expected):
+    (inside / "data.csv").write_text(content)
+    message = refused(
+        capsys, inside, "compress", minilm, "--task", "similarity", "--data", "data.csv", "--ratio", "4x", "-o", "out"
+    )
+    assert "data.csv" in message
+    assert expected in message
+
+
+def test_budget_below_every_format(digits, inside, capsys):
+    message = refused(
+        capsys, inside, "compress", *digits_arguments(digits), *labelled(digits), "--size", "2KB", "-o", "out"
+    )
+    assert "the nearest reachable file is" in message
+    assert "What binds" in message
+    reachable = message.split("--size ")[1].split(".")[0]
+    made = tersor(
+        capsys, "compress", *digits_arguments(digits), *labelled(digits), "--size", reachable, "-o", "out", "--json"
+    )
+    assert made.status == 0, made.stdout
+
+
+def test_unwritable_and_existing_output(digits, inside, capsys):
+    arguments = ["compress", *digits_arguments(digits), *labelled(digits), "--format", "int8"]
+    assert "does not exist" in refused(capsys, inside, *arguments, "-o", "no/such/parent/out")
+    (inside / "mine").mkdir()
+    (inside / "mine" / "thesis.txt").write_text("precious")
+    assert "exists" in refused(capsys, inside, *arguments, "-o", "mine")
+    assert "not a tersor artifact" in refused(capsys, inside, *arguments, "-o", "mine", "--overwrite")
+
+
+def test_unknown_names_suggest_the_nearest(digits, inside, capsys):
+    start = ["compress", *digits_arguments(digits), "-o", "out"]
+    assert "did you mean 'hqq'" in refused(capsys, inside, *start, "--format", "hq:int4")
+    assert "did you mean 'hqq'" in refused(capsys, inside, *start, "--method", "hqqq", "--format", "int4")
+    assert "did you mean 'int4-g64'" in refused(capsys, inside, *start, "--format", "int4-g63")
+    assert "did you mean 'similarity'" in refused(capsys, inside, *start, "--task", "similarty", "--ratio", "4x")
+    assert "fc" in refused(capsys, inside, *start, *labelled(digits), "--format", "int8", "--exclude", "fc")
+
+
+def test_truncated_safetensors(digits, inside, capsys):
+    whole = (digits / "digits.safetensors").read_bytes()
+    (inside / "cut.safetensors").write_bytes(whole[:-100])
+    message = refused(
+        capsys,
+        inside,
+        "compress",
+        "digits_factory:digits_net",
+        "--weights",
+        "cut.safetensors",
+        "--ratio",
+        "4x",
+        "-o",
+        "out",
+    )
+    assert "cut.safetensors: not a whole safetensors file" in message
+
+
+def test_contradictions_and_nonsense(digits, inside, capsys):
+    start = ["compress", *digits_arguments(digits), *labelled(digits), "-o", "out"]
+    assert "give one" in refused(capsys, inside, *start, "--size", "1MB", "--ratio", "4x")
+    assert "--size '8 apples'" in refused(capsys, inside, *start, "--size", "8 apples")
+    assert "--ratio 'four'" in refused(capsys, inside, *start, "--ratio", "four")
+    assert "say what you want" in refused(capsys, inside, *start)
+    assert "use bitmask" in refused(capsys, inside, *start, "--format", "magnitude:int8")
+    assert "sparsity" in refused(capsys, inside, *start, "--format", "magnitude(sparsity=2):bitmask")
+    assert "--recipe says everything" in refused(
+        capsys, inside, *start, "--recipe", write(inside / "r.yaml", Recipe.of("int8").to_yaml()), "--ratio", "4x"
+    )
+    assert "steps" in refused(capsys, inside, *start, "--recipe", write(inside / "bad.yaml", "scheme: int8"))
+    assert (
+        "no module named" in refused(capsys, inside, "compress", "nothing_here:f", "--bits", "4", "-o", "out").lower()
+    )
+    assert "KEY=VALUE" in refused(capsys, inside, *start, "--bits", "4", "--task-option", "context")
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_errors_under_json_are_json(inside, capsys):
+    result = tersor(capsys, "compress", "./nowhere", "--ratio", "4x", "-o", "out", "--json")
+    assert result.status == 2
+    assert "no such file or folder" in result.json["error"]
+
+
+def test_damaged_artifact(digits, inside, capsys):
+    arguments = ["compress", *digits_arguments(digits), *labelled(digits), "--format", "int8", "-o", "a", "--json"]
+    assert tersor(capsys, *arguments).status == 0
+    shutil.copytree("a", "b")
+    with open("b/model.safetensors", "r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"\x55")
+    assert "changed or damaged" in refused(capsys, inside, "evaluate", "b", *labelled(digits))
+
+
+FLAGS = {
+    "compress": "--output -o --size --ratio --bits --drop --format --method --rule --exclude --recipe --weights --task "
+    "--data --calibration --task-option --batch --seed --threads --overwrite --trust-remote-code --json",
+    "inspect": "--weights --format --json",
+    "evaluate": "--weights --task --data --calibration --task-option --batch --threads --json",
+    "compare": "--weights --task --data --calibration --task-option --drop --batch --seed --threads --json",
+    "formats": "--json",
+    "methods": "--json",
+}
+
+
+def test_flags_are_frozen():
+    """A new flag is a decision: it is written here, too."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    found = {
+        name: {opt for p in command.params for opt in (*p.opts, *p.secondary_opts) if opt.startswith("-")}
+        for name, command in commands.items()
+    }
+    assert found == {name: set(flags.split()) for name, flags in FLAGS.items()}
