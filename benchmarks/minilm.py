@@ -99,8 +99,8 @@ tersor {about["tersor"]}, torch {about["torch"]}, transformers {about["transform
 
 The original: 90.87 MB fp32. 1,372 pairs for evaluation, 128 held out for calibration; mean pooling, 256 tokens,
 Spearman of the cosine. Sizes are of the whole weights file over all parameters. `drop` is the paired loss of Spearman
-with its 90 % interval, judged at a tolerance of 1 % of the original's score. Speed is against fp32 torch, batch 1 and 32,
-with a 95 % interval over rounds; packed weights other than int8-dynamic are decoded on every call.
+with its 90 % interval, judged at a tolerance of 1 % of the original's score. Speed is against fp32 torch at batch 1
+and 32, with a 95 % interval over rounds; packed weights other than int8-dynamic are decoded on every call.
 
 | flags | MB | ratio | bits/parameter | Spearman [95 %] | drop, verdict | speed, batch 1 | speed, batch 32 |
 |---|---|---|---|---|---|---|---|

@@ -123,8 +123,8 @@ def test_drop_finds_the_smallest_defensible_model(digits, inside, capsys):
 
 def test_rules_excludes_and_the_tables(digits, inside, capsys):
     made = tersor(
-        capsys, "compress", *digits_arguments(digits), *labelled(digits), "--format", "int4", "--rule", "8=hqq:int8-g32-asym",
-        "--exclude", "10", "-o", "s",
+        capsys, "compress", *digits_arguments(digits), *labelled(digits), "--format", "int4",
+        "--rule", "8=hqq:int8-g32-asym", "--exclude", "10", "-o", "s",
     )  # fmt: skip
     assert made.status == 0, made.stderr
     assert "verdict:" in made.stdout

@@ -44,7 +44,8 @@ def gather(
     batches = list(task.batches("calibration", batch_size=BATCH_SIZE))
     if not batches:
         raise DataError(f"{task.name}: the calibration split is empty; give more data, or --calibration FILE")
-    training, required = model.training, [weight.requires_grad for weight in weights]
+    training = [(module, module.training) for module in model.modules()]
+    required = [weight.requires_grad for weight in weights]
     num_examples = 0
     try:
         model.eval()
@@ -53,10 +54,10 @@ def gather(
         for done, batch in enumerate(batches):
             if progress:
                 progress("calibrating", done, len(batches))
-            with reference():
+            with reference(), torch.enable_grad():
                 output = task.forward(model, batch)
+                loss = sampled_loss(output.float(), task.output, generator)
             num_examples += len(output)
-            loss = sampled_loss(output.float(), task.output, generator)
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)
             for site, row, column, gradient in zip(sites, rows, columns, gradients, strict=True):
                 if gradient is not None:
@@ -64,7 +65,8 @@ def gather(
                     row += square.sum(1).cpu()
                     column += square.sum(0).cpu()
     finally:
-        model.train(training)
+        for module, was in training:
+            module.training = was
         for weight, was in zip(weights, required, strict=True):
             weight.requires_grad_(was)
     if progress:

@@ -81,6 +81,7 @@ def compress(
             progress("compressing", done, len(work))
             reports[site.name] = compress_site(model_copy, site, scheme, (stats or {}).get(site.name, Stats()))
         progress("compressing", len(work), len(work))
+    own_shared_weights(model_copy, model)
     return Compressed(model_copy, recipe, list(reports.values()))
 
 
@@ -129,3 +130,13 @@ def copy_but_sites(model: nn.Module) -> nn.Module:
     """A deep copy that shares the site weights, which are replaced and never written to."""
     weights = [site.weight(model) for site in find_sites(model)]
     return copy.deepcopy(model, {id(weight): weight for weight in weights if isinstance(weight, nn.Parameter)})
+
+
+def own_shared_weights(model: nn.Module, original: nn.Module) -> None:
+    """Copy the site weights that were kept, so that casting or training `model` leaves the original alone."""
+    shared = {id(parameter) for parameter in original.parameters()}
+    copies: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and id(parameter) in shared:
+                setattr(module, name, copies.setdefault(id(parameter), copy.deepcopy(parameter)))

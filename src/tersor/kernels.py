@@ -51,7 +51,7 @@ def int8_dynamic_linear(
     """
     codes, scale = Int8Dynamic().quantize(x.reshape(-1, x.shape[-1]))
     sums = torch._int_mm(codes, encoded.parts["codes"].t())
-    y = sums.float().mul_(scale).mul_(encoded.parts["scale"].float().view(1, -1))
-    if bias is not None:
-        y += bias
+    y = sums.float().mul_(scale)
+    weight_scale = encoded.parts["scale"].float().view(1, -1)
+    y = y.mul_(weight_scale) if bias is None else torch.addcmul(bias.float(), y, weight_scale)
     return y.to(x.dtype).view(*x.shape[:-1], -1)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tersor.errors import InputError, TersorError, UnknownName
 from tersor.formats.contract import Format
@@ -86,7 +86,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tersor: Literal[1] = 1
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     steps: tuple[Step, ...]
 
     @classmethod
@@ -103,16 +103,14 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "top level"
-            raise InputError(f"{place}: {where}: {first['msg']}") from None
+            raise InputError(f"{place}: {first_mistake(error)}") from None
 
     @classmethod
     def from_yaml(cls, text: str, place: str = "the recipe") -> "Recipe":
         """Raises InputError naming the place of the first mistake."""
         try:
             data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise InputError(f"{place}: not YAML: {error}") from None
         if not isinstance(data, dict) or "steps" not in data:
             raise InputError(f"{place}: a recipe is a mapping with a list of `steps`; see docs/concepts.md")
@@ -137,6 +135,13 @@ def spelled(text: str) -> str:
     except TersorError as error:
         raise ValueError(str(error)) from None
     return KEEP if scheme is None else str(scheme)
+
+
+def first_mistake(error: ValidationError) -> str:
+    """Where pydantic found the first mistake, and what it is."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or "top level"
+    return f"{where}: {first['msg']}"
 
 
 def matches(pattern: str, name: str) -> bool:

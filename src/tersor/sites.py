@@ -191,6 +191,7 @@ def put(model: nn.Module, place: Place, packed: PackedWeight, activation: Activa
         new = PackedEmbedding(packed, module.padding_idx)
     else:
         pack_parameter(module, place.parameter, packed)
+        leave_fused_path(model)
         return
     if not place.module:
         raise FormatError("the model is a single layer; wrap it in nn.Sequential so that its weight can be replaced")

@@ -14,10 +14,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
 from tersor.activations import Activation, activation_named
@@ -25,8 +27,9 @@ from tersor.checkpoint.layout import kept_tensors, packed_sites, tensors_of
 from tersor.checkpoint.source import first_line, quiet_transformers, sha256, transformers_class
 from tersor.checkpoint.weights import read_weights, write_weights
 from tersor.encoded import Encoded
-from tersor.errors import ArtifactError, InputError, ModelError
+from tersor.errors import ArtifactError, FormatError, InputError, ModelError, UnknownName
 from tersor.formats import format_named
+from tersor.recipe import first_mistake
 from tersor.sites import Site, find_sites
 
 VERSION = 1
@@ -60,11 +63,13 @@ def save(
         manifest: more keys for `tersor.json`.
     """
     folder = Path(folder)
-    config = getattr(model, "config", None)
+    config, generation_config = getattr(model, "config", None), getattr(model, "generation_config", None)
     if source is not None:
         copy_side_files(source, folder)
     elif config is not None and hasattr(config, "save_pretrained"):
         config.save_pretrained(folder)
+        if generation_config is not None:
+            generation_config.save_pretrained(folder)
     write_weights(tensors_of(model), folder / WEIGHTS)
     is_transformers = (folder / "config.json").exists()
     about = {"class": type(model).__name__} if is_transformers else {"class": type(model).__name__, "factory": None}
@@ -75,6 +80,7 @@ def save(
             site.name: {
                 "format": packed.format.name,
                 "shape": list(site.shape),
+                "dtype": str(site.dtype).removeprefix("torch."),
                 "activation": quantizer.format if quantizer else None,
             }
             for site, packed, quantizer in packed_sites(model)
@@ -119,30 +125,47 @@ def restore_site(
     model: nn.Module, site: Site, entry: Mapping[str, Any], tensors: dict[str, Tensor], packed: bool
 ) -> None:
     """Check one site's parts against its format's layout, and put them in place."""
-    format = format_named(entry["format"])
+    try:
+        format, dtype = format_named(entry["format"]), getattr(torch, entry["dtype"])
+        input_format = activation_named(entry["activation"]) if entry["activation"] else None
+    except UnknownName as error:
+        raise ArtifactError(f"{site.name}: {error}") from None
     if tuple(entry["shape"]) != site.shape:
         raise ArtifactError(f"{site.name}: stored as {tuple(entry['shape'])}, but the model has {site.shape} here")
     parts = {}
-    for part, (dtype, shape) in format.layout(site.shape).items():
+    for part, (part_dtype, shape) in format.layout(site.shape).items():
         tensor = tensors.pop(f"{site.parameter}.{part}", None)
-        expected = f"{format.name} at {site.name}: part {part} should be {dtype} {shape}"
+        expected = f"{format.name} at {site.name}: part {part} should be {part_dtype} {shape}"
         if tensor is None:
             raise ArtifactError(f"{expected}, and the file does not have it")
         fits = tensor.dim() == len(shape) and all(e is None or e == s for e, s in zip(shape, tensor.shape, strict=True))
-        if tensor.dtype != dtype or not fits:
+        if tensor.dtype != part_dtype or not fits:
             raise ArtifactError(f"{expected}, and the file has {tensor.dtype} {tuple(tensor.shape)}")
         parts[part] = tensor
     encoded = Encoded(format, site.shape, parts)
+    check_values(site, encoded)
     if not packed:
-        site.weight(model).data = site.fold.unfold(encoded.decode()).to(site.dtype)
+        site.weight(model).data = site.fold.unfold(encoded.decode()).to(dtype)
         return
     activation = None
-    if entry.get("activation"):
-        activation_named(entry["activation"])
+    if input_format:
         prefix = f"{site.parameter}.input."
         static = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
-        activation = Activation(entry["activation"], static)
-    site.replace(model, encoded, activation)
+        if static and not input_format.needs:
+            raise ArtifactError(
+                f"{site.name}: {input_format.name} has no parameters, and the file has {sorted(static)}"
+            )
+        activation = Activation(input_format.name, static)
+    replace(site, dtype=dtype).replace(model, encoded, activation)
+
+
+def check_values(site: Site, encoded: Encoded) -> None:
+    """Parts whose size the values of others decide are judged by decoding; the shape decides all other parts."""
+    if any(None in shape for _, shape in encoded.format.layout(encoded.shape).values()):
+        try:
+            encoded.decode()
+        except FormatError as error:
+            raise ArtifactError(f"{site.name}: {error}") from None
 
 
 def restore_rest(model: nn.Module, tensors: dict[str, Tensor], done: set[str], folder: Path) -> None:
@@ -153,12 +176,15 @@ def restore_rest(model: nn.Module, tensors: dict[str, Tensor], done: set[str], f
         what = f"lacks {missing[0]}" if missing else f"holds {unexpected[0]}, which the model does not have"
         raise ArtifactError(f"{folder / WEIGHTS}: {what}; the artifact and the model's code do not match")
     for name, tensor in rest.items():
-        if tensor.shape != tensors[name].shape:
+        stored = tensors[name]
+        alike = stored.dtype == tensor.dtype or (stored.is_floating_point() and tensor.is_floating_point())
+        if tensor.shape != stored.shape or not alike:
             raise ArtifactError(
-                f"{name}: stored as {tuple(tensors[name].shape)}, but the model has {tuple(tensor.shape)}"
+                f"{name}: stored as {stored.dtype} {tuple(stored.shape)}, "
+                f"but the model has {tensor.dtype} {tuple(tensor.shape)}"
             )
         owner, _, attribute = name.rpartition(".")
-        getattr(model.get_submodule(owner), attribute).data = tensors[name]
+        getattr(model.get_submodule(owner), attribute).data = stored
 
 
 def skeleton(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
@@ -175,38 +201,72 @@ def skeleton(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         config.architectures = [manifest["model"]["class"]]
+        model_class = transformers_class(config)
+        if model_class is transformers.AutoModel:
+            raise ValueError(f"it has no class {manifest['model']['class']}")
+        with torch.device("meta"):
+            num_weights = sum(parameter.numel() for parameter in model_class._from_config(config).parameters())
+        if num_weights > 8 * (folder / WEIGHTS).stat().st_size:
+            raise ValueError(f"config.json describes {num_weights:,} weights, more than {WEIGHTS} has bits")
         with no_init_weights():
-            model = transformers_class(config)._from_config(config, dtype=getattr(config, "dtype", None))
+            model = model_class._from_config(config, dtype=config.dtype)
+        model.tie_weights()
         if (folder / "generation_config.json").exists() and model.can_generate():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a garbled config trips over
         raise ArtifactError(f"{folder}: transformers cannot build the model: {first_line(error)}") from None
     return model
+
+
+class SiteEntry(BaseModel):
+    format: str
+    shape: tuple[int, int]
+    dtype: Literal["float64", "float32", "float16", "bfloat16"]
+    activation: str | None
+
+
+class ModelEntry(BaseModel):
+    name: str = Field(alias="class")
+    factory: str | None = None
+
+
+class FileEntry(BaseModel):
+    sha256: str
+    bytes: int
+
+
+class Manifest(BaseModel):
+    """What loading relies on in `tersor.json`; more keys are welcome."""
+
+    model: ModelEntry
+    sites: dict[str, SiteEntry]
+    files: dict[str, FileEntry]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """`tersor.json`, checked for what loading relies on."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
     except FileNotFoundError:
         raise ArtifactError(f"{folder}: no {MANIFEST}, so not a tersor artifact") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: cannot be read ({first_line(error)})") from None
-    shaped = isinstance(manifest, dict) and all(isinstance(manifest.get(k), dict) for k in ("model", "sites", "files"))
-    if not shaped or not all(
-        isinstance(e, dict) and {"format", "shape"} <= e.keys() for e in manifest["sites"].values()
-    ):
-        raise ArtifactError(f"{path}: not a manifest that this version of tersor can read")
-    if manifest.get("tersor") != VERSION:
-        raise ArtifactError(f"{path}: written by format version {manifest.get('tersor')}; this tersor reads {VERSION}")
+    version = manifest.get("tersor") if isinstance(manifest, dict) else None
+    if version != VERSION:
+        raise ArtifactError(f"{path}: written by format version {version}; this tersor reads {VERSION}")
+    try:
+        Manifest.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ArtifactError(f"{path}: {first_mistake(error)}; not a manifest that this tersor can read") from None
     return manifest
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
     """The weights file is there, whole, and the one that was written."""
     path, entry = folder / WEIGHTS, manifest["files"].get(WEIGHTS, {})
-    if not path.exists():
+    if not path.is_file():
         raise ArtifactError(f"{path}: missing from the artifact")
     if path.stat().st_size != entry.get("bytes"):
         raise ArtifactError(
@@ -265,9 +325,13 @@ def atomic_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
                     os.fsync(file.fileno())
         if target.exists():
             replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)) / "old"
-            target.rename(replaced)
-            working.rename(target)
-            shutil.rmtree(replaced.parent)
+            try:
+                target.rename(replaced)
+                working.rename(target)
+            finally:
+                if not target.exists():
+                    replaced.rename(target)
+                shutil.rmtree(replaced.parent)
         else:
             working.rename(target)
     finally:

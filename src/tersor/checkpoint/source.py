@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import json
 import logging
 import os
 import sys
@@ -78,18 +77,18 @@ def open_transformers(name: str, folder: Path, trust_remote_code: bool) -> Sourc
     quiet_transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        model_class = transformers_class(config)
+    except Exception as error:  # whatever a garbled config trips over
         raise ModelError(f"{folder / 'config.json'}: cannot be read ({first_line(error)})") from None
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{name}: already quantized (see quantization_config); start from the float checkpoint")
     for file in files:
         check_finite(read_weights(file), str(file))
-    model_class = transformers_class(config)
     try:
         model, info = model_class.from_pretrained(
             folder, dtype="auto", use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except Exception as error:  # a config whose numbers do not go together can trip over anything
         raise ModelError(
             f"{name}: transformers cannot load it as {model_class.__name__}: {first_line(error)}"
         ) from None
@@ -149,7 +148,10 @@ def open_artifact(name: str, folder: Path) -> Source:
 
 def call_factory(name: str) -> nn.Module:
     """Import `package.module:factory` (the working folder is on the path) and call it."""
-    model = import_object(name, "model factory")()
+    factory = import_object(name, "model factory")
+    if not callable(factory):
+        raise InputError(f"{name} is {type(factory).__name__}, not a function that makes a model")
+    model = factory()
     if not isinstance(model, nn.Module):
         raise InputError(f"{name} returned {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -162,7 +164,7 @@ def import_object(name: str, what: str) -> Any:
         sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
         raise InputError(f"{what} '{name}': {error}; write 'package.module:function', importable from here") from None
 
 
