@@ -1,6 +1,6 @@
 """The main job on a real model, offline: all-MiniLM-L6-v2 (from its PyPI package) under a byte budget.
 
-    make demo
+make demo
 """
 
 import importlib.util

@@ -201,13 +201,14 @@ def pack_parameter(module: nn.Module, name: str, packed: PackedWeight) -> None:
         module.register_forward_hook(_drop_parameters, always_call=True)
     module._parameters.pop(name, None)
     setattr(module, name, None)
-    setattr(module, PREFIX + name, packed)
+    setattr(module, PREFIX + name, packed.train(module.training))
 
 
 def packed_parameters(module: nn.Module) -> dict[str, PackedWeight]:
     """The parameters that `pack_parameter` packed, by name."""
     children = module._modules.items()  # named_children() would skip the second name of a tied weight
-    return {name.removeprefix(PREFIX): child for name, child in children if isinstance(child, PackedWeight)}
+    packed = {name: child for name, child in children if isinstance(child, PackedWeight)}
+    return {name.removeprefix(PREFIX): child for name, child in packed.items() if name.startswith(PREFIX)}
 
 
 def _decode_parameters(module: nn.Module, args: object) -> None:

@@ -37,6 +37,7 @@ from tersor.schemes import KEEP
 from tersor.sites import find_sites
 from tersor.stats import Stats
 from tersor.tasks import Task, open_task
+from tersor.tasks.progress import score
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,7 @@ def compress_to_folder(
         check_reachable(source.model, step, formats or CANDIDATES, limit)
     task = open_task_for(source, task_choice)
     task.prepare(source.model)
-    progress("evaluating the original", 0, 1)
-    original = task.score(source.model, "eval")
-    progress("evaluating the original", 1, 1)
+    original = score(task, source.model, progress, "evaluating the original")
     stats = gather(source.model, task, seed=seed, progress=progress)
     notes, trials = [*source.notes, *unreached(stats)], []
     if recipe is None and given is None:
@@ -152,9 +151,7 @@ def compress_to_folder(
     with atomic_folder(output, overwrite) as folder:
         save(made.model, folder, source=source.folder, manifest=about(source))
         loaded = load(folder, model=call_factory(source.architecture) if source.kind == "custom" else None)
-        progress("evaluating the compressed model", 0, 1)
-        scores = task.score(loaded, "eval")
-        progress("evaluating the compressed model", 1, 1)
+        scores = score(task, loaded, progress, "evaluating the compressed model")
         folder_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         subjects = [
             Subject("original", source.model, original_bytes),
@@ -295,11 +292,7 @@ def compare_models(
     sources = [open_model(name, weights=file) for name, file in zip(names, files, strict=True)]
     task = open_task_for(sources[0], task_choice)
     task.prepare(sources[0].model)
-    scores = []
-    for done, source in enumerate(sources):
-        progress("evaluating", done, len(sources))
-        scores.append(task.score(source.model, "eval"))
-    progress("evaluating", len(sources), len(sources))
+    scores = [score(task, source.model, progress, f"evaluating {source.name}") for source in sources]
     subjects = [Subject(s.name, s.model, s.num_bytes or size_of(s.model)) for s in sources]
     cards = measure(subjects, scores, task, batch_sizes=batch_sizes, num_threads=num_threads, progress=progress)
     verdicts = [judge(scores[0], other, tolerance, seed=seed) for other in scores[1:]]

@@ -14,11 +14,19 @@ NUM_BINS = 20_000  # the budget is divided into this many steps
 
 @dataclass(frozen=True)
 class Option:
-    """One way to store one site: its scheme's spelling, its bytes, and its predicted loss."""
+    """One way to store one site.
+
+    Attributes:
+        scheme: as it is spelled.
+        num_bytes: in the file, its entries in the header included.
+        loss: predicted.
+        num_values: how many values a sparse format keeps; the shape fixes all other sizes.
+    """
 
     scheme: str
     num_bytes: int
     loss: float
+    num_values: int = 0
 
 
 def undominated(options: list[Option]) -> list[Option]:

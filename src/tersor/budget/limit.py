@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from math import inf
 
 from tersor.errors import InputError
 
@@ -15,9 +16,10 @@ def parse_size(text: str) -> int:
     (8000000, 1572864)
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if not match or match[2].lower() not in UNITS or float(match[1]) <= 0:
+    num_bytes = float(match[1]) * UNITS.get(match[2].lower(), 0) if match else 0
+    if not 0 < num_bytes < inf:
         raise InputError(f"--size '{text}' is not a size; write for example 8MB, 700KB or 1.5GiB")
-    return int(float(match[1]) * UNITS[match[2].lower()])
+    return int(num_bytes)
 
 
 def parse_ratio(text: str) -> float:

@@ -5,7 +5,6 @@ which are independent), and the squared error is weighed by the loss's curvature
 error relative to the weights stands in.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -35,6 +34,7 @@ CANDIDATES = [
 ]
 SAMPLED_ROWS = 64  # the rows that matter most, and as many at random from the rest
 UNREACHED = 0.01  # a site the data never reaches counts as much as this fraction of the median site
+Tensors = list[tuple[str, torch.dtype, tuple[int, ...]]]  # name, dtype and shape of each
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def measure_menus(
         site_stats = site_curvature(site, stats.get(site.name, Stats()), weight, floor)
         sampled = weight[rows]
         sampled_stats = Stats(site_stats.row_weight[rows] * scale, site_stats.column_weight)  # type: ignore[index]
-        options = [option(site, scheme, sampled, sampled_stats) for scheme in schemes]
+        options = [measured_option(site, scheme, weight, sampled, sampled_stats) for scheme in schemes]
         menus.append(Menu(site, options))
     progress("measuring formats", len(sites), len(sites))
     return menus
@@ -89,15 +89,28 @@ def candidate_schemes(
     return fitting
 
 
-def option(site: Site, scheme: Scheme | None, weight: Tensor, stats: Stats) -> Option:
-    """Bytes and predicted loss of one scheme at one site; `weight` and `stats` are those of the sampled rows."""
+def measured_option(site: Site, scheme: Scheme | None, weight: Tensor, sampled: Tensor, stats: Stats) -> Option:
+    """Bytes and predicted loss of one scheme at one site; `sampled` are some rows of `weight`, `stats` is theirs."""
     if scheme is None:
-        return Option(KEEP, site.num_weights * site.dtype.itemsize, 0.0)
-    encoded = scheme.method.compress(weight, scheme.format, Stats(column_weight=stats.column_weight))
-    num_bytes, exact = fixed_bytes(scheme, site)
-    if not exact:  # the values of a sparse format: as many per row as the sample had
-        num_bytes = round(encoded.num_bytes * site.shape[0] / weight.shape[0])
-    return Option(str(scheme), num_bytes, stats.loss(encoded.decode() - weight))
+        return option_of(site, None)
+    columns = Stats(column_weight=stats.column_weight)
+    encoded = scheme.method.compress(sampled, scheme.format, columns)
+    num_values = 0
+    if is_sparse(scheme, site):
+        parts = scheme.method.compress(weight, scheme.format, columns).parts
+        layout = scheme.format.layout(site.shape)
+        num_values = next(len(parts[part]) for part, (_, shape) in layout.items() if None in shape)
+    return option_of(site, scheme, stats.loss(encoded.decode() - sampled), num_values)
+
+
+def option_of(site: Site, scheme: Scheme | None, loss: float = 0.0, num_values: int = 0) -> Option:
+    num_bytes = file_size(stored_tensors(site, scheme, num_values), {}) - file_size([], {})
+    return Option(str(scheme or KEEP), num_bytes, loss, num_values)
+
+
+def is_sparse(scheme: Scheme, site: Site) -> bool:
+    """Whether the bytes depend on the weights, not only on the shape."""
+    return any(None in shape for _, shape in scheme.format.layout(site.shape).values())
 
 
 def sample_rows(site: Site, stats: Stats) -> tuple[Tensor, Tensor]:
@@ -134,7 +147,7 @@ def plan_size(model: nn.Module, menus: list[Menu], limit: Limit, seed: int = 0) 
     """
     kept = kept_layout(model, menus)
     for_sites = limit.num_bytes - planned_size(kept, menus, [])
-    for _ in range(8):
+    for _ in range(8):  # offsets in the header have more digits in a larger file
         chosen = allocate([menu.options for menu in menus], for_sites)
         if chosen is None:
             break
@@ -142,6 +155,9 @@ def plan_size(model: nn.Module, menus: list[Menu], limit: Limit, seed: int = 0) 
         if over <= 0:
             return recipe_of(menus, chosen, seed)
         for_sites -= over
+    smallest = smallest_options(menus)
+    if planned_size(kept, menus, smallest) <= limit.num_bytes:
+        return recipe_of(menus, smallest, seed)
     raise BudgetError(why_infeasible(kept, menus, limit))
 
 
@@ -151,24 +167,25 @@ def check_reachable(model: nn.Module, step: WeightsStep, candidates: Iterable[st
     menus = []
     for site, assigned in step.assign(find_sites(model)):
         schemes = candidate_schemes(step, site, assigned, parsed)
-        sizes = [
-            (str(s or KEEP), fixed_bytes(s, site)[0] if s else site.num_weights * site.dtype.itemsize) for s in schemes
-        ]
-        menus.append(Menu(site, [Option(name, num_bytes, 0.0) for name, num_bytes in sizes]))
+        menus.append(Menu(site, [option_of(site, scheme) for scheme in schemes]))
     if limit is not None and smallest_size(model, menus) > limit.num_bytes:
         raise BudgetError(why_infeasible(kept_layout(model, menus), menus, limit))
 
 
+def smallest_options(menus: list[Menu]) -> list[Option]:
+    return [min(menu.options, key=lambda o: o.num_bytes) for menu in menus]
+
+
 def smallest_size(model: nn.Module, menus: list[Menu]) -> int:
-    return planned_size(kept_layout(model, menus), menus, [min(m.options, key=lambda o: o.num_bytes) for m in menus])
+    return planned_size(kept_layout(model, menus), menus, smallest_options(menus))
 
 
 def largest_size(model: nn.Module, menus: list[Menu]) -> int:
     return planned_size(kept_layout(model, menus), menus, [max(m.options, key=lambda o: o.num_bytes) for m in menus])
 
 
-def why_infeasible(kept: list, menus: list[Menu], limit: Limit) -> str:
-    smallest = [min(menu.options, key=lambda o: o.num_bytes) for menu in menus]
+def why_infeasible(kept: Tensors, menus: list[Menu], limit: Limit) -> str:
+    smallest = smallest_options(menus)
     reachable = planned_size(kept, menus, smallest)
     floats = planned_size(kept, menus, [])
     largest, its_option = max(zip(menus, smallest, strict=True), key=lambda pair: pair[1].num_bytes)
@@ -181,36 +198,27 @@ def why_infeasible(kept: list, menus: list[Menu], limit: Limit) -> str:
     )
 
 
-def kept_layout(model: nn.Module, menus: list[Menu]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+def kept_layout(model: nn.Module, menus: list[Menu]) -> Tensors:
     compressed = {menu.site.parameter for menu in menus}
     return [(n, t.dtype, tuple(t.shape)) for n, t in kept_tensors(model).items() if n not in compressed]
 
 
-def planned_size(kept: list[tuple[str, torch.dtype, tuple[int, ...]]], menus: list[Menu], chosen: list[Option]) -> int:
+def planned_size(kept: Tensors, menus: list[Menu], chosen: list[Option]) -> int:
     """Exact bytes of the weights file; with nothing chosen, of what is kept."""
     tensors = list(kept)
-    extra = 0
     for menu, option in zip(menus, chosen, strict=False):
-        site, scheme = menu.site, parse_rule(option.scheme)
-        if scheme is None:
-            tensors.append((site.parameter, site.dtype, site.fold.weight_shape))
-            continue
-        for part, (dtype, shape) in scheme.format.layout(site.shape).items():
-            if None in shape:  # values of a sparse format: their bytes were measured, only the header entry is added
-                shape, extra = (0,), extra + option.num_bytes - fixed_bytes(scheme, site)[0]
-            tensors.append((f"{site.parameter}.{part}", dtype, shape))  # type: ignore[arg-type]
-    return file_size(tensors, METADATA) + extra
+        tensors += stored_tensors(menu.site, parse_rule(option.scheme), option.num_values)
+    return file_size(tensors, METADATA)
 
 
-def fixed_bytes(scheme: Scheme, site: Site) -> tuple[int, bool]:
-    """Bytes of the parts whose size the shape fixes, and whether that is all of them."""
-    layout = scheme.format.layout(site.shape).values()
-    sizes = [
-        dtype.itemsize * math.prod(side for side in shape if side is not None)
-        for dtype, shape in layout
-        if None not in shape
+def stored_tensors(site: Site, scheme: Scheme | None, num_values: int = 0) -> Tensors:
+    """What the file holds for one site."""
+    if scheme is None:
+        return [(site.parameter, site.dtype, site.fold.weight_shape)]
+    return [
+        (f"{site.parameter}.{part}", dtype, tuple(num_values if side is None else side for side in shape))
+        for part, (dtype, shape) in scheme.format.layout(site.shape).items()
     ]
-    return sum(sizes), len(sizes) == len(layout)
 
 
 def recipe_of(menus: list[Menu], chosen: list[Option], seed: int) -> Recipe:

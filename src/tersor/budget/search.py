@@ -18,6 +18,7 @@ from tersor.recipe import Recipe
 from tersor.scores import Scores
 from tersor.stats import Stats
 from tersor.tasks.contract import Task
+from tersor.tasks.progress import score
 
 NUM_TRIALS = 7
 ALPHA = 0.05
@@ -56,8 +57,7 @@ def search_drop(
         num_bytes = max(low, int((low * high) ** 0.5))
         recipe = plan_size(model, menus, Limit(num_bytes, "this trial"), seed)
         compressed = compress(model, recipe, stats=stats, progress=progress).model
-        progress(f"evaluating trial {number + 1}", number, num_trials)
-        scores = task.score(compressed, "eval")
+        scores = score(task, compressed, progress, f"evaluating trial {number + 1} of at most {num_trials}")
         verdict = judge(original, scores, tolerance, alpha=ALPHA / num_trials, seed=seed)
         trials.append(Trial(size_of(compressed), scores.value, verdict, recipe))
         on_trial(trials[-1])

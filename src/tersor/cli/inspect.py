@@ -7,7 +7,7 @@ import typer
 from tersor.checkpoint.layout import kept_tensors, packed_sites, size_of
 from tersor.checkpoint.source import open_model
 from tersor.cli import options
-from tersor.cli.console import print_json, print_table
+from tersor.cli.console import print_json, print_table, progress_bars
 from tersor.formats import FORMATS
 from tersor.report.card import megabytes
 from tersor.schemes import Scheme
@@ -43,7 +43,11 @@ def inspect(
         for site in sites
     ]
     names = list(FORMATS) if format == ["all"] else format or SELECTION
-    costs = [cost_of(name, sites, kept_bytes, source.model) for name in names]
+    costs = []
+    with progress_bars(json) as progress:
+        for done, name in enumerate(names):
+            progress("measuring formats", done, len(names))
+            costs.append(cost_of(name, sites, kept_bytes, source.model))
     if json:
         kept_rows = [{"name": n, "shape": list(t.shape), "bytes": t.nbytes} for n, t in kept.items()]
         print_json(

@@ -38,7 +38,7 @@ class ArrayInputs:
     Kept as stored; scaled and normalised as `(x - mean) / std` batch by batch.
     """
 
-    parts: tuple[Shaped[np.ndarray, "_ *shape"], ...]
+    parts: tuple[Shaped[np.ndarray, " _ *shape"], ...]
     mean: Numbers = 0.0
     std: Numbers = 1.0
 
@@ -72,7 +72,7 @@ def run_array(model: nn.Module, batch: Batch) -> Tensor:
     return logits_of(model(x.to(float_type_of(model)) if x.is_floating_point() else x))
 
 
-def to_model_layout(x: Shaped[np.ndarray, "example *shape"]) -> Tensor:
+def to_model_layout(x: Shaped[np.ndarray, " example *shape"]) -> Tensor:
     """Scale uint8 to [0, 1] and put channels first.
 
     >>> to_model_layout(np.full((2, 8, 8, 3), 255, np.uint8)).shape
@@ -117,7 +117,7 @@ def read_npz(path: Path) -> Arrays:
     raise DataError(f"{path}: one bare array; expected .npz with x and y (np.savez(path, x=x, y=y))")
 
 
-def examples(path: Path, arrays: Arrays, name: str) -> Shaped[np.ndarray, "example *shape"]:
+def examples(path: Path, arrays: Arrays, name: str) -> Shaped[np.ndarray, " example *shape"]:
     """One input array, checked: `[example, ...]`, not empty, numbers, finite."""
     x = arrays[name]
     if x.ndim < 2 or not x.size:

@@ -85,7 +85,7 @@ class Texts:
             },
         )
 
-    def forward(self, model: nn.Module, batch: Batch) -> Float[Tensor, "row *rest"]:
+    def forward(self, model: nn.Module, batch: Batch) -> Float[Tensor, " row *rest"]:
         """Unit embeddings `[row, dim]`, or logits `[row, class]` (per token: `[row, position, class]`)."""
         arguments = batch.to(device_of(model))
         if "token_type_ids" in arguments and "token_type_ids" not in inspect.signature(model.forward).parameters:

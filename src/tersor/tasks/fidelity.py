@@ -74,7 +74,7 @@ class Fidelity:
         """The split's examples in a fixed order."""
         return batches(self.inputs, self.rows[split], self.batch_size if batch_size is None else batch_size)
 
-    def forward(self, model: nn.Module, batch: Batch) -> Float[Tensor, "row *rest"]:
+    def forward(self, model: nn.Module, batch: Batch) -> Float[Tensor, " row *rest"]:
         """Logits `[row, (position,) class]` or unit embeddings `[row, dim]`."""
         return self.inputs.forward(model, batch)
 

@@ -54,7 +54,7 @@ class ImageInputs:
                 )
         return Batch(rows, {"x": normalise(to_model_layout(np.stack(pictures)), self.mean, self.std)})
 
-    def forward(self, model: nn.Module, batch: Batch) -> Float[Tensor, "row *rest"]:
+    def forward(self, model: nn.Module, batch: Batch) -> Float[Tensor, " row *rest"]:
         """Logits `[row, class]`."""
         return run_array(model, batch)
 

@@ -144,7 +144,7 @@ def _with_calibration(
     return items + (read(source.calibration) if source.calibration is not None else []), len(items)
 
 
-def _read_arrays(data: Path, source: Source) -> tuple[tuple[Shaped[np.ndarray, "_ *shape"], ...], str]:
+def _read_arrays(data: Path, source: Source) -> tuple[tuple[Shaped[np.ndarray, " _ *shape"], ...], str]:
     """Inputs for evaluation and, if separate, for calibration; and where those come from."""
     arrays = read_npz(data)
     x = examples(data, arrays, find_name(data, arrays, ("x_test", "x")))
