@@ -15,6 +15,7 @@ import torch
 
 # Shape annotations become checks. Modules whose signatures name a Protocol that is not runtime checkable are left out.
 CHECKED = [
+    *("activations", "methods.nearest"),
     *("encoded", "kernels", "scores", "stats"),
     *("formats.bitmask", "formats.float_cast", "formats.int_group", "formats.packing"),
 ]

@@ -7,7 +7,7 @@ giving the reference result that every kernel is judged against.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int8
@@ -31,6 +31,7 @@ class Activation:
         return ACTIVATIONS[self.format].snap(x, self.params)
 
 
+@runtime_checkable
 class ActivationFormat(Protocol):
     """A way to quantize inputs."""
 

@@ -94,6 +94,8 @@ def parse_method(text: str) -> Method:
             number = None
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise InputError(f"{name}: {key}={value} is not a number")
+        if known[key] in (int, "int") and not isinstance(number, int):
+            raise InputError(f"{name}: {key}={value} is not a whole number")
         options[key] = number
     return METHODS[name](**options)
 

@@ -1,6 +1,6 @@
 """The contract of a format: a set of representable weights, and how one is laid out as tensors."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ Params = dict[str, Tensor]  # scales, zero points, a mask, ...: what fixes the s
 Layout = dict[str, tuple[torch.dtype, tuple[int | None, ...]]]  # part -> dtype, shape; None: depends on the data
 
 
+@runtime_checkable
 class Format(Protocol):
     """A set of representable weights. Frozen dataclass; `name` is how recipes and artifacts spell it.
 

@@ -35,7 +35,9 @@ class FloatCast:
     def fit(self, weight: Weight) -> Params:
         largest = weight.abs().max().item()
         if largest > torch.finfo(self.dtype).max:
-            raise FormatError(f"{self.name}: the largest weight {largest:.3g} overflows to infinity; use bf16")
+            raise FormatError(
+                f"{self.name}: the largest weight {largest:.3g} overflows to infinity; keep this weight as it is"
+            )
         return {}
 
     def snap(self, weight: Weight, params: Params) -> Weight:

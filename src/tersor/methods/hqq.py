@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tersor.encoded import Encoded
+from tersor.errors import InputError
 from tersor.formats.contract import Format, Params, Weight
 from tersor.formats.int_group import IntGroup, by_rows
 from tersor.stats import Stats
@@ -28,12 +29,16 @@ class Hqq:
     """
 
     p: float = 0.7
-    beta: float = 1.0
+    beta: float = 2.0
     kappa: float = 1.05
     num_iterations: int = 20
 
     name = "hqq"
     needs = frozenset[str]()
+
+    def __post_init__(self) -> None:
+        if not (0 < self.p <= 2 and self.beta > 0 and self.kappa > 0 and self.num_iterations > 0):
+            raise InputError(f"{self}: p must lie in (0, 2], and beta, kappa and num_iterations above 0")
 
     def accepts(self, format: Format) -> str | None:
         if isinstance(format, IntGroup) and not format.symmetric:

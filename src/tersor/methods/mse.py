@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersor.encoded import Encoded
+from tersor.errors import InputError
 from tersor.formats.contract import Format, Params, Weight
 from tersor.formats.int_group import IntGroup, by_rows
 from tersor.stats import Stats
@@ -32,6 +33,10 @@ class Mse:
 
     name = "mse"
     needs = frozenset({"column_weight"})
+
+    def __post_init__(self) -> None:
+        if not (0 < self.smallest <= 1 and self.num_steps > 0):
+            raise InputError(f"{self}: smallest must lie in (0, 1], and num_steps above 0")
 
     def accepts(self, format: Format) -> str | None:
         if isinstance(format, IntGroup):

@@ -1,0 +1,1 @@
+"""Models and artifacts: in and out of folders."""

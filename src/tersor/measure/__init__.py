@@ -1,0 +1,1 @@
+"""Measuring: size, operations, latency, memory, and the verdict."""

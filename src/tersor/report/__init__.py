@@ -1,0 +1,1 @@
+"""Reports: the model card and the tables."""

@@ -1,0 +1,99 @@
+"""Searched scales: the best of every range that is tried, never worse than nearest."""
+
+import numpy as np
+import pytest
+import torch
+
+import laws
+from laws import odd_weights, random, same_parts, stats_for
+from tersor.formats import FORMATS, int_group
+from tersor.formats.int_group import IntGroup
+from tersor.methods import Mse, Nearest
+from tersor.stats import Stats
+
+GRIDS = [name for name, format in FORMATS.items() if isinstance(format, IntGroup)]
+f64 = np.float64
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_never_worse_than_nearest(name):
+    """In no group, with the loss's curvature and without; a column that never fired counts 1 % of the mean."""
+    format = FORMATS[name]
+    for weight in laws.weights_for(format).values():
+        for stats in stats_for(weight).values():
+            columns = stats.column_weight
+            importance = torch.ones(weight.shape[1]) if columns is None else columns + 0.01
+            group = format.group_size or weight.shape[1]
+            laws.no_worse_than(Mse(), Nearest(), format, weight, stats, importance, group)
+
+
+def textbook(weights, importance, format, num_steps=20, smallest=0.4):
+    """The lowest error of one group `[in]`, in float64: all ranges, then least squares on the best one's codes."""
+    levels = 2**format.bits
+    lowest_code = 1 if format.bits == 8 and format.symmetric else 0
+
+    def grid(shrink):
+        low, high = weights.min() * shrink, weights.max() * shrink
+        if not format.symmetric:
+            low, high = min(low, 0), max(high, 0)
+            scale = f64(np.float16((high - low) / (levels - 1)))
+            return scale, np.clip(np.round(-low / scale * 256 / levels), 0, 255) * levels / 256
+        if format.bits == 8:
+            return f64(np.float16(max(high, -low) / 127)), 128.0
+        return f64(np.float16((high if high > -low else low) / (-levels / 2))), levels / 2
+
+    def codes(scale, zero_point):
+        return np.clip(np.round(weights / scale + zero_point), lowest_code, levels - 1) - zero_point
+
+    def error(scale, zero_point):
+        return (importance * (codes(scale, zero_point) * scale - weights) ** 2).sum()
+
+    tried = [grid(1 - (1 - smallest) * step / num_steps) for step in range(num_steps + 1)]
+    scale, zero_point = min(tried, key=lambda params: error(*params))
+    q = codes(scale, zero_point)
+    refitted = f64(np.float16((importance * q * weights).sum() / (importance * q * q).sum()))
+    return min(error(scale, zero_point), error(refitted, zero_point))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("kind", ["no data", "curvature"])
+def test_agrees_with_brute_force(bits, symmetric, kind):
+    format, weight = IntGroup(bits, 32, symmetric), odd_weights()["heavy tails"]
+    stats = stats_for(weight)[kind]
+    importance = np.ones(128) if stats.column_weight is None else stats.column_weight.double().numpy() + 0.01
+    error = (Mse().compress(weight, format, stats).decode().double() - weight.double()).numpy() ** 2 * importance
+    for row in range(weight.shape[0]):
+        for start in range(0, 128, 32):
+            place = slice(start, start + 32)
+            expected = textbook(weight[row, place].double().numpy(), importance[place], format)
+            np.testing.assert_allclose(error[row, place].sum(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_lowers_the_error_of_gaussian_weights(bits, symmetric):
+    """The promise: clipping pays, the more so the fewer bits there are."""
+    weight, format = random(32, 256), IntGroup(bits, 64, symmetric)
+    errors = [
+        (method.compress(weight, format, Stats()).decode() - weight).square().mean() for method in (Mse(), Nearest())
+    ]
+    assert errors[0] < {4: 0.95, 3: 0.9, 2: 0.8}[bits] * errors[1]
+
+
+def test_curvature_moves_the_error_to_where_it_does_not_matter():
+    weight, format = random(16, 128), IntGroup(3, None)
+    columns = torch.ones(128)
+    columns[:64] = 0.02
+    columns /= columns.mean()
+    stats = Stats(row_weight=torch.ones(16), column_weight=columns)
+    blind, seeing = (Mse().compress(weight, format, s).decode() - weight for s in (Stats(), stats))
+    assert stats.loss(seeing) < stats.loss(blind)
+
+
+def test_rows_at_a_time_or_all_at_once(monkeypatch):
+    weight, format = odd_weights()["heavy tails"], IntGroup(4, 32, symmetric=False)
+    stats = stats_for(weight)["curvature"]
+    whole = Mse().compress(weight, format, stats).parts
+    monkeypatch.setattr(int_group, "CHUNK", 300)
+    assert same_parts(Mse().compress(weight, format, stats).parts, whole)

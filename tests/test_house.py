@@ -1,0 +1,176 @@
+"""The house rules: tables are whole, files are small and say what they do, and the arrows point down."""
+
+import ast
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import tersor
+from tersor.formats import FORMATS
+from tersor.methods import METHODS
+from tersor.stats import Stats
+
+SRC = Path(tersor.__file__).parent
+TESTS = Path(__file__).parent
+FILES = sorted(SRC.rglob("*.py"))
+FLOORS = {"__init__", "contract"}  # what a table's folder holds beside its entries
+PLUMBING = {"formats": {"packing"}, "methods": set[str]()}
+
+
+def module_name(file):
+    parts = file.relative_to(SRC.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in FILES}
+
+
+@cache
+def tree(file):
+    return ast.parse(file.read_text())
+
+
+def names(files):
+    return [str(file.relative_to(SRC)) for file in files]
+
+
+# Tables.
+
+
+def entries(folder):
+    return [file for file in sorted((SRC / folder).glob("*.py")) if file.stem not in FLOORS | PLUMBING[folder]]
+
+
+@pytest.mark.parametrize("file", entries("methods"), ids=lambda file: file.stem)
+def test_every_method_is_listed_tested_and_says_its_paper(file):
+    listed = [method for method in METHODS.values() if method.__module__ == f"tersor.methods.{file.stem}"]
+    assert listed, f"methods/{file.name} has no line in METHODS"
+    assert (TESTS / "methods" / f"test_{file.stem}.py").exists(), f"write tests/methods/test_{file.stem}.py"
+    assert "http" in (ast.get_docstring(tree(file)) or ""), f"methods/{file.name}: link the paper at the top"
+    assert all(method.needs <= {field.name for field in fields(Stats)} for method in listed), "needs names no statistic"
+
+
+@pytest.mark.parametrize("file", entries("formats"), ids=lambda file: file.stem)
+def test_every_format_is_listed_and_has_golden_bytes(file):
+    listed = [name for name, format in FORMATS.items() if type(format).__module__ == f"tersor.formats.{file.stem}"]
+    assert listed, f"formats/{file.name} has no line in FORMATS"
+    for name in listed:
+        assert (TESTS / "golden" / f"{name}.safetensors").exists(), "run `python tests/golden/write.py`"
+
+
+# Arrows.
+
+
+def imported(file):
+    """The tersor modules a file imports when it is itself imported; those inside functions do not count."""
+    found, todo = set(), list(tree(file).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            todo += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name}: write imports in full"
+            parts = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
+            found |= parts
+            found |= {node.module} if len(parts) < len(node.names) else set()
+        todo += list(ast.iter_child_nodes(node))
+    return found & MODULES.keys()
+
+
+def packages_of(module):
+    """The packages below tersor whose __init__ runs on the way to a module."""
+    parts = module.split(".")
+    return {".".join(parts[:n]) for n in range(2, len(parts))} & MODULES.keys()
+
+
+@cache
+def arrows():
+    """Module to modules, the packages passed through included."""
+    graph = {}
+    for module, file in MODULES.items():
+        targets = imported(file)
+        passed = {package for target in targets for package in packages_of(target)} - packages_of(module) - {module}
+        graph[module] = targets | passed
+    return graph
+
+
+def test_no_import_circle():
+    done, path = set(), []
+
+    def walk(module):
+        assert module not in path, f"import circle: {' -> '.join([*path[path.index(module) :], module])}"
+        if module in done:
+            return
+        path.append(module)
+        for target in sorted(arrows()[module]):
+            walk(target)
+        done.add(path.pop())
+
+    for module in arrows():
+        walk(module)
+
+
+def all_imports(file):
+    """Every tersor module a file imports anywhere, inside functions and for type checkers as well."""
+    found = set()
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found & MODULES.keys()
+
+
+GROUND = {"tersor.errors", "tersor.encoded", "tersor.stats"}
+
+
+@pytest.mark.parametrize(("folder", "may"), [("formats", {"formats"}), ("methods", {"formats", "methods"})])
+def test_formats_and_methods_stay_pure(folder, may):
+    """Formats know formats, methods know formats and methods, and neither knows a model."""
+    for file in (SRC / folder).glob("*.py"):
+        others = {m for m in all_imports(file) if m not in GROUND and m.split(".")[1] not in may}
+        assert not others, f"{folder}/{file.name} imports {', '.join(sorted(others))}"
+
+
+# Files.
+
+
+def test_files_are_nouns_of_the_field():
+    vague = {"util", "utils", "helper", "helpers", "common", "base", "manager", "misc", "core"}
+    assert not names(file for file in FILES if file.stem in vague or file.parent.name in vague)
+
+
+def test_files_are_short():
+    assert not {name: n for name, n in zip(names(FILES), map(num_lines, FILES), strict=True) if n >= 350}
+
+
+def num_lines(file):
+    return len(file.read_text().splitlines())
+
+
+def test_public_names_have_docstrings():
+    """Of modules, and of their public functions and classes; methods may speak for themselves."""
+    silent = []
+    for file in FILES:
+        nodes = [node for node in tree(file).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        silent += [f"{names([file])[0]}: {n.name}" for n in nodes if n.name[0] != "_" and not ast.get_docstring(n)]
+        silent += [] if ast.get_docstring(tree(file)) else names([file])
+    assert not silent, "no docstring:\n" + "\n".join(silent)
+
+
+def test_public_face():
+    """`__all__` is what tersor's __init__ imports from tersor: sorted as ruff sorts it, and all there."""
+    face = tree(SRC / "__init__.py").body
+    imports = [n for n in face if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("tersor")]
+    public = {alias.asname or alias.name for node in imports for alias in node.names}
+    constants_classes_functions = sorted(tersor.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name))
+    assert tersor.__all__ == constants_classes_functions
+    assert set(tersor.__all__) == public
+    assert all(hasattr(tersor, name) for name in tersor.__all__)
