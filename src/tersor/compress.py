@@ -119,6 +119,7 @@ def preflight(work: list[tuple[Site, Scheme]]) -> None:
 
 
 def check_finite(site: Site, weight: torch.Tensor) -> None:
+    """Raises ModelError if a weight is NaN or infinite."""
     num_bad = int((~torch.isfinite(weight)).sum())
     if num_bad:
         raise ModelError(

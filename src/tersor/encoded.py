@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
     from tersor.formats.contract import Format
+
+
+CHUNK = 2**20  # weights decoded at a time: a few megabytes of working memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +40,18 @@ class Encoded:
         """All side information counted."""
         return 8 * self.num_bytes / (self.shape[0] * self.shape[1])
 
-    def decode(self) -> Float[Tensor, "out in"]:
-        """The weight matrix, float32."""
-        return self.format.decode(self)
+    def decode(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
+        """The weight matrix, computed in float32. A few rows at a time where the format allows it, so that little more
+        memory is needed than the result takes."""
+        num_rows, step = self.shape[0], max(1, CHUNK // self.shape[1])
+        if not self.format.rows_apart or num_rows <= step:
+            return self.format.decode(self).to(dtype)
+        weight = torch.empty(self.shape, dtype=dtype, device=next(iter(self.parts.values())).device)
+        for first in range(0, num_rows, step):
+            parts = {name: part[first : first + step] for name, part in self.parts.items()}
+            shape = (min(step, num_rows - first), self.shape[1])
+            weight[first : first + step] = self.format.decode(Encoded(self.format, shape, parts))
+        return weight
 
     def rows(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n in"]:
         """Some rows of the decoded matrix; decodes only those where the format allows it (embeddings)."""

@@ -91,7 +91,7 @@ class PackedWeight(Stored):
         return Encoded(self.format, self.shape, self.tensors)
 
     def forward(self) -> Tensor:
-        return self.fold.unfold(self.encoded.decode()).to(self.dtype)
+        return self.fold.unfold(self.encoded.decode(self.dtype))
 
     def rows(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n in"]:
         return self.encoded.rows(index).to(self.dtype)

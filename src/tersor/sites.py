@@ -154,6 +154,7 @@ def weights_of(module: nn.Module) -> list[tuple[str, nn.Parameter | PackedWeight
 
 
 def is_stack(owner: nn.Parameter | PackedWeight) -> bool:
+    """Whether a bare parameter is a stack of matrices, such as the weights of experts."""
     shape = owner.fold.weight_shape if isinstance(owner, PackedWeight) else owner.shape
     return len(shape) == 3 and shape[0] > 1 and min(shape[1:]) >= SMALLEST_STACK
 
@@ -164,6 +165,7 @@ def is_transposed_linear(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes exactly `x @ W.T + b`, and may be replaced by one that does."""
     plain = type(module).forward is nn.Linear.forward and type(module) is nn.Linear
     return plain or is_transposed_linear(module)
 

@@ -6,7 +6,7 @@ folder appears under its own name only when everything went well.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import nn
 
 from tersor.budget.limit import Limit
 from tersor.budget.plan import CANDIDATES, check_reachable, measure_menus, plan_size
-from tersor.budget.search import Trial, nearest_points, search_drop, smallest_within
+from tersor.budget.search import ALPHA, Trial, nearest_points, search_drop, smallest_within
 from tersor.calibrate import gather
 from tersor.checkpoint.artifact import (
+    WEIGHTS,
     atomic_folder,
     check_output,
     load,
@@ -59,10 +60,6 @@ class Budget:
     bits: float | None = None
     drop: str | None = None
 
-    @property
-    def is_set(self) -> bool:
-        return any(value is not None for value in (self.size, self.ratio, self.bits, self.drop))
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -76,7 +73,6 @@ class Outcome:
     limit: Limit | None
     trials: list[Trial]
     task: str
-    notes: list[str]
     manifest: dict[str, Any]
 
 
@@ -129,8 +125,9 @@ def compress_to_folder(
     task.prepare(source.model)
     original = score(task, source.model, progress, "evaluating the original")
     stats = gather(source.model, task, seed=seed, progress=progress)
-    notes, trials = [*source.notes, *unreached(stats)], []
-    if recipe is None and given is None:
+    trials: list[Trial] = []
+    recipe = recipe or given
+    if recipe is None:
         menus = measure_menus(source.model, stats, step, formats or CANDIDATES, progress)
         if limit is not None:
             recipe = plan_size(source.model, menus, limit, seed)
@@ -138,29 +135,21 @@ def compress_to_folder(
             trials = search_drop(
                 source.model, task, original, menus, tolerance, stats, seed=seed, progress=progress, on_trial=on_trial
             )
-            best = smallest_within(trials)
-            if best is None:
-                raise BudgetError(
-                    f"--drop {tolerance}: no size tried can be defended with {original.num_examples} examples; "
-                    f"nearest points: {nearest_points(trials)}. More examples or a larger --drop would help"
-                )
-            recipe = best.recipe
-    recipe = recipe or given
-    assert recipe is not None
+            recipe = defensible(trials, tolerance)
     made = compress(source.model, recipe, stats=stats, progress=progress)
     with atomic_folder(output, overwrite) as folder:
         save(made.model, folder, source=source.folder, manifest=about(source))
         loaded = load(folder, model=call_factory(source.architecture) if source.kind == "custom" else None)
         scores = score(task, loaded, progress, "evaluating the compressed model")
-        folder_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         subjects = [
             Subject("original", source.model, original_bytes),
-            Subject("compressed", loaded, (folder / "model.safetensors").stat().st_size, folder_bytes),
+            Subject("compressed", loaded, (folder / WEIGHTS).stat().st_size),
         ]
         cards = measure(
             subjects, [original, scores], task, batch_sizes=batch_sizes, num_threads=num_threads, progress=progress
         )
-        verdict = chosen_verdict(trials) or judge(original, scores, tolerance, seed=seed)
+        # After a search the chosen trial is held to the search's stricter level, on the scores of the loaded file.
+        verdict = judge(original, scores, tolerance, trials[0].verdict.alpha if trials else ALPHA, seed)
         manifest = read_manifest(folder) | {
             "source": {"name": source.name, "hashes": source.hashes, "bytes": original_bytes},
             "task": {"name": task.name, "description": task.description, "fingerprint": task.fingerprint},
@@ -168,16 +157,40 @@ def compress_to_folder(
             "seed": seed,
             "limit": {"text": limit.text, "bytes": limit.num_bytes} if limit else None,
             "site_reports": [report.to_dict() for report in made.sites],
-            "scorecards": [card.to_dict() for card in cards],
             "verdict": verdict.to_dict(),
             "trials": [{"bytes": t.num_bytes, "score": t.score, "verdict": t.verdict.to_dict()} for t in trials],
             "machine": machine(),
-            "notes": notes,
+            "notes": [*source.notes, *unreached(stats)],
         }
-        write_manifest(folder, manifest)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        (folder / "README.md").write_text(model_card(output.name, manifest, verdict, cards), encoding="utf-8")
-    return Outcome(output, recipe, made.sites, cards, verdict, limit, trials, task.description, notes, manifest)
+        cards = record(folder, output.name, manifest, verdict, cards)
+    return Outcome(output, recipe, made.sites, cards, verdict, limit, trials, task.description, manifest)
+
+
+def record(
+    folder: Path, name: str, manifest: dict[str, Any], verdict: Verdict, cards: list[Scorecard]
+) -> list[Scorecard]:
+    """Write `tersor.json` and the model card, which state the size of the folder they are part of."""
+    original, compressed = cards
+    while True:
+        manifest["scorecards"] = [original.to_dict(), compressed.to_dict()]
+        write_manifest(folder, manifest)
+        (folder / "README.md").write_text(model_card(name, manifest, verdict, [original, compressed]), encoding="utf-8")
+        folder_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if folder_bytes == compressed.folder_bytes:
+            return [original, compressed]
+        compressed = replace(compressed, folder_bytes=folder_bytes)
+
+
+def defensible(trials: list[Trial], tolerance: Tolerance) -> Recipe:
+    """The recipe of the smallest trial within the tolerance. Raises BudgetError with the nearest points."""
+    best = smallest_within(trials)
+    if best is None:
+        raise BudgetError(
+            f"--drop {tolerance}: no size tried can be defended with {trials[0].verdict.num_examples} examples; "
+            f"nearest points: {nearest_points(trials)}. More examples or a larger --drop would help"
+        )
+    return best.recipe
 
 
 def preflight_all(model: nn.Module, recipe: Recipe | None) -> None:
@@ -227,12 +240,6 @@ def unreached(stats: Mapping[str, Stats]) -> list[str]:
     ]
 
 
-def chosen_verdict(trials: list[Trial]) -> Verdict | None:
-    """After a search, the verdict of the chosen trial, which was held to the search's stricter level."""
-    best = smallest_within(trials)
-    return best.verdict if best else None
-
-
 def open_task_for(source: Source, choice: TaskChoice) -> Task:
     """The task, with the model's tokenizer where it has one."""
     tokenizer = config = None
@@ -253,6 +260,7 @@ def open_task_for(source: Source, choice: TaskChoice) -> Task:
 
 
 def about(source: Source) -> dict[str, Any]:
+    """What the manifest says of the model's origin."""
     if source.kind == "custom":
         return {"model": {"class": type(source.model).__name__, "factory": source.architecture}}
     return {"model": {"class": source.architecture}}

@@ -104,6 +104,7 @@ def measured_option(site: Site, scheme: Scheme | None, weight: Tensor, sampled: 
 
 
 def option_of(site: Site, scheme: Scheme | None, loss: float = 0.0, num_values: int = 0) -> Option:
+    """Bytes and predicted loss of one scheme at one site."""
     num_bytes = file_size(stored_tensors(site, scheme, num_values), {}) - file_size([], {})
     return Option(str(scheme or KEEP), num_bytes, loss, num_values)
 
@@ -135,6 +136,7 @@ def site_curvature(site: Site, stats: Stats, weight: Tensor, floor: float) -> St
 
 
 def median_curvature(stats: Mapping[str, Stats]) -> float:
+    """The median of the sites' mean curvatures, over the sites that the data reaches."""
     means = [s.row_weight.mean().item() for s in stats.values() if s.row_weight is not None]
     reached = sorted(mean for mean in means if mean > 0)
     return reached[len(reached) // 2] if reached else 0.0
@@ -147,14 +149,11 @@ def plan_size(model: nn.Module, menus: list[Menu], limit: Limit, seed: int = 0) 
     """
     kept = kept_layout(model, menus)
     for_sites = limit.num_bytes - planned_size(kept, menus, [])
-    for _ in range(8):  # offsets in the header have more digits in a larger file
-        chosen = allocate([menu.options for menu in menus], for_sites)
-        if chosen is None:
-            break
+    while (chosen := allocate([menu.options for menu in menus], for_sites)) is not None:
         over = planned_size(kept, menus, chosen) - limit.num_bytes
         if over <= 0:
             return recipe_of(menus, chosen, seed)
-        for_sites -= over
+        for_sites = sum(option.num_bytes for option in chosen) - over  # the file's header is larger by this much
     smallest = smallest_options(menus)
     if planned_size(kept, menus, smallest) <= limit.num_bytes:
         return recipe_of(menus, smallest, seed)
@@ -173,18 +172,22 @@ def check_reachable(model: nn.Module, step: WeightsStep, candidates: Iterable[st
 
 
 def smallest_options(menus: list[Menu]) -> list[Option]:
+    """Each site's option with the fewest bytes."""
     return [min(menu.options, key=lambda o: o.num_bytes) for menu in menus]
 
 
 def smallest_size(model: nn.Module, menus: list[Menu]) -> int:
+    """Bytes of the smallest file the menus reach."""
     return planned_size(kept_layout(model, menus), menus, smallest_options(menus))
 
 
 def largest_size(model: nn.Module, menus: list[Menu]) -> int:
+    """Bytes of the largest file the menus reach."""
     return planned_size(kept_layout(model, menus), menus, [max(m.options, key=lambda o: o.num_bytes) for m in menus])
 
 
 def why_infeasible(kept: Tensors, menus: list[Menu], limit: Limit) -> str:
+    """The message of a limit that no candidate meets: the nearest reachable size, and what binds."""
     smallest = smallest_options(menus)
     reachable = planned_size(kept, menus, smallest)
     floats = planned_size(kept, menus, [])
@@ -199,6 +202,7 @@ def why_infeasible(kept: Tensors, menus: list[Menu], limit: Limit) -> str:
 
 
 def kept_layout(model: nn.Module, menus: list[Menu]) -> Tensors:
+    """Name, dtype and shape of every tensor that is stored as it is."""
     compressed = {menu.site.parameter for menu in menus}
     return [(n, t.dtype, tuple(t.shape)) for n, t in kept_tensors(model).items() if n not in compressed]
 
@@ -243,6 +247,7 @@ def plan(
     bits: float | None = None,
     rules: dict[str, str] | None = None,
     exclude: Iterable[str] = (),
+    candidates: Iterable[str] = CANDIDATES,
     seed: int = 0,
 ) -> Recipe:
     """The recipe with the least predicted loss under one limit on the weights file, for `tersor.compress`.
@@ -251,6 +256,7 @@ def plan(
         task: its calibration split tells where errors hurt; without it every site's relative error counts alike.
         size, ratio, bits: the limit, as on the command line: `"8MB"`, `"4x"`, `4.2`.
         rules, exclude: sites whose scheme is fixed.
+        candidates: the schemes to choose from.
 
     Raises:
         BudgetError: no candidate reaches the limit; the message names the nearest reachable size.
@@ -262,4 +268,4 @@ def plan(
         raise InputError("plan needs a limit: size='8MB', ratio='4x' or bits=4.2")
     stats = gather(model, task, seed=seed) if task is not None else {}
     step = Recipe.of(KEEP, rules, exclude).steps[0]
-    return plan_size(model, measure_menus(model, stats, step), limit, seed)
+    return plan_size(model, measure_menus(model, stats, step, list(candidates)), limit, seed)

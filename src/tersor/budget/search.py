@@ -1,7 +1,8 @@
 """The smallest model whose verdict stays `within`: bisect the size, and let the paired test decide each trial.
 
 Every trial is one more chance to be fooled by the evaluation sample, so each is judged at alpha / number of trials
-(Bonferroni): the final claim still holds with 95 % confidence.
+(Bonferroni). For sizes fixed beforehand the final claim then holds with 95 % confidence; bisection picks them as it
+goes, so take it as about that.
 """
 
 from collections.abc import Callable
@@ -68,6 +69,7 @@ def search_drop(
 
 
 def smallest_within(trials: list[Trial]) -> Trial | None:
+    """The smallest trial whose verdict is `within`; None when there is none."""
     return min((t for t in trials if t.verdict.outcome == "within"), key=lambda t: t.num_bytes, default=None)
 
 

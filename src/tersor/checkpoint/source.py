@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import inspect
 import logging
 import os
 import sys
@@ -62,6 +63,7 @@ def open_model(name: str, *, weights: Path | None = None, trust_remote_code: boo
 
 
 def open_transformers(name: str, folder: Path, trust_remote_code: bool) -> Source:
+    """A Hugging Face folder. Raises ModelError for pickles, damaged files, NaN, and models quantized already."""
     import transformers
 
     if not (folder / "config.json").exists():
@@ -120,6 +122,7 @@ def transformers_class(config: Any) -> Any:
 
 
 def open_custom(name: str, weights: Path | None) -> Source:
+    """A model made by `package.module:factory`, filled from a state dict."""
     model = call_factory(name)
     notes: tuple[str, ...] = ("no --weights given: the factory's own weights are used",)
     num_bytes, hashes = 0, {}
@@ -135,6 +138,7 @@ def open_custom(name: str, weights: Path | None) -> Source:
 
 
 def open_artifact(name: str, folder: Path) -> Source:
+    """A tersor artifact, as an input to measuring and comparing."""
     from tersor.checkpoint.artifact import load, read_manifest
 
     manifest = read_manifest(folder)
@@ -149,8 +153,12 @@ def open_artifact(name: str, folder: Path) -> Source:
 def call_factory(name: str) -> nn.Module:
     """Import `package.module:factory` (the working folder is on the path) and call it."""
     factory = import_object(name, "model factory")
-    if not callable(factory):
+    if isinstance(factory, nn.Module) or not callable(factory):
         raise InputError(f"{name} is {type(factory).__name__}, not a function that makes a model")
+    try:
+        inspect.signature(factory).bind()
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} cannot be called without arguments ({error}); write a function that can") from None
     model = factory()
     if not isinstance(model, nn.Module):
         raise InputError(f"{name} returned {type(model).__name__}, not a torch.nn.Module")
@@ -191,9 +199,11 @@ def quiet_transformers() -> None:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for a message of one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def sha256(path: Path) -> str:
+    """Hexadecimal hash of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

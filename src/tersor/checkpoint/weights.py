@@ -42,6 +42,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def refuse_pickle(path: Path) -> None:
+    """Raises ModelError with the way to convert it, if the file's ending says it is a pickle."""
     if path.suffix.lower() in PICKLES:
         raise ModelError(
             f"{path}: a pickle can run any code when it is opened, so tersor does not. If you trust it, convert it: "

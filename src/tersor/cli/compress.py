@@ -94,6 +94,7 @@ def with_method(formats: list[str], method: str | None) -> list[str]:
 
 
 def parse_rule(text: str) -> tuple[str, str]:
+    """`PATTERN=SCHEME` as a pair."""
     pattern, equals, scheme = text.partition("=")
     if not equals or not pattern or not scheme:
         raise InputError(f"--rule '{text}' is not PATTERN=SCHEME; write for example '*.embeddings.*=int8-g32'")
@@ -101,8 +102,9 @@ def parse_rule(text: str) -> tuple[str, str]:
 
 
 def show(outcome: Outcome) -> None:
+    """The outcome as tables, notes on stderr."""
     original, compressed = outcome.scorecards
-    for note in outcome.notes:
+    for note in outcome.manifest["notes"]:
         err.print("note:", note, style="yellow", markup=False, highlight=False)
     if outcome.trials:
         rows = [(megabytes(t.num_bytes), f"{t.score:.4f}", t.verdict.outcome) for t in outcome.trials]

@@ -38,6 +38,7 @@ Threads = Annotated[int, typer.Option(help="CPU threads for latency.")]
 
 
 def task_choice(task: str | None, data: Path | None, calibration: Path | None, options: list[str] | None) -> TaskChoice:
+    """The task's flags as the library takes them."""
     return TaskChoice(task, data, calibration, dict(key_value(text, "--task-option") for text in options or []))
 
 
@@ -65,6 +66,7 @@ def number(text: str) -> Any:
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:
+    """`1,32` as numbers."""
     try:
         sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -75,6 +77,7 @@ def batch_sizes(text: str) -> tuple[int, ...]:
 
 
 def checked_threads(threads: int) -> int:
+    """At least one thread."""
     if threads < 1:
         raise InputError(f"--threads {threads} is not a number of threads; write for example 1")
     return threads

@@ -87,6 +87,7 @@ def threads(num_threads: int) -> Iterator[None]:
 
 
 def timed(run: Callable[[nn.Module], object], model: nn.Module) -> float:
+    """Seconds of one call."""
     started = time.perf_counter()
     run(model)
     return time.perf_counter() - started

@@ -33,6 +33,7 @@ def measure_peak_memory(model: nn.Module, run: Callable[[nn.Module], object], nu
 
 
 def resident(field: str) -> int:
+    """One field of /proc/self/status, in bytes."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
 

@@ -119,6 +119,7 @@ def measure(
 
 
 def forward(task: Task, batch: Any, model: nn.Module) -> object:
+    """`task.forward` with the model last, so that the rest can be bound."""
     return task.forward(model, batch)
 
 
@@ -138,6 +139,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
+    """The processor's name."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))

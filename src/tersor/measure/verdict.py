@@ -138,7 +138,8 @@ def interval(scores: Scores, confidence: float = 0.95, seed: int = 0, num_resamp
     _check(scores)
     if not 0 < confidence < 1:
         raise InputError(f"confidence {confidence}: must lie between 0 and 1, e.g. 0.95")
-    if not _is_binary(scores):
+    reference = not scores.metric.binary and len(np.unique(scores.examples)) == 1  # a model against itself
+    if reference or not _is_binary(scores):
         return bca_interval(scores.metric.aggregate, scores.examples, confidence, seed, num_resamples)[:2]
     wilson = binomtest(int(scores.examples.sum()), scores.num_examples).proportion_ci(confidence, method="wilson")
     return float(wilson.low), float(wilson.high)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tersor.measure.scorecard import Scorecard
@@ -19,7 +20,7 @@ def model_card(name: str, manifest: Mapping[str, Any], verdict: Verdict, cards: 
     about = manifest["machine"]
     return f"""# {name}
 
-`{manifest["source"]["name"]}` compressed by tersor {about["tersor"]}.
+`{Path(manifest["source"]["name"]).name}` compressed by tersor {about["tersor"]}.
 
 **{verdict.sentence()}**
 
@@ -46,7 +47,7 @@ model = tersor.load("{name}"{argument})
 The whole recipe is in `recipe.yaml`; every number, site and hash is in `tersor.json`.
 
 Measured with torch {about["torch"]}, transformers {about["transformers"]}, Python {about["python"]}, on
-{about["processor"]} ({about["cpu_capability"]}), {about["num_threads"]} threads, seed {manifest["seed"]}.
+{about["processor"]} ({about["cpu_capability"]}), seed {manifest["seed"]}.
 """
 
 
@@ -88,6 +89,7 @@ def scorecard_rows(cards: Sequence[Scorecard]) -> list[tuple[str, ...]]:
 
 
 def shared_extras(cards: Sequence[Scorecard]) -> list[str]:
+    """Names of the side results that every scorecard has."""
     return [key for key in cards[0].extras if all(key in card.extras for card in cards)]
 
 

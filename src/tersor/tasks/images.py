@@ -98,6 +98,7 @@ def read_picture(path: Path, mode: str, size: int | None) -> np.ndarray:
 
 
 def import_pil() -> Any:
+    """PIL's Image module, or the pip command that brings it."""
     try:
         import PIL.Image
     except ImportError:

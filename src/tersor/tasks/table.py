@@ -51,6 +51,7 @@ def read_texts(path: Path) -> list[str]:
 
 
 def is_json_lines(path: Path) -> bool:
+    """Whether the file's ending says JSON lines."""
     return path.suffix.lower() in (".jsonl", ".ndjson", ".json")
 
 

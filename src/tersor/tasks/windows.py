@@ -102,6 +102,7 @@ def open_windows(
 
 
 def check_context(context: int | None, source: Source) -> int:
+    """Raises InputError for a context or stride that no window can have."""
     limit = length_limit(source)
     if context is None:
         return min(CONTEXT, limit)
@@ -131,6 +132,7 @@ def window_starts(num_tokens: int, context: int, stride: int) -> Int[np.ndarray,
 
 
 def cut(ids: Int[np.ndarray, " token"], starts: Int[np.ndarray, " window"], context: int, first: np.ndarray) -> Windows:
+    """The windows of a token sequence."""
     return Windows(ids[starts[:, None] + np.arange(context)], first.astype(np.int64))
 
 

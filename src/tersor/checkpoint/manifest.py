@@ -1,0 +1,85 @@
+"""The manifest `tersor.json`: what an artifact says about itself, checked before anything else is read."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from tersor.checkpoint.source import first_line, sha256
+from tersor.errors import ArtifactError
+from tersor.recipe import first_mistake
+
+VERSION = 1
+WEIGHTS = "model.safetensors"
+MANIFEST = "tersor.json"
+
+
+class SiteEntry(BaseModel):
+    """What the manifest says of one site."""
+
+    format: str
+    shape: tuple[int, int]
+    dtype: Literal["float64", "float32", "float16", "bfloat16"]
+    activation: str | None
+
+
+class ModelEntry(BaseModel):
+    """What the manifest says of the model."""
+
+    name: str = Field(alias="class")
+    factory: str | None = None
+
+
+class FileEntry(BaseModel):
+    """What the manifest says of one file."""
+
+    sha256: str
+    bytes: int
+
+
+class Manifest(BaseModel):
+    """What loading relies on in `tersor.json`; more keys are welcome."""
+
+    model: ModelEntry
+    sites: dict[str, SiteEntry]
+    files: dict[str, FileEntry]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """`tersor.json`, checked for what loading relies on."""
+    path = folder / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder}: no {MANIFEST}, so not a tersor artifact") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: cannot be read ({first_line(error)})") from None
+    version = manifest.get("tersor") if isinstance(manifest, dict) else None
+    if version != VERSION:
+        raise ArtifactError(f"{path}: written by format version {version}; this tersor reads {VERSION}")
+    try:
+        Manifest.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ArtifactError(f"{path}: {first_mistake(error)}; not a manifest that this tersor can read") from None
+    return manifest
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """The weights file is there, whole, and the one that was written."""
+    path, entry = folder / WEIGHTS, manifest["files"].get(WEIGHTS, {})
+    if not path.is_file():
+        raise ArtifactError(f"{path}: missing from the artifact")
+    if path.stat().st_size != entry.get("bytes"):
+        raise ArtifactError(
+            f"{path}: {path.stat().st_size} bytes, but {entry.get('bytes')} were written; copy it again"
+        )
+    if sha256(path) != entry.get("sha256"):
+        raise ArtifactError(f"{path}: the sha256 differs from the one in {MANIFEST}; the file was changed or damaged")
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write `tersor.json`."""
+    (folder / MANIFEST).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

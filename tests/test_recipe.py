@@ -1,0 +1,233 @@
+"""Recipes: YAML in and out, which rule wins, and messages that say the place and the way out."""
+
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import tersor
+from tersor.errors import FormatError, InputError, TersorError, UnknownName
+from tersor.formats import FORMATS
+from tersor.methods import METHODS
+from tersor.recipe import Recipe, matches
+from tersor.schemes import Scheme, parse_rule
+from tersor.sites import find_sites
+
+
+def known_schemes() -> list[str]:
+    schemes = ["keep", "int8-dynamic", "int8/int8-dynamic", "magnitude(sparsity=0.25):bitmask", "hqq(p=0.5):int4-asym"]
+    for format in FORMATS.values():
+        schemes += [format.name, *(f"{m}:{format.name}" for m in METHODS if METHODS[m]().accepts(format) is None)]
+    return schemes
+
+
+schemes = st.sampled_from(known_schemes())
+patterns = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=12)
+recipes = st.builds(
+    Recipe.of,
+    schemes,
+    st.dictionaries(patterns, schemes, max_size=4),
+    st.lists(patterns, max_size=3),
+    st.integers(0, 2**63 - 1),
+)
+
+
+@given(recipes)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_yaml_round_trips(recipe):
+    again = Recipe.from_yaml(recipe.to_yaml())
+    assert again == recipe
+    assert again.to_yaml() == recipe.to_yaml()
+    assert list(again.steps[0].rules) == list(recipe.steps[0].rules), "the order of rules decides"
+
+
+@given(recipes)
+@settings(deadline=None, max_examples=20)
+def test_files_round_trip(tmp_path_factory, recipe):
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert Recipe.from_file(path) == recipe
+
+
+@given(schemes)
+@settings(deadline=None)
+def test_schemes_round_trip(text):
+    scheme = parse_rule(text)
+    assert scheme is None or Scheme.parse(str(scheme)) == scheme
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(32, 32)
+        self.inner = nn.ModuleDict({"head": nn.Linear(32, 32), "body": nn.Linear(32, 32)})
+
+
+def assigned(**options) -> dict[str, str]:
+    step = Recipe.of(**options).steps[0]
+    return {site.name: str(scheme) if scheme else "keep" for site, scheme in step.assign(find_sites(Block()))}
+
+
+def test_the_last_matching_rule_wins():
+    assert assigned(scheme="int8", rules={"*head": "int4", "inner.*": "bf16"}) == {
+        "head": "mse:int4",
+        "inner.head": "nearest:bf16",
+        "inner.body": "nearest:bf16",
+    }
+    assert assigned(scheme="int8", rules={"inner.*": "bf16", "*head": "int4"})["inner.head"] == "mse:int4"
+
+
+def test_a_rule_may_keep():
+    assert assigned(scheme="int8", rules={"*": "int4", "head": "keep"})["head"] == "keep"
+
+
+def test_exclude_wins_over_rules():
+    assert assigned(scheme="int8", rules={"inner.head": "int4"}, exclude=["*.head"]) == {
+        "head": "keep",
+        "inner.head": "keep",
+        "inner.body": "mse:int8",
+    }
+
+
+def test_a_leading_star_dot_matches_at_the_top():
+    assert matches("*.head", "head")
+    assert matches("*.head", "inner.head")
+    assert not matches("*.head", "inner.ahead")
+    assert not matches("head", "inner.head")
+    assert not matches("*.Head", "head"), "names are case-sensitive"
+
+
+def test_excluded_sites_are_left_alone_and_others_are_not():
+    model = Block()
+    model.forward = lambda x: x
+    made = tersor.compress(model, Recipe.of("int8", exclude=["head"]))
+    assert [site.name for site in made.sites] == ["inner.head", "inner.body"]
+    assert isinstance(made.model.head, nn.Linear)
+
+
+def test_steps_run_in_order():
+    steps = [{"scheme": "magnitude(sparsity=0.5):bitmask"}, {"scheme": "int8"}]
+    made = tersor.compress(nn.Sequential(nn.Linear(32, 32)), Recipe.validated({"steps": steps}, "test"))
+    assert made.sites[0].scheme == "mse:int8"
+    assert (made.model[0].weight == 0).float().mean() > 0.45
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("scheme", "hint"),
+    [
+        ("int4-g63", "did you mean 'int4-g64'"),
+        ("hqqq:int4-asym", "did you mean 'hqq'"),
+        ("magnitude(sparcity=0.5):bitmask", "did you mean 'sparsity'"),
+        ("int8/int8-dinamic", "did you mean 'int8-dynamic'"),
+        ("hqq", "names a method without a format"),
+        ("hqq:int4", "use int4-asym"),
+        ("magnitude:int4", "use bitmask"),
+        ("magnitude(sparsity=half):bitmask", "sparsity=half is not a number"),
+        ("magnitude(sparsity=True):bitmask", "sparsity=True is not a number"),
+        ("magnitude(sparsity=__import__('os')):bitmask", "not a number"),
+        ("magnitude(sparsity=1.5):bitmask", r"sparsity=1.5 is not a fraction"),
+        ("magnitude(sparsity=-1):bitmask", r"not a fraction"),
+        ("a b:int4", "not a method"),
+        ("", "unknown format ''"),
+        (":", "unknown format ''"),
+    ],
+)
+def test_unknown_schemes_say_what_was_meant(scheme, hint):
+    with pytest.raises(InputError, match=hint):
+        Recipe.of(scheme)
+    with pytest.raises(InputError, match=rf"steps\.0\.rules.*{hint}"):
+        Recipe.of("keep", {"head": scheme})
+
+
+@given(st.text(max_size=20))
+@settings(deadline=None)
+def test_any_text_is_a_scheme_or_an_error_of_ours(text):
+    try:
+        parse_rule(text)
+    except TersorError as error:
+        assert str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("options", [{"rules": {"inner.haed": "int4"}}, {"exclude": ["inner.haed"]}])
+def test_a_pattern_that_matches_nothing_says_the_nearest_site(options):
+    with pytest.raises(UnknownName, match=r"'inner.haed': did you mean 'inner.head'\? see `tersor inspect MODEL`"):
+        assigned(scheme="int8", **options)
+
+
+def test_a_format_that_does_not_fit_is_refused_before_any_work(monkeypatch):
+    module = sys.modules["tersor.compress"]  # `tersor.compress` itself is the function
+    monkeypatch.setattr(module, "compress_site", lambda *_: pytest.fail("work had started"))
+    model = nn.Sequential(nn.Linear(64, 8), nn.Linear(24, 8))
+    with pytest.raises(FormatError, match=r"int4-g64: 1 has in=24 columns.*--exclude '1'"):
+        tersor.compress(model, Recipe.of("int4-g64"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: [{scheme: int9}]", r"steps\.0\.scheme: .*unknown format 'int9'"),
+        ("steps: [{scheme: int8}, {scheme: 5}]", r"steps\.1\.scheme: Input should be a valid string"),
+        ("steps: [{shceme: int8}]", r"steps\.0\.shceme: Extra inputs are not permitted"),
+        ("steps: [{step: weigths}]", r"steps\.0\.step: Input should be 'weights'"),
+        ("steps: [{rules: [int8]}]", r"steps\.0\.rules: Input should be a valid dictionary"),
+        ("steps: [{exclude: head}]", r"steps\.0\.exclude: Input should be a valid tuple"),
+        ("steps: 3", "steps: Input should be a valid tuple"),
+        ("steps: []\nseed: -1", "seed: Input should be greater than or equal to 0"),
+        ("steps: []\nseed: lots", "seed: Input should be a valid integer"),
+        ("steps: []\ntersor: 2", "tersor: Input should be 1"),
+        ("steps: []\nbudget: 4x", "budget: Extra inputs are not permitted"),
+        ("steps: [", "not YAML"),
+        ("\t", "not YAML"),
+        ("steps: []\nseed: 2020-99-99", "not YAML: month must be in 1..12"),
+        ("[" * 5000, "not YAML"),
+        ("scheme: int8", "a recipe is a mapping with a list of `steps`"),
+        ("- 1", "a recipe is a mapping"),
+        ("", "a recipe is a mapping"),
+    ],
+)
+def test_mistakes_in_yaml_name_the_place(text, message):
+    with pytest.raises(InputError, match=f"my.yaml: {message}"):
+        Recipe.from_yaml(text, "my.yaml")
+
+
+@pytest.mark.parametrize("tag", ["object/apply:os.system", "object:torch.nn.Linear", "name:os.system", "module:os"])
+def test_yaml_cannot_make_python_objects(tag, tmp_path):
+    with pytest.raises(InputError, match="could not determine a constructor"):
+        Recipe.from_yaml(f"steps: []\nseed: !!python/{tag} ['touch {tmp_path}/made']")
+    assert not list(tmp_path.iterdir())
+
+
+@given(st.binary(max_size=60))
+@settings(deadline=None)
+def test_any_file_is_a_recipe_or_an_error_of_ours(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("recipe") / "any.yaml"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"any\.yaml"):
+        Recipe.from_file(path)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(InputError, match=r"none\.yaml: cannot read the recipe"):
+        Recipe.from_file(tmp_path / "none.yaml")
+    with pytest.raises(InputError, match="cannot read the recipe"):
+        Recipe.from_file(tmp_path)
+
+
+def test_a_recipe_is_frozen():
+    recipe = Recipe.of("int8")
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 1
+
+
+def test_the_same_recipe_makes_the_same_bytes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+    recipe = Recipe.of("hqq:int3-g32-asym", {"1": "int5"})
+    first, second = (tersor.compress(model, recipe).model.state_dict() for _ in range(2))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
