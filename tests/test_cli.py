@@ -86,7 +86,8 @@ def test_a_custom_conv_net_meets_its_budget_and_loads_in_a_new_process(digits, i
     assert made.json["verdict"]["mcnemar_p"] > 0
     # A new process scores the loaded artifact exactly like the one that was measured.
     again = subprocess.run(
-        [Path(sys.executable).parent / "tersor", "evaluate", "small", *map(str, labelled(digits)), "--json"],
+        [Path(sys.executable).parent / "tersor", "evaluate", "digits_factory:digits_net", "--weights", "small",
+         *map(str, labelled(digits)), "--json"],
         capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(digits)},
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
@@ -134,7 +135,7 @@ def test_rules_excludes_and_the_tables(digits, inside, capsys):
     assert stored["8.weight.zero_point"].shape == (64, 16)
     assert stored["0.weight.codes"].dtype is torch.uint8
     compared = tersor(
-        capsys, "compare", "digits_factory:digits_net", "s", "--weights", digits / "digits.safetensors",
+        capsys, "compare", *digits_arguments(digits), "digits_factory:digits_net", "--weights", "s",
         *labelled(digits), "--json",
     )  # fmt: skip
     assert compared.status == 0, compared.stdout
@@ -314,7 +315,15 @@ def test_damaged_artifact(digits, inside, capsys):
     with open("b/model.safetensors", "r+b") as file:
         file.seek(-5, os.SEEK_END)
         file.write(b"\x55")
-    assert "changed or damaged" in refused(capsys, inside, "evaluate", "b", *labelled(digits))
+    damaged = ["evaluate", "digits_factory:digits_net", "--weights", "b", *labelled(digits)]
+    assert "changed or damaged" in refused(capsys, inside, *damaged)
+
+
+def test_code_that_an_artifact_names_is_not_run(digits, inside, capsys):
+    arguments = ["compress", *digits_arguments(digits), *labelled(digits), "--format", "int8", "-o", "a", "--json"]
+    assert tersor(capsys, *arguments).status == 0
+    message = refused(capsys, inside, "evaluate", "a", *labelled(digits))
+    assert "name it yourself: 'digits_factory:digits_net' with --weights a" in message
 
 
 FLAGS = {

@@ -56,6 +56,6 @@ class Encoded:
     def rows(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n in"]:
         """Some rows of the decoded matrix; decodes only those where the format allows it (embeddings)."""
         if not self.format.rows_apart:
-            return self.decode()[index]
-        parts = {name: part[index] for name, part in self.parts.items()}
+            return self.decode().index_select(0, index)
+        parts = {name: part.index_select(0, index) for name, part in self.parts.items()}
         return self.format.decode(Encoded(self.format, (len(index), self.shape[1]), parts))

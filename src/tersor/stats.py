@@ -22,4 +22,5 @@ class Stats:
         """The predicted loss of changing the weight by `error`: half the weighted sum of squares, per example."""
         if self.row_weight is None or self.column_weight is None:
             return 0.5 * error.square().sum().item()
-        return 0.5 * (self.row_weight @ (error.square() @ self.column_weight)).item()
+        rows, columns = self.row_weight.to(error.device), self.column_weight.to(error.device)
+        return 0.5 * (rows @ (error.square() @ columns)).item()

@@ -214,7 +214,14 @@ def test_more_manifest_keys_are_kept(tmp_path):
     tersor.save(packed("linear", "nearest:int4"), tmp_path, manifest={"seed": 3})
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     assert manifest["seed"] == 3
-    assert manifest["sites"]["0"] == {"format": "int4", "shape": [7, 10], "dtype": "float32", "activation": None}
+    assert manifest["sites"]["0"] == {
+        "format": "int4",
+        "shape": [7, 10],
+        "dtype": "float32",
+        "view": "rows",
+        "weight_shape": [7, 10],
+        "activation": None,
+    }
 
 
 def test_weights_that_share_memory_are_written_apart(tmp_path):

@@ -253,7 +253,7 @@ def plan(
     """The recipe with the least predicted loss under one limit on the weights file, for `tersor.compress`.
 
     Args:
-        task: its calibration split tells where errors hurt; without it every site's relative error counts alike.
+        task: its calibration split tells where errors hurt; without it errors count relative to each site's weights.
         size, ratio, bits: the limit, as on the command line: `"8MB"`, `"4x"`, `4.2`.
         rules, exclude: sites whose scheme is fixed.
         candidates: the schemes to choose from.

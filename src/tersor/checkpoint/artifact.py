@@ -76,6 +76,8 @@ def save(
                 "format": packed.format.name,
                 "shape": list(site.shape),
                 "dtype": str(site.dtype).removeprefix("torch."),
+                "view": site.fold.view,
+                "weight_shape": list(site.fold.weight_shape),
                 "activation": quantizer.format if quantizer else None,
             }
             for site, packed, quantizer in packed_sites(model)
@@ -127,6 +129,10 @@ def restore_site(
         raise ArtifactError(f"{site.name}: {error}") from None
     if tuple(entry["shape"]) != site.shape:
         raise ArtifactError(f"{site.name}: stored as {tuple(entry['shape'])}, but the model has {site.shape} here")
+    if (tuple(entry["weight_shape"]), entry["view"]) != (site.fold.weight_shape, site.fold.view):
+        raise ArtifactError(
+            f"{site.name}: stored for a weight {entry['weight_shape']}, but the model folds {site.fold}"
+        )
     parts = {}
     for part, (part_dtype, shape) in format.layout(site.shape).items():
         tensor = tensors.pop(f"{site.parameter}.{part}", None)

@@ -22,6 +22,8 @@ class SiteEntry(BaseModel):
     format: str
     shape: tuple[int, int]
     dtype: Literal["float64", "float32", "float16", "bfloat16"]
+    view: Literal["rows", "transposed", "stack"]
+    weight_shape: tuple[int, ...]
     activation: str | None
 
 

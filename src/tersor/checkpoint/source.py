@@ -116,14 +116,17 @@ def transformers_class(config: Any) -> Any:
 
     for architecture in getattr(config, "architectures", None) or []:
         found = getattr(transformers, architecture, None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        # The bare base class is no model, and building it would change what transformers caches for all others.
+        if isinstance(found, type) and transformers.PreTrainedModel in found.__mro__[1:]:
             return found
     return transformers.AutoModel
 
 
 def open_custom(name: str, weights: Path | None) -> Source:
-    """A model made by `package.module:factory`, filled from a state dict."""
+    """A model made by `package.module:factory`, filled from a state dict or from the artifact folder of its kind."""
     model = call_factory(name)
+    if weights is not None and weights.is_dir():
+        return open_artifact(f"{name} from {weights}", weights, model)
     notes: tuple[str, ...] = ("no --weights given: the factory's own weights are used",)
     num_bytes, hashes = 0, {}
     if weights is not None:
@@ -137,17 +140,24 @@ def open_custom(name: str, weights: Path | None) -> Source:
     return Source(model.eval(), name, "custom", name, None, num_bytes, hashes, notes)
 
 
-def open_artifact(name: str, folder: Path) -> Source:
-    """A tersor artifact, as an input to measuring and comparing."""
-    from tersor.checkpoint.artifact import load, read_manifest
+def open_artifact(name: str, folder: Path, model: nn.Module | None = None) -> Source:
+    """A tersor artifact, as an input to measuring and comparing.
+
+    An artifact of a custom model needs a fresh `model` to fill: the code that an artifact names is never run.
+    """
+    from tersor.checkpoint.artifact import WEIGHTS, load, read_manifest
 
     manifest = read_manifest(folder)
     factory = manifest["model"].get("factory")
-    model = load(folder, model=call_factory(factory) if factory else None)
-    file = folder / "model.safetensors"
-    hashes = {file.name: manifest["files"][file.name]["sha256"]}
-    architecture = manifest["model"].get("class") or factory
-    return Source(model, name, "artifact", architecture, folder, file.stat().st_size, hashes)
+    if factory and model is None:
+        raise InputError(
+            f"{name}: holds a custom model, and tersor runs no code that an artifact names; "
+            f"name it yourself: '{factory}' with --weights {name}"
+        )
+    model = load(folder, model=model)
+    hashes = {WEIGHTS: manifest["files"][WEIGHTS]["sha256"]}
+    num_bytes = (folder / WEIGHTS).stat().st_size
+    return Source(model, name, "artifact", manifest["model"]["class"], folder, num_bytes, hashes)
 
 
 def call_factory(name: str) -> nn.Module:

@@ -15,7 +15,7 @@ def compare(
     a: Annotated[str, typer.Argument(help="The reference: folder, hub id, artifact, or package.module:factory.")],
     b: Annotated[str, typer.Argument(help="The model that is judged.")],
     weights: Annotated[
-        list[Path] | None, typer.Option(help="Safetensors state dicts of A and B, in this order.")
+        list[Path] | None, typer.Option(help="State dicts or artifact folders of A and B, in this order.")
     ] = None,
     task: options.TaskName = None,
     data: options.Data = None,

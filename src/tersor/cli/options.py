@@ -9,7 +9,8 @@ from tersor.errors import InputError
 from tersor.workflow import TaskChoice
 
 Weights = Annotated[
-    Path | None, typer.Option(help="Safetensors state dict, for a MODEL given as package.module:factory.")
+    Path | None,
+    typer.Option(help="Safetensors state dict, or artifact folder, of a MODEL given as package.module:factory."),
 ]
 TaskName = Annotated[
     str | None,
