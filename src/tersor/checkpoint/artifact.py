@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ OWN_FILES = {MANIFEST, "README.md", ".gitattributes"}
 def save(
     model: nn.Module, folder: str | Path, *, source: Path | None = None, manifest: Mapping[str, Any] | None = None
 ) -> None:
-    """Write `model`, packed weights and all, into `folder`, which must exist and should be empty.
+    """Write `model`, packed weights and all, into `folder`, which is created if need be and should be empty.
 
     Args:
         source: folder whose config and tokenizer files are copied as they are; without it a transformers model writes
@@ -58,6 +59,10 @@ def save(
         manifest: more keys for `tersor.json`.
     """
     folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"{folder}: cannot be created: {error.strerror}") from None
     config, generation_config = getattr(model, "config", None), getattr(model, "generation_config", None)
     if source is not None:
         copy_side_files(source, folder)
@@ -92,7 +97,8 @@ def load(folder: str | Path, *, model: nn.Module | None = None, packed: bool = T
     """The model of an artifact, in eval mode. A Hugging Face model comes back as its own class.
 
     Args:
-        model: for an artifact of a custom model: a fresh instance to fill (its weights are replaced).
+        model: for an artifact of a custom model: a fresh instance to fill (its weights are replaced); it stays on its
+            device.
         packed: keep weights packed in memory; False decodes them into ordinary parameters.
 
     Raises:
@@ -103,6 +109,8 @@ def load(folder: str | Path, *, model: nn.Module | None = None, packed: bool = T
     check_files(folder, manifest)
     if model is None:
         model = skeleton(folder, manifest)
+    device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
+    model.to("cpu")
     try:
         tensors = read_weights(folder / WEIGHTS)
     except ModelError as error:
@@ -115,7 +123,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, packed: bool = T
             )
         restore_site(model, sites[name], entry, tensors, packed)
     restore_rest(model, tensors, {sites[name].parameter for name in manifest["sites"]}, folder)
-    return model.eval()
+    return model.to(device).eval()
 
 
 def restore_site(

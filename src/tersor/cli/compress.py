@@ -110,6 +110,13 @@ def show(outcome: Outcome) -> None:
         rows = [(megabytes(t.num_bytes), f"{t.score:.4f}", t.verdict.outcome) for t in outcome.trials]
         print_table("trials of the search", ["weights file", original.metric, "verdict"], rows)
     print_table("before and after", ["", "original", "compressed"], comparison(original, compressed))
+    if any(latency.speedup_interval[1] < 1 for latency in compressed.latency):
+        out.print(
+            "slower: packed weights are decoded on every call, to save memory; tersor.load(..., packed=False) decodes "
+            "once, and int8-dynamic computes on packed weights",
+            markup=False,
+            highlight=False,
+        )
     out.print(f"measured on: {outcome.task}", markup=False, highlight=False)
     if outcome.limit:
         share = compressed.file_bytes / outcome.limit.num_bytes
