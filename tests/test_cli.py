@@ -148,6 +148,14 @@ def test_the_tables_of_what_exists(verb, capsys):
     assert tersor(capsys, verb, "--json").json[verb]
 
 
+def test_latency_says_the_batch_it_really_ran(digits, inside, capsys):
+    shown = tersor(
+        capsys, "evaluate", *digits_arguments(digits), "--task", "classification", "--data", digits / "digits.npz",
+        "--task-option", "max_examples=50", "--batch", "1,4,999", "--json",
+    )  # fmt: skip
+    assert [latency["batch_size"] for latency in shown.json["scorecard"]["latency"]] == [1, 4, 50]
+
+
 def test_inspect_counts_every_byte(digits, inside, capsys):
     shown = tersor(capsys, "inspect", *digits_arguments(digits), "--json").json
     model = load_file(digits / "digits.safetensors")
