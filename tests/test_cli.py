@@ -305,6 +305,47 @@ def test_contradictions_and_nonsense(digits, inside, capsys):
     assert "KEY=VALUE" in refused(capsys, inside, *start, "--bits", "4", "--task-option", "context")
 
 
+def test_what_cannot_be_compressed_is_said_at_once(digits, inside, capsys):
+    Path("odd.py").write_text(
+        "from torch import nn\n"
+        "def norm(): return nn.Sequential(nn.LayerNorm(8))\n"
+        "def single(): return nn.Linear(8, 8)\n"
+        "def tiny():\n"
+        "    model = nn.Sequential(nn.Linear(8, 8))\n"
+        "    nn.init.constant_(model[0].weight, 1e-9)\n"
+        "    return model\n"
+    )
+    np.savez("x.npz", x=np.zeros((60, 8), np.float32))
+    data = ["--data", "x.npz", "--batch", "1", "-o", "out"]
+    assert "no weight that tersor can compress" in refused(
+        capsys, inside, "compress", "odd:norm", "--ratio", "2x", *data
+    )
+    assert "single layer" in refused(capsys, inside, "compress", "odd:single", "--format", "int8", *data)
+    assert "every weight to zero" in refused(capsys, inside, "compress", "odd:tiny", "--format", "int8", *data)
+    np.savez("wide.npz", x=np.zeros((60, 9), np.float32))
+    data[1] = "wide.npz"
+    assert "cannot take x of shape" in refused(capsys, inside, "compress", "odd:tiny", "--format", "int8", *data)
+    many = ["--weights", "a", "--weights", "b", "--weights", "c"]
+    assert "3 --weights for 2 models" in refused(capsys, inside, "compare", "odd:tiny", "odd:tiny", *many)
+    os.symlink("/nonexistent", "link")
+    assert "exists" in refused(capsys, inside, "compress", "odd:tiny", "--format", "int8", "-o", "link")
+
+
+def test_the_rule_that_stands_last_counts(digits, inside, capsys):
+    made = tersor(
+        capsys, "compress", *digits_arguments(digits), *labelled(digits), "--rule", "0=int8", "--rule", "*=int4",
+        "--rule", "0=int2", "-o", "s", "--json",
+    )  # fmt: skip
+    assert {report["name"]: report["scheme"] for report in made.json["site_reports"]}["0"] == "mse:int2"
+    assert (inside / "s" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~current_umask()
+
+
+def current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
 def write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
@@ -336,7 +377,7 @@ def test_code_that_an_artifact_names_is_not_run(digits, inside, capsys):
 
 FLAGS = {
     "compress": "--output -o --size --ratio --bits --drop --format --method --rule --exclude --recipe --weights --task "
-    "--data --calibration --task-option --batch --seed --threads --overwrite --trust-remote-code --json",
+    "--data --calibration --task-option --batch --seed --threads --overwrite --json",
     "inspect": "--weights --format --json",
     "evaluate": "--weights --task --data --calibration --task-option --batch --threads --json",
     "compare": "--weights --task --data --calibration --task-option --drop --batch --seed --threads --json",

@@ -394,3 +394,34 @@ def test_stacked_experts_round_trip_row_by_row():
     model = Experts()
     site = find_sites(model)[0]
     assert torch.equal(site.matrix(model)[16:32], model.weights[1].detach())
+
+
+class Projector(nn.Module):
+    """A module of no known class that uses another's weight."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize("scheme", ["int4", "bf16"])
+def test_a_weight_tied_to_an_unknown_module_is_packed_there_too(scheme, tmp_path):
+    embed = nn.Embedding(40, 16)
+    model = nn.Sequential(embed, Projector(embed.weight))
+    (site,) = tersor.find_sites(model)
+    assert site.places == (("0", "weight"), ("1", "weight"))
+    small = tersor.compress(model, tersor.Recipe.of(scheme)).model
+    assert not list(small.parameters())
+    x = torch.randint(0, 40, (3, 5))
+    with torch.no_grad():
+        weight = site.weight(small)
+        assert torch.equal(small(x), weight[x] @ weight.T)
+        tersor.save(small, tmp_path)
+        fresh = nn.Embedding(40, 16)
+        for packed in (True, False):
+            loaded = tersor.load(tmp_path, model=nn.Sequential(fresh, Projector(fresh.weight)), packed=packed)
+            assert torch.equal(loaded(x), small(x))
+            fresh = nn.Embedding(40, 16)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tersor.errors import DataError
 from tersor.kernels import reference
-from tersor.sites import find_sites
+from tersor.sites import check_has_sites, find_sites
 from tersor.stats import Stats
 from tersor.tasks.contract import Output, Task
 
@@ -36,6 +36,7 @@ def gather(
 
     The model is run in eval mode and left as it was. Sites the data never reaches get zero curvature.
     """
+    check_has_sites(model)
     sites = find_sites(model)
     weights = [site.weight(model) for site in sites]
     rows = [torch.zeros(site.shape[0], dtype=torch.float64) for site in sites]

@@ -93,10 +93,16 @@ def compress_site(model: nn.Module, site: Site, scheme: Scheme, stats: Stats) ->
         encoded = scheme.method.compress(weight, scheme.format, stats)
     except TersorError as problem:
         raise type(problem)(f"{site.name}: {problem}; or exclude it with --exclude '{site.name}'") from None
+    decoded = encoded.decode()
+    if weight.any() and not decoded.any():
+        raise FormatError(
+            f"{site.name}: {scheme} turns every weight to zero (the largest is {weight.abs().max().item():.2g}, too "
+            f"small for fp16 scales or values); use bf16, or exclude it with --exclude '{site.name}'"
+        )
     activation = None
     if scheme.activation and site.takes_activation(model):
         activation = Activation(scheme.activation, ACTIVATIONS[scheme.activation].fit(stats))
-    error = (encoded.decode() - weight).square().sum() / weight.square().sum().clamp_min(1e-38)
+    error = (decoded - weight).square().sum() / weight.square().sum().clamp_min(1e-38)
     site.replace(model, encoded, activation)
     return SiteReport(
         name=site.name,

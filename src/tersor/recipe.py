@@ -141,7 +141,7 @@ def first_mistake(error: ValidationError) -> str:
     """Where pydantic found the first mistake, and what it is."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"])) or "top level"
-    return f"{where}: {first['msg']}"
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -156,4 +156,6 @@ def matches(pattern: str, name: str) -> bool:
 def misfit(site: Site, format: Format) -> str | None:
     """Why a format cannot hold a site, in one line with the way out."""
     problem = format.misfit(site.shape)
+    if not site.places[0].module and site.kind in ("linear", "conv", "embedding"):
+        return f"{site.name}: the model is a single layer; wrap it in nn.Sequential so that its weight can be replaced"
     return problem and f"{format.name}: {site.name} {problem}, or exclude it with --exclude '{site.name}'"

@@ -5,7 +5,7 @@ module classes is the table `WEIGHTS`.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tersor.activations import Activation
 from tersor.encoded import Encoded
-from tersor.errors import FormatError
+from tersor.errors import FormatError, ModelError
 from tersor.modules import (
     PREFIX,
     Fold,
@@ -135,7 +135,25 @@ def find_sites(model: nn.Module) -> list[Site]:
             fold = owner.fold if isinstance(owner, PackedWeight) else Fold(tuple(owner.shape), view)
             name = ".".join(filter(None, place)).removesuffix(".weight")
             found[id(owner)] = Site(name, kind, fold, (place,), owner.dtype)
+    for path, module in model.named_modules(remove_duplicate=False):  # ties to modules that the table does not name
+        for parameter, owner in owned_by(module).items():
+            place = Place(path, parameter)
+            if id(owner) in found and place not in found[id(owner)].places:
+                places = (*found[id(owner)].places, place)
+                found[id(owner)] = replace(found[id(owner)], places=places)
     return list(found.values())
+
+
+def check_has_sites(model: nn.Module) -> None:
+    """Raises ModelError for a model without a single site."""
+    if not find_sites(model):
+        raise ModelError(f"{type(model).__name__} has no weight that tersor can compress; see `tersor inspect MODEL`")
+
+
+def owned_by(module: nn.Module) -> dict[str, nn.Parameter | PackedWeight]:
+    """The floating-point parameters of a module itself, and what `pack_parameter` put in the place of some."""
+    floats = {n: p for n, p in module._parameters.items() if p is not None and p.is_floating_point()}
+    return {**floats, **packed_parameters(module)}
 
 
 def weights_of(module: nn.Module) -> list[tuple[str, nn.Parameter | PackedWeight, str, str]]:
@@ -143,8 +161,7 @@ def weights_of(module: nn.Module) -> list[tuple[str, nn.Parameter | PackedWeight
     packed_kind = PACKED_KINDS.get(type(module))
     if packed_kind:
         return [("weight", module.packed, packed_kind, module.packed.fold.view)]  # type: ignore[list-item, union-attr]
-    floats = {n: p for n, p in module._parameters.items() if p is not None and p.is_floating_point()}
-    owned: dict[str, nn.Parameter | PackedWeight] = {**floats, **packed_parameters(module)}
+    owned = owned_by(module)
     row = next((row for row in WEIGHTS if isinstance(module, row.classes)), None)
     if row is None and is_transposed_linear(module):
         row = Row((), "weight", "linear", "transposed")

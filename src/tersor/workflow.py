@@ -27,15 +27,15 @@ from tersor.checkpoint.artifact import (
     write_manifest,
 )
 from tersor.checkpoint.layout import size_of
-from tersor.checkpoint.source import Source, call_factory, open_model
+from tersor.checkpoint.source import Source, call_factory, first_line, open_model
 from tersor.compress import Progress, SiteReport, compress, preflight, silent
-from tersor.errors import BudgetError, InputError
+from tersor.errors import BudgetError, InputError, ModelError
 from tersor.measure.scorecard import Scorecard, Subject, machine, measure
 from tersor.measure.verdict import Tolerance, Verdict, judge
 from tersor.recipe import Recipe
 from tersor.report.card import model_card
 from tersor.schemes import KEEP
-from tersor.sites import find_sites
+from tersor.sites import check_has_sites, find_sites
 from tersor.stats import Stats
 from tersor.tasks import Task, open_task
 from tersor.tasks.progress import score
@@ -94,7 +94,6 @@ def compress_to_folder(
     batch_sizes: Sequence[int] = (1, 32),
     num_threads: int = 1,
     overwrite: bool = False,
-    trust_remote_code: bool = False,
     progress: Progress = silent,
     on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> Outcome:
@@ -104,7 +103,8 @@ def compress_to_folder(
     given = check_choices(budget, recipe, formats, rules, exclude, seed)
     torch.manual_seed(seed)
     progress("opening the model", 0, 1)
-    source = open_model(model, weights=weights, trust_remote_code=trust_remote_code)
+    source = open_model(model, weights=weights)
+    check_has_sites(source.model)
     if source.kind == "artifact":
         raise InputError(f"{model} is a tersor artifact already; compress the original model instead")
     progress("opening the model", 1, 1)
@@ -141,9 +141,12 @@ def compress_to_folder(
         save(made.model, folder, source=source.folder, manifest=about(source))
         loaded = load(folder, model=call_factory(source.architecture) if source.kind == "custom" else None)
         scores = score(task, loaded, progress, "evaluating the compressed model")
+        file_bytes = (folder / WEIGHTS).stat().st_size
+        if limit is not None and not given and file_bytes > limit.num_bytes:
+            raise BudgetError(f"{limit.text} is {limit.num_bytes:,} bytes, and the file came out at {file_bytes:,}")
         subjects = [
             Subject("original", source.model, original_bytes),
-            Subject("compressed", loaded, (folder / WEIGHTS).stat().st_size),
+            Subject("compressed", loaded, file_bytes),
         ]
         cards = measure(
             subjects, [original, scores], task, batch_sizes=batch_sizes, num_threads=num_threads, progress=progress
@@ -216,7 +219,7 @@ def check_choices(
     for text in formats:
         Recipe.of(text)
     Recipe.of(KEEP, rules, exclude)
-    if sized or (budget.drop and not formats and not rules):
+    if sized or (budget.drop and len(formats) != 1):
         return None
     if len(formats) > 1:
         raise InputError(
@@ -246,7 +249,10 @@ def open_task_for(source: Source, choice: TaskChoice) -> Task:
     if source.folder is not None and re.search(r"tokenizer|vocab", " ".join(p.name for p in source.folder.iterdir())):
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+        except Exception as error:  # whatever a damaged file trips over
+            raise ModelError(f"{source.folder}: the tokenizer cannot be read ({first_line(error)})") from None
     config = getattr(source.model, "config", None)
     return open_task(
         choice.task,
@@ -277,14 +283,19 @@ def evaluate_model(
 ) -> tuple[Scorecard, str]:
     """The scorecard of one model or artifact, and what it was measured on."""
     cards, description, _ = compare_models(
-        [model], [weights], task_choice=task_choice, batch_sizes=batch_sizes, num_threads=num_threads, progress=progress
+        [model],
+        [weights] if weights else [],
+        task_choice=task_choice,
+        batch_sizes=batch_sizes,
+        num_threads=num_threads,
+        progress=progress,
     )
     return cards[0], description
 
 
 def compare_models(
     names: Sequence[str],
-    weights: Sequence[Path | None] = (),
+    weights: Sequence[Path] = (),
     *,
     task_choice: TaskChoice = TaskChoice(),
     drop: str = DEFAULT_DROP,
@@ -296,8 +307,13 @@ def compare_models(
     """Scorecards of all models, measured together, and each one's verdict against the first."""
     tolerance = Tolerance.parse(drop)
     torch.manual_seed(seed)
-    files = [*weights, *[None] * (len(names) - len(weights))]
-    sources = [open_model(name, weights=file) for name, file in zip(names, files, strict=True)]
+    factories = [name for name in names if ":" in name]
+    if len(weights) > len(factories):
+        raise InputError(
+            f"{len(weights)} --weights for {len(factories)} models given as package.module:factory; one each"
+        )
+    files = iter([*weights, *[None] * len(names)])
+    sources = [open_model(name, weights=next(files) if ":" in name else None) for name in names]
     task = open_task_for(sources[0], task_choice)
     task.prepare(sources[0].model)
     scores = [score(task, source.model, progress, f"evaluating {source.name}") for source in sources]

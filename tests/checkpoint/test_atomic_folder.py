@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tersor.checkpoint.artifact import MANIFEST, atomic_folder
-from tersor.errors import InputError
+from tersor.errors import ArtifactError, InputError
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -75,8 +75,8 @@ def test_an_artifact_is_overwritten_as_a_whole(artifact):
     assert [path.name for path in artifact.parent.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_the_old_artifact_survives_a_failing_rename(artifact, error, monkeypatch):
+@pytest.mark.parametrize(("error", "told_as"), [(OSError, ArtifactError), (KeyboardInterrupt, KeyboardInterrupt)])
+def test_the_old_artifact_survives_a_failing_rename(artifact, error, told_as, monkeypatch):
     rename, calls = Path.rename, []
 
     def second_fails(self, target):
@@ -86,7 +86,7 @@ def test_the_old_artifact_survives_a_failing_rename(artifact, error, monkeypatch
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", second_fails)
-    with pytest.raises(error), atomic_folder(artifact, overwrite=True) as folder:
+    with pytest.raises(told_as), atomic_folder(artifact, overwrite=True) as folder:
         (folder / MANIFEST).write_text("new")
     assert tree(artifact.parent) == {f"out/{MANIFEST}": "old"}
     assert [path.name for path in artifact.parent.iterdir()] == ["out"]

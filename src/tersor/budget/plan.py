@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from tersor.budget.allocate import Option, allocate
 from tersor.budget.limit import Limit
 from tersor.calibrate import gather
-from tersor.checkpoint.layout import file_size, kept_tensors, size_of
+from tersor.checkpoint.layout import file_size, other_tensors, size_of
 from tersor.checkpoint.weights import METADATA
 from tersor.compress import Progress, check_finite, preflight, silent
 from tersor.errors import BudgetError, InputError
 from tersor.recipe import Recipe, WeightsStep, matches
 from tersor.schemes import KEEP, Scheme, parse_rule
-from tersor.sites import Site, find_sites
+from tersor.sites import Site, check_has_sites, find_sites
 from tersor.stats import Stats
 from tersor.tasks.contract import Task
 
@@ -203,8 +203,8 @@ def why_infeasible(kept: Tensors, menus: list[Menu], limit: Limit) -> str:
 
 def kept_layout(model: nn.Module, menus: list[Menu]) -> Tensors:
     """Name, dtype and shape of every tensor that is stored as it is."""
-    compressed = {menu.site.parameter for menu in menus}
-    return [(n, t.dtype, tuple(t.shape)) for n, t in kept_tensors(model).items() if n not in compressed]
+    kept = other_tensors(model, [menu.site for menu in menus])
+    return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in kept.items()]
 
 
 def planned_size(kept: Tensors, menus: list[Menu], chosen: list[Option]) -> int:
@@ -266,6 +266,7 @@ def plan(
     limit = Limit.of(original_bytes=original, num_parameters=num_parameters, size=size, ratio=ratio, bits=bits)
     if limit is None:
         raise InputError("plan needs a limit: size='8MB', ratio='4x' or bits=4.2")
+    check_has_sites(model)
     stats = gather(model, task, seed=seed) if task is not None else {}
     step = Recipe.of(KEEP, rules, exclude).steps[0]
     return plan_size(model, measure_menus(model, stats, step, list(candidates)), limit, seed)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.activations import Activation, activation_named
-from tersor.checkpoint.layout import kept_tensors, packed_sites, tensors_of
+from tersor.checkpoint.layout import other_tensors, packed_sites, tensors_of
 from tersor.checkpoint.manifest import MANIFEST, VERSION, WEIGHTS, check_files, read_manifest, write_manifest
 from tersor.checkpoint.source import first_line, quiet_transformers, sha256, transformers_class
 from tersor.checkpoint.weights import read_weights, write_weights
@@ -122,7 +122,8 @@ def load(folder: str | Path, *, model: nn.Module | None = None, packed: bool = T
                 f"{folder}: the manifest names the site {name}, which {type(model).__name__} does not have"
             )
         restore_site(model, sites[name], entry, tensors, packed)
-    restore_rest(model, tensors, {sites[name].parameter for name in manifest["sites"]}, folder)
+    decoded = [] if packed else [sites[name] for name in manifest["sites"]]
+    restore_rest(model, tensors, other_tensors(model, decoded), folder)
     return model.to(device).eval()
 
 
@@ -177,9 +178,8 @@ def check_values(site: Site, encoded: Encoded) -> None:
             raise ArtifactError(f"{site.name}: {error}") from None
 
 
-def restore_rest(model: nn.Module, tensors: dict[str, Tensor], done: set[str], folder: Path) -> None:
+def restore_rest(model: nn.Module, tensors: dict[str, Tensor], rest: dict[str, Tensor], folder: Path) -> None:
     """Fill everything that is not packed; every tensor must find its place, and every place its tensor."""
-    rest = {name: tensor for name, tensor in kept_tensors(model).items() if name not in done}
     missing, unexpected = sorted(rest.keys() - tensors.keys()), sorted(tensors.keys() - rest.keys())
     if missing or unexpected:
         what = f"lacks {missing[0]}" if missing else f"holds {unexpected[0]}, which the model does not have"
@@ -240,7 +240,7 @@ def copy_side_files(source: Path, folder: Path) -> None:
 
 def check_output(folder: Path, overwrite: bool) -> None:
     """Before any work: the output can be written, and nothing of the user's is lost."""
-    if folder.exists():
+    if os.path.lexists(folder):
         if not overwrite:
             raise InputError(f"{folder} exists; choose another --output, or --overwrite it")
         if not (folder / MANIFEST).exists():
@@ -265,8 +265,10 @@ def atomic_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         raise ArtifactError(f"{folder}: cannot be written: {error.strerror}") from None
     try:
         yield working
-        working.chmod(0o755)
-        for path in working.rglob("*"):
+        umask = os.umask(0)
+        os.umask(umask)
+        for path in (working, *working.rglob("*")):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
             if path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
@@ -281,16 +283,7 @@ def atomic_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
                 shutil.rmtree(replaced.parent)
         else:
             working.rename(target)
+    except OSError as error:
+        raise ArtifactError(f"{folder}: cannot be written: {error}") from None
     finally:
         shutil.rmtree(working, ignore_errors=True)
-
-
-def state_hash(model: nn.Module) -> str:
-    """sha256 over everything the weights file would hold, for models that have no file yet."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors_of(model).items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -72,6 +72,12 @@ def kept_tensors(model: nn.Module, detach: bool = True) -> dict[str, Tensor]:
     return kept
 
 
+def other_tensors(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
+    """Of the kept tensors, those that are none of these sites' weights, under whatever name."""
+    weights = {id(site.weight(model)) for site in sites}
+    return {name: tensor for name, tensor in kept_tensors(model, detach=False).items() if id(tensor) not in weights}
+
+
 def file_size(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> int:
     """Bytes of the safetensors file with these tensors: 8, the JSON header padded to 8, and the data.
 

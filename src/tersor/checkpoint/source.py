@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import inspect
+import json
 import logging
 import os
 import sys
@@ -10,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from tersor.checkpoint.layout import tensors_of
 from tersor.checkpoint.weights import PICKLES, check_finite, read_weights, refuse_pickle
 from tersor.errors import InputError, ModelError
 
@@ -43,7 +46,7 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def open_model(name: str, *, weights: Path | None = None, trust_remote_code: bool = False) -> Source:
+def open_model(name: str, *, weights: Path | None = None) -> Source:
     """Open what the user named. Raises ModelError or InputError, each with the way out."""
     folder = Path(name).expanduser()
     if ":" in name and not folder.exists():
@@ -59,10 +62,10 @@ def open_model(name: str, *, weights: Path | None = None, trust_remote_code: boo
         return open_artifact(name, folder)
     if weights is not None:
         raise InputError(f"--weights goes with a model given as 'package.module:factory', and {name} is a folder")
-    return open_transformers(name, folder, trust_remote_code)
+    return open_transformers(name, folder)
 
 
-def open_transformers(name: str, folder: Path, trust_remote_code: bool) -> Source:
+def open_transformers(name: str, folder: Path) -> Source:
     """A Hugging Face folder. Raises ModelError for pickles, damaged files, NaN, and models quantized already."""
     import transformers
 
@@ -71,14 +74,14 @@ def open_transformers(name: str, folder: Path, trust_remote_code: bool) -> Sourc
             f"{name}: no config.json, so not a Hugging Face model folder; "
             f"for your own model write 'package.module:factory' and --weights FILE.safetensors"
         )
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
     if not files:
         for pickled in sorted(folder.iterdir()):
             refuse_pickle(pickled)
         raise ModelError(f"{name}: no *.safetensors file in the folder; save the model with save_pretrained")
     quiet_transformers()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model_class = transformers_class(config)
     except Exception as error:  # whatever a garbled config trips over
         raise ModelError(f"{folder / 'config.json'}: cannot be read ({first_line(error)})") from None
@@ -88,26 +91,49 @@ def open_transformers(name: str, folder: Path, trust_remote_code: bool) -> Sourc
         check_finite(read_weights(file), str(file))
     try:
         model, info = model_class.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code
+            folder, dtype="auto", use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:  # a config whose numbers do not go together can trip over anything
         raise ModelError(
             f"{name}: transformers cannot load it as {model_class.__name__}: {first_line(error)}"
         ) from None
-    missing = sorted(info["missing_keys"])
+    missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     notes: tuple[str, ...] = ()
     if missing:
-        notes = (f"the checkpoint lacks {', '.join(missing[:5])}{' ...' if missing[5:] else ''}: randomly initialized",)
+        notes += (f"the checkpoint lacks {few(missing)}: randomly initialized",)
+    if unused:
+        what = f"{model_class.__name__} does not use {few(unused)}"
+        notes += (f"{what}: left out, and not counted in the original's size",)
     return Source(
         model=model.eval(),
         name=name,
         kind="transformers",
         architecture=type(model).__name__,
         folder=folder,
-        num_bytes=sum(file.stat().st_size for file in files),
+        # zero: counted from the model itself
+        num_bytes=0 if unused else sum(file.stat().st_size for file in files),
         hashes={file.name: sha256(file) for file in files},
         notes=notes,
     )
+
+
+def few(names: list[str]) -> str:
+    """The first five names."""
+    return ", ".join(names[:5]) + (" ..." if names[5:] else "")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files transformers loads: the single one, or the shards its index names, or whatever is there."""
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(shards))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: cannot be read ({first_line(error)}); download it again") from None
 
 
 def transformers_class(config: Any) -> Any:
@@ -128,7 +154,7 @@ def open_custom(name: str, weights: Path | None) -> Source:
     if weights is not None and weights.is_dir():
         return open_artifact(f"{name} from {weights}", weights, model)
     notes: tuple[str, ...] = ("no --weights given: the factory's own weights are used",)
-    num_bytes, hashes = 0, {}
+    num_bytes, hashes = 0, {"state": state_hash(model)} if weights is None else {}
     if weights is not None:
         state = read_weights(weights)
         check_finite(state, str(weights))
@@ -217,3 +243,12 @@ def sha256(path: Path) -> str:
     """Hexadecimal hash of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def state_hash(model: nn.Module) -> str:
+    """sha256 over everything a weights file would hold, for models that have no file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors_of(model).items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -10,6 +10,7 @@ from tersor.cli.console import err, out, print_json, print_table, progress_bars
 from tersor.errors import InputError
 from tersor.recipe import Recipe
 from tersor.report.card import comparison, megabytes
+from tersor.schemes import KEEP
 from tersor.workflow import Budget, Outcome, compress_to_folder
 
 
@@ -54,9 +55,6 @@ def compress(
     seed: options.Seed = 0,
     threads: options.Threads = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a tersor artifact.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
     json: options.Json = False,
 ) -> None:
     """Make a model smaller under a budget, and prove what it cost."""
@@ -69,13 +67,12 @@ def compress(
             budget=Budget(size, ratio, bits, drop),
             recipe=Recipe.from_file(recipe) if recipe else None,
             formats=with_method(format or [], method),
-            rules=dict(parse_rule(text) for text in rule or []),
+            rules=parse_rules(rule or []),
             exclude=exclude or [],
             seed=seed,
             batch_sizes=options.batch_sizes(batch),
             num_threads=options.checked_threads(threads),
             overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     if json:
@@ -90,7 +87,16 @@ def with_method(formats: list[str], method: str | None) -> list[str]:
         return formats
     if not formats:
         raise InputError(f"--method {method} needs the --format it fills, such as --format int4-g64")
-    return [f"{method}:{text}" for text in formats]
+    return [text if text == KEEP else f"{method}:{text}" for text in formats]
+
+
+def parse_rules(texts: list[str]) -> dict[str, str]:
+    """All rules in their order; a pattern given twice counts where it stands last."""
+    rules: dict[str, str] = {}
+    for pattern, scheme in map(parse_rule, texts):
+        rules.pop(pattern, None)
+        rules[pattern] = scheme
+    return rules
 
 
 def parse_rule(text: str) -> tuple[str, str]:

@@ -69,7 +69,12 @@ class ArrayInputs:
 def run_array(model: nn.Module, batch: Batch) -> Tensor:
     """Call a model with `x` as its only argument, in the model's own floating-point type."""
     x = batch.inputs["x"].to(device_of(model))
-    return logits_of(model(x.to(float_type_of(model)) if x.is_floating_point() else x))
+    try:
+        output = model(x.to(float_type_of(model)) if x.is_floating_point() else x)
+    except (RuntimeError, TypeError, IndexError, ValueError) as error:
+        what = f"{type(model).__name__} cannot take x of shape {list(x.shape)}, {x.dtype}"
+        raise DataError(f"{what}: {str(error).strip().splitlines()[0]}; check the data's axes and type") from error
+    return logits_of(output)
 
 
 def to_model_layout(x: Shaped[np.ndarray, " example *shape"]) -> Tensor:
