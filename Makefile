@@ -33,6 +33,7 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 
 bench: $(VENV)/ready
+	$(BIN)/python benchmarks/allocation.py
 	$(BIN)/python benchmarks/minilm.py
 
 clean:

@@ -52,11 +52,10 @@ class Bitmask:
     def decode(self, encoded: Encoded) -> Weight:
         mask = unpack(encoded.parts["mask"], bits=1, num_codes=encoded.shape[1]).bool()
         values = encoded.parts["values"]
-        if int(mask.sum()) != len(values):
-            raise FormatError(f"bitmask: {int(mask.sum())} bits set for {len(values)} values; the file is damaged")
-        weight = torch.zeros(encoded.shape, device=mask.device)
-        weight[mask] = values.float()
-        return weight
+        num_kept = int(torch.count_nonzero(mask))
+        if num_kept != len(values):
+            raise FormatError(f"bitmask: {num_kept} bits set for {len(values)} values; the file is damaged")
+        return torch.zeros(encoded.shape, device=mask.device).masked_scatter_(mask, values.float())
 
     @staticmethod
     def half(weight: Weight) -> torch.Tensor:
