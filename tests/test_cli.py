@@ -254,6 +254,8 @@ def test_budget_below_every_format(digits, inside, capsys):
 def test_unwritable_and_existing_output(digits, inside, capsys):
     arguments = ["compress", *digits_arguments(digits), *labelled(digits), "--format", "int8"]
     assert "does not exist" in refused(capsys, inside, *arguments, "-o", "no/such/parent/out")
+    if Path("/proc/self").exists():  # not even root can write there
+        assert "cannot write in /proc" in refused(capsys, inside, *arguments, "-o", "/proc/out")
     (inside / "mine").mkdir()
     (inside / "mine" / "thesis.txt").write_text("precious")
     assert "exists" in refused(capsys, inside, *arguments, "-o", "mine")

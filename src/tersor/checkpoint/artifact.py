@@ -250,8 +250,10 @@ def check_output(folder: Path, overwrite: bool) -> None:
     parent = folder.absolute().parent
     if not parent.is_dir():
         raise InputError(f"{folder}: the folder {parent} does not exist")
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"{folder}: no permission to write in {parent}")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=f".{folder.absolute().name}.", dir=parent))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot write in {parent}: {error.strerror}; choose another --output") from None
 
 
 @contextmanager
