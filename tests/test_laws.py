@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import laws
-from golden.write import HOME, encode, read, stored_weight
+from golden.write import HOME, encode, golden, read, stored_weight
 from tersor.activations import ACTIVATIONS
 from tersor.encoded import Encoded
 from tersor.formats import FORMATS
@@ -80,9 +80,13 @@ def test_activation(name, dtype, law):
             raise AssertionError(f"{name}, input '{label}': {broken}") from broken
 
 
+# Every activation with the format that kernels run and some that are decoded, one with all.
+RUNS = sorted({*product(ACTIVATIONS, ["int8", "int8-asym", "int4-g64", "bf16"]), *product(["int8-dynamic"], FORMATS)})
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("name", "format"), list(product(ACTIVATIONS, FORMATS)))
+@pytest.mark.parametrize(("name", "format"), RUNS)
 def test_kernel(name, format, dtype, bias):
     for label, x in laws.inputs().items():
         try:
@@ -106,5 +110,5 @@ def test_golden_bytes_are_still_written(name):
 
 def test_golden_files_are_small_and_all_known():
     files = list(HOME.glob("*.safetensors"))
-    assert {file.stem for file in files} == {*FORMATS, "weight"}, "run `python tests/golden/write.py`"
+    assert set(files) == {*map(golden, FORMATS), HOME / "weight.safetensors"}, "run `python tests/golden/write.py`"
     assert sum(file.stat().st_size for file in files) < 500_000

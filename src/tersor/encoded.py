@@ -48,7 +48,7 @@ class Encoded:
             return self.format.decode(self).to(dtype)
         weight = torch.empty(self.shape, dtype=dtype, device=next(iter(self.parts.values())).device)
         for first in range(0, num_rows, step):
-            parts = {name: part[first : first + step] for name, part in self.parts.items()}
+            parts = self.rows_of_parts(slice(first, first + step))
             shape = (min(step, num_rows - first), self.shape[1])
             weight[first : first + step] = self.format.decode(Encoded(self.format, shape, parts))
         return weight
@@ -57,5 +57,11 @@ class Encoded:
         """Some rows of the decoded matrix; decodes only those where the format allows it (embeddings)."""
         if not self.format.rows_apart:
             return self.decode().index_select(0, index)
-        parts = {name: part.index_select(0, index) for name, part in self.parts.items()}
+        parts = self.rows_of_parts(index)
         return self.format.decode(Encoded(self.format, (len(index), self.shape[1]), parts))
+
+    def rows_of_parts(self, index: slice | Tensor) -> dict[str, Tensor]:
+        """Some rows of every part; one that is a single row serves all rows, as in broadcasting."""
+        if self.shape[0] == 1:
+            return {name: part[index] for name, part in self.parts.items()}
+        return {name: part if len(part) == 1 else part[index] for name, part in self.parts.items()}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tersor.encoded import Encoded
 from tersor.formats import FORMATS
+from tersor.formats.lowrank import Corrected, LowRank
 from tersor.methods.magnitude import Magnitude
 from tersor.methods.nearest import Nearest
 from tersor.stats import Stats
@@ -36,15 +37,24 @@ def stored_weight() -> Tensor:
 
 
 def encode(name: str) -> Encoded:
-    """Half of the weights pruned where a format holds a mask, rounded to nearest elsewhere."""
+    """Half of the weights pruned where a format holds a mask, a correction of rank 2 where it holds one, rounded to
+    nearest elsewhere."""
     format, magnitude = FORMATS[name], Magnitude(sparsity=0.5)
+    if isinstance(format, Corrected):
+        base = Nearest().compress(stored_weight(), format.base, Stats())
+        return format.join(base, LowRank().fit(stored_weight() - base.decode(), rank=2))
     method = Nearest() if magnitude.accepts(format) else magnitude
     return method.compress(stored_weight(), format, Stats())
 
 
+def golden(name: str) -> Path:
+    """A format's file. No file system minds its name: `2:4` is `2of4`."""
+    return HOME / f"{name.replace(':', 'of')}.safetensors"
+
+
 def read(name: str) -> tuple[dict[str, Tensor], Tensor]:
     """The parts in a golden file, and the weight they decoded to when they were written."""
-    tensors = safetensors.torch.load_file(HOME / f"{name}.safetensors")
+    tensors = safetensors.torch.load_file(golden(name))
     decoded = tensors.pop(DECODED)
     return {key.removeprefix(PARTS): part for key, part in tensors.items()}, decoded
 
@@ -60,7 +70,7 @@ if __name__ == "__main__":
     if not (HOME / "weight.safetensors").exists():
         write(HOME / "weight.safetensors", {"weight": make_weight()})
     for name in FORMATS:
-        path = HOME / f"{name}.safetensors"
+        path = golden(name)
         if not path.exists():
             encoded = encode(name)
             parts = {PARTS + key: part for key, part in encoded.parts.items()}

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from laws import random, same_parts
 from tersor.formats import int_group
@@ -71,3 +72,11 @@ def test_rows_at_a_time_or_all_at_once(monkeypatch):
     whole = Hqq().compress(weight, format, Stats()).parts
     monkeypatch.setattr(int_group, "CHUNK", 1000)
     assert same_parts(Hqq().compress(weight, format, Stats()).parts, whole)
+
+
+def test_a_shorter_last_group_is_a_group_of_its_own():
+    """576 = 4.5 x 128: the last 64 columns get what they would get alone."""
+    weight, format = random(8, 576, seed=5), IntGroup(3, 128, symmetric=False)
+    whole = Hqq().compress(weight, format, Stats()).decode()
+    parts = [Hqq().compress(columns, format, Stats()).decode() for columns in (weight[:, :512], weight[:, 512:])]
+    assert torch.equal(whole, torch.cat(parts, dim=1))

@@ -2,9 +2,16 @@
 
 from tersor.errors import UnknownName
 from tersor.formats.bitmask import Bitmask
+from tersor.formats.codebook import Codebook
 from tersor.formats.contract import Format
 from tersor.formats.float_cast import FloatCast
+from tersor.formats.fp8 import Fp8
 from tersor.formats.int_group import IntGroup
+from tersor.formats.lowrank import Corrected, LowRank
+from tersor.formats.mx import Mxfp4, Nvfp4
+from tersor.formats.nf4 import Nf4, Nf4Double
+from tersor.formats.semi_structured import SemiStructured
+from tersor.formats.sparse_int import SparseInt
 
 ROWS: list[Format] = [
     FloatCast("fp16"),
@@ -15,7 +22,22 @@ ROWS: list[Format] = [
         for group_size in (None, 128, 64, 32)
         for symmetric in (True, False)
     ),
+    Nf4(),
+    Nf4Double(),
+    *(Fp8(kind, per_tensor) for kind in ("e4m3", "e5m2") for per_tensor in (False, True)),
+    Mxfp4(),
+    Nvfp4(),
+    *(Codebook(num_values, per_tensor) for num_values in (256, 16, 8, 4) for per_tensor in (False, True)),
     Bitmask(),
+    SemiStructured(2, 4),
+    SemiStructured(4, 8),
+    *(
+        SparseInt(pattern, IntGroup(bits, group_size))
+        for pattern in (Bitmask(), SemiStructured(2, 4))
+        for bits, group_size in ((8, None), (4, 64), (3, 64))
+    ),
+    LowRank(),
+    *(Corrected(IntGroup(bits, group_size=64)) for bits in (4, 3, 2)),
 ]
 FORMATS = {format.name: format for format in ROWS}
 

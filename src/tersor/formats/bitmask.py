@@ -7,10 +7,13 @@ smaller than fp16 below 15/16 density and smaller than int8 only below 7/16.
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
 
 from tersor.encoded import Encoded
 from tersor.errors import FormatError
-from tersor.formats.contract import Layout, Params, Weight
+from tersor.formats.contract import Layout, Params, Projector, Weight
+from tersor.formats.float_cast import to_half
 from tersor.formats.packing import pack, packed_width, unpack
 
 
@@ -35,31 +38,72 @@ class Bitmask:
         return None
 
     def layout(self, shape: tuple[int, int]) -> Layout:
-        return {"mask": (torch.uint8, (shape[0], packed_width(shape[1], 1))), "values": (torch.float16, (None,))}
+        return {"mask": mask_layout(shape), "values": (torch.float16, (None,))}
 
     def fit(self, weight: Weight) -> Params:
         """Keeps what is not zero already."""
         return {"mask": weight != 0}
 
     def snap(self, weight: Weight, params: Params) -> Weight:
-        return torch.where(params["mask"], self.half(weight).float(), 0.0)
+        return kept_halves(weight, params["mask"], self.name).float()
 
     def encode(self, weight: Weight, params: Params) -> Encoded:
         mask = params["mask"]
-        parts = {"mask": pack(mask.to(torch.uint8), bits=1), "values": self.half(weight)[mask]}
-        return Encoded(self, (weight.shape[0], weight.shape[1]), parts)
+        values = kept_halves(weight, mask, self.name)[mask]
+        return Encoded(self, (weight.shape[0], weight.shape[1]), {"mask": pack_mask(mask), "values": values})
 
     def decode(self, encoded: Encoded) -> Weight:
-        mask = unpack(encoded.parts["mask"], bits=1, num_codes=encoded.shape[1]).bool()
-        values = encoded.parts["values"]
-        num_kept = int(torch.count_nonzero(mask))
-        if num_kept != len(values):
-            raise FormatError(f"bitmask: {num_kept} bits set for {len(values)} values; the file is damaged")
+        mask, values = self.unpack_mask(encoded), encoded.parts["values"]
+        check_count(self.name, mask, len(values))
         return torch.zeros(encoded.shape, device=mask.device).masked_scatter_(mask, values.float())
 
-    @staticmethod
-    def half(weight: Weight) -> torch.Tensor:
-        half = weight.half()
-        if half.isinf().any():
-            raise FormatError(f"bitmask: the largest weight {weight.abs().max().item():.3g} overflows fp16")
-        return half
+    def choose(self, score: Float[Tensor, "out n"], sparsity: float | int = 0.5) -> Bool[Tensor, "out n"]:
+        """Ranks all scores together."""
+        dropped = score.flatten().argsort(stable=True)[: int(sparsity * score.numel())]
+        mask = torch.ones(score.numel(), dtype=torch.bool, device=score.device)
+        mask[dropped] = False
+        return mask.view_as(score)
+
+    def projector(self, params: Params, shape: tuple[int, int]) -> Projector:
+        return half_projector(params)
+
+    # What formats that keep codes in place of halves build on.
+
+    def kept_shape(self, shape: tuple[int, int]) -> tuple[int | None, ...]:
+        """The shape of the kept values of a `shape` matrix, as `values` has it."""
+        return (None,)
+
+    def stored(self, mask: Bool[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        """The places that are stored: at least those of the mask."""
+        return mask
+
+    def unpack_mask(self, encoded: Encoded) -> Bool[Tensor, "out in"]:
+        """The places an encoded matrix stores."""
+        return unpack(encoded.parts["mask"], bits=1, num_codes=encoded.shape[1]).bool()
+
+
+def mask_layout(shape: tuple[int, int]) -> tuple[torch.dtype, tuple[int, int]]:
+    """Data type and shape of a packed mask."""
+    return torch.uint8, (shape[0], packed_width(shape[1], 1))
+
+
+def pack_mask(mask: Bool[Tensor, "out in"]) -> UInt8[Tensor, "out width"]:
+    """One bit per weight."""
+    return pack(mask.to(torch.uint8), bits=1)
+
+
+def kept_halves(weight: Weight, mask: Bool[Tensor, "out in"], name: str) -> Tensor:
+    """The kept weights in fp16, zero elsewhere. Raises FormatError naming the format where one overflows."""
+    return to_half(torch.where(mask, weight, 0.0), f"{name}: the largest weight")
+
+
+def half_projector(params: Params) -> Projector:
+    """The columns of `kept_halves`, without the check."""
+    return lambda values, j: torch.where(params["mask"][:, j], values.half().float(), 0.0)
+
+
+def check_count(name: str, mask: Bool[Tensor, "out in"], num_values: int) -> None:
+    """Raises FormatError unless there is one value for every bit."""
+    num_kept = int(torch.count_nonzero(mask))
+    if num_kept != num_values:
+        raise FormatError(f"{name}: {num_kept} bits set for {num_values} values; the file is damaged")

@@ -1,9 +1,10 @@
 """The contract of a format: a set of representable weights, and how one is laid out as tensors."""
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tersor.encoded import Encoded
@@ -26,7 +27,7 @@ class Format(Protocol):
 
     @property
     def rows_apart(self) -> bool:
-        """Whether row i of every part decodes to row i of the weight."""
+        """Whether row i of every part decodes to row i of the weight; a part of a single row serves all rows."""
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix of this shape cannot be held, with the way out; None when it can."""
@@ -45,3 +46,46 @@ class Format(Protocol):
 
     def decode(self, encoded: Encoded) -> Weight:
         """The weight the parts stand for, float32."""
+
+
+Projector = Callable[[Float[Tensor, " out"], int], Float[Tensor, " out"]]  # values of column j -> representable ones
+
+
+@runtime_checkable
+class Grid(Format, Protocol):
+    """A format whose weights stand apart once its parameters are fixed: integers, small floats, a codebook.
+
+    Solvers choose the weights one column after another and need no more than the nearest value at a place.
+    """
+
+    @property
+    def lopsided(self) -> bool:
+        """Whether the levels of a group are not symmetric about zero and turn around with a negative `shrink`."""
+
+    def fit(self, weight: Weight, shrink: float | Tensor = 1.0) -> Params:
+        """The parameters that span the weights' range, or `shrink` times it: a number, or one for each group
+        `[rows, groups]` as `grouped` shapes them."""
+
+    def grouped(self, weight: Weight) -> Float[Tensor, "rows groups k"]:
+        """The weights that share a scale, together; a group that is not full ends in zeros."""
+
+    def projector(self, params: Params, shape: tuple[int, int]) -> Projector:
+        """`project(values [out], j)`: the nearest representable values for column j of a `shape` matrix, float32,
+        exactly those of `snap`."""
+
+
+@runtime_checkable
+class Sparse(Format, Protocol):
+    """A format that keeps some of the weights and holds all others at exactly zero.
+
+    Its parameters hold `mask`, bool `[out, in]`, True where a weight is kept. Methods say what matters, the format what
+    it can keep.
+    """
+
+    def choose(self, score: Float[Tensor, "out n"], sparsity: float | int = 0.5) -> Bool[Tensor, "out n"]:
+        """The mask that keeps the highest scores: all but a fraction `sparsity` of them, exact to one, or as many as a
+        fixed pattern says, whatever `sparsity` is. Of equal scores the first are dropped. The `n` columns may be a
+        block of the weight's; for `n:m` patterns it starts at a multiple of m."""
+
+    def projector(self, params: Params, shape: tuple[int, int]) -> Projector:
+        """As a Grid's: the nearest representable values for a column. Changes made to `params["mask"]` count."""

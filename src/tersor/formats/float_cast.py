@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tersor.encoded import Encoded
 from tersor.errors import FormatError
@@ -48,3 +49,16 @@ class FloatCast:
 
     def decode(self, encoded: Encoded) -> Weight:
         return encoded.parts["values"].float()
+
+
+def to_half(values: Tensor, what: str) -> Tensor:
+    """In fp16; raises FormatError where a value overflows, calling it `what`.
+
+    >>> to_half(torch.tensor([7e4]), "bitmask: the largest weight")
+    Traceback (most recent call last):
+    tersor.errors.FormatError: bitmask: the largest weight 7e+04 overflows fp16; keep this weight in bf16
+    """
+    half = values.half()
+    if half.isinf().any():
+        raise FormatError(f"{what} {values.abs().max().item():.3g} overflows fp16; keep this weight in bf16")
+    return half

@@ -5,7 +5,7 @@ The uniform affine quantizer (Jacob et al. 2017, https://arxiv.org/abs/1712.0587
 
     weight = (code - zero_point) * scale
 
-Without a group size, one scale serves a whole output row (per channel).
+Without a group size, one scale serves a whole output row (per channel). The last group of a row may be shorter.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tersor.encoded import Encoded
 from tersor.errors import FormatError
-from tersor.formats.contract import Layout, Params, Weight
-from tersor.formats.packing import pack, packed_width, unpack
+from tersor.formats.contract import Layout, Params, Projector, Weight
+from tersor.formats.packing import grouped, pack, packed_width, ungrouped, unpack
 
 # Suffixes: o output row, g group, k column within the group.
 
@@ -57,17 +57,15 @@ class IntGroup:
         """Whether `codes` are signed bytes with one scale per row, as int8 kernels take them."""
         return self.bits == 8 and self.symmetric and self.group_size is None
 
+    @property
+    def lopsided(self) -> bool:
+        return self.symmetric and self.bits < 8
+
     def misfit(self, shape: tuple[int, int]) -> str | None:
-        num_columns = shape[1]
-        if not self.group_size or num_columns % self.group_size == 0:
-            return None
-        asym = "" if self.symmetric else "-asym"
-        fitting = [f"int{self.bits}-g{g}{asym}" for g in (128, 64, 32) if num_columns % g == 0]
-        instead = (fitting or [f"int{self.bits}{asym}"])[0]
-        return f"has in={num_columns} columns, not a multiple of {self.group_size}; use {instead}"
+        return None
 
     def num_groups(self, num_columns: int) -> int:
-        return num_columns // self.group_size if self.group_size else 1
+        return -(-num_columns // self.group_size) if self.group_size else 1
 
     def layout(self, shape: tuple[int, int]) -> Layout:
         num_rows, num_columns = shape
@@ -115,18 +113,34 @@ class IntGroup:
     # What methods that choose better grids build on.
 
     def grouped(self, weight: Weight) -> Float[Tensor, "o g k"]:
-        return weight.unflatten(1, (self.num_groups(weight.shape[1]), -1))
+        """The last group ends in zeros where the columns do not fill it."""
+        return grouped(weight, self.group_size or weight.shape[1])
+
+    def projector(self, params: Params, shape: tuple[int, int]) -> Projector:
+        lowest, highest = 1.0 if self.bits == 8 and self.symmetric else 0.0, 2.0**self.bits - 1
+        group_size = self.group_size or shape[1]
+        scale_go = params["scale"].float().t().contiguous()
+        divisor_go = self.divisor(params["scale"]).t().contiguous()
+        zero = self.zero_point(params)
+        zero_go = torch.full_like(scale_go, zero) if isinstance(zero, float) else zero.squeeze(-1).t().contiguous()
+
+        def project(values: Float[Tensor, " out"], j: int) -> Float[Tensor, " out"]:
+            g = j // group_size
+            codes = (values / divisor_go[g]).add_(zero_go[g]).clamp_(lowest, highest).round_()
+            return codes.sub_(zero_go[g]).mul_(scale_go[g])
+
+        return project
 
     def quantize(self, weight: Weight, params: Params) -> Float[Tensor, "out in"]:
         """The nearest unsigned codes, as floats."""
         lowest = 1 if self.bits == 8 and self.symmetric else 0
         codes = self.grouped(weight) / self.divisor(params["scale"]).unsqueeze(-1) + self.zero_point(params)
         # Clamped first, for rounding then leaves no negative zero, which a stored code could not tell.
-        return codes.clamp_(lowest, 2**self.bits - 1).round_().view_as(weight)
+        return ungrouped(codes.clamp_(lowest, 2**self.bits - 1).round_(), weight.shape[1])
 
     def dequantize(self, codes: Float[Tensor, "out in"], params: Params) -> Weight:
         scale = params["scale"].float().unsqueeze(-1)
-        return ((self.grouped(codes) - self.zero_point(params)) * scale).view_as(codes)
+        return ungrouped((self.grouped(codes) - self.zero_point(params)) * scale, codes.shape[1])
 
     def zero_point(self, params: Params) -> Tensor | float:
         """In units of one step: half the grid, or what the stored code stands for `[out, groups, 1]`."""

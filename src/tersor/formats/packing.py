@@ -5,7 +5,7 @@ row). A row ends on a byte boundary, so rows stay apart. Two 4-bit codes per byt
 """
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
 
@@ -49,3 +49,19 @@ def unpack(packed: UInt8[Tensor, "out width"], bits: int, num_codes: int) -> UIn
             code = code | (groups[..., first + 1] << (8 - shift))
         torch.bitwise_and(code, (1 << bits) - 1, out=codes[..., j])
     return codes.flatten(1)[:, :num_codes]
+
+
+def grouped(weight: Shaped[Tensor, "out in"], group_size: int) -> Shaped[Tensor, "out groups k"]:
+    """Neighbouring columns together; the last group ends in zeros where the columns do not fill it.
+
+    >>> grouped(torch.tensor([[1, 2, 3]]), group_size=2).tolist()
+    [[[1, 2], [3, 0]]]
+    """
+    missing = -weight.shape[1] % group_size
+    full = torch.nn.functional.pad(weight, (0, missing)) if missing else weight
+    return full.unflatten(1, (-1, group_size))
+
+
+def ungrouped(w_ogk: Shaped[Tensor, "out groups k"], num_columns: int) -> Shaped[Tensor, "out in"]:
+    """The inverse of `grouped`."""
+    return w_ogk.flatten(1)[:, :num_columns].contiguous()

@@ -1,9 +1,11 @@
 """Searched scales: clip a little to round a lot finer.
 
 Choosing the clipping range by squared error goes back to Sung et al. 2015 (https://arxiv.org/abs/1511.06488) and
-OMSE (Choukroun et al. 2019, https://arxiv.org/abs/1902.06822). Here every group tries a grid of shrunken ranges, then
-fits its scale once more by least squares to the codes it chose, and keeps whatever was best; so no group ever does
-worse than `nearest`. Columns are weighted by the loss's curvature where calibration measured it.
+OMSE (Choukroun et al. 2019, https://arxiv.org/abs/1902.06822). Here every group tries a row of ranges and keeps the
+best. Small floats also try wider ones, for their levels are uneven: the largest weight of an FP4 block may do better on
+4 than on 6 (four over six). Lopsided levels are tried the other way round as well. Integer grids then fit their scale
+once more by least squares to the codes they chose. Columns are weighted by the loss's curvature where calibration
+measured it. No group ever does worse than `nearest`.
 """
 
 from dataclasses import dataclass
@@ -14,9 +16,13 @@ from torch import Tensor
 
 from tersor.encoded import Encoded
 from tersor.errors import InputError
-from tersor.formats.contract import Format, Params, Weight
+from tersor.formats.codebook import Codebook
+from tersor.formats.contract import Format, Grid, Params, Weight
 from tersor.formats.int_group import IntGroup, by_rows
+from tersor.methods.kmeans import column_importance, weighted_codebook
 from tersor.stats import Stats
+
+SMALL_FLOATS = (0.7, 1.7)  # the ranges tried for them
 
 
 @dataclass(frozen=True)
@@ -24,8 +30,8 @@ class Mse:
     """Search each group's scale by weighted squared error.
 
     Attributes:
-        num_steps: how many shrunken ranges are tried.
-        smallest: the smallest of them, as a fraction of the full range.
+        num_steps: how many ranges are tried beside the full one.
+        smallest: the smallest of them for integers, as a fraction of the full range.
     """
 
     num_steps: int = 20
@@ -39,45 +45,62 @@ class Mse:
             raise InputError(f"{self}: smallest must lie in (0, 1], and num_steps above 0")
 
     def accepts(self, format: Format) -> str | None:
-        if isinstance(format, IntGroup):
+        if isinstance(format, Codebook):
+            return f"mse searches scales, and {format.name} has none; use kmeans"
+        if isinstance(format, Grid):
             return None
-        return f"mse searches the scales of an integer format, and {format.name} has none; use nearest"
+        return f"mse searches the scales of a grid, and {format.name} has none; use nearest"
 
     def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
-        assert isinstance(format, IntGroup)
-        importance = column_importance(weight, stats)
-        return format.encode(weight, by_rows(weight, lambda rows: self.search(rows, format, importance)))
+        assert isinstance(format, Grid)
+        return format.encode(weight, self.search(weight, format, column_importance(weight, stats)))
 
-    def search(self, weight: Weight, format: IntGroup, importance: Float[Tensor, " in"]) -> Params:
+    def search(self, weight: Weight, format: Grid, importance: Float[Tensor, " in"]) -> Params:
         """The best parameters found for every group."""
+        if any(len(param) != len(weight) for param in format.fit(weight).values()):
+            return self.search_groups(weight, format, importance)  # rows share parameters
+        return by_rows(weight, lambda rows: self.search_groups(rows, format, importance))
 
-        def error(params: Params) -> Float[Tensor, "out groups"]:
+    def search_groups(self, weight: Weight, format: Grid, importance: Float[Tensor, " in"]) -> Params:
+        """The same, for all rows at once."""
+
+        def error(params: Params) -> Float[Tensor, "rows groups"]:
             return format.grouped((format.snap(weight, params) - weight).square_().mul_(importance)).sum(-1)
 
-        best = format.fit(weight)
-        lowest = error(best)
-        for step in range(1, self.num_steps + 1):
-            shrink = 1 - (1 - self.smallest) * step / self.num_steps
-            candidate = format.fit(weight, shrink)
-            lowest = keep_better(best, lowest, candidate, error(candidate))
-        candidate = {**best, "scale": least_squares_scale(weight, format, best, importance)}
-        keep_better(best, lowest, candidate, error(candidate))
+        plain = format.fit(weight)
+        before = lowest = error(plain)
+        best_range = torch.ones_like(lowest)
+        for shrink in self.ranges(format):
+            found = error(format.fit(weight, shrink))
+            best_range = torch.where(found < lowest, shrink, best_range)
+            lowest = torch.minimum(found, lowest)
+        best = format.fit(weight, best_range)
+        # Groups whose scales are stored together may disturb one another.
+        if error(best).sum() > before.sum():
+            return plain
+        if isinstance(format, IntGroup):
+            scale = least_squares_scale(weight, format, best, importance)
+            better = error({**best, "scale": scale}) < lowest
+            best["scale"] = torch.where(better, scale, best["scale"])
         return best
 
+    def ranges(self, format: Grid) -> list[float]:
+        """What is tried beside the full range, in fractions of it; negative with the levels turned around."""
+        if not isinstance(format, IntGroup):
+            low, high = SMALL_FLOATS
+            ranges = [low + (high - low) * step / self.num_steps for step in range(self.num_steps + 1)]
+            return ranges + [-shrink for shrink in ranges] if format.lopsided else ranges
+        ranges = [1 - (1 - self.smallest) * step / self.num_steps for step in range(1, self.num_steps + 1)]
+        # From 4 bits on, one level more at one end is not worth the time.
+        return ranges + [-shrink for shrink in (1.0, *ranges)] if format.lopsided and format.bits < 4 else ranges
 
-def column_importance(weight: Weight, stats: Stats) -> Float[Tensor, " in"]:
-    """The columns' curvature with a floor of 1 % of its mean, or ones without data."""
-    if stats.column_weight is None:
-        return torch.ones(weight.shape[1], device=weight.device)
-    return stats.column_weight.to(weight.device) + 0.01
 
-
-def keep_better(best: Params, lowest: Tensor, candidate: Params, error: Tensor) -> Float[Tensor, "out groups"]:
-    """Take over the candidate's parameters (in place) in the groups where its error is lower."""
-    better = error < lowest
-    for name in best:
-        best[name] = torch.where(better, candidate[name], best[name])
-    return torch.where(better, error, lowest)
+def searched(weight: Weight, format: Grid, importance: Float[Tensor, " in"]) -> Params:
+    """Good parameters for a weight whose columns count as `importance` says."""
+    if isinstance(format, Codebook):
+        return weighted_codebook(weight, format, importance.expand_as(weight))
+    fine = isinstance(format, IntGroup) and format.bits >= 4  # then a coarser search does as well
+    return Mse(num_steps=10 if fine else 20).search(weight, format, importance)
 
 
 def least_squares_scale(

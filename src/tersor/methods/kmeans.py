@@ -1,0 +1,68 @@
+"""Weighted k-means: a codebook whose values are the weighted means of the weights they stand for.
+
+Deep Compression (Han et al. 2016, https://arxiv.org/abs/1510.00149); weighted by sensitivity in SqueezeLLM (Kim et al.
+2023, https://arxiv.org/abs/2306.07629). A weight counts as much as the loss's curvature there: that of its row times
+that of its column. Without data all weights count the same, and the codebook is the format's plain one.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tersor.encoded import Encoded
+from tersor.formats.codebook import Codebook, clustered
+from tersor.formats.contract import Format, Params, Weight
+from tersor.stats import Stats
+
+
+@dataclass(frozen=True)
+class Kmeans:
+    """The codebook by weighted k-means, then the nearest value for every weight."""
+
+    name = "kmeans"
+    needs = frozenset({"row_weight", "column_weight"})
+
+    def accepts(self, format: Format) -> str | None:
+        if isinstance(format, Codebook):
+            return None
+        return f"kmeans fills a codebook, and {format.name} has none; use codebook16"
+
+    def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
+        assert isinstance(format, Codebook)
+        importance = row_importance(weight, stats).unsqueeze(1) * column_importance(weight, stats)
+        return format.encode(weight, weighted_codebook(weight, format, importance))
+
+
+def weighted_codebook(weight: Weight, format: Codebook, importance: Float[Tensor, "out in"]) -> Params:
+    """For every row, or for the tensor: the better one of the weighted and the plain codebook."""
+    plain = format.fit(weight)
+    if (importance == importance[0, 0]).all():
+        return plain
+    w_rn, importance_rn = format.grouped(weight).squeeze(1), format.grouped(importance).squeeze(1)
+    weighted = format.params(clustered(w_rn, importance_rn, format.num_values))
+
+    def error(params: Params) -> Float[Tensor, "rows 1"]:
+        return format.grouped((format.snap(weight, params) - weight).square_().mul_(importance)).sum(-1)
+
+    return {"codebook": torch.where(error(weighted) < error(plain), weighted["codebook"], plain["codebook"])}
+
+
+def column_importance(weight: Weight, stats: Stats) -> Float[Tensor, " in"]:
+    """How much an error in each column matters, with a floor of 1 % of the mean: the inputs' energy where it was
+    measured, else the columns' curvature; ones without data."""
+    energy = stats.column_weight if stats.second_moment is None else stats.second_moment.diagonal()
+    return floored(energy, weight.shape[1], weight.device)
+
+
+def row_importance(weight: Weight, stats: Stats) -> Float[Tensor, " out"]:
+    """How much an error in each row matters, with the same floor; ones without data."""
+    return floored(stats.row_weight, weight.shape[0], weight.device)
+
+
+def floored(energy: Tensor | None, size: int, device: torch.device) -> Float[Tensor, " n"]:
+    """With a mean of one, and 1 % of that added; ones where there is nothing to go by."""
+    if energy is None or not energy.any():
+        return torch.ones(size, device=device)
+    return (energy / energy.mean()).float().to(device) + 0.01
