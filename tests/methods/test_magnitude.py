@@ -5,8 +5,11 @@ import torch
 
 from laws import random
 from tersor.errors import InputError
+from tersor.formats import FORMATS
 from tersor.formats.bitmask import Bitmask
+from tersor.formats.contract import Sparse
 from tersor.methods import Magnitude
+from tersor.methods.mse import Mse
 from tersor.stats import Stats
 
 
@@ -52,6 +55,33 @@ def test_ties_are_broken_by_place(sparsity):
 def test_nothing_is_pruned_at_zero():
     weight = random(5, 6)
     assert torch.equal(prune(weight, 0.0)[0], weight.half().float())
+
+
+SPARSE = [name for name, format in FORMATS.items() if isinstance(format, Sparse)]
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_every_sparse_format_keeps_the_mask_it_chose(name):
+    weight = random(8, 128)
+    decoded = Magnitude(0.5).compress(weight, FORMATS[name], Stats()).decode()
+    mask = FORMATS[name].choose(weight.abs(), 0.5)
+    assert int(mask.sum()) == 8 * 64
+    assert not decoded[~mask].any()
+
+
+@pytest.mark.parametrize("name", [name for name in SPARSE if "int" in name])
+def test_scales_are_searched_for_what_is_kept(name):
+    """No worse than the plain scales of the kept weights, and better than rounding before pruning."""
+    weight, format = random(16, 128), FORMATS[name]
+    mask = format.choose(weight.abs(), 0.5)
+
+    def error(other):
+        return (other - weight)[mask].square().sum()
+
+    plain = format.grid.fit(torch.where(mask, weight, 0.0))
+    searched = error(Magnitude(0.5).compress(weight, format, Stats()).decode())
+    assert searched <= error(format.snap(weight, {"mask": mask, **plain}))
+    assert format.grid.bits == 8 or searched < 0.999 * error(Mse().compress(weight, format.grid, Stats()).decode())
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, 50, float("nan")])

@@ -1,13 +1,17 @@
-"""Magnitude pruning: the smallest weights go (Han et al. 2015, https://arxiv.org/abs/1506.02626)."""
+"""Magnitude pruning: the smallest weights are set to zero (Han et al. 2015, https://arxiv.org/abs/1506.02626)."""
 
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from tersor.encoded import Encoded
 from tersor.errors import InputError
-from tersor.formats.bitmask import Bitmask
-from tersor.formats.contract import Format, Weight
+from tersor.formats.contract import Format, Sparse, Weight
+from tersor.formats.sparse_int import SparseInt
+from tersor.methods.kmeans import column_importance
+from tersor.methods.mse import Mse
 from tersor.stats import Stats
 
 
@@ -16,8 +20,10 @@ class Magnitude:
     """Keep the largest `1 - sparsity` of each site's weights, by absolute value.
 
     Attributes:
-        sparsity: the fraction of weights set to zero, exact to one weight; 0 <= sparsity < 1.
+        sparsity: the fraction of weights set to zero, exact to one weight; 0 <= sparsity < 1. Patterns such as `2:4`
+            say it themselves.
 
+    >>> from tersor.formats.bitmask import Bitmask
     >>> weight = torch.tensor([[0.1, -2.0, 3.0, 0.5]])
     >>> Magnitude(sparsity=0.5).compress(weight, Bitmask(), Stats()).decode()
     tensor([[ 0., -2.,  3.,  0.]])
@@ -29,17 +35,35 @@ class Magnitude:
     needs = frozenset[str]()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise InputError(f"magnitude: sparsity={self.sparsity} is not a fraction; give one in [0, 1), such as 0.5")
+        check_sparsity(self.name, self.sparsity)
 
     def accepts(self, format: Format) -> str | None:
-        if isinstance(format, Bitmask):
-            return None
-        return f"magnitude zeroes weights, and {format.name} stores zeros like any weight; use bitmask"
+        return only_sparse(self.name, format)
 
     def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
-        num_zeros = int(self.sparsity * weight.numel())
-        order = weight.abs().flatten().argsort(stable=True)
-        mask = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
-        mask[order[:num_zeros]] = False
-        return format.encode(weight, {"mask": mask.view_as(weight)})
+        assert isinstance(format, Sparse)
+        return encode_kept(weight, format, format.choose(weight.abs(), self.sparsity), Stats())
+
+
+# What every method shares that chooses a mask by a score.
+
+
+def check_sparsity(method: str, sparsity: float) -> None:
+    """Raises InputError unless it is a fraction in [0, 1)."""
+    if not 0 <= sparsity < 1:
+        raise InputError(f"{method}: sparsity={sparsity} is not a fraction; give one in [0, 1), such as 0.5")
+
+
+def only_sparse(method: str, format: Format) -> str | None:
+    """Why a method that zeroes weights cannot fill this format; None when it can."""
+    if isinstance(format, Sparse):
+        return None
+    return f"{method} zeroes weights, and {format.name} stores zeros like any weight; use bitmask"
+
+
+def encode_kept(weight: Weight, format: Sparse, mask: Bool[Tensor, "out in"], stats: Stats) -> Encoded:
+    """The kept weights as they are, or where the format holds integers, with scales searched for them alone."""
+    if not isinstance(format, SparseInt):
+        return format.encode(weight, {"mask": mask})
+    kept = torch.where(mask, weight, 0.0)
+    return format.encode(kept, {"mask": mask, **Mse().search(kept, format.grid, column_importance(weight, stats))})

@@ -1,0 +1,56 @@
+"""LQER: repair a quantized weight by a low-rank correction (Zhang et al. 2024, https://arxiv.org/abs/2402.02446).
+
+The error that quantization leaves is itself a matrix; the product of two thin factors that repairs most of it, as the
+outputs see it, is kept beside the codes. Rank r takes `16 * r * (out + in)` bits: rank 32 of a square matrix with 1024
+columns is one bit per weight.
+"""
+
+from dataclasses import dataclass
+
+from tersor.encoded import Encoded
+from tersor.errors import InputError
+from tersor.formats.contract import Format, Weight
+from tersor.formats.lowrank import Corrected, LowRank
+from tersor.methods.gptq import Gptq
+from tersor.methods.mse import Mse
+from tersor.methods.solver import pose
+from tersor.methods.svd import principal_components
+from tersor.stats import Stats
+
+
+@dataclass(frozen=True)
+class Lqer:
+    """Quantize (`gptq` where the inputs' second moment is known, else `mse`), then correct the error.
+
+    Attributes:
+        rank: of the correction; at most the smaller side of the matrix.
+        damping: added to the diagonal of `E[x x']`, as a fraction of its mean.
+    """
+
+    rank: int = 32
+    damping: float = 0.01
+
+    name = "lqer"
+    needs = Gptq.needs | Mse.needs | {"row_weight"}
+
+    def __post_init__(self) -> None:
+        if not (self.rank >= 0 and self.damping >= 0):
+            raise InputError(f"{self}: rank and damping must be 0 or more")
+
+    def accepts(self, format: Format) -> str | None:
+        if isinstance(format, Corrected):
+            return None
+        return f"lqer adds a low-rank correction, and {format.name} has no place for it; use int4-g64+lowrank"
+
+    def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
+        assert isinstance(format, Corrected)
+        if stats.second_moment is None:
+            target, base = weight, Mse().compress(weight, format.base, stats)
+        else:
+            gptq = Gptq(damping=self.damping)
+            target, base = (
+                pose(weight, stats, gptq.damping, gptq.drift).target,
+                gptq.compress(weight, format.base, stats),
+            )
+        found = principal_components(target - base.decode(), stats, self.damping)
+        return format.join(base, LowRank().factors(found.left[:, : self.rank], found.right[: self.rank]))

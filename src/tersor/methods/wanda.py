@@ -1,0 +1,58 @@
+"""Wanda: prune by weight and activation (Sun et al. 2023, https://arxiv.org/abs/2306.11695).
+
+A weight counts as much as what it adds to the output: `|W_ij| * ||x_j||`. Weights are compared within a row, so every
+output loses the same share of its inputs; what stays is not changed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tersor.encoded import Encoded
+from tersor.formats.contract import Format, Sparse, Weight
+from tersor.methods.magnitude import check_sparsity, encode_kept, only_sparse
+from tersor.stats import Stats
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Keep the `1 - sparsity` of each row's weights that count most.
+
+    Attributes:
+        sparsity: the fraction of weights set to zero in every row, to one weight; 0 <= sparsity < 1. Patterns such as
+            `2:4` say it themselves.
+
+    >>> from tersor.formats.bitmask import Bitmask
+    >>> stats = Stats(second_moment=torch.diag(torch.tensor([100.0, 1.0, 1.0, 1.0])))
+    >>> Wanda(sparsity=0.5).compress(torch.tensor([[0.5, -2.0, 3.0, 1.0]]), Bitmask(), stats).decode()
+    tensor([[0.5000, 0.0000, 3.0000, 0.0000]])
+    """
+
+    sparsity: float = 0.5
+
+    name = "wanda"
+    needs = frozenset({"second_moment", "column_weight"})
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.name, self.sparsity)
+
+    def accepts(self, format: Format) -> str | None:
+        return only_sparse(self.name, format)
+
+    def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
+        assert isinstance(format, Sparse)
+        score = weight.abs() * input_energy(weight, stats).sqrt()
+        # A score's rank within its row makes rows comparable: all lose the same share, to one weight.
+        rank = score.argsort(dim=1, stable=True).argsort(dim=1)
+        return encode_kept(weight, format, format.choose(rank.float(), self.sparsity), stats)
+
+
+def input_energy(weight: Weight, stats: Stats) -> Float[Tensor, " in"]:
+    """`E[x_j^2]` of every input; without it the curvature stands in, and without data one."""
+    if stats.second_moment is not None:
+        return stats.second_moment.diagonal().to(weight)
+    if stats.column_weight is not None:
+        return stats.column_weight.to(weight)
+    return torch.ones(weight.shape[1], device=weight.device)
