@@ -15,6 +15,8 @@ from tersor.methods import METHODS
 from tersor.recipe import Recipe, matches
 from tersor.schemes import Scheme, parse_rule
 from tersor.sites import find_sites
+from tersor.transforms.awq import Awq
+from tersor.transforms.smooth import Smooth
 
 
 def known_schemes() -> list[str]:
@@ -174,7 +176,7 @@ def test_a_format_that_does_not_fit_is_refused_before_any_work(monkeypatch):
         ("steps: [{scheme: int9}]", r"steps\.0\.scheme: .*unknown format 'int9'"),
         ("steps: [{scheme: int8}, {scheme: 5}]", r"steps\.1\.scheme: Input should be a valid string"),
         ("steps: [{shceme: int8}]", r"steps\.0\.shceme: Extra inputs are not permitted"),
-        ("steps: [{step: weigths}]", r"steps\.0\.step: Input should be 'weights'"),
+        ("steps: [{step: weigths}]", r"steps\.0\.step: 'weigths' is no kind of step"),
         ("steps: [{rules: [int8]}]", r"steps\.0\.rules: Input should be a valid dictionary"),
         ("steps: [{exclude: head}]", r"steps\.0\.exclude: Input should be a valid tuple"),
         ("steps: 3", "steps: Input should be a valid tuple"),
@@ -231,3 +233,41 @@ def test_the_same_recipe_makes_the_same_bytes():
     recipe = Recipe.of("hqq:int3-g32-asym", {"1": "int5"})
     first, second = (tersor.compress(model, recipe).model.state_dict() for _ in range(2))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+# Transforms.
+
+
+def test_transforms_are_spelled_in_full_and_read_back():
+    recipe = Recipe.of("int3-g64", transforms=[" smooth( alpha=0.5 )", "awq(format=int4-g64)", "fold-bn"])
+    assert [step.transform for step in recipe.steps[:3]] == ["smooth(alpha=0.5)", "awq(format=int4-g64)", "fold-bn"]
+    assert recipe.weights == recipe.steps[3:]
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_awq_takes_the_format_of_the_weights_that_follow():
+    recipe = Recipe.of("int3-g64", transforms=["awq", "awq(format=int2-g32)", "smooth"])
+    transforms = [recipe.transform_of(step) for step in recipe.steps[:3]]
+    assert transforms == [Awq(format="int3-g64"), Awq(format="int2-g32"), Smooth()]
+    alone = Recipe.from_yaml("steps: [{step: transform, transform: awq}]")
+    assert alone.transform_of(alone.steps[0]) == Awq()
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (
+            "{step: transform, transform: smoth}",
+            r"steps\.0\.transform: unknown transform 'smoth': did you mean 'smooth'",
+        ),
+        ("{step: transform, transform: smooth(alfa=1)}", "unknown option of smooth 'alfa': did you mean 'alpha'"),
+        ("{step: transform, transform: smooth(alpha=2)}", r"steps\.0\.transform: smooth: alpha=2 is not in \[0, 1\]"),
+        ("{step: transform, transform: smooth(alpha=x)}", "smooth: alpha=x is not a number"),
+        ("{step: transform}", r"steps\.0\.transform: Field required"),
+        ("{step: prune}", r"steps\.0\.step: 'prune' is no kind of step; known: weights, transform"),
+        ("{scheme: int9}", r"steps\.0\.scheme: unknown format 'int9'"),
+    ],
+)
+def test_a_mistake_in_a_step_is_named_with_its_place(step, message):
+    with pytest.raises(InputError, match=message):
+        Recipe.from_yaml(f"steps: [{step}]")

@@ -1,19 +1,19 @@
 """How a site's input is quantized when the site runs.
 
-A weight's format says what is stored; an activation format says what the arithmetic sees. The table below is the place
-for static int8, FP8 and learned ranges: one class each, with `fit` choosing its parameters from calibration and `snap`
-giving the reference result that every kernel is judged against.
+A weight's format says what is stored; an activation format says what the arithmetic sees: one class each, with `fit`
+choosing its parameters from calibration and `snap` giving the reference result that every kernel is judged against.
+Dynamic formats take a scale from every token when the site runs; static ones keep the scale that calibration chose.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from tersor.errors import UnknownName
+from tersor.errors import InputError, UnknownName
 from tersor.stats import Stats
 
 
@@ -37,9 +37,10 @@ class ActivationFormat(Protocol):
 
     name: str
     needs: frozenset[str]
+    layout: ClassVar[Mapping[str, torch.dtype]]  # of the static parameters; readers check files against it
 
     def fit(self, stats: Stats) -> dict[str, Tensor]:
-        """Static parameters from calibration; empty for dynamic formats."""
+        """Static parameters from calibration, each of shape `[1]`; empty for dynamic formats."""
 
     def snap(self, x: Float[Tensor, "*batch in"], params: Mapping[str, Tensor]) -> Float[Tensor, "*batch in"]:
         """The values the arithmetic stands for: quantized, then dequantized."""
@@ -55,6 +56,7 @@ class Int8Dynamic:
 
     name = "int8-dynamic"
     needs = frozenset[str]()
+    layout: ClassVar[Mapping[str, torch.dtype]] = {}
 
     def fit(self, stats: Stats) -> dict[str, Tensor]:
         return {}
@@ -70,7 +72,138 @@ class Int8Dynamic:
         return (codes * scale).to(x.dtype)
 
 
-ACTIVATIONS: dict[str, ActivationFormat] = {activation.name: activation for activation in [Int8Dynamic()]}
+@dataclass(frozen=True)
+class Int8Static:
+    """Asymmetric int8 with one scale and zero point for all tokens (Jacob et al. 2017, https://arxiv.org/abs/1712.05877).
+
+    `fit` searches both ends of the range by the cubed error of the calibration sample, and of one more token that has
+    every feature's largest value. What is rare and far away matters more to a transformer than its square says.
+
+    Params:
+        scale: float32; values are `(code - zero_point) * scale`.
+        zero_point: int8, the code of zero.
+    """
+
+    name = "int8-static"
+    needs = frozenset({"sample", "largest"})
+    layout: ClassVar[Mapping[str, torch.dtype]] = {"scale": torch.float32, "zero_point": torch.int8}
+
+    def fit(self, stats: Stats) -> dict[str, Tensor]:
+        """Raises InputError without a calibration sample."""
+        x = calibration_sample(self, stats)
+        if stats.largest is not None:
+            x = torch.cat([x, extremes(x, stats.largest)])
+        values, counts = summary(x)
+
+        def params(low: Tensor, high: Tensor) -> dict[str, Tensor]:
+            scale = ((high - low) / 255).clamp_min(1e-12)
+            zero_point = (-low / scale).round().clamp(0, 255) - 128
+            return {"scale": scale.view(1), "zero_point": zero_point.to(torch.int8).view(1)}
+
+        def error(low: Tensor, high: Tensor) -> float:
+            return ((self.snap(values, params(low, high)) - values).abs().pow(3) @ counts).item()
+
+        lowest, highest = values[0].clamp(max=0), values[-1].clamp(min=0)
+        best = min(SHRINKS, key=lambda s: error(lowest * s, highest * s))
+        high = highest * best
+        low = min((lowest * s for s in SHRINKS), key=lambda end: error(end, high))
+        high = min((highest * s for s in SHRINKS), key=lambda end: error(low, end))
+        return params(low, high)
+
+    def quantize(self, x: Float[Tensor, "*batch in"], params: Mapping[str, Tensor]) -> Int8[Tensor, "*batch in"]:
+        codes = x.float() / params["scale"] + params["zero_point"].float()
+        return codes.clamp_(-128, 127).round_().to(torch.int8)
+
+    def snap(self, x: Float[Tensor, "*batch in"], params: Mapping[str, Tensor]) -> Float[Tensor, "*batch in"]:
+        codes = self.quantize(x, params).float().sub_(params["zero_point"].float())
+        return codes.mul_(params["scale"]).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Fp8Dynamic:
+    """FP8 E4M3 with one scale per token, so that its largest value is 448 (Micikevicius et al. 2022,
+    https://arxiv.org/abs/2209.05433)."""
+
+    name = "fp8-e4m3-dynamic"
+    needs = frozenset[str]()
+    layout: ClassVar[Mapping[str, torch.dtype]] = {}
+
+    def fit(self, stats: Stats) -> dict[str, Tensor]:
+        return {}
+
+    def snap(self, x: Float[Tensor, "*batch in"], params: Mapping[str, Tensor]) -> Float[Tensor, "*batch in"]:
+        scale = x.float().abs().amax(dim=-1, keepdim=True).clamp_min_(1e-12).div_(LARGEST_FP8)
+        return snap_fp8(x, scale)
+
+
+@dataclass(frozen=True)
+class Fp8Static:
+    """FP8 E4M3 with one scale for all tokens: the largest value seen is 448, larger ones saturate.
+
+    Small values lose nothing by a wide range, so it is not searched.
+
+    Params:
+        scale: float32.
+    """
+
+    name = "fp8-e4m3-static"
+    needs = frozenset({"sample", "largest"})
+    layout: ClassVar[Mapping[str, torch.dtype]] = {"scale": torch.float32}
+
+    def fit(self, stats: Stats) -> dict[str, Tensor]:
+        """Raises InputError without a calibration sample."""
+        largest = calibration_sample(self, stats).abs().amax()
+        if stats.largest is not None:
+            largest = torch.maximum(largest, stats.largest.amax())
+        return {"scale": largest.float().clamp_min(1e-12).div(LARGEST_FP8).view(1)}
+
+    def snap(self, x: Float[Tensor, "*batch in"], params: Mapping[str, Tensor]) -> Float[Tensor, "*batch in"]:
+        return snap_fp8(x, params["scale"])
+
+
+SHRINKS = [1 - step / 40 for step in range(32)]  # ranges tried, as a share of the widest
+NUM_OUTER = 1024  # values at either end of a sample that are kept one by one, at least
+LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
+
+
+def extremes(x: Float[Tensor, "token in"], largest: Float[Tensor, " in"]) -> Float[Tensor, "1 in"]:
+    """The largest magnitudes that calibration saw, with the signs of those in the sample."""
+    signs = torch.where(x.amax(0) >= -x.amin(0), 1.0, -1.0)
+    return (signs * largest.to(x)).unsqueeze(0)
+
+
+def summary(x: Tensor) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """A sample's values in order, with their counts; all but the outer ones are averaged over runs of neighbours."""
+    values = x.flatten().sort().values
+    ones = torch.ones_like(values[: 2 * NUM_OUTER])
+    length = (len(values) - 2 * NUM_OUTER) // (2 * NUM_OUTER)  # of a run
+    if length < 2:
+        return values, torch.ones_like(values)
+    num_outer = len(values) - 2 * NUM_OUTER * length
+    first, inner, last = values.split([num_outer // 2, 2 * NUM_OUTER * length, num_outer - num_outer // 2])
+    means = inner.view(-1, length).mean(1)
+    return torch.cat([first, means, last]), torch.cat([torch.ones_like(first), length * ones, torch.ones_like(last)])
+
+
+def snap_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """Through FP8 E4M3 and back; values beyond its range saturate."""
+    codes = (x.float() / scale).clamp_(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn)
+    return (codes.float() * scale).to(x.dtype)
+
+
+def calibration_sample(activation: ActivationFormat, stats: Stats) -> Float[Tensor, "token in"]:
+    """The sample a static format is fitted to."""
+    if stats.sample is None or not stats.sample.numel():
+        dynamic = activation.name.replace("static", "dynamic")
+        raise InputError(
+            f"{activation.name} needs calibration inputs, and none reached this site; give calibration data that "
+            f"does, use {dynamic}"
+        )
+    return stats.sample.float()
+
+
+ROWS: list[ActivationFormat] = [Int8Dynamic(), Int8Static(), Fp8Dynamic(), Fp8Static()]
+ACTIVATIONS = {activation.name: activation for activation in ROWS}
 
 
 def activation_named(name: str) -> ActivationFormat:

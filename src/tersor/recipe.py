@@ -3,6 +3,8 @@
     tersor: 1
     seed: 0
     steps:
+    - step: transform
+      transform: smooth(alpha=0.5)
     - step: weights
       scheme: mse:int4-g64
       rules:
@@ -12,20 +14,24 @@
 New kinds of step (training, structure, ...) join the union `Step`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
 
 from tersor.errors import InputError, TersorError, UnknownName
-from tersor.formats.contract import Format
-from tersor.schemes import KEEP, Scheme, parse_rule
+from tersor.formats.contract import Format, Grid
+from tersor.schemes import KEEP, Scheme, parse_options, parse_rule, spell_options
 from tersor.sites import Site
+from tersor.transforms import TRANSFORMS
+from tersor.transforms.contract import Transform
 
 VERSION = 1
+Result = TypeVar("Result")
 
 
 class WeightsStep(BaseModel):
@@ -70,7 +76,29 @@ class WeightsStep(BaseModel):
             yield site, parse_rule(text)
 
 
-Step = WeightsStep  # becomes a union told apart by `step` when other kinds join
+class TransformStep(BaseModel):
+    """Rewrite the model without changing what it computes, so that the steps that follow cost less."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: Literal["transform"] = "transform"
+    transform: str
+
+    @field_validator("transform")
+    @classmethod
+    def transform_exists(cls, text: str) -> str:
+        return as_message(lambda: spell_options(parse_transform(text)))
+
+
+def kind_of(step: Any) -> str:
+    """Which kind of step this is: what `step` says, else weights."""
+    return step.get("step", "weights") if isinstance(step, dict) else getattr(step, "step", "weights")
+
+
+Step = Annotated[
+    Annotated[WeightsStep, Tag("weights")] | Annotated[TransformStep, Tag("transform")], Discriminator(kind_of)
+]
+KINDS = ("weights", "transform")
 
 
 class Recipe(BaseModel):
@@ -91,12 +119,34 @@ class Recipe(BaseModel):
 
     @classmethod
     def of(
-        cls, scheme: str = KEEP, rules: dict[str, str] | None = None, exclude: Iterable[str] = (), seed: int = 0
+        cls,
+        scheme: str = KEEP,
+        rules: dict[str, str] | None = None,
+        exclude: Iterable[str] = (),
+        seed: int = 0,
+        transforms: Iterable[str] = (),
     ) -> "Recipe":
-        """A recipe of one weights step."""
-        return cls.validated(
-            {"seed": seed, "steps": [{"scheme": scheme, "rules": rules or {}, "exclude": tuple(exclude)}]}, "the recipe"
-        )
+        """A recipe of some transforms and one weights step."""
+        weights = {"scheme": scheme, "rules": rules or {}, "exclude": tuple(exclude)}
+        steps = [*({"step": "transform", "transform": text} for text in transforms), weights]
+        return cls.validated({"seed": seed, "steps": steps}, "the recipe")
+
+    @property
+    def weights(self) -> tuple[WeightsStep, ...]:
+        """The steps that choose formats."""
+        return tuple(step for step in self.steps if isinstance(step, WeightsStep))
+
+    def transform_of(self, step: TransformStep) -> Transform:
+        """The transform of a step of this recipe. One that rounds weights to judge itself, and names no format, takes
+        the format that the next weights step gives to most sites."""
+        transform = parse_transform(step.transform)
+        if getattr(transform, "format", "none") is None:
+            following = self.steps[self.steps.index(step) + 1 :]
+            schemes = (parse_rule(s.scheme) for s in following if isinstance(s, WeightsStep))
+            scheme = next(filter(None, schemes), None)
+            if scheme is not None and isinstance(scheme.format, Grid):
+                return replace(transform, format=scheme.format.name)  # type: ignore[type-var]
+        return transform
 
     @classmethod
     def validated(cls, data: Any, place: str) -> "Recipe":
@@ -130,17 +180,31 @@ class Recipe(BaseModel):
 
 def spelled(text: str) -> str:
     """A scheme's full spelling; raises what `Scheme.parse` raises, as a message pydantic can carry."""
+    scheme = as_message(lambda: parse_rule(text))
+    return KEEP if scheme is None else str(scheme)
+
+
+def parse_transform(text: str) -> Transform:
+    """`smooth` or `smooth(alpha=0.5)`."""
+    return parse_options("transform", TRANSFORMS, text.strip())
+
+
+def as_message(parse: Callable[[], Result]) -> Result:
+    """What `parse` returns; what it raises on purpose, as a message pydantic can carry."""
     try:
-        scheme = parse_rule(text)
+        return parse()
     except TersorError as error:
         raise ValueError(str(error)) from None
-    return KEEP if scheme is None else str(scheme)
 
 
 def first_mistake(error: ValidationError) -> str:
     """Where pydantic found the first mistake, and what it is."""
     first = error.errors()[0]
-    where = ".".join(map(str, first["loc"])) or "top level"
+    before_and_part = zip((None, *first["loc"]), first["loc"], strict=False)
+    parts = [str(part) for before, part in before_and_part if not (isinstance(before, int) and part in KINDS)]
+    where = ".".join(parts) or "top level"
+    if first["type"] == "union_tag_invalid":
+        return f"{where}.step: '{first['ctx']['tag']}' is no kind of step; known: {', '.join(KINDS)}"
     return f"{where}: {first['msg'].removeprefix('Value error, ')}"
 
 

@@ -3,6 +3,7 @@
 int4-g64                    the format's usual method
 hqq:int4-g64-asym           a method by name
 magnitude(sparsity=0.7):bitmask
+wanda:2:4                   a format may have a colon too (alone in YAML, quote it: '2:4')
 int8/int8-dynamic           int8 weights, inputs quantized to int8 when the site runs
 int8-dynamic                short for the line above
 keep                        left as it is
@@ -10,14 +11,16 @@ keep                        left as it is
 
 import ast
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from tersor.activations import activation_named
 from tersor.errors import InputError, UnknownName
 from tersor.formats import FORMATS, format_named
-from tersor.formats.bitmask import Bitmask
-from tersor.formats.contract import Format
-from tersor.formats.int_group import IntGroup
+from tersor.formats.codebook import Codebook
+from tersor.formats.contract import Format, Grid, Sparse
+from tersor.formats.lowrank import Corrected, LowRank
 from tersor.methods import METHODS
 from tersor.methods.contract import Method
 
@@ -27,9 +30,13 @@ KEEP = "keep"
 
 def usual_method(format: Format) -> str:
     """The method a format gets when none is named."""
-    if isinstance(format, Bitmask):
+    if isinstance(format, Sparse):
         return "magnitude"
-    return "mse" if isinstance(format, IntGroup) else "nearest"
+    if isinstance(format, LowRank | Corrected):
+        return "svd" if isinstance(format, LowRank) else "lqer"
+    if isinstance(format, Codebook):
+        return "kmeans"
+    return "mse" if isinstance(format, Grid) else "nearest"
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,12 @@ class Scheme:
         """Raises UnknownName with the nearest name, or InputError when method and format do not go together."""
         spelled = SHORTHANDS.get(text.strip(), text.strip())
         head, _, activation = spelled.partition("/")
-        before, colon, after = head.rpartition(":")
-        if not colon and after not in FORMATS and after.split("(")[0] in METHODS:
+        # A method begins with a letter: the colon of `2:4` does not end one.
+        before, after = re.fullmatch(r"(?:([A-Za-z_][^:]*)?:)?(.*)", head, re.DOTALL).groups()  # type: ignore[union-attr]
+        if before is None and after not in FORMATS and after.split("(")[0] in METHODS:
             raise InputError(f"'{text}' names a method without a format; write for example '{after}:int4-g64'")
         format = format_named(after.strip())
-        method = parse_method(before.strip() or usual_method(format))
+        method = parse_method((before or "").strip() or usual_method(format))
         problem = method.accepts(format)
         if problem:
             raise InputError(f"'{text}': {problem}")
@@ -64,40 +72,50 @@ class Scheme:
         return cls(method, format, activation or None)
 
     def __str__(self) -> str:
-        changed = [
-            f"{f.name}={getattr(self.method, f.name)}"
-            for f in fields(self.method)  # type: ignore[arg-type]
-            if getattr(self.method, f.name) != f.default
-        ]
-        arguments = f"({', '.join(changed)})" if changed else ""
         activation = f"/{self.activation}" if self.activation else ""
-        return f"{self.method.name}{arguments}:{self.format.name}{activation}"
+        return f"{spell_options(self.method)}:{self.format.name}{activation}"
 
 
 def parse_method(text: str) -> Method:
     """`hqq` or `magnitude(sparsity=0.7)`."""
+    return parse_options("method", METHODS, text)
+
+
+def parse_options(kind: str, table: Mapping[str, type], text: str) -> Any:
+    """`name` or `name(option=value, ...)`: an entry of a table of dataclasses, made with its options."""
     match = re.fullmatch(r"([\w-]+)(?:\((.*)\))?", text)
     if not match:
-        raise InputError(f"'{text}' is not a method; write 'name' or 'name(option=value)'")
+        raise InputError(f"'{text}' is not a {kind}; write 'name' or 'name(option=value)'")
     name, arguments = match.groups()
-    if name not in METHODS:
-        raise UnknownName("method", name, METHODS)
-    known = {f.name: f.type for f in fields(METHODS[name])}  # type: ignore[arg-type]
+    if name not in table:
+        raise UnknownName(kind, name, table)
+    known = {f.name: str(f.type) for f in fields(table[name])}
     options: dict[str, object] = {}
     for item in filter(None, (part.strip() for part in (arguments or "").split(","))):
         key, _, value = (part.strip() for part in item.partition("="))
         if key not in known:
             raise UnknownName(f"option of {name}", key, known)
-        try:
-            number = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            number = None
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise InputError(f"{name}: {key}={value} is not a number")
-        if known[key] in (int, "int") and not isinstance(number, int):
-            raise InputError(f"{name}: {key}={value} is not a whole number")
-        options[key] = number
-    return METHODS[name](**options)
+        options[key] = value if "str" in known[key] else parse_number(name, key, value, "int" in known[key])
+    return table[name](**options)
+
+
+def parse_number(name: str, key: str, value: str, whole: bool) -> int | float:
+    """The value of an option."""
+    try:
+        number = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        number = None
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise InputError(f"{name}: {key}={value} is not a number")
+    if whole and not isinstance(number, int):
+        raise InputError(f"{name}: {key}={value} is not a whole number")
+    return number
+
+
+def spell_options(made: Any) -> str:
+    """What `parse_options` reads: the name and the options that are not the usual ones."""
+    changed = [f"{f.name}={getattr(made, f.name)}" for f in fields(made) if getattr(made, f.name) != f.default]
+    return f"{made.name}({', '.join(changed)})" if changed else made.name
 
 
 def parse_rule(text: str | None) -> Scheme | None:

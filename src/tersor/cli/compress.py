@@ -45,6 +45,10 @@ def compress(
         list[str] | None, typer.Option(help="PATTERN=SCHEME for some sites, such as '*.embeddings.*=int8-g32'.")
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of sites to leave as they are.")] = None,
+    transform: Annotated[
+        list[str] | None,
+        typer.Option(help="Rewrite the model first without changing what it computes, such as smooth, awq, fold-bn."),
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe file; the one used is saved in the artifact.")] = None,
     weights: options.Weights = None,
     task: options.TaskName = None,
@@ -69,6 +73,7 @@ def compress(
             formats=with_method(format or [], method),
             rules=parse_rules(rule or []),
             exclude=exclude or [],
+            transforms=transform or [],
             seed=seed,
             batch_sizes=options.batch_sizes(batch),
             num_threads=options.checked_threads(threads),

@@ -1,0 +1,71 @@
+"""Batch-norm folding (Jacob et al. 2017, section 3.2, https://arxiv.org/abs/1712.05877).
+
+In eval mode a batch norm is a factor and an offset per channel. Where it reads a convolution or a linear layer that
+nothing else reads, the factor moves into that layer's weight. The model keeps its modules, so that an artifact still
+loads into it: the batch norm becomes neutral (mean 0, variance and gain 1), and the offset moves into the layer's bias
+or, where it has none, stays as the batch norm's own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tersor.errors import ModelError
+from tersor.stats import Stats
+from tersor.transforms.graph import LAYERS, Graph, is_batch_norm
+from tersor.transforms.pairs import parameter, set_parameter
+
+
+@dataclass(frozen=True)
+class FoldBn:
+    """Fold batch norms into the convolutions and linear layers before them."""
+
+    name = "fold-bn"
+    needs = frozenset[str]()
+
+    def apply(self, model: nn.Module, stats: Mapping[str, Stats]) -> None:
+        graph = Graph.of(model, self.name)
+        found = [
+            (model.get_submodule(layer), model.get_submodule(norm))
+            for norm in graph.calls
+            if is_batch_norm(model.get_submodule(norm))
+            and (layer := graph.source(norm)) is not None
+            and type(model.get_submodule(layer)) in LAYERS
+        ]
+        if not found:
+            raise ModelError(
+                f"fold-bn: {type(model).__name__} has no batch norm that follows a layer directly; leave fold-bn out"
+            )
+        for source, reader in found:
+            fold(source, reader)
+
+
+def fold(layer: nn.Module, norm: nn.Module) -> None:
+    """`gain (y - mean) / sqrt(var + eps) + bias`, as far as it goes as a weight and a bias of the layer."""
+    weight, gain, offset = parameter(layer, "weight"), parameter(norm, "weight"), parameter(norm, "bias").double()
+    mean, var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    eps: float = norm.eps  # type: ignore[assignment]
+    factor = gain.double() / (var.double() + eps).sqrt()
+    set_parameter(layer, "weight", weight.double() * factor.view(-1, *[1] * (weight.dim() - 1)))
+    offset = offset - mean * factor
+    if layer.bias is not None:
+        set_parameter(layer, "bias", parameter(layer, "bias") * factor + offset)
+        offset = torch.zeros_like(offset)
+    set_parameter(norm, "bias", offset)
+    set_parameter(norm, "weight", torch.ones_like(gain))
+    norm.register_buffer("running_mean", torch.zeros_like(mean))
+    norm.register_buffer("running_var", torch.full_like(var, 1 - eps))
+
+
+def is_neutral(norm: nn.Module) -> bool:
+    """Whether a batch norm only adds its bias, as it does after folding."""
+    eps: float = norm.eps  # type: ignore[assignment]
+    mean, var, gain = norm.get_buffer("running_mean"), norm.get_buffer("running_var"), parameter(norm, "weight")
+    return not mean.any() and all_equal(var, 1 - eps) and all_equal(gain, 1.0)
+
+
+def all_equal(values: Tensor, number: float) -> bool:
+    """Whether a tensor holds one number."""
+    return torch.equal(values, torch.full_like(values, number))
