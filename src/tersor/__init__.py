@@ -14,6 +14,8 @@ from tersor.budget.plan import plan
 from tersor.checkpoint.artifact import load, save
 from tersor.compress import Compressed, compress
 from tersor.errors import TersorError
+from tersor.export import EXPORTS
+from tersor.export.artifact import Exported, export_model
 from tersor.formats import FORMATS
 from tersor.measure.verdict import Tolerance, Verdict, judge
 from tersor.methods import METHODS
@@ -25,11 +27,13 @@ from tersor.tasks import TASKS, open_task
 __version__ = version("tersor")
 
 __all__ = [
+    "EXPORTS",
     "FORMATS",
     "METHODS",
     "METRICS",
     "TASKS",
     "Compressed",
+    "Exported",
     "Metric",
     "Recipe",
     "Scores",
@@ -38,6 +42,7 @@ __all__ = [
     "Tolerance",
     "Verdict",
     "compress",
+    "export_model",
     "find_sites",
     "judge",
     "load",

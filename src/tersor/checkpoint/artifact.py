@@ -71,6 +71,11 @@ def save(
         if generation_config is not None:
             generation_config.save_pretrained(folder)
     write_weights(tensors_of(model), folder / WEIGHTS)
+    describe(model, folder, manifest or {})
+
+
+def describe(model: nn.Module, folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write `tersor.json` for a model whose other files are all there; `manifest` holds more keys."""
     is_transformers = (folder / "config.json").exists()
     about = {"class": type(model).__name__} if is_transformers else {"class": type(model).__name__, "factory": None}
     content = {
@@ -87,7 +92,7 @@ def save(
             }
             for site, packed, quantizer in packed_sites(model)
         },
-        **(manifest or {}),
+        **manifest,
         "files": {WEIGHTS: {"sha256": sha256(folder / WEIGHTS), "bytes": (folder / WEIGHTS).stat().st_size}},
     }
     write_manifest(folder, content)
@@ -161,10 +166,10 @@ def restore_site(
     if input_format:
         prefix = f"{site.parameter}.input."
         static = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
-        if static and not input_format.needs:
-            raise ArtifactError(
-                f"{site.name}: {input_format.name} has no parameters, and the file has {sorted(static)}"
-            )
+        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in static.items()}
+        promised = {name: (part_dtype, (1,)) for name, part_dtype in input_format.layout.items()}
+        if found != promised:
+            raise ArtifactError(f"{site.name}: {input_format.name} has the parameters {promised}, and the file {found}")
         activation = Activation(input_format.name, static)
     replace(site, dtype=dtype).replace(model, encoded, activation)
 
@@ -238,12 +243,13 @@ def copy_side_files(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / relative)
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
-    """Before any work: the output can be written, and nothing of the user's is lost."""
+def check_output(folder: Path, overwrite: bool, marker: str = MANIFEST) -> None:
+    """Before any work: the output can be written, and nothing of the user's is lost: a folder without the file
+    `marker` is not tersor's."""
     if os.path.lexists(folder):
         if not overwrite:
             raise InputError(f"{folder} exists; choose another --output, or --overwrite it")
-        if not (folder / MANIFEST).exists():
+        if not (folder / marker).exists():
             raise InputError(
                 f"{folder} is not a tersor artifact, so --overwrite does not touch it; choose another --output"
             )
@@ -257,9 +263,9 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def atomic_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(folder: Path, overwrite: bool = False, marker: str = MANIFEST) -> Iterator[Path]:
     """A temporary folder beside `folder`: takes its place when the block ends well, vanishes when it does not."""
-    check_output(folder, overwrite)
+    check_output(folder, overwrite, marker)
     target = folder.absolute()
     try:
         working = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

@@ -14,12 +14,13 @@ from tersor.cli.compare import compare
 from tersor.cli.compress import compress
 from tersor.cli.console import fail
 from tersor.cli.evaluate import evaluate
+from tersor.cli.export import export
 from tersor.cli.formats import formats
 from tersor.cli.inspect import inspect
 from tersor.cli.methods import methods
 from tersor.errors import TersorError
 
-VERBS: list[Callable[..., None]] = [compress, inspect, evaluate, compare, formats, methods]
+VERBS: list[Callable[..., None]] = [compress, inspect, evaluate, compare, export, formats, methods]
 
 app = typer.Typer(
     help="State a budget. Get the best model that fits it, and the proof of what it cost.",

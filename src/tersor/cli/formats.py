@@ -8,6 +8,7 @@ from tersor.formats.contract import Format
 from tersor.schemes import SHORTHANDS, usual_method
 
 EXAMPLE = (1024, 1024)
+DATA = "depends on the data"
 
 
 def formats(json: options.Json = False) -> None:
@@ -25,7 +26,7 @@ def formats(json: options.Json = False) -> None:
         [
             (
                 r["format"],
-                f"{r['bits_per_weight']:.3f}" if r["bits_per_weight"] else "1 + 16 x density",
+                f"{r['bits_per_weight']:.3f}" if r["bits_per_weight"] else DATA,
                 r["usual_method"],
             )
             for r in rows

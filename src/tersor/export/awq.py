@@ -1,0 +1,82 @@
+"""AWQ's checkpoint layout (Lin et al. 2023, https://arxiv.org/abs/2306.00978), version `gemm`, as transformers and
+vLLM read it.
+
+    qweight   [in, out / 8] int32: eight output columns in a word, in the order 0 2 4 6 1 3 5 7
+    qzeros    [groups, out / 8] int32: the zero points, in the same order
+    scales    [groups, out] fp16
+
+The client takes the group size from the config, so one format must serve all packed layers.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Int32, UInt8
+from torch import Tensor
+
+from tersor.encoded import Encoded
+from tersor.export.contract import Checkpoint, Misfit, PackedSite
+from tersor.export.folder import kept_linears, write_folder
+from tersor.export.integers import check_one_format, int_group, unsigned_codes, whole_groups
+from tersor.formats.packing import pack
+
+HOLDS = (
+    "symmetric int4 in groups that divide the columns, in plain linear layers other than lm_head whose rows are a "
+    "multiple of 8"
+)
+ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+
+
+@dataclass(frozen=True)
+class Awq:
+    """A Hugging Face folder with `quant_method: awq`."""
+
+    name = "awq"
+    suffix = ""
+
+    def misfit(self, packed: PackedSite) -> Misfit | None:
+        rows, columns = packed.site.shape
+        if packed.is_plain:
+            return None
+        if not packed.is_linear or packed.module == "lm_head" or rows % 8 or columns % 32:
+            return Misfit(HOLDS, "bf16")
+        group = int_group(packed.encoded)
+        grid = group is not None and group.symmetric and group.bits == 4 and group.group_size is not None
+        fits = grid and whole_groups(packed.encoded) and packed.activation is None
+        return None if fits else Misfit(HOLDS, "int4-g64" if columns % 64 == 0 else "int4-g32")
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        check_one_format(self.name, checkpoint)
+
+    def write(self, checkpoint: Checkpoint, output: Path) -> Iterable[str]:
+        tensors: dict[str, Tensor] = {}
+        for packed in checkpoint.quantized:
+            tensors |= {f"{packed.module}.{name}": t for name, t in module_tensors(packed.encoded).items()}
+        group = int_group(checkpoint.quantized[0].encoded)
+        assert group is not None
+        config = {
+            "quant_method": self.name,
+            "bits": 4,
+            "group_size": group.group_size,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": kept_linears(checkpoint),
+        }
+        scales = [packed.encoded.parts["scale"] for packed in checkpoint.quantized]
+        return write_folder(
+            checkpoint, output, to=self.name, tensors=tensors, quantization_config=config, scales=scales
+        )
+
+
+def module_tensors(encoded: Encoded) -> dict[str, Tensor]:
+    """What stands in the place of the weight, by its name in the module."""
+    scales = encoded.parts["scale"].t().contiguous()
+    zeros = torch.full(scales.shape, 8, dtype=torch.uint8)
+    return {"qweight": words(unsigned_codes(encoded).t()), "qzeros": words(zeros), "scales": scales}
+
+
+def words(codes: UInt8[Tensor, "n out"]) -> Int32[Tensor, "n words"]:
+    """Eight 4-bit codes of a row in each word, in AWQ's order."""
+    return pack(codes.unflatten(1, (-1, 8))[..., ORDER].flatten(1), bits=4).view(torch.int32)

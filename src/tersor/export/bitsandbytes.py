@@ -1,0 +1,81 @@
+"""4-bit checkpoints of bitsandbytes (https://github.com/bitsandbytes-foundation/bitsandbytes), read by transformers.
+
+weight                                   [out * in / 2, 1] uint8: two codes a byte, the first in the high half
+weight.absmax                            a scale per 64 weights: float32, or uint8 when quantized themselves
+weight.quant_map                         [16] float32: the levels
+weight.nested_absmax, .nested_quant_map  scales and levels of the scales
+weight.quant_state.bitsandbytes__nf4     JSON as bytes: sizes, dtype and offset
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tersor.export.contract import Checkpoint, Misfit, PackedSite
+from tersor.export.folder import kept_linears, write_folder
+from tersor.formats.nf4 import BLOCK, NORMAL_FLOAT, Nf4, Nf4Double, dynamic_levels
+
+HOLDS = "nf4 and nf4-dq in plain linear layers whose columns are a multiple of 64"
+
+
+@dataclass(frozen=True)
+class BitsAndBytes:
+    """A Hugging Face folder with `quant_method: bitsandbytes`."""
+
+    name = "bitsandbytes"
+    suffix = ""
+
+    def misfit(self, packed: PackedSite) -> Misfit | None:
+        whole_blocks = packed.site.shape[1] % Nf4.group_size == 0
+        if packed.is_plain:
+            return None
+        if not packed.is_linear or not whole_blocks:
+            return Misfit(HOLDS, "bf16")
+        fits = isinstance(packed.encoded.format, Nf4 | Nf4Double) and packed.activation is None
+        return None if fits else Misfit(HOLDS, "nf4")
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        return None
+
+    def write(self, checkpoint: Checkpoint, output: Path) -> Iterable[str]:
+        tensors: dict[str, Tensor] = {}
+        for packed in checkpoint.quantized:
+            tensors |= {f"{packed.module}.{name}": tensor for name, tensor in module_tensors(packed).items()}
+        dtype = str(checkpoint.quantized[0].site.dtype).removeprefix("torch.")
+        config = {
+            "quant_method": self.name,
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": any(isinstance(p.encoded.format, Nf4Double) for p in checkpoint.quantized),
+            "bnb_4bit_compute_dtype": dtype,
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": kept_linears(checkpoint),
+        }
+        return write_folder(checkpoint, output, to=self.name, tensors=tensors, quantization_config=config)
+
+
+def module_tensors(packed: PackedSite) -> dict[str, Tensor]:
+    """What stands in the place of the weight, by its name in the module."""
+    parts = packed.encoded.parts
+    state = {
+        "quant_type": "nf4",
+        "blocksize": Nf4.group_size,
+        "dtype": str(packed.site.dtype).removeprefix("torch."),
+        "shape": list(packed.encoded.shape),
+    }
+    nested: dict[str, Tensor] = {}
+    if isinstance(packed.encoded.format, Nf4Double):
+        nested = {"nested_absmax": parts["nested_absmax"], "nested_quant_map": dynamic_levels()}
+        state |= {"nested_blocksize": BLOCK, "nested_dtype": "float32", "nested_offset": parts["offset"].item()}
+    tensors = {
+        "absmax": parts["absmax"].flatten(),
+        "quant_map": NORMAL_FLOAT.of_code,
+        "quant_state.bitsandbytes__nf4": torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8),
+        **nested,
+    }
+    return {"weight": parts["codes"].view(-1, 1), **{f"weight.{name}": tensor for name, tensor in tensors.items()}}

@@ -1,0 +1,104 @@
+"""The contract of an export: a client's layout, what of it can hold which site, and how it is written."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from tersor.activations import Activation
+from tersor.encoded import Encoded
+from tersor.formats.float_cast import FloatCast
+from tersor.sites import Site
+
+
+class PackedSite(NamedTuple):
+    """A site of an artifact with what is stored for it. `activation` is None where the input stays float."""
+
+    site: Site
+    encoded: Encoded
+    activation: Activation | None
+
+    @property
+    def scheme(self) -> str:
+        """`int8/int8-dynamic`, as recipes spell it."""
+        return self.encoded.format.name + (f"/{self.activation.format}" if self.activation else "")
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is the weight of plain linear layers, stored `[out, in]`, and of nothing else."""
+        return self.site.kind == "linear" and self.site.fold.view == "rows"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether any client holds it as an ordinary 16-bit tensor."""
+        return isinstance(self.encoded.format, FloatCast) and self.activation is None
+
+    @property
+    def module(self) -> str:
+        """The path of the (first) module that owns the weight."""
+        return self.site.places[0].module
+
+
+class Misfit(NamedTuple):
+    """Why a client cannot hold a site: what it holds in such a place, and a scheme that it would take."""
+
+    holds: str
+    instead: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An artifact, opened.
+
+    Attributes:
+        folder: the artifact, with `config.json` and the tokenizer's files.
+        model: the Hugging Face model with its packed weights.
+        sites: every packed site.
+        kept: all other tensors of the model by name, tied ones once.
+    """
+
+    folder: Path
+    model: nn.Module
+    sites: tuple[PackedSite, ...]
+    kept: dict[str, Tensor]
+
+    @property
+    def config(self) -> Any:
+        """The model's Hugging Face config."""
+        return self.model.config
+
+    @property
+    def quantized(self) -> tuple[PackedSite, ...]:
+        """The sites that a client must know how to decode."""
+        return tuple(packed for packed in self.sites if not packed.is_plain)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that needs no decoding: what was kept, and the sites in a 16-bit format."""
+        plain = (packed for packed in self.sites if packed.is_plain)
+        values = {p.site.parameter: p.site.fold.unfold(p.encoded.parts["values"]) for p in plain}
+        return self.kept | values
+
+
+@runtime_checkable
+class Export(Protocol):
+    """A client's layout. Codes and scales are copied into it; nothing is rounded anew unless a note says so."""
+
+    @property
+    def name(self) -> str:
+        """What `--to` takes."""
+
+    @property
+    def suffix(self) -> str:
+        """Of the file that is written; empty for a folder."""
+
+    def misfit(self, packed: PackedSite) -> Misfit | None:
+        """Why a site cannot be held; None when it can."""
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """What single sites cannot tell. Raises FormatError or ModelError with the way out."""
+
+    def write(self, checkpoint: Checkpoint, output: Path) -> Iterable[str]:
+        """Write the file, or fill the empty folder, `output`. Returns what the user should know."""

@@ -1,0 +1,73 @@
+"""What every Hugging Face folder with a `quantization_config` has in common."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.checkpoint.artifact import copy_side_files
+from tersor.checkpoint.source import sha256
+from tersor.checkpoint.weights import write_weights
+from tersor.export.contract import Checkpoint
+from tersor.sites import is_linear
+
+WEIGHTS = "model.safetensors"
+PROVENANCE = "tersor-export.json"
+
+
+def write_folder(
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    to: str,
+    tensors: Mapping[str, Tensor],
+    quantization_config: Mapping[str, Any],
+    scales: Iterable[Tensor] = (),
+) -> list[str]:
+    """Fill `folder`: the packed `tensors` and all others, the config with its `quantization_config`, the tokenizer.
+
+    `scales` are those that the client casts to the model's dtype. The config names a dtype that holds them all exactly;
+    returns a note where that is not the one the model came in.
+    """
+    copy_side_files(checkpoint.folder, folder)
+    config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    original = config.pop("torch_dtype", None) or config.get("dtype") or "float32"
+    config["dtype"] = exact_dtype(original, list(scales), checkpoint.tensors)
+    config["quantization_config"] = dict(quantization_config)
+    write_weights({**tensors, **checkpoint.tensors}, folder / WEIGHTS)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    provenance = {
+        "to": to,
+        "artifact": {file: sha256(checkpoint.folder / file) for file in ("tersor.json", "model.safetensors")},
+        "sites": {packed.site.name: packed.scheme for packed in checkpoint.sites},
+    }
+    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+    if config["dtype"] == original:
+        return []
+    return [f"config.json says dtype {config['dtype']}: the client would round the scales to {original}"]
+
+
+def exact_dtype(original: str, scales: Sequence[Tensor], others: Mapping[str, Tensor]) -> str:
+    """The first dtype that changes no scale and overflows nowhere: the model's own, float16, or float32."""
+
+    def exact(scale: Tensor, dtype: torch.dtype) -> bool:
+        return torch.equal(scale.to(dtype).double(), scale.double())
+
+    floats = [tensor for tensor in others.values() if tensor.is_floating_point() and tensor.numel()]
+    for name in (original, "float16"):
+        dtype = getattr(torch, name)
+        fits = all(tensor.abs().max() <= torch.finfo(dtype).max for tensor in floats)
+        if fits and all(exact(scale, dtype) for scale in scales):
+            return name
+    return "float32"
+
+
+def kept_linears(checkpoint: Checkpoint) -> list[str]:
+    """The linear layers that stay float, by module path: where a client must not look for packed weights."""
+    packed = {place.module for packed in checkpoint.quantized for place in packed.site.places}
+    plain = {place.module for packed in checkpoint.sites if packed.is_plain for place in packed.site.places}
+    linears = [path for path, module in checkpoint.model.named_modules() if is_linear(module) or path in plain]
+    return [path for path in linears if path not in packed and path != ""]

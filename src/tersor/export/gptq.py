@@ -1,0 +1,100 @@
+"""GPTQ's checkpoint layout (Frantar et al. 2022, https://arxiv.org/abs/2210.17323), version 1, as transformers, vLLM
+and GPTQModel read it.
+
+    qweight   [in * bits / 32, out] int32: the codes of an output column, one stream of bits downwards
+    qzeros    [groups, out * bits / 32] int32: the zero points, less one
+    scales    [groups, out] fp16
+    g_idx     [in] int32: the group of each input
+
+The client takes bits and group size from the config, so one format must serve all packed layers, and a kind of layer
+is packed in every block or in none.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tersor.encoded import Encoded
+from tersor.errors import FormatError
+from tersor.export.contract import Checkpoint, Misfit, PackedSite
+from tersor.export.folder import kept_linears, write_folder
+from tersor.export.integers import check_one_format, int_group, row_words, whole_groups
+from tersor.formats.packing import pack
+
+BITS = (8, 4, 3, 2)
+HOLDS = (
+    "symmetric int2, int3, int4 and int8, per row or in groups that divide the columns, in plain linear layers of the "
+    "repeated blocks, where both sides are multiples of 32"
+)
+IN_BLOCK = re.compile(r"^.*?\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """A Hugging Face folder with `quant_method: gptq`."""
+
+    name = "gptq"
+    suffix = ""
+
+    def misfit(self, packed: PackedSite) -> Misfit | None:
+        rows, columns = packed.site.shape
+        if packed.is_plain:
+            return None
+        if not packed.is_linear or not IN_BLOCK.match(packed.module) or rows % 32 or columns % 32:
+            return Misfit(HOLDS, "bf16")
+        group = int_group(packed.encoded)
+        fits = group is not None and group.symmetric and group.bits in BITS and whole_groups(packed.encoded)
+        instead = "int4-g64" if columns % 64 == 0 else "int4-g32"
+        return None if fits and packed.activation is None else Misfit(HOLDS, instead)
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        check_one_format(self.name, checkpoint)
+        packed = {IN_BLOCK.sub("", site.module): site.module for site in checkpoint.quantized}
+        for path in kept_linears(checkpoint):
+            if IN_BLOCK.match(path) and (twin := packed.get(IN_BLOCK.sub("", path))):
+                raise FormatError(
+                    f"gptq packs a kind of layer in every block or in none; {path} is kept and {twin} is packed; "
+                    f"compress again with one rule for '*.{IN_BLOCK.sub('', path)}'"
+                )
+
+    def write(self, checkpoint: Checkpoint, output: Path) -> Iterable[str]:
+        tensors: dict[str, Tensor] = {}
+        for packed in checkpoint.quantized:
+            tensors |= {f"{packed.module}.{name}": t for name, t in module_tensors(packed.encoded).items()}
+        group = int_group(checkpoint.quantized[0].encoded)
+        assert group is not None
+        config = {
+            "quant_method": self.name,
+            "bits": group.bits,
+            "group_size": group.group_size or -1,
+            "sym": True,
+            "desc_act": False,
+            "format": "gptq",
+            "checkpoint_format": "gptq",
+            "modules_in_block_to_quantize": [sorted({IN_BLOCK.sub("", p.module) for p in checkpoint.quantized})],
+        }
+        scales = [packed.encoded.parts["scale"] for packed in checkpoint.quantized]
+        notes = write_folder(
+            checkpoint, output, to=self.name, tensors=tensors, quantization_config=config, scales=scales
+        )
+        (output / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return notes
+
+
+def module_tensors(encoded: Encoded) -> dict[str, Tensor]:
+    """What stands in the place of the weight, by its name in the module."""
+    group, scale = int_group(encoded), encoded.parts["scale"]
+    assert group is not None
+    zeros = torch.full(scale.t().shape, 2 ** (group.bits - 1) - 1, dtype=torch.uint8)
+    group_size = group.group_size or encoded.shape[1]
+    return {
+        "qweight": row_words(encoded).t().contiguous(),
+        "qzeros": pack(zeros, group.bits).view(torch.int32),
+        "scales": scale.t().contiguous(),
+        "g_idx": (torch.arange(encoded.shape[1]) // group_size).int(),
+    }

