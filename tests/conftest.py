@@ -18,6 +18,7 @@ CHECKED = [
     *("activations", "methods.nearest"),
     *("encoded", "kernels", "scores", "stats"),
     *("formats.bitmask", "formats.float_cast", "formats.int_group", "formats.packing"),
+    *("formats.lowrank", "formats.semi_structured", "formats.sparse_int"),
 ]
 jaxtyping.install_import_hook([f"tersor.{module}" for module in CHECKED], "beartype.beartype")
 

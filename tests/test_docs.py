@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 import laws
 import tersor
 from tersor.cli import app
-from tersor.cli.formats import bits_per_weight
+from tersor.cli.formats import DATA, bits_per_weight
 from tersor.formats import FORMATS
 from tersor.methods import METHODS
 from tersor.schemes import usual_method
@@ -180,7 +180,9 @@ def reader():
 
 
 def scheme_for(format: str) -> str:
-    return "magnitude(sparsity=0.7):bitmask" if format == "bitmask" else f"nearest:{format}"
+    """One that uses what the format can do: zeros, factors."""
+    usual = {"magnitude": "magnitude(sparsity=0.7)", "svd": "svd(rank=2)", "lqer": "lqer(rank=2)"}
+    return f"{usual.get(usual_method(FORMATS[format]), 'nearest')}:{format}"
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -238,14 +240,15 @@ def formats_table() -> str:
     for _, names in groupby(FORMATS, key=family):
         listed = list(names)
         bits = [found for name in listed if (found := bits_per_weight(FORMATS[name])) is not None]
-        spread = " to ".join(f"{b:.3f}" for b in sorted({min(bits), max(bits)})) if bits else "1 + 16 x density"
+        spread = " to ".join(f"{b:.3f}" for b in sorted({min(bits), max(bits)})) if bits else DATA
         usual = sorted({usual_method(FORMATS[name]) for name in listed})
         rows.append(f"| {', '.join(f'`{name}`' for name in listed)} | {spread} | `{'`, `'.join(usual)}` |")
     return "\n".join(rows)
 
 
 def family(format: str) -> str:
-    return format.partition("-")[0]
+    """`int4` of `int4-g64`, `2:4+int4` of `2:4+int4-g64`."""
+    return "+".join(part.partition("-")[0] for part in format.split("+"))
 
 
 def options_table() -> str:

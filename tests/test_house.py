@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import tersor
+from golden.write import golden
 from tersor.formats import FORMATS
 from tersor.methods import METHODS
 from tersor.stats import Stats
@@ -16,7 +17,7 @@ SRC = Path(tersor.__file__).parent
 TESTS = Path(__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 FLOORS = {"__init__", "contract"}  # what a table's folder holds beside its entries
-PLUMBING = {"formats": {"packing"}, "methods": set[str]()}
+PLUMBING = {"formats": {"packing", "four_bit"}, "methods": set[str]()}
 
 
 def module_name(file):
@@ -57,7 +58,7 @@ def test_every_format_is_listed_and_has_golden_bytes(file):
     listed = [name for name, format in FORMATS.items() if type(format).__module__ == f"tersor.formats.{file.stem}"]
     assert listed, f"formats/{file.name} has no line in FORMATS"
     for name in listed:
-        assert (TESTS / "golden" / f"{name}.safetensors").exists(), "run `python tests/golden/write.py`"
+        assert golden(name).exists(), "run `python tests/golden/write.py`"
 
 
 # Arrows.

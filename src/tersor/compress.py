@@ -1,21 +1,28 @@
 """The one loop: every step of the recipe over every site it names."""
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tersor.activations import ACTIVATIONS, Activation
 from tersor.calibrate import gather
+from tersor.encoded import Encoded
 from tersor.errors import FormatError, ModelError, TersorError
-from tersor.recipe import Recipe, misfit
+from tersor.methods.contract import BlockMethod
+from tersor.recipe import Recipe, TransformStep, WeightsStep, misfit
 from tersor.schemes import Scheme
 from tersor.sites import Site, find_sites
 from tersor.stats import Stats
+from tersor.stream import BlockRun, find_blocks, part_of
 from tersor.tasks.contract import Task
+from tersor.transforms.contract import Transform
+from tersor.walk import Around, Chosen, Walk
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -72,48 +79,151 @@ def compress(
     model_copy = copy_but_sites(model)
     reports: dict[str, SiteReport] = {}
     for step in recipe.steps:
-        sites = find_sites(model_copy)
-        work = [(site, scheme) for site, scheme in step.assign(sites) if scheme is not None]
-        preflight(work)
-        if stats is None and task is not None and any(scheme.method.needs for _, scheme in work):
-            stats = gather(model, task, seed=recipe.seed, progress=progress)
-        for done, (site, scheme) in enumerate(work):
-            progress("compressing", done, len(work))
-            reports[site.name] = compress_site(model_copy, site, scheme, (stats or {}).get(site.name, Stats()))
-        progress("compressing", len(work), len(work))
+        if isinstance(step, TransformStep):
+            apply_transform(model_copy, recipe.transform_of(step), task, seed=recipe.seed, progress=progress)
+            stats = None  # they described the model before
+        else:
+            weights = WeightsRun(model_copy, step, task, stats, recipe.seed, progress)
+            weights.run()
+            reports |= weights.reports
     own_shared_weights(model_copy, model)
     return Compressed(model_copy, recipe, list(reports.values()))
 
 
-def compress_site(model: nn.Module, site: Site, scheme: Scheme, stats: Stats) -> SiteReport:
-    """Encode one site and put it in its place."""
-    weight = site.matrix(model)
+def apply_transform(
+    model: nn.Module, transform: Transform, task: Task | None, *, seed: int = 0, progress: Progress = silent
+) -> None:
+    """Rewrite the model in place, with the statistics that the transform reads."""
+    stats: dict[str, Stats] = {}
+    if task is not None and transform.needs:
+        sites = find_sites(model)
+
+        def note(site: Site, found: Stats) -> None:
+            progress(f"measuring inputs for {transform.name}", len(stats), len(sites))
+            stats[site.name] = found
+
+        Walk(model, model, task, sites, note, transform.needs, seed=seed).run()
+        progress(f"measuring inputs for {transform.name}", len(sites), len(sites))
+    transform.apply(model, stats)
+
+
+class WeightsRun:
+    """One weights step over a model, which is changed in place.
+
+    Attributes:
+        original: what runs beside the model where a method asks for it; None: a copy is made then. Where it is given,
+            the model never lies in memory whole, and the curvature of its loss is not gathered.
+        around: entered around the work on each part of the model (see walk.py).
+        reports: what became of each site, by name, in the order of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        step: WeightsStep,
+        task: Task | None,
+        stats: Mapping[str, Stats] | None,
+        seed: int,
+        progress: Progress,
+        original: nn.Module | None = None,
+        around: Around = nullcontext,
+    ):
+        self.original, self.around = original, around
+        self.model, self.task, self.stats, self.seed, self.progress = model, task, stats or {}, seed, progress
+        self.work = {site: scheme for site, scheme in step.assign(find_sites(model)) if scheme is not None}
+        self.weights: dict[Site, Tensor] = {}  # as they were, of the sites whose method tunes whole blocks
+        self.reports: dict[str, SiteReport] = {}
+        preflight(list(self.work.items()))
+
+    def run(self) -> None:
+        needs = needs_of(self.work.values())
+        if self.task is not None and not self.stats and needs & CURVATURE and self.original is None:
+            self.stats = gather(self.model, self.task, seed=self.seed, progress=self.progress)
+        if self.task is not None and needs - CURVATURE:
+            original = self.original
+            if original is None:
+                original = copy_but_sites(self.model) if "cross_moment" in needs else self.model
+            walk = Walk(self.model, original, self.task, list(self.work), self.visit, needs - CURVATURE, self.refine)
+            walk.seed, walk.around = self.seed, self.around
+            walk.run()
+        else:
+            block_names = find_blocks(self.model)
+            for part, sites in groupby(self.work, lambda site: part_of(block_names, site.parameter)):
+                with self.around(part):
+                    for site in sites:
+                        chosen = self.visit(site, Stats())
+                        site.replace(self.model, chosen.encoded, chosen.activation)
+        self.progress("compressing", len(self.work), len(self.work))
+        self.reports = {site.name: self.reports[site.name] for site in self.work}
+
+    def visit(self, site: Site, moments: Stats) -> Chosen:
+        """Choose what stands in a site's place."""
+        self.progress("compressing", len(self.reports), len(self.work))
+        known, scheme = self.stats.get(site.name, Stats()), self.work[site]
+        stats = replace(moments, row_weight=known.row_weight, column_weight=known.column_weight)
+        weight = site.matrix(self.model)
+        if isinstance(scheme.method, BlockMethod):
+            self.weights[site] = weight
+        encoded = compress_site(site, weight, scheme, stats)
+        activation = None
+        if scheme.activation and site.takes_activation(self.model):
+            activation = Activation(scheme.activation, ACTIVATIONS[scheme.activation].fit(stats))
+        self.report(site, encoded, weight, activation)
+        return Chosen(encoded, activation)
+
+    def refine(self, run: BlockRun, chosen: dict[Site, Chosen]) -> dict[Site, Chosen]:
+        """Let the methods that tune whole blocks choose again, each all its sites at once."""
+        better: dict[Site, Chosen] = {}
+        for method in {scheme.method: None for site in chosen if (scheme := self.work[site])}:
+            if isinstance(method, BlockMethod):
+                sites = {site.name: site for site in chosen if self.work[site].method == method}
+                weights = {name: self.weights.pop(site) for name, site in sites.items()}
+                tuned = method.tune(weights, {name: chosen[site].encoded for name, site in sites.items()}, run)
+                for name, site in sites.items():
+                    better[site] = Chosen(tuned[name], chosen[site].activation)
+                    self.report(site, tuned[name], weights[name], chosen[site].activation)
+        return better
+
+    def report(self, site: Site, encoded: Encoded, weight: Tensor, activation: Activation | None) -> None:
+        error = (encoded.decode() - weight).square().sum() / weight.square().sum().clamp_min(1e-38)
+        self.reports[site.name] = SiteReport(
+            name=site.name,
+            kind=site.kind,
+            shape=site.shape,
+            scheme=str(self.work[site]),
+            activation=activation.format if activation else None,
+            num_bytes=encoded.num_bytes,
+            bits_per_weight=encoded.bits_per_weight,
+            relative_error=error.sqrt().item(),
+        )
+
+
+CURVATURE = frozenset({"row_weight", "column_weight"})
+
+
+def needs_of(schemes: Iterable[Scheme]) -> frozenset[str]:
+    """The statistics that any of the schemes reads."""
+    needs: frozenset[str] = frozenset()
+    for scheme in schemes:
+        needs |= scheme.method.needs
+        if scheme.activation:
+            needs |= ACTIVATIONS[scheme.activation].needs
+    return needs
+
+
+def compress_site(site: Site, weight: Tensor, scheme: Scheme, stats: Stats) -> Encoded:
+    """One site's weight in its format. Raises what its method raises, naming the site and the way out."""
     check_finite(site, weight)
     try:
         encoded = scheme.method.compress(weight, scheme.format, stats)
     except TersorError as problem:
         raise type(problem)(f"{site.name}: {problem}; or exclude it with --exclude '{site.name}'") from None
-    decoded = encoded.decode()
-    if weight.any() and not decoded.any():
+    if weight.any() and not encoded.decode().any():
         raise FormatError(
             f"{site.name}: {scheme} turns every weight to zero (the largest is {weight.abs().max().item():.2g}, too "
             f"small for fp16 scales or values); use bf16, or exclude it with --exclude '{site.name}'"
         )
-    activation = None
-    if scheme.activation and site.takes_activation(model):
-        activation = Activation(scheme.activation, ACTIVATIONS[scheme.activation].fit(stats))
-    error = (decoded - weight).square().sum() / weight.square().sum().clamp_min(1e-38)
-    site.replace(model, encoded, activation)
-    return SiteReport(
-        name=site.name,
-        kind=site.kind,
-        shape=site.shape,
-        scheme=str(scheme),
-        activation=activation.format if activation else None,
-        num_bytes=encoded.num_bytes,
-        bits_per_weight=encoded.bits_per_weight,
-        relative_error=error.sqrt().item(),
-    )
+    return encoded
 
 
 def preflight(work: list[tuple[Site, Scheme]]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tersor.activations import Activation
 from tersor.encoded import Encoded
-from tersor.kernels import int8_dynamic_fits, int8_dynamic_linear
+from tersor.kernels import int8_linear
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,10 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if self.input_quantizer is not None:
-            encoded, activation = self.packed.encoded, self.input_quantizer.activation
-            if int8_dynamic_fits(encoded, activation, x):
-                return int8_dynamic_linear(x, encoded, self.bias)
+            activation = self.input_quantizer.activation
+            y = int8_linear(x, self.packed.encoded, activation, self.bias)
+            if y is not None:
+                return y
             x = activation.snap(x)
         weight = self.packed()
         # Hugging Face's Conv1D keeps its weight as [in, out].

@@ -13,10 +13,22 @@ class Stats:
     Attributes:
         row_weight, column_weight: the curvature of the loss at weight `ij` is about `row_weight_i * column_weight_j`,
             per example, in the loss of the task's output (see calibrate.py). Columns have mean one.
+        second_moment: `S = E[x x']` over tokens, where x is the site's input in the model compressed so far.
+        cross_moment: `E[x_original x']`, where x_original is the same token's input in the original model.
+        mean: `E[x]`.
+        largest: the largest `|x|` of every input feature.
+        sample: a few hundred inputs x, drawn at random.
+        num_tokens: how many inputs the moments are averaged over.
     """
 
     row_weight: Float[Tensor, " out"] | None = None
     column_weight: Float[Tensor, " in"] | None = None
+    second_moment: Float[Tensor, "in in"] | None = None
+    cross_moment: Float[Tensor, "in in"] | None = None
+    mean: Float[Tensor, " in"] | None = None
+    largest: Float[Tensor, " in"] | None = None
+    sample: Float[Tensor, "token in"] | None = None
+    num_tokens: int = 0
 
     def loss(self, error: Float[Tensor, "out in"]) -> float:
         """The predicted loss of changing the weight by `error`: half the weighted sum of squares, per example."""

@@ -90,6 +90,7 @@ def compress_to_folder(
     formats: Sequence[str] = (),
     rules: dict[str, str] | None = None,
     exclude: Sequence[str] = (),
+    transforms: Sequence[str] = (),
     seed: int = 0,
     batch_sizes: Sequence[int] = (1, 32),
     num_threads: int = 1,
@@ -100,7 +101,7 @@ def compress_to_folder(
     """Make `output` from `model`. Raises a TersorError with the way out, and then leaves nothing behind."""
     check_output(output, overwrite)
     tolerance = Tolerance.parse(budget.drop or DEFAULT_DROP)
-    given = check_choices(budget, recipe, formats, rules, exclude, seed)
+    given = check_choices(budget, recipe, formats, rules, exclude, transforms, seed)
     torch.manual_seed(seed)
     progress("opening the model", 0, 1)
     source = open_model(model, weights=weights)
@@ -117,17 +118,18 @@ def compress_to_folder(
         ratio=budget.ratio,
         bits=budget.bits,
     )
-    step = Recipe.of(KEEP, rules, exclude).steps[0]
+    step = Recipe.of(KEEP, rules, exclude).weights[0]
     preflight_all(source.model, recipe or given)
     if recipe is None and given is None:
         check_reachable(source.model, step, formats or CANDIDATES, limit)
     task = open_task_for(source, task_choice)
     task.prepare(source.model)
     original = score(task, source.model, progress, "evaluating the original")
-    stats = gather(source.model, task, seed=seed, progress=progress)
+    stats: dict[str, Stats] = {}
     trials: list[Trial] = []
     recipe = recipe or given
     if recipe is None:
+        stats = gather(source.model, task, seed=seed, progress=progress)
         menus = measure_menus(source.model, stats, step, formats or CANDIDATES, progress)
         if limit is not None:
             recipe = plan_size(source.model, menus, limit, seed)
@@ -136,7 +138,7 @@ def compress_to_folder(
                 source.model, task, original, menus, tolerance, stats, seed=seed, progress=progress, on_trial=on_trial
             )
             recipe = defensible(trials, tolerance)
-    made = compress(source.model, recipe, stats=stats, progress=progress)
+    made = compress(source.model, recipe, task, stats=stats, progress=progress)
     with atomic_folder(output, overwrite) as folder:
         save(made.model, folder, source=source.folder, manifest=about(source))
         loaded = load(folder, model=call_factory(source.architecture) if source.kind == "custom" else None)
@@ -198,7 +200,7 @@ def defensible(trials: list[Trial], tolerance: Tolerance) -> Recipe:
 
 def preflight_all(model: nn.Module, recipe: Recipe | None) -> None:
     """Before anything is measured: every pattern matches a site, and every scheme fits its shape."""
-    for step in recipe.steps if recipe else ():
+    for step in recipe.weights if recipe else ():
         preflight([(site, scheme) for site, scheme in step.assign(find_sites(model)) if scheme is not None])
 
 
@@ -208,18 +210,23 @@ def check_choices(
     formats: Sequence[str],
     rules: dict[str, str] | None,
     exclude: Sequence[str],
+    transforms: Sequence[str],
     seed: int,
 ) -> Recipe | None:
     """The recipe that flags spell out; None when a budget or a recipe file decides. Contradictions are refused."""
     sized = budget.size or budget.ratio or budget.bits
     if recipe is not None:
-        if sized or formats or rules or exclude:
-            raise InputError("--recipe says everything already; leave out the budget, --format, --rule and --exclude")
+        if sized or formats or rules or exclude or transforms:
+            raise InputError(
+                "--recipe says everything already; leave out the budget, --format, --rule, --exclude and --transform"
+            )
         return None
     for text in formats:
         Recipe.of(text)
     Recipe.of(KEEP, rules, exclude)
     if sized or (budget.drop and len(formats) != 1):
+        if transforms:
+            raise InputError("--transform goes with one --format; a search over formats measures the model as it is")
         return None
     if len(formats) > 1:
         raise InputError(
@@ -229,7 +236,7 @@ def check_choices(
         raise InputError(
             "say what you want: --size 8MB, --ratio 4x, --bits 4.2, --drop 1%, --format int4-g64 or --recipe FILE"
         )
-    return Recipe.of(formats[0] if formats else KEEP, rules, exclude, seed)
+    return Recipe.of(formats[0] if formats else KEEP, rules, exclude, seed, transforms)
 
 
 def unreached(stats: Mapping[str, Stats]) -> list[str]:

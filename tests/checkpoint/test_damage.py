@@ -123,7 +123,7 @@ def test_another_shape(folder, part, reshape):
 )
 def test_an_extra_tensor(folder, name):
     edit(folder, lambda tensors: tensors.update({name: torch.zeros(2)}))
-    with pytest.raises(ArtifactError, match=r"which the model does not have|has no parameters"):
+    with pytest.raises(ArtifactError, match=r"which the model does not have|has the parameters"):
         load(folder)
 
 

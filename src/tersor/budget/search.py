@@ -57,7 +57,7 @@ def search_drop(
     for number in range(num_trials):
         num_bytes = max(low, int((low * high) ** 0.5))
         recipe = plan_size(model, menus, Limit(num_bytes, "this trial"), seed)
-        compressed = compress(model, recipe, stats=stats, progress=progress).model
+        compressed = compress(model, recipe, task, stats=stats, progress=progress).model
         scores = score(task, compressed, progress, f"evaluating trial {number + 1} of at most {num_trials}")
         verdict = judge(original, scores, tolerance, alpha=ALPHA / num_trials, seed=seed)
         trials.append(Trial(size_of(compressed), scores.value, verdict, recipe))

@@ -32,6 +32,7 @@ DTYPE_NAMES = {  # in the order in which safetensors writes them
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+Described = tuple[str, torch.dtype, tuple[int, ...]]  # a tensor by its name, type and shape
 RANKS = {dtype: rank for rank, dtype in enumerate(DTYPE_NAMES)}
 
 
@@ -47,13 +48,20 @@ def packed_sites(model: nn.Module) -> list[tuple[Site, PackedWeight, InputQuanti
     return found
 
 
+def stored_parts(model: nn.Module) -> list[tuple[str, Stored]]:
+    """What stands in the place of packed weights and before them, each with the prefix of its tensors' names."""
+    parts: list[tuple[str, Stored]] = []
+    for site, packed, quantizer in packed_sites(model):
+        parts.append((site.parameter, packed))
+        if quantizer is not None:
+            parts.append((f"{site.parameter}.input", quantizer))
+    return parts
+
+
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Everything the weights file holds, by name."""
-    tensors: dict[str, Tensor] = {}
-    for site, packed, quantizer in packed_sites(model):
-        tensors |= {f"{site.parameter}.{part}": tensor for part, tensor in packed.tensors.items()}
-        if quantizer is not None:
-            tensors |= {f"{site.parameter}.input.{part}": tensor for part, tensor in quantizer.tensors.items()}
+    parts = stored_parts(model)
+    tensors = {f"{prefix}.{name}": tensor for prefix, stored in parts for name, tensor in stored.tensors.items()}
     return tensors | kept_tensors(model)
 
 
@@ -78,20 +86,33 @@ def other_tensors(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in kept_tensors(model, detach=False).items() if id(tensor) not in weights}
 
 
-def file_size(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> int:
-    """Bytes of the safetensors file with these tensors: 8, the JSON header padded to 8, and the data.
+def in_file_order(tensors: Iterable[Described]) -> list[Described]:
+    """The order in which safetensors writes tensors: the widest types first, then by name."""
+    return sorted(tensors, key=lambda tensor: (RANKS[tensor[1]], tensor[0]))
+
+
+def header(tensors: Iterable[Described], metadata: Mapping[str, str]) -> bytes:
+    """What comes before the data in a safetensors file: 8 bytes of length, and the JSON header padded to 8."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, dtype, shape in in_file_order(tensors):
+        end = offset + torch.Size(shape).numel() * dtype.itemsize
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    padded = encoded.ljust(-(-len(encoded) // 8) * 8)
+    return len(padded).to_bytes(8, "little") + padded
+
+
+def file_size(tensors: Iterable[Described], metadata: Mapping[str, str]) -> int:
+    """Bytes of the safetensors file with these tensors.
 
     >>> file_size([("a", torch.float16, (2, 3))], {}) - 8 - 64
     12
     """
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for name, dtype, shape in sorted(tensors, key=lambda t: (RANKS[t[1]], t[0])):
-        end = offset + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + -(-len(encoded) // 8) * 8 + offset
+    tensors = list(tensors)
+    num_bytes = sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in tensors)
+    return len(header(tensors, metadata)) + num_bytes
 
 
 def size_of(model: nn.Module) -> int:

@@ -67,26 +67,7 @@ def open_model(name: str, *, weights: Path | None = None) -> Source:
 
 def open_transformers(name: str, folder: Path) -> Source:
     """A Hugging Face folder. Raises ModelError for pickles, damaged files, NaN, and models quantized already."""
-    import transformers
-
-    if not (folder / "config.json").exists():
-        raise ModelError(
-            f"{name}: no config.json, so not a Hugging Face model folder; "
-            f"for your own model write 'package.module:factory' and --weights FILE.safetensors"
-        )
-    files = weight_files(folder)
-    if not files:
-        for pickled in sorted(folder.iterdir()):
-            refuse_pickle(pickled)
-        raise ModelError(f"{name}: no *.safetensors file in the folder; save the model with save_pretrained")
-    quiet_transformers()
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model_class = transformers_class(config)
-    except Exception as error:  # whatever a garbled config trips over
-        raise ModelError(f"{folder / 'config.json'}: cannot be read ({first_line(error)})") from None
-    if getattr(config, "quantization_config", None):
-        raise ModelError(f"{name}: already quantized (see quantization_config); start from the float checkpoint")
+    config, model_class, files = look_into(name, folder)
     for file in files:
         check_finite(read_weights(file), str(file))
     try:
@@ -115,6 +96,31 @@ def open_transformers(name: str, folder: Path) -> Source:
         hashes={file.name: sha256(file) for file in files},
         notes=notes,
     )
+
+
+def look_into(name: str, folder: Path) -> tuple[Any, Any, list[Path]]:
+    """The config, the class and the weight files of a Hugging Face folder. Raises as `open_transformers` does."""
+    import transformers
+
+    if not (folder / "config.json").exists():
+        raise ModelError(
+            f"{name}: no config.json, so not a Hugging Face model folder; "
+            f"for your own model write 'package.module:factory' and --weights FILE.safetensors"
+        )
+    files = weight_files(folder)
+    if not files:
+        for pickled in sorted(folder.iterdir()):
+            refuse_pickle(pickled)
+        raise ModelError(f"{name}: no *.safetensors file in the folder; save the model with save_pretrained")
+    quiet_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model_class = transformers_class(config)
+    except Exception as error:  # whatever a garbled config trips over
+        raise ModelError(f"{folder / 'config.json'}: cannot be read ({first_line(error)})") from None
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"{name}: already quantized (see quantization_config); start from the float checkpoint")
+    return config, model_class, files
 
 
 def few(names: list[str]) -> str:

@@ -1,0 +1,212 @@
+"""A checkpoint larger than memory: a model that has only its shape, whose parts are read when work reaches them.
+
+A part is one block of the stack, or "" for everything outside it. Outside `around(part)` its weights are on the meta
+device; inside they are there. What was packed in the meantime goes to a scratch file in the output folder, and at the
+end one weights file is put together from there and from the checkpoint, without ever being in memory.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from tersor.checkpoint.artifact import copy_side_files, describe
+from tersor.checkpoint.extents import Extent, Scratch, read_extents, write_extents
+from tersor.checkpoint.layout import kept_tensors, stored_parts, tensors_of
+from tersor.checkpoint.manifest import WEIGHTS
+from tersor.checkpoint.source import Source, few, first_line, from_hub, look_into, sha256
+from tersor.checkpoint.weights import check_finite
+from tersor.errors import InputError, ModelError
+from tersor.modules import Stored
+from tersor.sites import check_has_sites
+from tersor.stream import find_blocks, part_of
+
+
+class StreamedModel:
+    """A model whose weights come and go with the work on its parts.
+
+    Attributes:
+        model: is compressed part by part.
+        original: the same model to be left as it is; the two share what is read.
+        source: of the checkpoint, as `open_model` describes one.
+        block_names: the parts beside "".
+    """
+
+    def __init__(self, name: str):
+        """Open a Hugging Face folder or hub id without reading its weights.
+
+        Raises:
+            ModelError: the checkpoint lacks a tensor, or holds it in another shape, or cannot be read.
+            InputError: the model cannot be taken apart into blocks.
+        """
+        folder = folder_of(name)
+        config, model_class, files = look_into(name, folder)
+        stored = {tensor: extent for file in files for tensor, extent in read_extents(file).items()}
+        dtype = config.dtype or next((e.dtype for e in stored.values() if e.dtype.is_floating_point), torch.float32)
+        try:
+            self.model = without_weights(model_class, config, dtype)
+        except Exception as error:  # a config whose numbers do not go together can trip over anything
+            raise ModelError(f"{name}: transformers cannot build {model_class.__name__}: {first_line(error)}") from None
+        check_has_sites(self.model)
+        self.block_names = find_blocks(self.model)
+        if not self.block_names:
+            raise InputError(f"{name}: {model_class.__name__} is no stack of blocks; compress it without --stream")
+        if self.model._get_dtype_plan(dtype):
+            raise InputError(f"{name}: keeps some weights in float32 beside {dtype}; compress it without --stream")
+        self.extents, unused = matched(self.model, stored, name)
+        fill_buffers(self.model, self.extents)
+        self.original = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
+        self.names = {id(tensor): tensor_name for tensor_name, tensor in kept_tensors(self.model, detach=False).items()}
+        self.meta: dict[int, nn.Parameter] = {}  # what stood in the place of the weights that are there
+        notes = (f"{model_class.__name__} does not use {few(sorted(unused))}: left out",) if unused else ()
+        self.source = Source(
+            model=self.model,
+            name=name,
+            kind="transformers",
+            architecture=type(self.model).__name__,
+            folder=folder,
+            num_bytes=sum(file.stat().st_size for file in files),
+            hashes={file.name: sha256(file) for file in files},
+            notes=notes,
+        )
+
+    def into(self, folder: Path) -> None:
+        """Where the output is to be written; before any work."""
+        self.scratch = Scratch(folder / "scratch")
+
+    @contextmanager
+    def around(self, part: str) -> Iterator[None]:
+        """The weights of a part are there inside, and gone afterwards; what was packed inside is written."""
+        self.load(part)
+        yield
+        self.unload(part)
+
+    def load(self, part: str) -> None:
+        loaded: dict[int, nn.Parameter] = {}
+        for module in self.modules(part):
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    if id(parameter) not in loaded:
+                        weight = nn.Parameter(self.read(parameter), requires_grad=False)
+                        loaded[id(parameter)], self.meta[id(weight)] = weight, parameter
+                    module._parameters[name] = loaded[id(parameter)]
+        for prefix, stored in self.packed(part):
+            for name, tensor in stored.tensors.items():
+                if tensor.is_meta:
+                    stored._buffers[name] = self.extents[f"{prefix}.{name}"].read()
+
+    def unload(self, part: str) -> None:
+        for prefix, stored in self.packed(part):
+            for name, tensor in stored.tensors.items():
+                if f"{prefix}.{name}" not in self.extents:
+                    self.extents[f"{prefix}.{name}"] = self.scratch.append(tensor)
+            stored.to("meta")
+        unloaded: dict[int, nn.Parameter] = {}
+        for module in self.modules(part):
+            for name, parameter in module._parameters.items():
+                if parameter is not None and not parameter.is_meta:
+                    unloaded[id(parameter)] = parameter
+                    module._parameters[name] = self.meta[id(parameter)]
+        for weight in unloaded:
+            del self.meta[weight]
+
+    def modules(self, part: str) -> Iterator[nn.Module]:
+        """The modules of a part, in both models."""
+        for model in (self.model, self.original):
+            for path, module in model.named_modules():
+                if not isinstance(module, Stored) and part_of(self.block_names, path) == part:
+                    yield module
+
+    def packed(self, part: str) -> Iterator[tuple[str, Stored]]:
+        """What was packed in a part, with the prefix of its tensors' names."""
+        for prefix, stored in stored_parts(self.model):
+            if part_of(self.block_names, prefix) == part:
+                yield prefix, stored
+
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        """The weight that a parameter stands for, in the model's precision."""
+        name = self.names[id(parameter)]
+        tensor = self.extents[name].read()
+        check_finite({name: tensor}, str(self.extents[name].path))
+        return tensor.to(parameter.dtype)
+
+    def save(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        """Write the artifact, as `artifact.save` would write the whole model."""
+        assert self.source.folder is not None
+        copy_side_files(self.source.folder, folder)
+        content: dict[str, Extent] = {}
+        for name, tensor in tensors_of(self.model).items():
+            content[name] = self.extents.get(name) or self.scratch.append(tensor)
+            if content[name].dtype != tensor.dtype:
+                content[name] = self.scratch.append(content[name].read().to(tensor.dtype))
+        write_extents(content, folder / WEIGHTS)
+        self.scratch.path.unlink(missing_ok=True)
+        describe(self.model, folder, manifest)
+
+
+def folder_of(name: str) -> Path:
+    """The folder of what the user named, downloaded if need be. Raises InputError for what is none."""
+    folder = Path(name).expanduser()
+    if folder.is_file() or (":" in name and not folder.exists()):
+        raise InputError(f"{name}: --stream reads a Hugging Face folder; compress it without --stream")
+    if (folder / "tersor.json").exists():
+        raise InputError(f"{name} is a tersor artifact already; compress the original model instead")
+    return folder if folder.exists() else from_hub(name)
+
+
+def without_weights(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
+    """The model in eval mode: its parameters on the meta device, its buffers (rotary frequencies and the like) real."""
+    from transformers.initialization import no_init_weights
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:  # a tied one stays the same
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    hook = register_module_parameter_registration_hook(to_meta)
+    try:
+        with no_init_weights():
+            model = model_class._from_config(config, dtype=dtype)
+    finally:
+        hook.remove()
+    model.tie_weights()
+    return model.eval()
+
+
+def matched(model: Any, stored: Mapping[str, Extent], place: str) -> tuple[dict[str, Extent], set[str]]:
+    """Where each of the model's tensors lies, and what of the checkpoint it does not use.
+
+    A tied tensor may be stored under any of its names, and all with or without the prefix of the bare model.
+    """
+    prefix = f"{model.base_model_prefix}."
+    paths: dict[int, list[str]] = {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        paths.setdefault(id(tensor), []).extend([name, name.removeprefix(prefix), prefix + name])
+    found, used, missing = {}, set(), []
+    for name, tensor in kept_tensors(model, detach=False).items():
+        used.update(paths[id(tensor)])
+        key = next((path for path in paths[id(tensor)] if path in stored), None)
+        if key is None:
+            missing += [name] if isinstance(tensor, nn.Parameter) else []
+        elif stored[key].shape != tuple(tensor.shape):
+            raise ModelError(f"{place}: {key} is {stored[key].shape}, but the model has {tuple(tensor.shape)} here")
+        else:
+            found[name] = stored[key]
+    if missing:
+        raise ModelError(
+            f"{place}: the checkpoint lacks {few(missing)}; --stream reads tensors by the names that the model class "
+            f"gives them: load the model with transformers, save it with save_pretrained, or leave out --stream"
+        )
+    return found, stored.keys() - used
+
+
+def fill_buffers(model: nn.Module, extents: Mapping[str, Extent]) -> None:
+    """Read the buffers that the checkpoint holds; they stay in memory."""
+    for name, buffer in kept_tensors(model, detach=False).items():
+        if not isinstance(buffer, nn.Parameter) and name in extents:
+            buffer.copy_(extents[name].read())

@@ -1,0 +1,74 @@
+"""GPTQ: second-order rounding (Frantar et al. 2022, https://arxiv.org/abs/2210.17323), with what was learned since.
+
+Columns are rounded one after another, the loudest inputs first, and the rest makes up for each error (solver.py).
+Scales are searched beforehand (static groups: files stay kernel friendly whatever the order), weighted by the inputs'
+energy; `drift` lets every site also repair the error its inputs already carry (Qronos, Zhang et al. 2025,
+https://arxiv.org/abs/2505.11695). Then codes and scales take turns: coordinate descent on the codes, least squares on
+the scales, as long as the error falls.
+"""
+
+from dataclasses import dataclass
+
+from tersor.encoded import Encoded
+from tersor.errors import InputError
+from tersor.formats.contract import Format, Grid, Params, Weight
+from tersor.formats.int_group import IntGroup
+from tersor.methods.mse import searched
+from tersor.methods.solver import Problem, polish, pose, rescaling, sweep
+from tersor.stats import Stats
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """Round column by column with error feedback.
+
+    Attributes:
+        damping: added to the diagonal of `E[x x']`, as a fraction of its mean.
+        drift: how much of the error made earlier in the model each site repairs, 0 to 1.
+        num_rounds: of rescaling and coordinate descent after the sweep, 0 for none; without a number, two on integer
+            grids below 3 bits, where they pay.
+    """
+
+    damping: float = 0.01
+    drift: float = 1.0
+    num_rounds: int | None = None
+
+    name = "gptq"
+    needs = frozenset({"second_moment", "cross_moment"})
+
+    def __post_init__(self) -> None:
+        if not (self.damping >= 0 and 0 <= self.drift <= 1 and (self.num_rounds or 0) >= 0):
+            raise InputError(f"{self}: damping and num_rounds must be 0 or more, and drift lie in [0, 1]")
+        if not self.drift:  # then the original model need not run beside
+            object.__setattr__(self, "needs", frozenset({"second_moment"}))
+
+    def accepts(self, format: Format) -> str | None:
+        if isinstance(format, Grid):
+            return None
+        return f"gptq rounds to a grid, and {format.name} has none; use int4-g64"
+
+    def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
+        assert isinstance(format, Grid)
+        problem = pose(weight, stats, self.damping, self.drift)
+        shape = (weight.shape[0], weight.shape[1])
+        params = searched(problem.target, format, problem.moment.diagonal())
+        values = sweep(problem, format.projector(params, shape))
+        coarse = isinstance(format, IntGroup) and format.bits < 3
+        num_rounds = self.num_rounds if self.num_rounds is not None else 2 * coarse
+        lowest = problem.loss(values) if num_rounds else 0.0
+        for _ in range(num_rounds):
+            candidate = rescaled(problem, values, format, params)
+            moved = polish(problem, values, format.projector(candidate, shape))
+            loss = problem.loss(moved)
+            if loss >= lowest:
+                break
+            values, params, lowest = moved, candidate, loss
+        return format.encode(values, params)
+
+
+def rescaled(problem: Problem, values: Weight, format: Grid, params: Params) -> Params:
+    """Integer scales moved to the least-squares fit of the codes they have; other grids stay."""
+    if not isinstance(format, IntGroup):
+        return params
+    factor = rescaling(problem, values, format.group_size or values.shape[1])
+    return {**params, "scale": format.storable(params["scale"].float() * factor)}

@@ -1,0 +1,144 @@
+"""What a site's inputs look like over the calibration data: second moments, means, ranges and a sample.
+
+Sums are kept in float32 and divided once at the end; inputs are taken a few thousand at a time.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tersor.stats import Stats
+
+CHUNK = 2**12  # inputs at a time
+STRIP = 192  # rows of the second moment at a time
+SAMPLE = 512  # inputs kept
+PATCHES = 2**24  # numbers of unfolded convolution inputs at a time
+
+
+class Moments:
+    """Running sums over the inputs of one site (or of several that share an input).
+
+    Args:
+        needs: the fields of `Stats` to gather; what is not asked for costs nothing.
+        seed: of the sample.
+    """
+
+    def __init__(self, num_features: int, needs: frozenset[str], seed: int = 0):
+        self.needs = needs
+        self.num_tokens = 0
+        self.weight = 0.0
+        self.second = torch.zeros(num_features, num_features) if "second_moment" in needs else None
+        self.gap: Tensor | None = None
+        self.sum = torch.zeros(num_features, dtype=torch.float64)
+        self.largest = torch.zeros(num_features)
+        self.sample: Tensor | None = None
+        self.sample_keys = torch.empty(0)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def add(
+        self,
+        x: Float[Tensor, "token in"],
+        original: Float[Tensor, "token in"] | None = None,
+        token_weight: Float[Tensor, " token"] | None = None,
+    ) -> None:
+        """Take in some inputs; `original` are the same tokens' inputs in the original model."""
+        for start in range(0, len(x), CHUNK):
+            part = slice(start, start + CHUNK)
+            self.add_part(
+                x[part],
+                None if original is None else original[part],
+                None if token_weight is None else token_weight[part],
+            )
+
+    def add_part(self, x: Tensor, original: Tensor | None, token_weight: Tensor | None) -> None:
+        self.num_tokens += len(x)
+        self.weight += len(x) if token_weight is None else float(token_weight.sum())
+        wide = x.float()
+        self.sum += wide.sum(0).double().cpu()
+        self.largest = torch.maximum(self.largest, wide.abs().amax(0).cpu())
+        if "sample" in self.needs:
+            self.keep_sample(wide)
+        if self.second is not None:
+            self.second = self.second.to(x.device)
+            exact = x if x.dtype is torch.bfloat16 and x.device.type == "cpu" else wide
+            add_square(self.second, exact if token_weight is None else wide * token_weight.sqrt().unsqueeze(-1))
+        if original is not None and "cross_moment" in self.needs:
+            # Only the gap to the original is small enough to be summed in the model's own precision.
+            gap = original - x if token_weight is None else (original - x) * token_weight.unsqueeze(-1).to(x.dtype)
+            product = (gap.t() @ x).float()
+            self.gap = product if self.gap is None else self.gap.add_(product)
+
+    def keep_sample(self, x: Tensor) -> None:
+        """A uniform sample without replacement: every input draws a number, and the smallest stay."""
+        keys = torch.cat([self.sample_keys, torch.rand(len(x), generator=self.generator)])
+        rows = x.cpu() if self.sample is None else torch.cat([self.sample, x.cpu()])
+        kept = keys.argsort()[:SAMPLE].sort().values
+        self.sample, self.sample_keys = rows[kept].clone(), keys[kept]
+
+    def stats(self) -> Stats:
+        """The averages; without a single input, nothing."""
+        if not self.num_tokens:
+            return Stats()
+        weight = self.weight or 1.0
+        second = None if self.second is None else mirrored(self.second / weight)
+        cross = second + self.gap / weight if second is not None and self.gap is not None else None
+        return Stats(
+            second_moment=second,
+            cross_moment=cross,
+            mean=(self.sum / self.num_tokens).float(),
+            largest=self.largest,
+            sample=self.sample,
+            num_tokens=self.num_tokens,
+        )
+
+
+def add_square(total: Float[Tensor, "in in"], x: Float[Tensor, "token in"]) -> None:
+    """Add `x' x` to the lower triangle of `total`, and little beyond it: that takes not much more than half the time.
+
+    Products of bfloat16 are summed in float32 but rounded to bfloat16 in the end; a second product gives what the
+    rounding left out, and both together still take half the time of one in float32.
+    """
+    num_features = x.shape[1]
+    for start in range(0, num_features, STRIP):
+        stop = min(start + STRIP, num_features)
+        left, right, strip = x[:, start:stop].t(), x[:, :stop], total[start:stop, :stop]
+        if x.dtype is not torch.bfloat16:
+            strip.addmm_(left, right)
+            continue
+        rough = left @ right
+        strip.add_(rough).add_(torch.addmm(rough.neg(), left, right))
+
+
+def mirrored(lower: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """The symmetric matrix with this lower triangle."""
+    return lower.tril() + lower.tril(-1).t()
+
+
+def inputs_of(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> Iterator[Float[Tensor, "token in"]]:
+    """What the site's matrix is multiplied with, one row for each time it is, in pieces; nothing where it is not known.
+
+    Args:
+        mask: which positions `[example, position]` are real, for inputs `[example, position, in]`.
+    """
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if module.padding_mode == "zeros" and not isinstance(module.padding, str):
+            widening = torch.Size(module.kernel_size).numel() * x[:1].numel()
+            for part in x.split(max(1, PATCHES // widening)):
+                yield patches(module, part)
+    elif x.ndim >= 2 and x.is_floating_point():
+        yield x[mask.bool()] if mask is not None and x.shape[:2] == mask.shape else x.flatten(0, -2)
+
+
+def patches(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Float[Tensor, "token in"]:
+    """The unfolded inputs of a convolution `[positions, channels / groups * kernel]`, those of all groups together."""
+    padding = [int(side) for p in reversed(conv.padding) for side in (p, p)]
+    x = nn.functional.pad(x, padding)
+    for axis, (size, stride, dilation) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)):
+        x = x.unfold(2 + axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    # [example, channel, positions..., kernel...] -> [example, group, positions..., channel of the group, kernel...]
+    num_axes = len(conv.kernel_size)
+    x = x.unflatten(1, (conv.groups, -1))
+    x = x.permute(0, 1, *range(3, 3 + num_axes), 2, *range(3 + num_axes, 3 + 2 * num_axes))
+    return x.reshape(-1, conv.in_channels // conv.groups * torch.Size(conv.kernel_size).numel())

@@ -1,0 +1,189 @@
+"""A model as a stack of blocks, and where the calibration data stands in it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+
+from tersor.modules import Fold
+from tersor.sites import find_sites
+from tersor.spill import Spill
+from tersor.tasks.contract import Task
+
+
+class Stop(BaseException):
+    """Ends a forward pass whose rest is not needed; `except Exception` lets it through."""
+
+
+@dataclass
+class Call:
+    """How a block was called for one batch."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block on other hidden states."""
+        if self.args:
+            return block(hidden, *self.args[1:], **self.kwargs)
+        return block(**{**self.kwargs, "hidden_states": hidden})
+
+
+@dataclass
+class Stream:
+    """A model and where the calibration data stands in it.
+
+    Attributes:
+        calls: of every block, by batch.
+        hidden: hidden states before the next block, by batch.
+    """
+
+    model: nn.Module
+    task: Task
+    block_names: Sequence[str]
+    spill: Spill
+    calls: list[list[Call]] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [self.model.get_submodule(name) for name in self.block_names]
+
+    def stem(self, number: int, batch: Any) -> None:
+        """Run what comes before the blocks, and note how they are called."""
+        calls: list[Call] = []
+
+        def record(*args: Any, **kwargs: Any) -> Tensor:
+            calls.append(Call(args, kwargs))
+            if len(calls) == len(self.block_names):
+                raise Stop
+            return calls[0].hidden
+
+        with stand_in(self.blocks, [record] * len(self.block_names)):
+            self.until_stop(batch)
+        self.calls[number:] = [calls]
+        self.hidden[number:] = [self.spill.keep(calls[0].hidden.detach())]
+
+    def head(self, number: int, batch: Any) -> None:
+        """Run what comes after the blocks."""
+
+        def passed(*args: Any, **kwargs: Any) -> Tensor:
+            return Call(args, kwargs).hidden
+
+        def last(*args: Any, **kwargs: Any) -> Tensor:
+            return self.hidden[number]
+
+        with stand_in(self.blocks, [*[passed] * (len(self.block_names) - 1), last]):
+            self.until_stop(batch)
+
+    def block(self, number: int, keep: bool, index: int) -> None:
+        """Run one block; its output takes the place of the hidden states."""
+        name = self.block_names[index]
+        output = self.calls[number][index].run(self.model.get_submodule(name), self.hidden[number])
+        if keep:
+            self.hidden[number] = self.spill.keep(output)
+
+    def until_stop(self, batch: Any) -> None:
+        with suppress(Stop):
+            self.task.forward(self.model, batch)
+
+
+@dataclass
+class BlockRun:
+    """One block, ready to be run on any weights beside what the original gave.
+
+    Attributes:
+        parameters: of each site, by name: the place of its weight in the block, how it folds, its type.
+        calls, inputs, targets: of every batch: the arguments, hidden states before the block, the original's after it.
+    """
+
+    block: nn.Module
+    parameters: Mapping[str, tuple[str, Fold, torch.dtype]]
+    calls: Sequence[Call]
+    inputs: Sequence[Tensor]
+    targets: Sequence[Tensor]
+
+    @property
+    def num_examples(self) -> int:
+        """Examples are drawn from the first batch."""
+        return len(self.inputs[0])
+
+    def __call__(self, weights: Mapping[str, Tensor], examples: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's output `[example, position, feature]` on some examples, differentiable in the weights
+        `[out, in]`, and the original's output."""
+        call, hidden = self.calls[0], self.inputs[0]
+        num_examples = len(hidden)
+
+        def pick(argument: Any) -> Any:
+            whole = isinstance(argument, Tensor) and argument.ndim > 0 and len(argument) == num_examples
+            return argument[examples] if whole else argument
+
+        parameters = {}
+        for name, weight in weights.items():
+            place, fold, dtype = self.parameters[name]
+            parameters[place] = fold.unfold(weight).to(dtype)
+        args, kwargs = tree_map(pick, call.args), tree_map(pick, call.kwargs)
+        if args:
+            output = functional_call(self.block, parameters, (hidden[examples], *args[1:]), kwargs)
+        else:
+            output = functional_call(self.block, parameters, (), {**kwargs, "hidden_states": hidden[examples]})
+        return output, self.targets[0][examples]
+
+
+@contextmanager
+def stand_in(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
+    """Run other functions in the place of the blocks' own."""
+    try:
+        for block, forward in zip(blocks, forwards, strict=True):
+            block.forward = forward
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """The names of the longest stack of alike blocks that hold most of the sites' weights; empty if there is none."""
+    sites = find_sites(model)
+    total = sum(site.num_weights for site in sites if site.kind != "embedding")
+    best: list[str] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len({type(child) for child in module}) != 1 or len(module) < 2:
+            continue
+        inside = sum(site.num_weights for site in sites if site.places[0].module.startswith(path + "."))
+        if 2 * inside > total and len(module) > len(best):
+            best = [f"{path}.{index}" for index in range(len(module))]
+    return best
+
+
+def part_of(block_names: Sequence[str], name: str) -> str:
+    """The block that a module or tensor belongs to; "" for what is outside the blocks.
+
+    >>> part_of(["layers.0", "layers.1"], "layers.1.mlp"), part_of(["layers.1"], "layers.10")
+    ('layers.1', '')
+    """
+    return next((block for block in block_names if name == block or name.startswith(block + ".")), "")
+
+
+def hidden_bytes(stream: Stream, batch: Any) -> int:
+    """Bytes of one batch's hidden states; 0 if the blocks do not simply take hidden states and give the like."""
+    try:
+        stream.stem(0, batch)
+        calls = stream.calls[0]
+        if len(calls) != len(stream.block_names):
+            return 0
+        before = stream.hidden[0]
+        after = calls[0].run(stream.blocks[0], before)
+    except (LookupError, TypeError, AttributeError):
+        return 0
+    alike = isinstance(after, Tensor) and after.shape == before.shape and after.dtype == before.dtype
+    return before.nbytes if alike else 0
