@@ -30,21 +30,23 @@ from protocol import child_environment, resident
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-COMMAND = ["tersor", "compress", "{model}", "{output}", "--format", "gptq:int4-g64", "--data", "{text}", "--stream"]
+COMMAND = ["tersor", "compress", "{model}", "-o", "{output}", "--stream", "--format", "gptq(drift=0):int4-g64"]
+COMMAND += ["--exclude", "*embed_tokens", "--task", "perplexity", "--data", "{text}"]
+COMMAND += ["--task-option", "context=128", "--task-option", "calibration_examples=8"]
 NUM_THREADS = 2
 INTERVAL = 0.1  # seconds between samples of memory
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Llama decoder: 28 layers are those of Llama-3.2-3B, with its tied embeddings and head."""
+    """Of a Llama decoder with tied embeddings and head: narrow and deep, to see whether depth costs memory."""
 
-    num_layers: int = 28
-    hidden: int = 3072
-    intermediate: int = 8192
-    num_heads: int = 24
+    num_layers: int = 68
+    hidden: int = 2048
+    intermediate: int = 5632
+    num_heads: int = 32
     num_key_value_heads: int = 8
-    vocabulary: int = 128256
+    vocabulary: int = 32000
 
     def config(self) -> dict[str, object]:
         """`config.json`."""
@@ -138,6 +140,7 @@ class Run:
 
     Attributes:
         peak: the most bytes it had resident.
+        address_space: the most bytes of addresses it had in use.
         samples: (seconds since the start, bytes resident).
         blocks: seconds since the start at which each block was done.
         output: its last lines.
@@ -146,6 +149,7 @@ class Run:
     returncode: int = 0
     seconds: float = 0.0
     peak: int = 0
+    address_space: int = 0
     samples: list[tuple[float, int]] = field(default_factory=list)
     blocks: list[float] = field(default_factory=list)
     output: list[str] = field(default_factory=list)
@@ -179,6 +183,7 @@ def watch(command: list[str], cap: int) -> Run:
         while process.poll() is None:
             try:
                 run.peak = max(run.peak, resident("VmHWM", process.pid))
+                run.address_space = max(run.address_space, resident("VmPeak", process.pid))
                 run.samples.append((time.perf_counter() - start, resident("VmRSS", process.pid)))
             except (OSError, ValueError):  # it has just ended
                 return
@@ -219,6 +224,7 @@ def main() -> int:
         f"| parameters | {num_parameters / 1e9:.2f} B in {shape.num_layers} blocks |",
         f"| checkpoint | {num_bytes / 1e9:.2f} GB |",
         f"| cap on the address space | {args.cap:.2f} GB |",
+        f"| peak address space | {run.address_space / 1e9:.2f} GB |",
         f"| peak resident | {run.peak / 1e9:.2f} GB |",
         f"| seconds in all | {run.seconds:.0f} |",
         *(

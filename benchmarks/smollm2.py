@@ -2,7 +2,8 @@
 
     python benchmarks/smollm2.py --assets FOLDER [--rows SCHEME ...] [--results FILE] [--write]
 
-A row is a scheme over the linear weights of the decoder, embeddings and head kept, or `plan(bits=B)`: the allocator's
+A row is a scheme over the linear weights of the decoder, embeddings and head kept (after `TRANSFORM | `, if any), or
+`plan(bits=B)`: the allocator's
 choice under a budget of B bits per parameter of the whole file, embeddings and head inside. Each runs in a process of
 its own and is appended to FILE (JSON lines), so that a run that was stopped goes on where it was; `--write` puts
 everything in FILE into benchmarks/smollm2.md. The protocol is that of protocol.py.
@@ -32,19 +33,23 @@ from protocol import (
     open_protocol,
 )
 
-LADDER = ["nearest", "mse", "gptq(drift=0, num_rounds=0)", "gptq(drift=0)", "gptq", "autoround"]
+LADDER = ["nearest", "mse", "gptq(drift=0,num_rounds=0)", "gptq(num_rounds=0)", "gptq(num_rounds=2)", "autoround"]
 SECTIONS = {
     "4 bits: what each step gains": [f"{method}:int4-g64" for method in LADDER],
     "3 bits": [f"{method}:int3-g64" for method in LADDER],
-    "2 bits": [f"{method}:int2-g64{grid}" for grid in ("", "-asym") for method in LADDER],
-    "8 bits, weights alone and with inputs": ["int8", "int8-dynamic", "int8/int8-static", "fp8-e4m3", "fp8-e5m2"],
+    "2 bits": [f"{method}:int2-g64" for method in LADDER],
+    "8 bits, weights alone and with inputs": [
+        *("int8", "int8-dynamic", "int8/int8-static", "smooth | int8/int8-static"),
+        *("fp8-e4m3", "fp8-e5m2", "fp8-e4m3/fp8-e4m3-dynamic"),
+    ],
     "4-bit floats and codebooks": [
         f"{method}:{format}" for format in ("nf4", "nvfp4", "mxfp4", "codebook16") for method in ("nearest", "gptq")
     ],
     "Half of the weights, and two of every four": [
         f"{method}:{format}" for format in ("bitmask", "2:4") for method in ("magnitude", "wanda", "sparsegpt")
-    ],
-    "A budget for the whole file": [f"plan(bits={bits})" for bits in (8, 6, 4.5, 4, 3.5, 3)],
+    ]
+    + ["sparsegpt:2:4+int4-g64"],
+    "A budget for the whole file": [f"plan(bits={bits})" for bits in (5, 4, 3)],
 }
 CANDIDATES = [f"gptq:int{bits}{group}" for bits in (8, 6, 5, 4, 3, 2) for group in ("", "-g128", "-g64", "-g32")]
 ROWS = ["keep", *(row for rows in SECTIONS.values() for row in rows)]
@@ -118,7 +123,8 @@ def recipe_of(row: str, model: Any, task: Any) -> Any:
     budget = re.fullmatch(r"plan\(bits=([\d.]+)\)", row)
     if budget:
         return tersor.plan(model, task, bits=float(budget[1]), candidates=["keep", *CANDIDATES])
-    return tersor.Recipe.of(row, exclude=[KEPT])
+    *transforms, scheme = row.split(" | ")
+    return tersor.Recipe.of(scheme, exclude=[KEPT], transforms=transforms)
 
 
 def line(result: dict[str, Any]) -> str:

@@ -382,8 +382,8 @@ def test_code_that_an_artifact_names_is_not_run(digits, inside, capsys):
 
 FLAGS = {
     "compress": "--output -o --size --ratio --bits --drop --format --method --rule --exclude --transform --recipe "
-    "--weights --task --data --calibration --task-option --batch --seed --threads --overwrite --json",
-    "inspect": "--weights --format --json",
+    "--weights --task --data --calibration --task-option --batch --seed --threads --overwrite --stream --json",
+    "inspect": "--weights --format --sensitivity --measure --task --data --calibration --task-option --seed --json",
     "evaluate": "--weights --task --data --calibration --task-option --batch --threads --json",
     "compare": "--weights --task --data --calibration --task-option --drop --batch --seed --threads --json",
     "export": "--to --output -o --overwrite --json",

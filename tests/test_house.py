@@ -17,7 +17,7 @@ SRC = Path(tersor.__file__).parent
 TESTS = Path(__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 FLOORS = {"__init__", "contract"}  # what a table's folder holds beside its entries
-PLUMBING = {"formats": {"packing", "four_bit"}, "methods": set[str]()}
+PLUMBING = {"formats": {"packing", "four_bit"}, "methods": {"solver"}}
 
 
 def module_name(file):

@@ -38,7 +38,8 @@ def test_format_in_the_table(name, law):
 def test_method(method, format, law):
     for label, weight in laws.weights_for(FORMATS[format]).items():
         for kind, stats in laws.stats_for(weight).items():
-            if not METHODS[method].needs and kind != "no data":
+            told = {name for name, value in vars(stats).items() if value is not None}
+            if kind != "no data" and not METHODS[method].needs & told:
                 continue
             try:
                 law(METHODS[method](), FORMATS[format], weight, stats)
@@ -98,7 +99,7 @@ def test_kernel(name, format, dtype, bias):
 @pytest.mark.parametrize("name", FORMATS)
 def test_golden_bytes_decode_forever(name):
     parts, decoded = read(name)
-    weight = stored_weight()
+    weight = stored_weight(FORMATS[name])
     assert laws.same_bits(Encoded(FORMATS[name], tuple(weight.shape), parts).decode(), decoded)
 
 

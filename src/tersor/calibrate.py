@@ -25,8 +25,10 @@ from tersor.kernels import reference
 from tersor.sites import check_has_sites, find_sites
 from tersor.stats import Stats
 from tersor.tasks.contract import Output, Task
+from tersor.tasks.inputs import scoring
 
 BATCH_SIZE = 8  # small batches: more independent samples of the gradient from the same data
+LOGITS = 2**25  # numbers of output at a time: a language model's logits and their gradients are its largest tensors
 
 
 def gather(
@@ -42,9 +44,7 @@ def gather(
     rows = [torch.zeros(site.shape[0], dtype=torch.float64) for site in sites]
     columns = [torch.zeros(site.shape[1], dtype=torch.float64) for site in sites]
     generator = torch.Generator().manual_seed(seed)
-    batches = list(task.batches("calibration", batch_size=BATCH_SIZE))
-    if not batches:
-        raise DataError(f"{task.name}: the calibration split is empty; give more data, or --calibration FILE")
+    batches = list(task.batches("calibration", batch_size=batch_size(model, task)))
     training = [(module, module.training) for module in model.modules()]
     required = [weight.requires_grad for weight in weights]
     num_examples = 0
@@ -76,6 +76,16 @@ def gather(
         site.name: factored(row / num_examples, column / num_examples)
         for site, row, column in zip(sites, rows, columns, strict=True)
     }
+
+
+def batch_size(model: nn.Module, task: Task) -> int:
+    """How many examples are run at a time. Raises DataError if there is none."""
+    first = next(iter(task.batches("calibration", batch_size=1)), None)
+    if first is None:
+        raise DataError(f"{task.name}: the calibration split is empty; give more data, or --calibration FILE")
+    with reference(), scoring(model):
+        output = task.forward(model, first)
+    return max(1, min(BATCH_SIZE, LOGITS * len(output) // output.numel()))
 
 
 def sampled_loss(output: Tensor, kind: Output, generator: torch.Generator) -> Tensor:

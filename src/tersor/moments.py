@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tersor.modules import PackedConv, PackedLinear, PackedProjection
+from tersor.sites import Site, is_linear
 from tersor.stats import Stats
 
 CHUNK = 2**12  # inputs at a time
@@ -116,24 +118,41 @@ def mirrored(lower: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
     return lower.tril() + lower.tril(-1).t()
 
 
+def is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, PackedConv) or type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def takes_inputs(module: nn.Module) -> bool:
+    """Whether the inputs of a module are what its weight is multiplied with."""
+    packed = isinstance(module, PackedLinear) and not isinstance(module, PackedProjection)
+    return packed or is_linear(module) or is_convolution(module)
+
+
+def has_inputs(model: nn.Module, site: Site) -> bool:
+    """Whether a pass can show what a site's matrix is multiplied with."""
+    return any(takes_inputs(model.get_submodule(place.module)) for place in site.places)
+
+
 def inputs_of(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> Iterator[Float[Tensor, "token in"]]:
     """What the site's matrix is multiplied with, one row for each time it is, in pieces; nothing where it is not known.
 
     Args:
         mask: which positions `[example, position]` are real, for inputs `[example, position, in]`.
     """
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | PackedConv):
         if module.padding_mode == "zeros" and not isinstance(module.padding, str):
+            x = x if x.ndim == len(module.kernel_size) + 2 else x.unsqueeze(0)
             widening = torch.Size(module.kernel_size).numel() * x[:1].numel()
             for part in x.split(max(1, PATCHES // widening)):
                 yield patches(module, part)
     elif x.ndim >= 2 and x.is_floating_point():
-        yield x[mask.bool()] if mask is not None and x.shape[:2] == mask.shape else x.flatten(0, -2)
+        masked = mask is not None and x.ndim > 2 and x.shape[:2] == mask.shape
+        yield x[mask.bool()] if masked and mask is not None else x.flatten(0, -2)
 
 
-def patches(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Float[Tensor, "token in"]:
+def patches(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d | PackedConv, x: Tensor) -> Float[Tensor, "token in"]:
     """The unfolded inputs of a convolution `[positions, channels / groups * kernel]`, those of all groups together."""
-    padding = [int(side) for p in reversed(conv.padding) for side in (p, p)]
+    padding = [int(side) for p in reversed(conv.padding) for side in (p, p)]  # type: ignore[call-overload]
     x = nn.functional.pad(x, padding)
     for axis, (size, stride, dilation) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)):
         x = x.unfold(2 + axis, dilation * (size - 1) + 1, stride)[..., ::dilation]

@@ -32,9 +32,13 @@ class Spill:
             weakref.finalize(tensor, self._forget, size, 0)
             return tensor
         with tempfile.NamedTemporaryFile(prefix="tersor-", delete=False) as file:
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-        mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-        Path(file.name).unlink()  # the mapping keeps the bytes until it goes
+            try:
+                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+                file.flush()
+                mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+            finally:
+                Path(file.name).unlink()  # the mapping keeps the bytes until it goes
+        mapped = mapped.view(tensor.shape)
         self.num_bytes_on_disk += size
         weakref.finalize(mapped, self._forget, 0, size)
         return mapped

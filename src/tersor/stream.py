@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Stream:
         calls: list[Call] = []
 
         def record(*args: Any, **kwargs: Any) -> Tensor:
-            calls.append(Call(args, kwargs))
+            calls.append(Call(tuple(map(without_cache, args)), {k: without_cache(v) for k, v in kwargs.items()}))
             if len(calls) == len(self.block_names):
                 raise Stop
             return calls[0].hidden
@@ -91,6 +92,21 @@ class Stream:
         output = self.calls[number][index].run(self.model.get_submodule(name), self.hidden[number])
         if keep:
             self.hidden[number] = self.spill.keep(output)
+
+    def in_line(self, batch: Any) -> bool:
+        """Whether a pass calls every block once, in order, each on the very tensor that the one before gave."""
+        num_calls, latest, as_expected = 0, torch.empty(0), True
+
+        def passed(index: int, *args: Any, **kwargs: Any) -> Tensor:
+            nonlocal num_calls, latest, as_expected
+            hidden = Call(args, kwargs).hidden
+            as_expected &= index == num_calls and (index == 0 or hidden is latest)
+            num_calls, latest = num_calls + 1, hidden.clone()
+            return latest
+
+        with stand_in(self.blocks, [partial(passed, index) for index in range(len(self.block_names))]):
+            self.task.forward(self.model, batch)
+        return as_expected and num_calls == len(self.block_names)
 
     def until_stop(self, batch: Any) -> None:
         with suppress(Stop):
@@ -139,16 +155,25 @@ class BlockRun:
         return output, self.targets[0][examples]
 
 
+def without_cache(argument: Any) -> Any:
+    """The argument, or None in the place of a cache of keys and values, which every further run would add to."""
+    return None if type(argument).__name__.endswith("Cache") else argument
+
+
 @contextmanager
 def stand_in(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
     """Run other functions in the place of the blocks' own."""
+    before = [block.__dict__.get("forward") for block in blocks]
     try:
         for block, forward in zip(blocks, forwards, strict=True):
             block.forward = forward
         yield
     finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
+        for block, forward_before in zip(blocks, before, strict=True):
+            if forward_before is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = forward_before
 
 
 def find_blocks(model: nn.Module) -> list[str]:
@@ -183,7 +208,7 @@ def hidden_bytes(stream: Stream, batch: Any) -> int:
             return 0
         before = stream.hidden[0]
         after = calls[0].run(stream.blocks[0], before)
-    except (LookupError, TypeError, AttributeError):
+        alike = isinstance(after, Tensor) and after.shape == before.shape and after.dtype == before.dtype
+        return before.nbytes if alike and stream.in_line(batch) else 0
+    except Exception:  # any code of the model may stumble over blocks that do nothing
         return 0
-    alike = isinstance(after, Tensor) and after.shape == before.shape and after.dtype == before.dtype
-    return before.nbytes if alike else 0

@@ -3,8 +3,8 @@
 A site is visited while the calibration data stands right before it: the hook that sees its input sums it up, the
 visitor chooses the new weight, and the same forward pass goes on with what was chosen. So every site is fitted to the
 model compressed so far, and the data runs through each block once. A model with a stack of alike blocks
-(`model.layers`, `encoder.layer`, ...) is walked block by block, and between them only the hidden states are kept: what comes before the
-blocks, each block, what comes after. Any other model is walked as one piece.
+(`model.layers`, `encoder.layer`, ...) is walked block by block, and between them only the hidden states are kept: what
+comes before the blocks, each block, what comes after. Any other model is walked as one piece.
 
 Where the data of all examples at once would exceed `memory_limit`, a block sees it batch by batch: its sites are then
 visited together after the last batch, and the data runs through the block a second time.
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from tersor.activations import Activation
 from tersor.encoded import Encoded
-from tersor.errors import DataError
+from tersor.errors import DataError, ModelError
 from tersor.kernels import reference
-from tersor.modules import PackedConv, PackedLinear, PackedProjection, PackedWeight
-from tersor.moments import Moments, inputs_of
-from tersor.sites import Site, is_linear
+from tersor.modules import PackedConv, PackedEmbedding, PackedLinear, PackedWeight
+from tersor.moments import Moments, has_inputs, inputs_of, is_convolution, takes_inputs
+from tersor.sites import Site, leave_fused_path
 from tersor.spill import Spill
 from tersor.stats import Stats
 from tersor.stream import BlockRun, Stop, Stream, find_blocks, hidden_bytes
@@ -80,6 +80,7 @@ class Walk:
             stack.enter_context(reference())
             for model in {id(self.model): self.model, id(self.original): self.original}.values():
                 stack.enter_context(scoring(model))
+                leave_fused_path(model)
             self.left = {site.name: site for site in self.sites}
             self.chosen: dict[Site, Chosen] = {}
             self.spill = Spill(self.memory_limit)
@@ -102,6 +103,8 @@ class Walk:
         with self.around(""), self.around(names[0]) if names else nullcontext():
             if names and (width := hidden_bytes(Stream(self.model, self.task, names, Spill(0)), batch)):
                 return names, max(1, self.memory_limit // (WIDTHS * width))
+        if self.around is not nullcontext:
+            raise ModelError(f"{type(self.model).__name__} is no stack of blocks; compress it without --stream")
         widest = 1
 
         def measure(site: Site, module: nn.Module, x: Tensor) -> Tensor:
@@ -165,7 +168,7 @@ class Walk:
         weight = nn.Parameter(packed(), requires_grad=False) if has_inputs(self.model, site) else None
         for place in site.places:
             module = self.model.get_submodule(place.module)
-            if isinstance(module, PackedLinear | PackedConv):
+            if isinstance(module, PackedLinear | PackedConv | PackedEmbedding):
                 module.packed = packed
             elif weight is not None:
                 setattr(module, place.parameter, weight)
@@ -205,6 +208,8 @@ class Walk:
         changed = index is not None and self.refine is not None and self.refined(index, inputs)
         if (changed or not at_once) and not stop_when_done:
             stream.hidden[:] = inputs or stream.hidden
+            if any(chosen.activation for chosen in self.chosen.values()):
+                self.replace()
             for number in numbers:
                 run(stream, number, True)
         self.replace()
@@ -244,6 +249,7 @@ class Watch:
         self.mask = position_mask(walk.batches[number])
         self.latest: tuple[Tensor, Stats] | None = None  # sites that share an input share its sums
         self.seen: set[str] = set()
+        self.whole: Tensor | None = next(iter(walk.streams[0].hidden[number : number + 1]), None)
 
     def __call__(self, site: Site, module: nn.Module, x: Tensor) -> Tensor:
         if site.name in self.seen:
@@ -265,10 +271,18 @@ class Watch:
 
     def sum_up(self, site: Site, module: nn.Module, x: Tensor, moments: Moments) -> None:
         original = self.originals.pop((site.name, self.number), None)
+        if original is not None and not self.paired(x, original):
+            original = None
         others = inputs_of(module, original, self.mask) if original is not None else None
         for part in inputs_of(module, x, self.mask):
             if part.shape[-1] == site.shape[1]:
                 moments.add(part, next(others) if others is not None else None)
+
+    def paired(self, x: Tensor, original: Tensor) -> bool:
+        """Whether both hold the same tokens: experts get those that their own model routes to them."""
+        self.whole = x if self.whole is None else self.whole
+        all_rows = x.ndim > 2 or len(x) in (len(self.whole), self.whole.shape[:-1].numel())
+        return original.shape == x.shape and all_rows
 
     def visit(self, site: Site, module: nn.Module, x: Tensor) -> Tensor:
         """Visit a site whose input is known. Returns the input that it runs on from now on."""
@@ -276,6 +290,7 @@ class Watch:
             moments = self.moments(site)
             self.sum_up(site, module, x, moments)
             self.latest = (x, moments.stats())
+            del moments  # sums as large as the statistics
         self.originals.pop((site.name, self.number), None)
         self.walk.choose(site, self.latest[1])
         chosen = self.walk.chosen.get(site)
@@ -318,21 +333,6 @@ def before_sites(
 
                     stack.callback(module.register_forward_pre_hook(hook).remove)
         yield
-
-
-def is_convolution(module: nn.Module) -> bool:
-    return isinstance(module, PackedConv) or type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-def takes_inputs(module: nn.Module) -> bool:
-    """Whether the inputs of a module are what its weight is multiplied with."""
-    packed = isinstance(module, PackedLinear) and not isinstance(module, PackedProjection)
-    return packed or is_linear(module) or is_convolution(module)
-
-
-def has_inputs(model: nn.Module, site: Site) -> bool:
-    """Whether a pass can show what a site's matrix is multiplied with."""
-    return any(takes_inputs(model.get_submodule(place.module)) for place in site.places)
 
 
 def position_mask(batch: Any) -> Tensor | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from exported import byte_level
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import tersor
 
@@ -60,3 +60,18 @@ def artifact(llama, tmp_path_factory) -> Artifact:
         return folder
 
     return lambda scheme, rules={}: made(scheme, tuple(rules.items()))
+
+
+@pytest.fixture(scope="session")
+def ggml_formats(llama, tmp_path_factory) -> Path:
+    """The artifact of a wider Llama that holds every K-quant and MXFP4."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 352, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)
+    formats = {"q": "q6_k", "k": "q5_k", "v": "q4_k", "o": "q3_k", "up": "q2_k", "down": "mxfp4"}
+    rules = {f"*.{name}_proj": format for name, format in formats.items()}
+    recipe = tersor.Recipe.of("q4_k", {"model.embed_tokens": "q6_k", **rules})
+    folder = tmp_path_factory.mktemp("artifact")
+    tersor.save(tersor.compress(LlamaForCausalLM(config).eval(), recipe).model, folder)
+    AutoTokenizer.from_pretrained(llama).save_pretrained(folder)
+    return folder

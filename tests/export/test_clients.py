@@ -95,6 +95,12 @@ def test_llama_cpp(run, artifact, llama, tmp_path):
     assert json.loads(printed) == [tokenizer(text).input_ids for text in TEXTS]
 
 
+def test_llama_cpp_runs_its_own_formats(run, ggml_formats, tmp_path):
+    export_model(ggml_formats, tmp_path / "small.gguf", to="gguf")
+    logits, _ = run("LLAMA", tmp_path / "small.gguf", "[]")
+    assert distance(logits, expected(ggml_formats)) < 0.03
+
+
 @pytest.mark.parametrize(("to", "scheme"), [("gptq", "int4-g32"), ("gptq", "int3-g64"), ("awq", "int4-g32")])
 def test_gptqmodel(to, scheme, run, artifact, tmp_path):
     folder = artifact(scheme)

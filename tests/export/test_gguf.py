@@ -17,12 +17,15 @@ from tersor.export.artifact import export_model
 from tersor.export.gguf_blocks import block_type, to_blocks
 from tersor.export.gguf_tokenizer import SPLITS
 from tersor.formats import FORMATS
+from tersor.methods import METHODS
+from tersor.stats import Stats
 
 HELD = {
     "int8-g32": "Q8_0", "int8": "Q8_0", "int6-g64": "Q8_0", "int5-g32": "Q5_0", "int4-g32": "Q4_0",
     "int4-g128": "Q4_0", "int3-g64": "Q4_0", "int2": "Q4_0", "int4-g32-asym": "Q4_1", "int3-g64-asym": "Q4_1",
     "int5-g32-asym": "Q5_1",
 }  # fmt: skip
+BLOCKWISE = ["q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "mxfp4"]  # ggml's own, or one it shares
 
 
 @pytest.mark.parametrize("format", HELD)
@@ -43,7 +46,20 @@ def test_ggml_decodes_what_was_chosen(format, columns):
         assert np.array_equal(decoded, encoded.decode().numpy())
 
 
-@pytest.mark.parametrize("format", [name for name in FORMATS if name not in HELD and not name.startswith("int")])
+@pytest.mark.parametrize("format", BLOCKWISE)
+@pytest.mark.parametrize("method", ["nearest", "mse"])
+def test_ggml_decodes_its_own_formats(format, method):
+    """To the last bit; the row of large weights has blocks whose scale and minimum use all their bits."""
+    weight = torch.randn(6, 512) * torch.logspace(-2, 2, 512)
+    weight[2, :64], weight[3], weight[4, 256:] = 0, weight[3].abs(), -weight[4, 256:].abs()
+    encoded = METHODS[method]().compress(weight, FORMATS[format], Stats())
+    blocks = to_blocks(encoded)
+    assert blocks.type == format.upper()
+    decoded = gguf.dequantize(blocks.rows.numpy(), GGMLQuantizationType[blocks.type])
+    assert np.array_equal(decoded.view(np.uint32), encoded.decode().numpy().view(np.uint32))
+
+
+@pytest.mark.parametrize("format", [name for name in FORMATS if name not in {*HELD, *BLOCKWISE} and name[:3] != "int"])
 def test_other_formats_do_not_fit(format):
     weight = torch.randn(4, 256)
     assert block_type(FORMATS[format].encode(weight, FORMATS[format].fit(weight))) is None
@@ -62,6 +78,15 @@ def test_transformers_computes_the_same(scheme, rules, artifact, tmp_path):
     export_model(folder, tmp_path / "small.gguf", to="gguf")
     client = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="small.gguf", dtype=torch.float32)
     assert torch.equal(logits(client), expected(folder))
+
+
+def test_transformers_reads_ggmls_own_formats(ggml_formats, tmp_path):
+    notes = export_model(ggml_formats, tmp_path / "small.gguf", to="gguf").notes
+    assert not notes
+    types = {tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "small.gguf").tensors}
+    assert types == {"F32", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "MXFP4"}
+    client = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="small.gguf", dtype=torch.float32)
+    assert torch.equal(logits(client), expected(ggml_formats))
 
 
 @pytest.mark.parametrize("config_class", [Qwen2Config, Qwen3Config])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tersor.encoded import Encoded
 from tersor.formats import FORMATS
+from tersor.formats.contract import Format
 from tersor.formats.lowrank import Corrected, LowRank
 from tersor.methods.magnitude import Magnitude
 from tersor.methods.nearest import Nearest
@@ -32,19 +33,22 @@ def make_weight() -> Tensor:
     return weight
 
 
-def stored_weight() -> Tensor:
-    return safetensors.torch.load_file(HOME / "weight.safetensors")["weight"]
+def stored_weight(format: Format) -> Tensor:
+    """Two rows side by side where a format wants 256 columns."""
+    weight = safetensors.torch.load_file(HOME / "weight.safetensors")["weight"]
+    return weight.view(2, 256) if format.misfit((4, 128)) else weight
 
 
 def encode(name: str) -> Encoded:
     """Half of the weights pruned where a format holds a mask, a correction of rank 2 where it holds one, rounded to
     nearest elsewhere."""
     format, magnitude = FORMATS[name], Magnitude(sparsity=0.5)
+    weight = stored_weight(format)
     if isinstance(format, Corrected):
-        base = Nearest().compress(stored_weight(), format.base, Stats())
-        return format.join(base, LowRank().fit(stored_weight() - base.decode(), rank=2))
+        base = Nearest().compress(weight, format.base, Stats())
+        return format.join(base, LowRank().fit(weight - base.decode(), rank=2))
     method = Nearest() if magnitude.accepts(format) else magnitude
-    return method.compress(stored_weight(), format, Stats())
+    return method.compress(weight, format, Stats())
 
 
 def golden(name: str) -> Path:

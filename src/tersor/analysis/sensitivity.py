@@ -12,7 +12,6 @@ from math import nan
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from tersor.budget.plan import Menu, escape, measure_menus
@@ -92,7 +91,7 @@ def sensitivity(
     Raises:
         UnknownName, InputError: a scheme does not exist.
     """
-    named = [str(parse_rule(text)) for text in schemes]
+    named = [str(parse_rule(text) or KEEP) for text in schemes]
     stats = gather(model, task, seed=seed, progress=progress)
     menus = measure_menus(model, stats, Recipe.of(KEEP).weights[0], [KEEP, *named], progress)
     losses = {menu.site.name: losses_of(menu) for menu in menus}
@@ -120,20 +119,22 @@ def spread(pairs: list[tuple[float, str, str]], num: int) -> list[tuple[float, s
     return [ordered[place] for place in places]
 
 
-def outputs(model: nn.Module, task: Task) -> Iterator[Tensor]:
-    """What the model says of the first examples of the eval split: rows `[prediction, class]` or `[example, dim]`."""
+def outputs(model: nn.Module, task: Task, num_wanted: int = NUM_EXAMPLES) -> Iterator[Tensor]:
+    """What the model says of the first examples of the eval split: rows `[prediction, class]` or `[example, value]`."""
     num_examples = num_rows = 0
     with scoring(model):
         for batch in task.batches("eval", 1 if task.output == "logits" else 32):
             output = task.forward(model, batch).float()
             mask = position_mask(batch)
-            if task.output == "logits" and mask is not None and mask.shape == output.shape[:-1]:
+            if task.output != "logits":
+                rows = output.reshape(len(output), -1)
+            elif mask is not None and mask.shape == output.shape[:-1]:
                 rows = output[mask.bool().to(output.device)]
             else:
                 rows = output.flatten(0, -2)
             yield rows[: NUM_PREDICTIONS - num_rows].cpu()
             num_examples, num_rows = num_examples + len(output), num_rows + len(rows)
-            if num_examples >= NUM_EXAMPLES or num_rows >= NUM_PREDICTIONS:
+            if num_examples >= num_wanted or num_rows >= NUM_PREDICTIONS:
                 return
 
 

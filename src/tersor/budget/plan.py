@@ -4,8 +4,8 @@ The loss of a candidate is predicted from the error it really makes: the site is
 which are independent), and the squared error is weighed by the loss's curvature there (`Stats.loss`). Without data the
 error relative to the weights stands in.
 
-Losses are measured with `mse`, which needs little time. Where the walk can show a site's inputs, the recipe then names
-`gptq`: the same format and the same bytes, with less error.
+Losses are measured with a coarse `mse`, which needs little time. Where the walk can show a site's inputs, the recipe
+then names `gptq`: the same format and the same bytes, with less error.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,12 +23,12 @@ from tersor.compress import Progress, check_finite, preflight, silent
 from tersor.errors import BudgetError, InputError
 from tersor.methods.gptq import Gptq
 from tersor.methods.mse import Mse
+from tersor.moments import takes_inputs
 from tersor.recipe import Recipe, WeightsStep, matches
 from tersor.schemes import KEEP, Scheme, parse_rule
 from tersor.sites import Site, check_has_sites, find_sites
 from tersor.stats import Stats
 from tersor.tasks.contract import Task
-from tersor.walk import takes_inputs
 
 CANDIDATES = [
     KEEP,
@@ -39,6 +39,7 @@ CANDIDATES = [
     *(f"int2{group}" for group in ("", "-g64", "-g32", "-asym", "-g64-asym", "-g32-asym")),
 ]
 SAMPLED_ROWS = 64  # the rows that matter most, and as many at random from the rest
+QUICK = Mse(num_steps=8)  # measures losses 1 % larger than the usual search, in half the time
 UNREACHED = 0.01  # a site the data never reaches counts as much as this fraction of the median site
 Tensors = list[tuple[str, torch.dtype, tuple[int, ...]]]  # name, dtype and shape of each
 
@@ -126,7 +127,8 @@ def measured_option(site: Site, scheme: Scheme | None, weight: Tensor, sampled: 
     if scheme is None:
         return option_of(site, None)
     columns = Stats(column_weight=stats.column_weight)
-    encoded = scheme.method.compress(sampled, scheme.format, columns)
+    method = QUICK if scheme.method == Mse() else scheme.method
+    encoded = method.compress(sampled, scheme.format, columns)
     num_values = 0
     if is_sparse(scheme, site):
         parts = scheme.method.compress(weight, scheme.format, columns).parts

@@ -67,7 +67,7 @@ def open_model(name: str, *, weights: Path | None = None) -> Source:
 
 def open_transformers(name: str, folder: Path) -> Source:
     """A Hugging Face folder. Raises ModelError for pickles, damaged files, NaN, and models quantized already."""
-    config, model_class, files = look_into(name, folder)
+    _, model_class, files = look_into(name, folder)
     for file in files:
         check_finite(read_weights(file), str(file))
     try:

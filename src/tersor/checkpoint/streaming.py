@@ -6,7 +6,7 @@ end one weights file is put together from there and from the checkpoint, without
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,12 @@ from tersor.modules import Stored
 from tersor.sites import check_has_sites
 from tersor.stream import find_blocks, part_of
 
+OnBlock = Callable[[int, int], None]
+
+
+def no_lines(done: int, total: int) -> None:
+    """No progress shown."""
+
 
 class StreamedModel:
     """A model whose weights come and go with the work on its parts.
@@ -37,13 +43,18 @@ class StreamedModel:
         block_names: the parts beside "".
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, output: Path, on_block: OnBlock = no_lines):
         """Open a Hugging Face folder or hub id without reading its weights.
+
+        Args:
+            output: the artifact's folder, which exists.
+            on_block: called when a block has been written, with its number and how many there are.
 
         Raises:
             ModelError: the checkpoint lacks a tensor, or holds it in another shape, or cannot be read.
             InputError: the model cannot be taken apart into blocks.
         """
+        self.output, self.scratch, self.on_block = output, Scratch(output / "scratch"), on_block
         folder = folder_of(name)
         config, model_class, files = look_into(name, folder)
         stored = {tensor: extent for file in files for tensor, extent in read_extents(file).items()}
@@ -75,16 +86,15 @@ class StreamedModel:
             notes=notes,
         )
 
-    def into(self, folder: Path) -> None:
-        """Where the output is to be written; before any work."""
-        self.scratch = Scratch(folder / "scratch")
-
     @contextmanager
     def around(self, part: str) -> Iterator[None]:
         """The weights of a part are there inside, and gone afterwards; what was packed inside is written."""
         self.load(part)
         yield
+        before = self.scratch.num_bytes
         self.unload(part)
+        if part and self.scratch.num_bytes > before:
+            self.on_block(self.block_names.index(part) + 1, len(self.block_names))
 
     def load(self, part: str) -> None:
         loaded: dict[int, nn.Parameter] = {}
@@ -135,18 +145,18 @@ class StreamedModel:
         check_finite({name: tensor}, str(self.extents[name].path))
         return tensor.to(parameter.dtype)
 
-    def save(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+    def save(self, manifest: Mapping[str, Any]) -> None:
         """Write the artifact, as `artifact.save` would write the whole model."""
         assert self.source.folder is not None
-        copy_side_files(self.source.folder, folder)
+        copy_side_files(self.source.folder, self.output)
         content: dict[str, Extent] = {}
         for name, tensor in tensors_of(self.model).items():
             content[name] = self.extents.get(name) or self.scratch.append(tensor)
             if content[name].dtype != tensor.dtype:
                 content[name] = self.scratch.append(content[name].read().to(tensor.dtype))
-        write_extents(content, folder / WEIGHTS)
+        write_extents(content, self.output / WEIGHTS)
         self.scratch.path.unlink(missing_ok=True)
-        describe(self.model, folder, manifest)
+        describe(self.model, self.output, manifest)
 
 
 def folder_of(name: str) -> Path:
@@ -168,7 +178,7 @@ def without_weights(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
             return None
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
 
-    hook = register_module_parameter_registration_hook(to_meta)
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
     try:
         with no_init_weights():
             model = model_class._from_config(config, dtype=dtype)

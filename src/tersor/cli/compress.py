@@ -1,17 +1,19 @@
 """`tersor compress MODEL --size 8MB -o OUT`: the main job."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from tersor.checkpoint.streaming import no_lines
 from tersor.cli import options
 from tersor.cli.console import err, out, print_json, print_table, progress_bars
 from tersor.errors import InputError
 from tersor.recipe import Recipe
 from tersor.report.card import comparison, megabytes
 from tersor.schemes import KEEP
-from tersor.workflow import Budget, Outcome, compress_to_folder
+from tersor.streamed import compress_streamed
+from tersor.workflow import Budget, Outcome, check_choices, compress_to_folder
 
 
 def compress(
@@ -59,9 +61,36 @@ def compress(
     seed: options.Seed = 0,
     threads: options.Threads = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a tersor artifact.")] = False,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Read and compress a checkpoint larger than memory block by block; it is not evaluated.",
+        ),
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Make a model smaller under a budget, and prove what it cost."""
+    if stream:
+        if weights is not None:
+            raise InputError("--stream reads a Hugging Face folder, and --weights goes with package.module:factory")
+        given = Recipe.from_file(recipe) if recipe else None
+        chosen = with_method(format or [], method), parse_rules(rule or []), exclude or [], transform or []
+        with progress_bars(json) as progress:
+            manifest = compress_streamed(
+                model,
+                output,
+                given or check_choices(Budget(size, ratio, bits, drop), given, *chosen, seed),
+                task_choice=options.task_choice(task, data, calibration, task_option),
+                overwrite=overwrite,
+                progress=progress,
+                on_block=no_lines if json else show_block,
+            )
+        if json:
+            print_json({"output": str(output), **manifest})
+        else:
+            show_streamed(output, manifest)
+        return
     with progress_bars(json) as progress:
         outcome = compress_to_folder(
             model,
@@ -110,6 +139,22 @@ def parse_rule(text: str) -> tuple[str, str]:
     if not equals or not pattern or not scheme:
         raise InputError(f"--rule '{text}' is not PATTERN=SCHEME; write for example '*.embeddings.*=int8-g32'")
     return pattern, scheme
+
+
+def show_block(done: int, total: int) -> None:
+    """A line for every block written."""
+    err.print(f"block {done}/{total}", highlight=False)
+
+
+def show_streamed(output: Path, manifest: dict[str, Any]) -> None:
+    """What was made, and that nobody measured it."""
+    for note in manifest["notes"]:
+        err.print("note:", note, style="yellow", markup=False, highlight=False)
+    before, after = manifest["source"]["bytes"], manifest["files"]["model.safetensors"]["bytes"]
+    out.print(
+        f"weights file: {megabytes(before)} to {megabytes(after)}, {before / after:.2f}x smaller", highlight=False
+    )
+    out.print(f"artifact: {output}  (load it with tersor.load)", markup=False, highlight=False)
 
 
 def show(outcome: Outcome) -> None:

@@ -1,18 +1,22 @@
-"""`tersor inspect MODEL`: the sites, their shapes and sizes, and what each format would make of them."""
+"""`tersor inspect MODEL`: the sites, their shapes and sizes, what each format would make of them, and at what loss."""
 
 from typing import Annotated, Any
 
 import typer
 
+from tersor.analysis.sensitivity import SCHEMES, Sensitivity
+from tersor.analysis.sensitivity import sensitivity as predict
 from tersor.checkpoint.layout import kept_tensors, packed_sites, size_of
-from tersor.checkpoint.source import open_model
+from tersor.checkpoint.source import Source, open_model
 from tersor.cli import options
-from tersor.cli.console import print_json, print_table, progress_bars
+from tersor.cli.console import out, print_json, print_table, progress_bars
+from tersor.errors import InputError
 from tersor.formats import FORMATS
 from tersor.report.card import megabytes
 from tersor.schemes import Scheme
 from tersor.sites import find_sites
 from tersor.stats import Stats
+from tersor.workflow import TaskChoice, open_task_for
 
 
 def inspect(
@@ -21,10 +25,27 @@ def inspect(
     format: Annotated[
         list[str] | None, typer.Option(help="Formats of the cost table; default: a selection. 'all' for every one.")
     ] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Predict instead the loss of each format at each site, from data.")
+    ] = False,
+    measure: Annotated[
+        int, typer.Option(help="With --sensitivity: how many of the predictions to check by measuring the loss.")
+    ] = 10,
+    task: options.TaskName = None,
+    data: options.Data = None,
+    calibration: options.Calibration = None,
+    task_option: options.TaskOption = None,
+    seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
     """List the sites of a model, what is kept, and the cost of every format."""
+    if not sensitivity and (task or data or calibration or task_option):
+        raise InputError("inspect runs data only for --sensitivity; add it, or leave --task and --data out")
     source = open_model(model, weights=weights)
+    if sensitivity:
+        choice = options.task_choice(task, data, calibration, task_option)
+        show_sensitivity(model, source, choice, list(FORMATS) if format == ["all"] else format, measure, seed, json)
+        return
     file_bytes = source.num_bytes or size_of(source.model)
     sites = find_sites(source.model)
     packed = {site.name: module.format.name for site, module, _ in packed_sites(source.model)}
@@ -95,6 +116,45 @@ def inspect(
         ["format", "file, about", "bits per site weight", "relative error", "sites it does not fit"],
         rows,
     )
+
+
+def show_sensitivity(
+    name: str, source: Source, choice: TaskChoice, formats: list[str] | None, measure: int, seed: int, json: bool
+) -> None:
+    """Predict, measure a sample, print both."""
+    if source.kind == "artifact":
+        raise InputError(f"{name} is a tersor artifact already; inspect the original model instead")
+    if measure < 0:
+        raise InputError(f"--measure {measure} is not a number of predictions; write for example 10, or 0 for none")
+    task = open_task_for(source, choice)
+    with progress_bars(json) as progress:
+        found = predict(source.model, task, formats or SCHEMES, num_measured=measure, seed=seed, progress=progress)
+    if json:
+        print_json({"model": name, "task": task.description, **found.to_dict()})
+        return
+    print_sensitivity(name, found)
+    out.print(f"from the calibration split of: {task.description}", markup=False, highlight=False)
+
+
+def print_sensitivity(name: str, found: Sensitivity) -> None:
+    """The table of predictions, and the sample beside what was measured."""
+    schemes = list(dict.fromkeys(scheme for losses in found.sites.values() for scheme in losses))
+    print_table(
+        f"{name}: predicted loss of each scheme at each site, in {found.unit}; - where it does not fit",
+        ["site", *schemes],
+        [
+            (site, *(f"{losses[scheme]:.2e}" if scheme in losses else "-" for scheme in schemes))
+            for site, losses in found.sites.items()
+        ],
+    )
+    if found.sample:
+        rows = [(m.site, m.scheme, f"{m.predicted:.2e}", f"{m.measured:.2e}") for m in found.sample]
+        print_table("a sample, measured", ["site", "scheme", "predicted", "measured"], rows)
+        out.print(
+            f"rank correlation (Spearman) of predicted and measured: {found.correlation:.2f}, n = {len(found.sample)}",
+            markup=False,
+            highlight=False,
+        )
 
 
 SELECTION = [

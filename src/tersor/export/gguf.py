@@ -23,8 +23,8 @@ from tersor.export.gguf_tokenizer import tokenizer_metadata
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 HOLDS = (
-    f"integer formats per row or in groups of a multiple of {BLOCK} columns, asymmetric ones up to 5 bits, without "
-    f"activations, where the columns are a multiple of {BLOCK}"
+    f"q2_k to q6_k, mxfp4, and integer formats per row or in groups of a multiple of {BLOCK} columns, asymmetric ones "
+    f"up to 5 bits, without activations, where the columns are a multiple of {BLOCK}"
 )
 
 
@@ -80,7 +80,7 @@ class Gguf:
             rows = in_rotary_order(checkpoint, name, blocks.rows)
             writer.add_tensor(names(name), rows.numpy(), raw_dtype=gguf.GGMLQuantizationType[blocks.type])
             rounding = max(rounding, blocks.rounding)
-            if CODE_BITS[blocks.type] > encoded.format.bits:  # type: ignore[attr-defined]
+            if blocks.type in CODE_BITS and CODE_BITS[blocks.type] > encoded.format.bits:  # type: ignore[attr-defined]
                 wider[encoded.format.name] = blocks.type
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -8,6 +8,14 @@ A row is cut into blocks of 32 columns, each with its own fp16 scale `d` (and mi
     Q4_1   d, m, 16 bytes                                code * d + m
     Q5_1   d, m, the fifth bits as uint32, 16 bytes      code * d + m
 
+MXFP4 is an E8M0 byte and the codes laid out as in Q4_0. K-quants (see formats/k_quant.py) have super-blocks of 256:
+
+    Q2_K   16 bytes: scale low, minimum high; low bits; d, m
+    Q3_K   the third bits; low bits; 12 bytes of scales; d
+    Q4_K   d, m, 12 bytes of scales and minima, 4-bit codes
+    Q5_K   d, m, 12 bytes of scales and minima, the fifth bits, low 4 bits
+    Q6_K   low 4 bits, upper 2 bits, 16 signed scales, d
+
 A symmetric integer grid of few bits is a part of a larger one, and a scale that several blocks share is repeated: so
 `int3-g64` is held exactly by Q4_0. Only a minimum may have to be rounded, to fp16.
 """
@@ -20,9 +28,12 @@ from torch import Tensor
 
 from tersor.encoded import Encoded
 from tersor.export.integers import int_group, unsigned_codes
+from tersor.formats.k_quant import SUPER_BLOCK, KQuant
+from tersor.formats.mx import Mxfp4
+from tersor.formats.packing import unpack
 
 BLOCK = 32
-CODE_BITS = {"Q8_0": 8, "Q4_0": 4, "Q5_0": 5, "Q4_1": 4, "Q5_1": 5}
+CODE_BITS = {"Q8_0": 8, "Q4_0": 4, "Q5_0": 5, "Q4_1": 4, "Q5_1": 5}  # of the types that hold integer grids
 
 
 class Blocks(NamedTuple):
@@ -35,6 +46,10 @@ class Blocks(NamedTuple):
 
 def block_type(encoded: Encoded) -> str | None:
     """The smallest type that holds the weight, or None."""
+    if isinstance(encoded.format, KQuant):
+        return encoded.format.name.upper()
+    if isinstance(encoded.format, Mxfp4):
+        return "MXFP4" if encoded.shape[1] % BLOCK == 0 else None
     group = int_group(encoded)
     blocks = encoded.shape[1] % BLOCK == 0 and (group and (group.group_size or BLOCK) % BLOCK == 0)
     if group is None or not blocks:
@@ -48,6 +63,11 @@ def to_blocks(encoded: Encoded) -> Blocks:
     """The weight in the type that `block_type` names."""
     type, group = block_type(encoded), int_group(encoded)
     assert type is not None
+    if isinstance(encoded.format, KQuant):
+        return Blocks(type, k_quant_rows(encoded, encoded.format), rounding=0.0)
+    if isinstance(encoded.format, Mxfp4):
+        codes = interleaved(unpack(encoded.parts["codes"], 4, encoded.shape[1]).unflatten(1, (-1, BLOCK)), bits=4)
+        return Blocks(type, torch.cat([encoded.parts["scale"].unsqueeze(-1), codes], dim=-1).flatten(1), rounding=0.0)
     assert group is not None
     scale = by_block(encoded, encoded.parts["scale"])
     codes = unsigned_codes(encoded).unflatten(1, (-1, BLOCK))
@@ -67,7 +87,7 @@ def to_blocks(encoded: Encoded) -> Blocks:
     if CODE_BITS[type] == 5:
         fields.append(bytes_of(((codes.int() >> 4) << torch.arange(BLOCK)).sum(-1).to(torch.int32)))
         codes = codes & 15
-    fields.append(codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4)
+    fields.append(interleaved(codes, bits=4))
     return Blocks(type, torch.cat(fields, dim=-1).flatten(1), rounding)
 
 
@@ -81,3 +101,49 @@ def by_block(encoded: Encoded, per_group: Float[Tensor, "out groups"]) -> Float[
 def bytes_of(numbers: Tensor) -> UInt8[Tensor, "out blocks bytes"]:
     """Little-endian bytes of one number per block."""
     return numbers.contiguous().unsqueeze(-1).view(torch.uint8)
+
+
+def k_quant_rows(encoded: Encoded, format: KQuant) -> UInt8[Tensor, "out bytes"]:
+    """The same codes, scales and minima in ggml's order."""
+    parts, blocks = encoded.parts, (encoded.shape[1] // SUPER_BLOCK, -1)
+    codes = unpack(parts["codes"], format.bits, encoded.shape[1]).unflatten(1, blocks)
+    if format.bits == 6:
+        scales = parts["block_scale"].view(torch.uint8).unflatten(1, blocks)
+    else:
+        scales = format.block_codes(parts["block_scale"], blocks[0]).unflatten(1, blocks)
+    fields = [bytes_of(parts["scale"])]
+    if not format.kind.symmetric:
+        minima = format.block_codes(parts["block_minimum"], blocks[0]).unflatten(1, blocks)
+        fields.append(bytes_of(parts["minimum"]))
+    if format.bits == 2:
+        fields = [scales | minima << 4, interleaved(codes, bits=2, width=32), *fields]
+    elif format.bits == 3:
+        high = interleaved(codes >> 2, bits=1, width=32)
+        scales = [interleaved(scales & 15, bits=4), interleaved(scales >> 4, bits=2)]
+        fields = [high, interleaved(codes & 3, bits=2, width=32), *scales, *fields]
+    elif format.bits == 6:
+        high = interleaved(codes >> 4, bits=2, width=32)
+        fields = [interleaved(codes & 15, bits=4, width=64), high, scales, *fields]
+    else:
+        # The upper half of the blocks: their upper two bits lie above the lower half's six, the others follow.
+        for six in (scales, minima):
+            fields.append(six[..., :4] | six[..., 4:] >> 4 << 6)
+        fields.append(scales[..., 4:] & 15 | (minima[..., 4:] & 15) << 4)
+        fields += [interleaved(codes >> 4, bits=1, width=32)] if format.bits == 5 else []
+        fields.append(interleaved(codes & 15, bits=4, width=32))
+    return torch.cat(fields, dim=-1).flatten(1)
+
+
+def interleaved(
+    codes: UInt8[Tensor, "out blocks n"], bits: int, width: int | None = None
+) -> UInt8[Tensor, "out blocks bytes"]:
+    """`width` bytes at a time, the first `width` codes in their lowest bits, the next ones above; without a width, one
+    round takes all.
+
+    >>> interleaved(torch.tensor([[[1, 2, 3, 4]]], dtype=torch.uint8), bits=4).tolist()
+    [[[49, 66]]]
+    """
+    num_layers = 8 // bits
+    layers = codes.unflatten(-1, (-1, num_layers, width or codes.shape[-1] // num_layers))
+    shifts = bits * torch.arange(num_layers, dtype=torch.uint8, device=codes.device)
+    return (layers << shifts.unsqueeze(-1)).sum(-2, dtype=torch.uint8).flatten(-2)

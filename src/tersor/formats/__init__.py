@@ -7,6 +7,7 @@ from tersor.formats.contract import Format
 from tersor.formats.float_cast import FloatCast
 from tersor.formats.fp8 import Fp8
 from tersor.formats.int_group import IntGroup
+from tersor.formats.k_quant import KQuant
 from tersor.formats.lowrank import Corrected, LowRank
 from tersor.formats.mx import Mxfp4, Nvfp4
 from tersor.formats.nf4 import Nf4, Nf4Double
@@ -27,6 +28,7 @@ ROWS: list[Format] = [
     *(Fp8(kind, per_tensor) for kind in ("e4m3", "e5m2") for per_tensor in (False, True)),
     Mxfp4(),
     Nvfp4(),
+    *(KQuant(bits) for bits in (6, 5, 4, 3, 2)),
     *(Codebook(num_values, per_tensor) for num_values in (256, 16, 8, 4) for per_tensor in (False, True)),
     Bitmask(),
     SemiStructured(2, 4),

@@ -37,7 +37,7 @@ class AutoRound:
     """
 
     num_steps: int = 100
-    batch_size: int = 8
+    batch_size: int = 4
     scale_rate: float = 0.1
     damping: float = 0.01
     drift: float = 1.0

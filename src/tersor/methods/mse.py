@@ -4,8 +4,8 @@ Choosing the clipping range by squared error goes back to Sung et al. 2015 (http
 OMSE (Choukroun et al. 2019, https://arxiv.org/abs/1902.06822). Here every group tries a row of ranges and keeps the
 best. Small floats also try wider ones, for their levels are uneven: the largest weight of an FP4 block may do better on
 4 than on 6 (four over six). Lopsided levels are tried the other way round as well. Integer grids then fit their scale
-once more by least squares to the codes they chose. Columns are weighted by the loss's curvature where calibration
-measured it. No group ever does worse than `nearest`.
+once more by least squares to the codes they chose; K-quants do so for every range, with their minimum. Columns are
+weighted by the loss's curvature where calibration measured it. No group ever does worse than `nearest`.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,12 @@ from tersor.errors import InputError
 from tersor.formats.codebook import Codebook
 from tersor.formats.contract import Format, Grid, Params, Weight
 from tersor.formats.int_group import IntGroup, by_rows
+from tersor.formats.k_quant import KQuant
 from tersor.methods.kmeans import column_importance, weighted_codebook
 from tersor.stats import Stats
 
 SMALL_FLOATS = (0.7, 1.7)  # the ranges tried for them
+K_QUANTS = (0.6, 1.2)  # and for K-quants, whose least squares do the rest
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,14 @@ class Mse:
 
         plain = format.fit(weight)
         before = lowest = error(plain)
+        if isinstance(format, KQuant):
+            # A minimum beside the scale: every range is a start for least squares in both.
+            for shrink in self.ranges(format):
+                tried = format.refit(weight, format.fit(weight, shrink), importance)
+                found = error(tried)
+                plain = format.chosen(found < lowest, tried, plain)
+                lowest = torch.minimum(found, lowest)
+            return format.refit(weight, format.refit(weight, plain, importance), importance)
         best_range = torch.ones_like(lowest)
         for shrink in self.ranges(format):
             found = error(format.fit(weight, shrink))
@@ -87,7 +97,7 @@ class Mse:
     def ranges(self, format: Grid) -> list[float]:
         """What is tried beside the full range, in fractions of it; negative with the levels turned around."""
         if not isinstance(format, IntGroup):
-            low, high = SMALL_FLOATS
+            low, high = K_QUANTS if isinstance(format, KQuant) else SMALL_FLOATS
             ranges = [low + (high - low) * step / self.num_steps for step in range(self.num_steps + 1)]
             return ranges + [-shrink for shrink in ranges] if format.lopsided else ranges
         ranges = [1 - (1 - self.smallest) * step / self.num_steps for step in range(1, self.num_steps + 1)]

@@ -65,30 +65,33 @@ def pose(weight: Weight, stats: Stats, damping: float, drift: float, reorder: bo
         DataError: the statistics hold NaN or infinity.
     """
     num_columns = weight.shape[1]
-    moment = second_moment(num_columns, stats).double()
-    cross = stats.cross_moment
+    moment, cross = second_moment(num_columns, stats), stats.cross_moment
     for name, matrix in (("second moment", moment), ("cross moment", cross)):
-        if matrix is not None and not torch.isfinite(matrix).all():
+        if matrix is not None and not torch.isfinite(torch.stack(matrix.aminmax())).all():
             raise DataError(f"the {name} of the inputs is not finite: the model overflows on the calibration data")
-    diagonal = moment.diagonal()
+    diagonal = moment.diagonal().double()
     scale = diagonal.mean().item() or 1.0
     # Columns are solved from the end.
     order = diagonal.argsort(stable=True) if reorder else torch.arange(num_columns, device=weight.device)
     for _ in range(12):
-        damped = moment + damping * scale * torch.eye(num_columns, dtype=torch.float64, device=moment.device)
-        factor, failed = torch.linalg.cholesky_ex(damped[order][:, order])
+        permuted = moment[order.unsqueeze(1), order].double()
+        permuted.diagonal().add_(damping * scale)
+        factor, failed = torch.linalg.cholesky_ex(permuted)
+        del permuted  # in the largest sites each copy counts
         if not failed:
             break
         damping = max(10 * damping, 1e-8)
     else:
         raise DataError("the second moment of the inputs has no Cholesky factor; use more calibration data")
-    target = weight
+    factor, target = factor.float(), weight
     if cross is not None and drift > 0:
         # T - W = W (E[x_original x'] - S) (S + damping)^-1: the damping pulls T towards W.
-        gap = (weight @ (cross.to(weight.device).double() - moment).float()) * drift
-        repair = torch.cholesky_solve(gap[:, order].t(), factor.float())
+        gap = (weight @ (cross.to(weight.device) - moment).float()) * drift
+        repair = torch.cholesky_solve(gap[:, order].t(), factor)
         target = weight + repair.t()[:, order.argsort()]
-    return Problem(order, target, damped.float(), factor.float())
+    damped = moment.to(torch.float32, copy=True)
+    damped.diagonal().copy_(diagonal + damping * scale)
+    return Problem(order, target, damped, factor)
 
 
 def second_moment(num_columns: int, stats: Stats) -> Float[Tensor, "in in"]:

@@ -8,13 +8,24 @@ from typing import Any
 from tersor.measure.scorecard import Scorecard
 from tersor.measure.verdict import Verdict
 
+UNMEASURED = "Its quality was not measured, as the original was never in memory whole; `tersor compare` measures both."
 
-def model_card(name: str, manifest: Mapping[str, Any], verdict: Verdict, cards: Sequence[Scorecard]) -> str:
-    """Markdown for the artifact's README.md."""
-    original, compressed = cards
+
+def model_card(
+    name: str, manifest: Mapping[str, Any], verdict: Verdict | None = None, cards: Sequence[Scorecard] = ()
+) -> str:
+    """Markdown for the artifact's README.md. Without scorecards, only the size of the files is told."""
+    if cards:
+        original, compressed = cards
+        rows_and_labels = comparison(original, compressed)
+    else:
+        before, after = manifest["source"]["bytes"], manifest["files"]["model.safetensors"]["bytes"]
+        rows_and_labels = [("weights file", megabytes(before), f"{megabytes(after)} ({before / after:.2f}x smaller)")]
+    headline = verdict.sentence() if verdict else UNMEASURED
+    measured = f"Measured on: {manifest['task']['description']}" if cards else ""
     custom = manifest["model"].get("factory")
     argument = ", model=YourModel()" if custom else ""
-    rows = "\n".join(f"| {label} | {before} | {after} |" for label, before, after in comparison(original, compressed))
+    rows = "\n".join(f"| {label} | {before} | {after} |" for label, before, after in rows_and_labels)
     schemes = Counter(report["scheme"] for report in manifest["site_reports"])
     formats = "\n".join(f"| `{scheme}` | {count} |" for scheme, count in schemes.most_common())
     about = manifest["machine"]
@@ -22,13 +33,13 @@ def model_card(name: str, manifest: Mapping[str, Any], verdict: Verdict, cards: 
 
 `{Path(manifest["source"]["name"]).name}` compressed by tersor {about["tersor"]}.
 
-**{verdict.sentence()}**
+**{headline}**
 
 | | original | compressed |
 |---|---|---|
 {rows}
 
-Measured on: {manifest["task"]["description"]}
+{measured}
 
 ## Load it
 
@@ -46,7 +57,7 @@ model = tersor.load("{name}"{argument})
 
 The whole recipe is in `recipe.yaml`; every number, site and hash is in `tersor.json`.
 
-Measured with torch {about["torch"]}, transformers {about["transformers"]}, Python {about["python"]}, on
+Made with torch {about["torch"]}, transformers {about["transformers"]}, Python {about["python"]}, on
 {about["processor"]} ({about["cpu_capability"]}), seed {manifest["seed"]}.
 """
 

@@ -1,0 +1,91 @@
+"""The job of `tersor compress --stream`: a checkpoint larger than memory, compressed block by block.
+
+Nothing is evaluated: that takes the whole original in memory. `tersor compare` does it where there is room.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tersor.checkpoint.artifact import atomic_folder, read_manifest, write_manifest
+from tersor.checkpoint.streaming import OnBlock, StreamedModel, no_lines
+from tersor.compress import CURVATURE, Progress, WeightsRun, needs_of, silent
+from tersor.errors import InputError
+from tersor.measure.scorecard import machine
+from tersor.recipe import Recipe, WeightsStep
+from tersor.report.card import UNMEASURED, model_card
+from tersor.workflow import TaskChoice, about, open_task_for
+
+
+def compress_streamed(
+    model: str,
+    output: Path,
+    recipe: Recipe | None,
+    *,
+    task_choice: TaskChoice = TaskChoice(),
+    overwrite: bool = False,
+    progress: Progress = silent,
+    on_block: OnBlock = no_lines,
+) -> dict[str, Any]:
+    """Make `output` from a Hugging Face checkpoint with a few blocks of it in memory. Returns the manifest.
+
+    Args:
+        recipe: one weights step; None is what a budget alone would mean.
+        task_choice: gives calibration data; the task is not scored.
+        on_block: called when a block has been written, with its number and how many there are.
+
+    Raises a TersorError with the way out, and then leaves nothing behind.
+    """
+    step = only_step(recipe)
+    assert recipe is not None
+    with atomic_folder(output, overwrite) as folder:
+        torch.manual_seed(recipe.seed)
+        progress("opening the model", 0, 1)
+        streamed = StreamedModel(model, folder, on_block)
+        source = streamed.source
+        task = open_task_for(source, task_choice)
+        run = WeightsRun(streamed.model, step, task, None, recipe.seed, progress, streamed.original, streamed.around)
+        progress("opening the model", 1, 1)
+        run.run()
+        streamed.save(about(source))
+        manifest = read_manifest(folder) | {
+            "source": {"name": source.name, "hashes": source.hashes, "bytes": source.num_bytes},
+            "task": {"name": task.name, "description": task.description, "fingerprint": task.fingerprint},
+            "recipe": recipe.model_dump(mode="json"),
+            "seed": recipe.seed,
+            "limit": None,
+            "site_reports": [report.to_dict() for report in run.reports.values()],
+            "scorecards": [],
+            "verdict": None,
+            "trials": [],
+            "machine": machine(),
+            "notes": [*source.notes, *notes_of(run)],
+        }
+        write_manifest(folder, manifest)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(output.name, manifest), encoding="utf-8")
+    return manifest
+
+
+def only_step(recipe: Recipe | None) -> WeightsStep:
+    """The one step of a recipe that can be done block by block. Raises InputError for any other recipe."""
+    if recipe is None:
+        raise InputError(
+            "--stream cannot share out a budget, which takes all weights at once; say --format int4-g64, --rule or "
+            "--recipe FILE"
+        )
+    if len(recipe.steps) != 1 or not isinstance(recipe.steps[0], WeightsStep):
+        raise InputError(
+            f"--stream does one weights step, and the recipe has {len(recipe.steps)} steps; leave out the others, or "
+            f"--stream"
+        )
+    return recipe.steps[0]
+
+
+def notes_of(run: WeightsRun) -> list[str]:
+    """What the user should know about the result."""
+    notes = [UNMEASURED]
+    if needs_of(run.work.values()) & CURVATURE:
+        notes.append("the curvature of the loss takes the whole model in memory: methods that weigh by it did without")
+    return notes

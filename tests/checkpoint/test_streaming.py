@@ -1,0 +1,222 @@
+"""A checkpoint compressed part by part: the same bytes as in memory, and never more than a few blocks there."""
+
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tersor
+from cli_runner import tersor as run
+from tersor.checkpoint.extents import read_extents, write_extents
+from tersor.checkpoint.streaming import StreamedModel
+from tersor.checkpoint.weights import write_weights
+from tersor.compress import compress
+from tersor.errors import ModelError, TersorError
+from tersor.recipe import Recipe
+from tersor.streamed import compress_streamed
+from tersor.workflow import TaskChoice, open_task_for
+
+NUM_BLOCKS = 5
+
+
+def write_checkpoint(folder, tied=True, dtype=torch.bfloat16, shard_size="10GB"):
+    """A small Llama with a tokenizer of bytes."""
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=NUM_BLOCKS, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied, max_position_embeddings=128, attention_bias=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return folder
+
+
+@pytest.fixture
+def choice(tmp_path):
+    letters = torch.randint(97, 123, (4000,)).tolist()
+    (tmp_path / "text.txt").write_bytes(bytes(letters))
+    return TaskChoice("perplexity", tmp_path / "text.txt", options={"context": 32, "calibration_examples": 8})
+
+
+def in_memory(folder, recipe, choice, output):
+    """What `compress_to_folder` writes, without what it measures."""
+    source = tersor.checkpoint.source.open_model(str(folder))
+    made = compress(source.model, recipe, open_task_for(source, choice))
+    tersor.checkpoint.artifact.save(made.model, output, source=folder)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("tied", "recipe"),
+    [
+        (True, Recipe.of("gptq:int4-g32")),  # the tied head is fitted to its inputs, at the very end
+        (False, Recipe.of("gptq:int3-g32", {"*embed_tokens": "nearest:int8"})),
+        (True, Recipe.of("wanda(sparsity=0.5):bitmask", exclude=["*embed_tokens", "*.2.*"])),
+        (False, Recipe.of("nearest:int8/int8-static", exclude=["lm_head"])),
+        (True, Recipe.of("nearest:int8-g32")),
+        (True, Recipe.of("autoround(num_steps=4):int4-g32", exclude=["*embed_tokens"])),
+    ],
+    ids=["gptq", "untied", "sparse", "static", "without data", "blocks tuned"],
+)
+def test_the_same_bytes_as_in_memory(tied, recipe, choice, tmp_path):
+    folder = write_checkpoint(tmp_path / "model", tied)
+    made = in_memory(folder, recipe, choice, tmp_path / "whole")
+    manifest = compress_streamed(str(folder), tmp_path / "streamed", recipe, task_choice=choice)
+    whole, streamed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "streamed"))
+    assert whole == streamed
+    assert manifest["site_reports"] == [report.to_dict() for report in made.sites]
+    assert [p.name for p in (tmp_path / "streamed").iterdir() if "scratch" in p.name] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_shards_and_a_config_of_another_type(dtype, choice, tmp_path):
+    """As transformers does, weights are cast to the type that the config names."""
+    folder = write_checkpoint(tmp_path / "model", dtype=dtype, shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    recipe = Recipe.of("gptq:int4-g32", exclude=["*embed_tokens"])
+    in_memory(folder, recipe, choice, tmp_path / "whole")
+    compress_streamed(str(folder), tmp_path / "streamed", recipe, task_choice=choice)
+    whole, streamed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "streamed"))
+    assert whole == streamed
+
+
+def test_never_more_than_a_few_blocks_are_there(choice, tmp_path, monkeypatch):
+    """At every forward pass of a block, its own weights are there and those of no other block."""
+    folder = write_checkpoint(tmp_path / "model")
+    seen, around = [], StreamedModel.around
+
+    def there(streamed):
+        """Numbers of weights there, by block; what both models share counts once."""
+        tensors = {}
+        for model in (streamed.model, streamed.original):
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+                if not tensor.is_meta and ".layers." in name:
+                    tensors[tensor.data_ptr()] = (name.split(".")[2], tensor.numel())
+        blocks = {block for block, _ in tensors.values()}
+        return blocks, sum(size for _, size in tensors.values())
+
+    @contextmanager
+    def watched(streamed, part):
+        with around(streamed, part):
+            seen.append((part, *there(streamed)))
+            yield
+            seen.append((part, *there(streamed)))
+        assert there(streamed)[1] == 0
+
+    monkeypatch.setattr(StreamedModel, "around", watched)
+    compress_streamed(str(folder), tmp_path / "out", Recipe.of("gptq:int4-g32"), task_choice=choice)
+    streamed = StreamedModel(str(folder), tmp_path)
+    size = sum(p.numel() for p in streamed.model.model.layers[0].parameters())
+    assert {part for part, _, _ in seen} == {"", *(f"model.layers.{index}" for index in range(NUM_BLOCKS))}
+    assert all(blocks <= {part.split(".")[-1]} for part, blocks, _ in seen if part)
+    assert max(number for _, _, number in seen) <= 2 * size
+
+
+def test_the_artifact_is_an_artifact(choice, tmp_path, capsys):
+    """It loads, it is evaluated and inspected like any other, and says that nobody measured it."""
+    folder = write_checkpoint(tmp_path / "model", tied=False)
+    flags = ["--task", "perplexity", "--data", choice.data, "--task-option", "context=32"]
+    made = run(capsys, "compress", folder, "-o", tmp_path / "out", "--format", "gptq:int4-g32", *flags, "--stream")
+    assert made.status == 0, made.stderr
+    assert [f"block {n}/{NUM_BLOCKS}" in made.stderr for n in range(1, NUM_BLOCKS + 1)] == [True] * NUM_BLOCKS
+    assert "not measured" in made.stderr
+    assert "not measured" in (tmp_path / "out" / "README.md").read_text()
+    manifest = json.loads((tmp_path / "out" / "tersor.json").read_text())
+    assert (manifest["scorecards"], manifest["verdict"]) == ([], None)
+    assert Recipe.from_file(tmp_path / "out" / "recipe.yaml").weights[0].scheme.startswith("gptq")
+    with torch.no_grad():
+        assert torch.isfinite(tersor.load(tmp_path / "out")(torch.arange(8)[None]).logits).all()
+    assert run(capsys, "evaluate", tmp_path / "out", *flags, "--batch", "1", "--json").json["scorecard"]["score"] > 1
+    assert len(run(capsys, "inspect", tmp_path / "out", "--format", "int8", "--json").json["sites"]) == 7 * 5 + 2
+
+
+def damaged(change, tmp_path):
+    folder = write_checkpoint(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+NORM = "model.layers.3.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(NORM), f"lacks {NORM}"),
+        (lambda tensors: tensors.update({NORM: torch.ones(3)}), rf"{NORM} is \(3,\)"),
+        (lambda tensors: tensors[NORM].fill_(torch.nan), f"{NORM}: 64 of 64 values are NaN"),
+    ],
+    ids=["missing", "another shape", "NaN"],
+)
+def test_a_checkpoint_that_does_not_fit_leaves_nothing_behind(change, message, choice, tmp_path):
+    folder = damaged(change, tmp_path)
+    with pytest.raises(ModelError, match=message):
+        compress_streamed(str(folder), tmp_path / "out", Recipe.of("gptq:int4-g32"), task_choice=choice)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "text.txt"}
+
+
+def test_unused_tensors_are_left_out_and_said(choice, tmp_path):
+    folder = damaged(lambda tensors: tensors.update(more=torch.ones(3)), tmp_path)
+    manifest = compress_streamed(str(folder), tmp_path / "out", Recipe.of("nearest:int8"), task_choice=choice)
+    assert any("does not use more" in note for note in manifest["notes"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--size", "1MB"], "--stream cannot share out a budget"),
+        (["--format", "int4-g32", "--transform", "smooth"], "--stream does one weights step"),
+        (["--format", "int4-g7x"], "unknown"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused_at_once(flags, message, tmp_path, capsys):
+    folder = write_checkpoint(tmp_path / "model")
+    made = run(capsys, "compress", folder, "-o", tmp_path / "out", *flags, "--stream")
+    assert made.status == 2
+    assert message in made.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_that_wants_the_curvature_does_without_and_says_so(choice, tmp_path):
+    folder = write_checkpoint(tmp_path / "model")
+    manifest = compress_streamed(str(folder), tmp_path / "out", Recipe.of("mse:int4-g32"), task_choice=choice)
+    assert any("curvature" in note for note in manifest["notes"])
+
+
+@pytest.mark.parametrize("name", ["package.module:factory", "no/such/folder/there"])
+def test_only_folders_are_streamed(name, tmp_path):
+    with pytest.raises(TersorError, match=name):
+        StreamedModel(name, tmp_path)
+
+
+def test_extents_are_safetensors(tmp_path):
+    tensors = {
+        "b": torch.arange(6, dtype=torch.int16).view(2, 3),
+        "a": torch.rand(3).bfloat16(),
+        "é": torch.ones(()),
+        "empty": torch.ones(0, 4, dtype=torch.float16),
+        "small": torch.ones(3).to(torch.float8_e4m3fn),
+    }
+    write_weights(tensors, tmp_path / "one")
+    extents = read_extents(tmp_path / "one")
+    for name, tensor in tensors.items():
+        assert torch.equal(extents[name].read().float(), tensor.float())
+    write_extents(extents, tmp_path / "two")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    whole = (tmp_path / "one").read_bytes()
+    for broken in (whole[:-1], whole[:20], b"", b"\xff" * 16, whole.replace(b"I16", b"I61")):
+        (tmp_path / "broken").write_bytes(broken)
+        with pytest.raises(ModelError, match="not a whole safetensors file"):
+            read_extents(tmp_path / "broken")
