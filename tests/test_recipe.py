@@ -165,9 +165,9 @@ def test_a_pattern_that_matches_nothing_says_the_nearest_site(options):
 def test_a_format_that_does_not_fit_is_refused_before_any_work(monkeypatch):
     module = sys.modules["tersor.compress"]  # `tersor.compress` itself is the function
     monkeypatch.setattr(module, "compress_site", lambda *_: pytest.fail("work had started"))
-    model = nn.Sequential(nn.Linear(64, 8), nn.Linear(24, 8))
-    with pytest.raises(FormatError, match=r"int4-g64: 1 has in=24 columns.*--exclude '1'"):
-        tersor.compress(model, Recipe.of("int4-g64"))
+    model = nn.Sequential(nn.Linear(256, 8), nn.Linear(24, 8))
+    with pytest.raises(FormatError, match=r"q4_k: 1 has in=24 columns.*--exclude '1'"):
+        tersor.compress(model, Recipe.of("q4_k"))
 
 
 @pytest.mark.parametrize(

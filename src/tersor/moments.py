@@ -119,6 +119,8 @@ def mirrored(lower: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
 
 
 def is_convolution(module: nn.Module) -> bool:
+    """Whether the inputs of a module have to be unfolded."""
+    """Whether a module is a convolution as PyTorch runs it, packed or not."""
     return isinstance(module, PackedConv) or type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

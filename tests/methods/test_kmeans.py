@@ -19,8 +19,7 @@ def test_never_worse_than_the_plain_codebook(name):
     format = FORMATS[name]
     for weight in laws.weights_for(format).values():
         for stats in stats_for(weight).values():
-            columns = stats.column_weight
-            importance = torch.ones(weight.shape[1]) if columns is None else columns + 0.01
+            importance = laws.importance(weight, stats)
             if format.per_tensor and stats.row_weight is not None:
                 continue  # rows count differently there, see below
             laws.no_worse_than(Kmeans(), Nearest(), format, weight, stats, importance)

@@ -19,12 +19,11 @@ f64 = np.float64
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_never_worse_than_nearest(name):
-    """In no group, with the loss's curvature and without; a column that never fired counts 1 % of the mean."""
+    """In no group, with statistics and without; a column that never fired counts 1 % of the mean."""
     format = FORMATS[name]
     for weight in laws.weights_for(format).values():
         for stats in stats_for(weight).values():
-            columns = stats.column_weight
-            importance = torch.ones(weight.shape[1]) if columns is None else columns + 0.01
+            importance = laws.importance(weight, stats)
             laws.no_worse_than(Mse(), Nearest(), format, weight, stats, importance)
 
 
@@ -143,8 +142,8 @@ def test_the_inputs_energy_is_preferred_to_the_curvature():
 
 
 def test_searched_takes_every_grid():
-    weight = random(8, 128)
     for name, format in FORMATS.items():
         if isinstance(format, Grid):
-            params = searched(weight, format, torch.ones(128))
+            weight = laws.widened(random(8, 128), format)
+            params = searched(weight, format, torch.ones(weight.shape[1]))
             assert torch.equal(format.encode(weight, params).decode(), format.snap(weight, params)), name

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from laws import odd_weights, same_parts
+from laws import odd_weights, same_parts, widened
 from tersor.formats import FORMATS
 from tersor.methods import Nearest
 from tersor.stats import Stats
@@ -11,7 +11,8 @@ from tersor.stats import Stats
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_is_the_formats_own_fit(name):
-    weight, format = odd_weights()["heavy tails"], FORMATS[name]
+    format = FORMATS[name]
+    weight = widened(odd_weights()["heavy tails"], format)
     parts = Nearest().compress(weight, format, Stats()).parts
     assert same_parts(parts, format.encode(weight, format.fit(weight)).parts)
 

@@ -80,7 +80,7 @@ class KQuant:
         if shape[1] % SUPER_BLOCK == 0:
             return None
         instead = f"int{self.bits}-g32" + ("" if self.kind.symmetric else "-asym")
-        return f"K-quants need a multiple of {SUPER_BLOCK} columns, and there are {shape[1]}; use {instead}"
+        return f"has in={shape[1]} columns, not a multiple of {SUPER_BLOCK}; use {instead}"
 
     def layout(self, shape: tuple[int, int]) -> Layout:
         num_rows, num_columns = shape

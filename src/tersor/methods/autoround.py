@@ -54,7 +54,7 @@ class AutoRound:
     def accepts(self, format: Format) -> str | None:
         if isinstance(format, IntGroup):
             return None
-        return f"autoround learns integer codes, and {format.name} has none; use int4-g64, or the method gptq"
+        return f"autoround learns integer codes, and {format.name} has none; use int4-g64"
 
     def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
         """Where the descent starts; all there is for a site outside the blocks."""
