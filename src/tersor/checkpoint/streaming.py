@@ -6,8 +6,9 @@ end one weights file is put together from there and from the checkpoint, without
 """
 
 import copy
+import ctypes
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tersor.sites import check_has_sites
 from tersor.stream import find_blocks, part_of
 
 OnBlock = Callable[[int, int], None]
+M_MMAP_THRESHOLD, LARGE = -3, 2**20  # the option's number in malloc.h; bytes
 
 
 def no_lines(done: int, total: int) -> None:
@@ -54,6 +56,7 @@ class StreamedModel:
             ModelError: the checkpoint lacks a tensor, or holds it in another shape, or cannot be read.
             InputError: the model cannot be taken apart into blocks.
         """
+        return_memory_at_once()
         self.output, self.scratch, self.on_block = output, Scratch(output / "scratch"), on_block
         folder = folder_of(name)
         config, model_class, files = look_into(name, folder)
@@ -167,6 +170,13 @@ def folder_of(name: str) -> Path:
     if (folder / "tersor.json").exists():
         raise InputError(f"{name} is a tersor artifact already; compress the original model instead")
     return folder if folder.exists() else from_hub(name)
+
+
+def return_memory_at_once() -> None:
+    """Have the C library give every large tensor back to the system when it is freed. glibc otherwise raises, with
+    every one it sees, the size up to which it keeps them, and cannot return them for what small ones lie between."""
+    with suppress(AttributeError, OSError, TypeError):  # other C libraries do without
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def without_weights(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
