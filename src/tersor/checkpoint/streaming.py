@@ -7,6 +7,7 @@ end one weights file is put together from there and from the checkpoint, without
 
 import copy
 import ctypes
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -96,6 +97,7 @@ class StreamedModel:
         yield
         before = self.scratch.num_bytes
         self.unload(part)
+        gc.collect()  # what hooks and frames hold in circles would stay until Python feels like looking
         if part and self.scratch.num_bytes > before:
             self.on_block(self.block_names.index(part) + 1, len(self.block_names))
 

@@ -1,5 +1,6 @@
 """Examples and how a model runs on them: what all tasks share, whatever they score."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,14 +68,16 @@ def consecutive(rows: RowNumbers, batch_size: int) -> list[RowNumbers]:
 @contextmanager
 def scoring(model: nn.Module) -> Iterator[None]:
     """No gradients and evaluation mode; every module's own training flag is restored afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
+    flags = [(weakref.ref(module), module.training) for module in model.modules()]  # some may be replaced inside
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, training in flags:
-            module.training = training
+        for reference, training in flags:
+            module = reference()
+            if module is not None:
+                module.training = training
 
 
 def device_of(model: nn.Module) -> torch.device:
