@@ -3,10 +3,9 @@
     python benchmarks/smollm2.py --assets FOLDER [--rows SCHEME ...] [--results FILE] [--write]
 
 A row is a scheme over the linear weights of the decoder, embeddings and head kept (after `TRANSFORM | `, if any), or
-`plan(bits=B)`: the allocator's
-choice under a budget of B bits per parameter of the whole file, embeddings and head inside. Each runs in a process of
-its own and is appended to FILE (JSON lines), so that a run that was stopped goes on where it was; `--write` puts
-everything in FILE into benchmarks/smollm2.md. The protocol is that of protocol.py.
+`plan(bits=B)`: the allocator's choice under a budget of B bits per parameter of the whole file, embeddings and head
+inside. Each runs in a process of its own and is appended to FILE (JSON lines), so that a run that was stopped goes on
+where it was; `--write` puts everything in FILE into benchmarks/smollm2.md. The protocol is that of protocol.py.
 """
 
 from __future__ import annotations
@@ -129,8 +128,9 @@ def recipe_of(row: str, model: Any, task: Any) -> Any:
 
 def line(result: dict[str, Any]) -> str:
     bits = f"{result['bits']:.2f}" if result["bits"] else "16"
+    row = result["row"].replace("|", "\\|")  # or it would end the cell
     return (
-        f"| `{result['row']}` | {bits} | {number(result['perplexity'])} | {result['kl']:.3f} "
+        f"| `{row}` | {bits} | {number(result['perplexity'])} | {result['kl']:.3f} "
         f"| {result['file_bytes'] / 1e6:.1f} | {result['cpu']:.0f} | {result['peak_rss'] / 1e6:.0f} |"
     )
 
