@@ -62,6 +62,7 @@ class Row(NamedTuple):
 ROWS = [
     Row("llmcompressor", "gptq", 4, symmetric=False),
     Row("tersor", "gptq", 4),
+    Row("tersor", "gptq(drift=0)", 4),
     Row("llmcompressor", "gptq", 3, symmetric=False),
     Row("tersor", "gptq", 3),
     Row("llmcompressor", "gptq", 2, symmetric=False),
@@ -70,7 +71,6 @@ ROWS = [
     Row("tersor", "autoround", 3),
     Row("auto-round", "autoround", 2),
     Row("tersor", "autoround", 2),
-    Row("llmcompressor", "gptq", 4, symmetric=False, dtype="float32"),
 ]
 
 
