@@ -1,10 +1,12 @@
 """The one loop: every step of the recipe over every site it names."""
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from tersor.sites import Site, find_sites
 from tersor.stats import Stats
 from tersor.stream import BlockRun, find_blocks, part_of
 from tersor.tasks.contract import Task
+from tersor.training import Curve, Job, TrainingStep
+from tersor.training.journal import Journal
 from tersor.transforms.contract import Transform
 from tersor.walk import Around, Chosen, Walk
 
@@ -55,6 +59,7 @@ class Compressed:
     model: nn.Module
     recipe: Recipe
     sites: list[SiteReport]
+    curves: list[Curve] = field(default_factory=list)
 
 
 def compress(
@@ -63,6 +68,7 @@ def compress(
     task: Task | None = None,
     *,
     stats: Mapping[str, Stats] | None = None,
+    journal: Path | None = None,
     progress: Progress = silent,
 ) -> Compressed:
     """Compress a copy of `model` as the recipe says; the model itself is left as it was.
@@ -70,24 +76,51 @@ def compress(
     Args:
         task: gives calibration data to the methods that ask for statistics; without it they do without.
         stats: statistics already gathered for this model and task.
+        journal: folder for the checkpoints of steps that train; a run that was killed goes on from there.
         progress: called with what is done, how many sites are done, and of how many.
 
     Raises:
         FormatError: a scheme does not fit a site's shape (before any work starts).
         ModelError: a weight is not finite.
     """
-    model_copy = copy_but_sites(model)
+    job = Job(copy_but_sites(model), model, task, recipe.seed, progress)
     reports: dict[str, SiteReport] = {}
-    for step in recipe.steps:
+    for number, step in enumerate(recipe.steps):
         if isinstance(step, TransformStep):
-            apply_transform(model_copy, recipe.transform_of(step), task, seed=recipe.seed, progress=progress)
+            apply_transform(job.model, recipe.transform_of(step), task, seed=recipe.seed, progress=progress)
             stats = None  # they described the model before
+        elif isinstance(step, TrainingStep):
+            own_shared_weights(job.model, model)
+            job.journal = (
+                Journal(journal / f"step-{number}.safetensors", key_of(model, recipe, task)) if journal else None
+            )
+            step.run(job)
+            stats = None
         else:
-            weights = WeightsRun(model_copy, step, task, stats, recipe.seed, progress)
+            weights = WeightsRun(job.model, step, task, stats, recipe.seed, progress)
             weights.run()
-            reports |= weights.reports
-    own_shared_weights(model_copy, model)
-    return Compressed(model_copy, recipe, list(reports.values()))
+            check_masks(job, reports := reports | weights.reports)
+    own_shared_weights(job.model, model)
+    return Compressed(job.model, recipe, list(reports.values()), job.curves)
+
+
+def key_of(model: nn.Module, recipe: Recipe, task: Task | None) -> str:
+    """What the checkpoints of a run depend on, as a hash."""
+    sums = [f"{name} {parameter.detach().double().sum().item()}" for name, parameter in model.named_parameters()]
+    data = [task.fingerprint, task.description] if task else []
+    return hashlib.sha256("\0".join([recipe.to_yaml(), *data, *sums]).encode()).hexdigest()
+
+
+def check_masks(job: Job, reports: Mapping[str, SiteReport]) -> None:
+    """Raises FormatError where a method gave weights back that a pruning step had taken."""
+    for site in find_sites(job.model):
+        mask = job.masks.masks.get(site.name)
+        if mask is not None and site.matrix(job.model)[~mask].any():
+            scheme = reports[site.name].scheme if site.name in reports else "a step"
+            raise FormatError(
+                f"{site.name}: {scheme} fills weights that an earlier step pruned; use a method that leaves zeros as "
+                f"they are (mse, nearest, or kept for formats with a mask), or exclude it with --exclude '{site.name}'"
+            )
 
 
 def apply_transform(

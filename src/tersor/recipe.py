@@ -11,14 +11,16 @@
         '*.embeddings.*': int8-g32
       exclude: ['*.pooler.*']
 
-New kinds of step (training, structure, ...) join the union `Step`.
+The kinds of step are the table `STEPS`; those that train are in training/.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
@@ -27,6 +29,7 @@ from tersor.errors import InputError, TersorError, UnknownName
 from tersor.formats.contract import Format, Grid
 from tersor.schemes import KEEP, Scheme, parse_options, parse_rule, spell_options
 from tersor.sites import Site
+from tersor.training import TRAINING_STEPS, TrainingStep
 from tersor.transforms import TRANSFORMS
 from tersor.transforms.contract import Transform
 
@@ -95,10 +98,12 @@ def kind_of(step: Any) -> str:
     return step.get("step", "weights") if isinstance(step, dict) else getattr(step, "step", "weights")
 
 
-Step = Annotated[
-    Annotated[WeightsStep, Tag("weights")] | Annotated[TransformStep, Tag("transform")], Discriminator(kind_of)
-]
-KINDS = ("weights", "transform")
+STEPS: dict[str, type[BaseModel]] = {"weights": WeightsStep, "transform": TransformStep, **TRAINING_STEPS}
+KINDS = tuple(STEPS)
+if TYPE_CHECKING:
+    Step = WeightsStep | TransformStep | TrainingStep
+else:
+    Step = Annotated[reduce(or_, (Annotated[k, Tag(name)] for name, k in STEPS.items())), Discriminator(kind_of)]
 
 
 class Recipe(BaseModel):
@@ -130,6 +135,11 @@ class Recipe(BaseModel):
         weights = {"scheme": scheme, "rules": rules or {}, "exclude": tuple(exclude)}
         steps = [*({"step": "transform", "transform": text} for text in transforms), weights]
         return cls.validated({"seed": seed, "steps": steps}, "the recipe")
+
+    @property
+    def trains(self) -> bool:
+        """Whether any step trains."""
+        return any(isinstance(step, TrainingStep) for step in self.steps)
 
     @property
     def weights(self) -> tuple[WeightsStep, ...]:

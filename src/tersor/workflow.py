@@ -5,6 +5,7 @@ folder appears under its own name only when everything went well.
 """
 
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from tersor.sites import check_has_sites, find_sites
 from tersor.stats import Stats
 from tersor.tasks import Task, open_task
 from tersor.tasks.progress import score
+from tersor.training.loop import check_trainable
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class TaskChoice:
     data: Path | None = None
     calibration: Path | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    train: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,8 @@ def compress_to_folder(
     if recipe is None and given is None:
         check_reachable(source.model, step, formats or CANDIDATES, limit)
     task = open_task_for(source, task_choice)
+    if recipe is not None and recipe.trains:
+        check_trainable(task, "the recipe")
     task.prepare(source.model)
     original = score(task, source.model, progress, "evaluating the original")
     stats: dict[str, Stats] = {}
@@ -138,7 +143,8 @@ def compress_to_folder(
                 source.model, task, original, menus, tolerance, stats, seed=seed, progress=progress, on_trial=on_trial
             )
             recipe = defensible(trials, tolerance)
-    made = compress(source.model, recipe, task, stats=stats, progress=progress)
+    journal = output.with_name(f".{output.name}.journal") if recipe.trains else None
+    made = compress(source.model, recipe, task, stats=stats, journal=journal, progress=progress)
     with atomic_folder(output, overwrite) as folder:
         save(made.model, folder, source=source.folder, manifest=about(source))
         loaded = load(folder, model=call_factory(source.architecture) if source.kind == "custom" else None)
@@ -164,11 +170,14 @@ def compress_to_folder(
             "site_reports": [report.to_dict() for report in made.sites],
             "verdict": verdict.to_dict(),
             "trials": [{"bytes": t.num_bytes, "score": t.score, "verdict": t.verdict.to_dict()} for t in trials],
+            "training": [curve.to_dict() for curve in made.curves],
             "machine": machine(),
-            "notes": [*source.notes, *unreached(stats)],
+            "notes": [*source.notes, *unreached(stats), *(note for curve in made.curves for note in curve.notes)],
         }
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         cards = record(folder, output.name, manifest, verdict, cards)
+    if journal is not None:
+        shutil.rmtree(journal, ignore_errors=True)
     return Outcome(output, recipe, made.sites, cards, verdict, limit, trials, task.description, manifest)
 
 
@@ -268,6 +277,7 @@ def open_task_for(source: Source, choice: TaskChoice) -> Task:
         config=config,
         model_folder=source.folder,
         calibration=choice.calibration,
+        train=choice.train,
         options=choice.options,
     )
 

@@ -25,6 +25,9 @@ Data = Annotated[
 Calibration = Annotated[
     Path | None, typer.Option(help="Separate calibration data. Without it, a part of --data is held out.")
 ]
+Train = Annotated[
+    Path | None, typer.Option(help="Data to train on, as --data is written. Arrays may bring x_train, y_train instead.")
+]
 TaskOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -38,9 +41,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Threads = Annotated[int, typer.Option(help="CPU threads for latency.")]
 
 
-def task_choice(task: str | None, data: Path | None, calibration: Path | None, options: list[str] | None) -> TaskChoice:
+def task_choice(
+    task: str | None,
+    data: Path | None,
+    calibration: Path | None,
+    options: list[str] | None,
+    train: Path | None = None,
+) -> TaskChoice:
     """The task's flags as the library takes them."""
-    return TaskChoice(task, data, calibration, dict(key_value(text, "--task-option") for text in options or []))
+    return TaskChoice(task, data, calibration, dict(key_value(text, "--task-option") for text in options or []), train)
 
 
 def key_value(text: str, flag: str) -> tuple[str, Any]:

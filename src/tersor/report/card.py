@@ -28,7 +28,7 @@ def model_card(
     rows = "\n".join(f"| {label} | {before} | {after} |" for label, before, after in rows_and_labels)
     schemes = Counter(report["scheme"] for report in manifest["site_reports"])
     formats = "\n".join(f"| `{scheme}` | {count} |" for scheme, count in schemes.most_common())
-    about = manifest["machine"]
+    about, training = manifest["machine"], trained(manifest.get("training", ()))
     return f"""# {name}
 
 `{Path(manifest["source"]["name"]).name}` compressed by tersor {about["tersor"]}.
@@ -55,10 +55,34 @@ model = tersor.load("{name}"{argument})
 |---|---|
 {formats}
 
-The whole recipe is in `recipe.yaml`; every number, site and hash is in `tersor.json`.
+{training}The whole recipe is in `recipe.yaml`; every number, site and hash is in `tersor.json`.
 
 Made with torch {about["torch"]}, transformers {about["transformers"]}, Python {about["python"]}, on
 {about["processor"]} ({about["cpu_capability"]}), seed {manifest["seed"]}.
+"""
+
+
+def trained(curves: Sequence[Mapping[str, Any]]) -> str:
+    """A table of what was trained, empty where nothing was."""
+    if not curves:
+        return ""
+    rows = []
+    for curve in curves:
+        scores = " to ".join(f"{score:.4f}" for _, score in curve["scores"][:1] + curve["scores"][-1:])
+        loss = f"{curve['losses'][0]:.4g} to {curve['losses'][-1]:.4g}"
+        cells = [
+            curve["name"],
+            f"{curve['num_steps']:,}",
+            loss,
+            f"{curve['metric']} {scores}",
+            f"{curve['seconds']:.0f}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    table = "\n".join(rows)
+    return f"""| training | steps | loss | held-out score | seconds |
+|---|---|---|---|---|
+{table}
+
 """
 
 

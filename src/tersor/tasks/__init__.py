@@ -12,7 +12,7 @@ from typing import Any
 
 from tersor.errors import DataError, UnknownName
 from tersor.tasks.classification import open_classification
-from tersor.tasks.contract import Output, Split, Task
+from tersor.tasks.contract import Output, Split, Task, Trainable
 from tersor.tasks.custom import open_custom
 from tersor.tasks.inputs import Batch
 from tersor.tasks.options import check_options
@@ -21,7 +21,7 @@ from tersor.tasks.similarity import open_similarity
 from tersor.tasks.source import Source
 from tersor.tasks.unlabelled import open_fidelity
 
-__all__ = ["TASKS", "Batch", "Output", "Source", "Split", "Task", "open_task", "task_options"]
+__all__ = ["TASKS", "Batch", "Output", "Source", "Split", "Task", "Trainable", "open_task", "task_options"]
 
 TASKS: dict[str, Callable[..., Task]] = {
     "classification": open_classification,
@@ -39,13 +39,14 @@ def open_task(
     config: Any = None,
     model_folder: Path | None = None,
     calibration: Path | None = None,
+    train: Path | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Task:
     """Open a task by name, or a user's own by `package.module:factory`; None is `fidelity`.
 
     `data` None makes fidelity read standard-library docstrings. `calibration` is a separate file (or folder) to
-    calibrate on; all of `data` is then evaluated. `options` are those of `task_options(name)`; a user's own factory
-    takes none, and is called with `data=` only where data is given.
+    calibrate on, `train` one to train on; all of `data` is then evaluated. `options` are those of `task_options(name)`;
+    a user's own factory takes none, and is called with `data=` only where data is given.
 
     Raises UnknownName for a name not in the table, InputError for an unknown or impossible option, DataError for data
     that is missing, malformed, empty or of the wrong kind.
@@ -53,13 +54,14 @@ def open_task(
     name = "fidelity" if name is None else name
     if ":" in name:
         check_options(name, options or {}, [])
-        if calibration is not None:
-            raise DataError(f"task '{name}' brings its own calibration data; leave out {calibration}")
+        for given in (calibration, train):
+            if given is not None:
+                raise DataError(f"task '{name}' brings its own calibration and training data; leave out {given}")
         return open_custom(name, None if data is None else Path(data))
     if name not in TASKS:
         raise UnknownName("task", name, [*TASKS, "package.module:factory"])
-    paths = [None if path is None else Path(path) for path in (data, calibration, model_folder)]
-    source = Source(paths[0], paths[1], tokenizer, config, paths[2])
+    paths = [None if path is None else Path(path) for path in (data, calibration, model_folder, train)]
+    source = Source(paths[0], paths[1], tokenizer, config, paths[2], paths[3])
     return TASKS[name](source, **check_options(name, options or {}, task_options(name)))
 
 

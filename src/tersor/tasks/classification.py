@@ -1,6 +1,6 @@
 """Classification: arrays, image folders or texts with labels; the metric is accuracy.
 
-data.npz                    x, y or x_test, y_test, and optionally x_train, y_train (which then calibrate)
+data.npz                    x, y or x_test, y_test, and optionally x_train, y_train (which then train and calibrate)
 folder/class_name/*.png     classes in sorted order, or by the model's label2id
 data.csv (.tsv, .jsonl)     text,label; or any columns with a header naming text (or sentence) and label
 """
@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from tersor.errors import DataError, InputError
 from tersor.scores import METRICS, Scores
-from tersor.tasks.arrays import ArrayInputs, Numbers, check_same_shape, examples, find_name, read_npz
+from tersor.tasks.arrays import ArrayInputs, Arrays, Numbers, check_same_shape, examples, find_name, read_npz
+from tersor.tasks.augment import augmented, check_augment
 from tersor.tasks.contract import Output, Split
-from tersor.tasks.encoder import MAX_LENGTH, tokenize
+from tersor.tasks.encoder import MAX_LENGTH, Texts, tokenize
 from tersor.tasks.images import find_images, open_images
-from tersor.tasks.inputs import Batch, Inputs, batches, check_classes, scatter, scoring
+from tersor.tasks.inputs import Batch, Inputs, batches, check_classes, epoch, scatter, scoring
 from tersor.tasks.labels import Label, class_numbers
 from tersor.tasks.source import Source
 from tersor.tasks.split import Rows, split_rows
@@ -27,6 +30,7 @@ from tersor.tasks.table import is_table, read_rows, read_texts
 from tersor.tasks.text import fingerprint
 
 COLUMNS = {"text": ("text", "sentence"), "label": ("label",)}
+Sizes = tuple[int, int, int]  # examples of the data, for calibration, for training
 EXPECTED = ".npz arrays, a folder of class_name/picture.png, or a csv, tsv or jsonl file with text,label"
 
 
@@ -36,6 +40,7 @@ class Classification:
 
     Attributes:
         labels: class numbers, -1 for calibration examples without one, `[example]`.
+        augment: what is done to pictures in training: `flip`, `shift` (augment.py).
     """
 
     inputs: Inputs
@@ -46,9 +51,28 @@ class Classification:
     batch_size: int
     name: str = "classification"
     output: Output = "logits"
+    augment: tuple[str, ...] = ()
+
+    @property
+    def num_train(self) -> int:
+        return len(self.rows.train)
 
     def prepare(self, original: nn.Module) -> None:
         """Nothing: the labels come with the data."""
+
+    def epoch(self, seed: int, batch_size: int | None = None) -> Iterator[Batch]:
+        """The train split in an order drawn from `seed`, pictures augmented."""
+        size = self.batch_size if batch_size is None else batch_size
+        for number, batch in enumerate(epoch(self.inputs, self.rows.train, size, seed)):
+            yield augmented(batch, self.augment, (seed, number)) if self.augment else batch
+
+    def loss(self, output: Float[Tensor, "row class_"], batch: Batch) -> Float[Tensor, ""]:
+        """Mean cross-entropy, in nats."""
+        labels = self.labels[batch.rows]
+        if (labels < 0).any():
+            raise DataError("the train split has examples without a label: label them, or distil from a teacher alone")
+        check_classes(output, max(2, int(self.labels.max()) + 1))
+        return cross_entropy(output.float(), torch.from_numpy(labels).to(output.device))
 
     def batches(self, split: Split, batch_size: int | None = None) -> Iterator[Batch]:
         """The split's examples (32 texts or 128 images at a time); `labels[batch.rows]` are theirs."""
@@ -83,6 +107,7 @@ def open_classification(
     image_size: int | None = None,
     mean: Numbers = 0.0,
     std: Numbers = 1.0,
+    augment: str | tuple[str, ...] = (),
     max_examples: int | None = None,
     calibration_examples: int = 128,
 ) -> Classification:
@@ -90,39 +115,47 @@ def open_classification(
     data = source.need_data("classification", EXPECTED)
     inputs: Inputs
     if data.is_dir():
-        paths, labels, num = _read_folder(data, source.calibration)
+        paths, labels, sizes = _read_folder(data, source)
         inputs = open_images(paths, image_size=image_size, mean=mean, std=std)
         unit, how, default_batch = "pictures", f"size {image_size}" if image_size else "size as stored", 128
     elif data.suffix.lower() == ".npz":
-        parts, labels = _read_arrays(data, source.calibration)
-        inputs, num = ArrayInputs(parts, mean, std), len(parts[0])
+        parts, labels, sizes = _read_arrays(data, source)
+        inputs = ArrayInputs(parts, mean, std)
         unit, how, default_batch = "rows", f"shape {list(parts[0].shape[1:])}", 128
     else:
-        texts, labels, num = _read_texts(data, source)
+        texts, labels, sizes = _read_texts(data, source)
         inputs = tokenized = tokenize(texts, source, max_length=max_length, embedding=False)
         unit, how, default_batch = "rows", tokenized.description, 32
     numbers, note = class_numbers(labels, source.config, numeric=not data.is_dir())
     rows = split_rows(
-        num,
-        len(labels) - num,
+        *sizes,
         calibration_examples=calibration_examples,
         max_examples=max_examples,
         unit=unit,
         separate=source.calibration_name or "x_train",
+        train_name=source.train_name or "x_train",
     )
     description = "; ".join(filter(None, [f"classification on {data.name}: {rows.description}", how, note]))
-    return Classification(inputs, numbers, rows, description, fingerprint(data), batch_size or default_batch)
+    chosen = check_augment((augment,) if isinstance(augment, str) else augment, isinstance(inputs, Texts))
+    size = batch_size or default_batch
+    return Classification(inputs, numbers, rows, description, fingerprint(data), size, augment=chosen)
 
 
-def _read_folder(data: Path, calibration: Path | None) -> tuple[list[Path], list[Label], int]:
+def _read_folder(data: Path, source: Source) -> tuple[list[Path], list[Label], Sizes]:
     paths = find_images(data)
     labels = [Label(_class_of(path, data), str(path)) for path in paths]
-    if calibration is None:
-        return paths, labels, len(paths)
-    if not calibration.is_dir():
-        raise DataError(f"{calibration}: expected a folder of pictures, as the data is one")
-    more = find_images(calibration)
-    return paths + more, labels + [Label(None, str(path)) for path in more], len(paths)
+    extra: list[Path] = []
+    train: list[Path] = []
+    for folder in filter(None, (source.calibration, source.train)):
+        if not folder.is_dir():
+            raise DataError(f"{folder}: expected a folder of pictures, as the data is one")
+    if source.calibration is not None:
+        extra = find_images(source.calibration)
+        labels += [Label(None, str(path)) for path in extra]
+    if source.train is not None:
+        train = find_images(source.train)
+        labels += [Label(_class_of(path, source.train), str(path)) for path in train]
+    return paths + extra + train, labels, (len(paths), len(extra), len(train))
 
 
 def _class_of(path: Path, folder: Path) -> str:
@@ -132,27 +165,37 @@ def _class_of(path: Path, folder: Path) -> str:
     return parts[0]
 
 
-def _read_arrays(data: Path, calibration: Path | None) -> tuple[tuple[np.ndarray, ...], list[Label]]:
-    """Input arrays (data, then calibration), and labels for all their rows."""
+def _read_arrays(data: Path, source: Source) -> tuple[tuple[np.ndarray, ...], list[Label], Sizes]:
+    """Input arrays (data, then calibration, then training), and labels for all their rows."""
     arrays = read_npz(data)
-    x_name = find_name(data, arrays, ("x_test", "x"))
-    x = examples(data, arrays, x_name)
-    y_name = find_name(data, arrays, (x_name.replace("x", "y"),))
-    labels = _array_labels(data, arrays[y_name], y_name, len(x))
-    if calibration is not None:
-        others = read_npz(calibration)
-        more = examples(calibration, others, find_name(calibration, others, ("x_train", "x", "x_test")))
-        labels = labels + [Label(None, str(calibration))] * len(more)
-    elif "x_train" in arrays:
-        more = examples(data, arrays, "x_train")
-        if "y_train" in arrays:
-            labels = labels + _array_labels(data, arrays["y_train"], "y_train", len(more))
-        else:
-            labels = labels + [Label(None, str(data))] * len(more)
-    else:
-        return (x,), labels
-    check_same_shape(calibration or data, (x, more))
-    return (x, more), labels
+    x, labels = _labelled_arrays(data, arrays, ("x_test", "x"))
+    parts, extra = [x], x[:0]
+    if source.calibration is not None:
+        others = read_npz(source.calibration)
+        extra = examples(source.calibration, others, find_name(source.calibration, others, ("x_train", "x", "x_test")))
+        check_same_shape(source.calibration, (x, extra))
+        labels = labels + [Label(None, str(source.calibration))] * len(extra)
+    elif "x_train" in arrays and "y_train" not in arrays and source.train is None:
+        extra = examples(data, arrays, "x_train")
+        check_same_shape(data, (x, extra))
+        labels = labels + [Label(None, str(data))] * len(extra)
+    train, train_labels = x[:0], []
+    if source.train is not None:
+        train, train_labels = _labelled_arrays(source.train, read_npz(source.train), ("x_train", "x"))
+        check_same_shape(source.train, (x, train))
+    elif {"x_train", "y_train"} <= set(arrays):
+        train, train_labels = _labelled_arrays(data, arrays, ("x_train",))
+        check_same_shape(data, (x, train))
+    parts += [part for part in (extra, train) if len(part)]
+    return tuple(parts), labels + train_labels, (len(x), len(extra), len(train))
+
+
+def _labelled_arrays(path: Path, arrays: Arrays, names: tuple[str, ...]) -> tuple[np.ndarray, list[Label]]:
+    """The first of some arrays that there is, and its labels: `y` for `x`."""
+    x_name = find_name(path, arrays, names)
+    x = examples(path, arrays, x_name)
+    y_name = find_name(path, arrays, (x_name.replace("x", "y"),))
+    return x, _array_labels(path, arrays[y_name], y_name, len(x))
 
 
 def _array_labels(path: Path, y: np.ndarray, name: str, num: int) -> list[Label]:
@@ -172,14 +215,22 @@ def _array_labels(path: Path, y: np.ndarray, name: str, num: int) -> list[Label]
     return [Label(str(text), f"{path}, {name}[{i}]") for i, text in enumerate(texts)]
 
 
-def _read_texts(data: Path, source: Source) -> tuple[list[str], list[Label], int]:
+def _read_texts(data: Path, source: Source) -> tuple[list[str], list[Label], Sizes]:
     source.need_tokenizer(str(data))
-    if not is_table(data):
-        raise DataError(f"{data}: plain text has no labels; expected {EXPECTED}")
-    rows = read_rows(data, COLUMNS)
-    texts = [row.cells["text"] for row in rows]
-    labels = [Label(row.cells["label"].strip(), f"{data}, line {row.line}") for row in rows]
-    if source.calibration is None:
-        return texts, labels, len(texts)
-    more = read_texts(source.calibration)
-    return texts + more, labels + [Label(None, str(source.calibration))] * len(more), len(texts)
+    texts, labels = _labelled_texts(data)
+    num, extra, train = len(texts), [], []
+    if source.calibration is not None:
+        extra = read_texts(source.calibration)
+        labels += [Label(None, str(source.calibration))] * len(extra)
+    if source.train is not None:
+        train, train_labels = _labelled_texts(source.train)
+        labels += train_labels
+    return texts + extra + train, labels, (num, len(extra), len(train))
+
+
+def _labelled_texts(path: Path) -> tuple[list[str], list[Label]]:
+    if not is_table(path):
+        raise DataError(f"{path}: plain text has no labels; expected {EXPECTED}")
+    rows = read_rows(path, COLUMNS)
+    labels = [Label(row.cells["label"].strip(), f"{path}, line {row.line}") for row in rows]
+    return [row.cells["text"] for row in rows], labels

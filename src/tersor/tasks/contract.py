@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tersor.scores import Scores
 
-Split = Literal["calibration", "eval"]
+Split = Literal["calibration", "eval", "train"]
 Output = Literal["logits", "embedding", "values"]
 
 
@@ -43,7 +43,7 @@ class Task(Protocol):
     def batches(self, split: Split, batch_size: int | None = None) -> Iterator[Any]:
         """The split's batches, in a fixed order; `batch_size` None lets the task choose.
 
-        The two splits share no rows. tersor's own tasks give `Batch(rows, inputs)` (inputs.py), on the CPU.
+        No two splits share rows. tersor's own tasks give `Batch(rows, inputs)` (inputs.py), on the CPU.
         """
 
     def forward(self, model: nn.Module, batch: Any) -> Tensor:
@@ -51,3 +51,22 @@ class Task(Protocol):
 
     def score(self, model: nn.Module, split: Split = "eval") -> Scores:
         """One row per example, in the order of the data; no gradients, in evaluation mode, which is then undone."""
+
+
+@runtime_checkable
+class Trainable(Task, Protocol):
+    """A task that a model can be trained on.
+
+    Attributes:
+        num_train: examples of the train split; 0 where no training data was given.
+    """
+
+    @property
+    def num_train(self) -> int: ...
+
+    def epoch(self, seed: int, batch_size: int | None = None) -> Iterator[Any]:
+        """The train split's batches once, in an order (and with augmentation) that depends on `seed` alone."""
+
+    def loss(self, output: Tensor, batch: Any) -> Tensor:
+        """The mean loss of a batch of the train split, a scalar, for what `forward` gave. Raises DataError where an
+        example has no label."""

@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tersor.errors import InputError
+from tersor.errors import DataError, InputError
 from tersor.scores import METRICS, Scores
 from tersor.tasks.contract import Output, Split
-from tersor.tasks.inputs import Batch, Inputs, batches, check_classes, scatter, scoring
+from tersor.tasks.inputs import Batch, Inputs, batches, check_classes, epoch, scatter, scoring
 from tersor.tasks.split import Rows
 
 FLOAT32_BYTES = 2**30
@@ -69,6 +69,20 @@ class Fidelity:
                     raise InputError("the original model gives NaN on the fidelity data; nothing can agree with it")
                 reference.outputs.append(_stored(output, reference.dtype).cpu())
         self.reference = reference
+
+    @property
+    def num_train(self) -> int:
+        return len(self.rows.train)
+
+    def epoch(self, seed: int, batch_size: int | None = None) -> Iterator[Batch]:
+        """The train split in an order drawn from `seed`."""
+        return epoch(self.inputs, self.rows.train, self.batch_size if batch_size is None else batch_size, seed)
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """Raises DataError: there are no labels."""
+        raise DataError(
+            "fidelity reads unlabelled data: distil from a teacher alone (alpha 0), or name a task with labels"
+        )
 
     def batches(self, split: Split, batch_size: int | None = None) -> Iterator[Batch]:
         """The split's examples in a fixed order."""

@@ -60,6 +60,19 @@ def batches(inputs: Inputs, rows: RowNumbers, batch_size: int) -> Iterator[Batch
         yield inputs.batch(chunk)
 
 
+MIXED = 64  # batches among which texts of like length are put together in training
+
+
+def epoch(inputs: Inputs, rows: RowNumbers, batch_size: int, seed: int) -> Iterator[Batch]:
+    """All rows once, as batches in an order drawn from `seed`."""
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; expected 1 or more")
+    order = np.random.default_rng(seed).permutation(rows)
+    for part in consecutive(order, MIXED * batch_size):
+        for chunk in inputs.chunks(part, batch_size):
+            yield inputs.batch(chunk)
+
+
 def consecutive(rows: RowNumbers, batch_size: int) -> list[RowNumbers]:
     """Rows in the order given, `batch_size` at a time."""
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]

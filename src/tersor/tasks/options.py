@@ -15,20 +15,29 @@ HELP = {
     "image_size": "resize the shorter side to this and crop the centre square",
     "mean": "subtracted from pixels on the [0, 1] scale: one number or one per channel",
     "std": "what pixels are then divided by: one number or one per channel",
+    "augment": "what is done to pictures in training: flip, shift, or both as flip,shift",
     "max_examples": "evaluate a random subset of this many",
     "calibration_examples": "examples for calibration, at most",
 }
 NUMBERS = ("mean", "std")
+NAMES = ("augment",)
 
 
 def check_options(task: str, options: Mapping[str, Any], known: list[str]) -> dict[str, Any]:
-    """The options with their values checked: whole numbers from 1, or for mean and std one number or several."""
+    """The options with their values checked: whole numbers from 1, for mean and std one number or
+    several, or names."""
     for name in options:
         if name not in known:
             raise InputError(f"task '{task}' has no option '{name}'; it takes {', '.join(known)}")
     given = {name: value for name, value in options.items() if value is not None}
-    checks: dict[bool, Callable[[str, Any], Any]] = {True: _numbers, False: _count}
-    return {name: checks[name in NUMBERS](name, value) for name, value in given.items()}
+    return {name: check_of(name)(name, value) for name, value in given.items()}
+
+
+def check_of(name: str) -> Callable[[str, Any], Any]:
+    """The check of an option's value; names are checked by the task that knows them."""
+    if name in NAMES:
+        return lambda name, value: value
+    return _numbers if name in NUMBERS else _count
 
 
 def _count(name: str, value: Any) -> int:

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from tersor.scores import METRICS, Scores
 from tersor.tasks.contract import Output, Split
-from tersor.tasks.inputs import Batch, batches, scatter, scoring
+from tersor.tasks.inputs import Batch, batches, epoch, scatter, scoring
 from tersor.tasks.source import Source
 from tersor.tasks.split import Rows
 from tersor.tasks.text import fingerprint, read_text
@@ -39,6 +39,19 @@ class Perplexity:
 
     def prepare(self, original: nn.Module) -> None:
         """Nothing: the text is its own answer."""
+
+    @property
+    def num_train(self) -> int:
+        return len(self.rows.train)
+
+    def epoch(self, seed: int, batch_size: int | None = None) -> Iterator[Batch]:
+        """The train windows in an order drawn from `seed`."""
+        return epoch(self.windows, self.rows.train, self.batch_size if batch_size is None else batch_size, seed)
+
+    def loss(self, output: Float[Tensor, "window position vocab"], batch: Batch) -> Float[Tensor, ""]:
+        """Mean negative log-likelihood of every token but the first, in nats."""
+        targets = batch.inputs["input_ids"][:, 1:].to(output.device)
+        return cross_entropy(output[:, :-1].flatten(0, 1).float(), targets.flatten())
 
     def batches(self, split: Split, batch_size: int | None = None) -> Iterator[Batch]:
         """The split's windows, `batch_size` (4) at a time, in the order of the text."""
@@ -97,6 +110,7 @@ def open_perplexity(
         max_tokens=max_tokens,
         max_examples=max_examples,
         calibration_text=None if source.calibration is None else read_text(source.calibration),
+        train_text=None if source.train is None else read_text(source.train),
         calibration_examples=calibration_examples,
     )
     length = windows.ids.shape[1]

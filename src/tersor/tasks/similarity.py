@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tersor.errors import InputError
+from tersor.errors import DataError, InputError
 from tersor.scores import METRICS, Scores
 from tersor.tasks.contract import Output, Split
 from tersor.tasks.encoder import MAX_LENGTH, Texts, tokenize
-from tersor.tasks.inputs import Batch, batches, scatter, scoring
+from tersor.tasks.inputs import Batch, batches, consecutive, scatter, scoring
 from tersor.tasks.source import Source
 from tersor.tasks.split import Rows, split_rows
 from tersor.tasks.table import is_table, read_rows, to_number
@@ -47,6 +48,31 @@ class Similarity:
 
     def prepare(self, original: nn.Module) -> None:
         """Nothing: the scores come with the data."""
+
+    @property
+    def num_train(self) -> int:
+        return len(self.rows.train)
+
+    def epoch(self, seed: int, batch_size: int | None = None) -> Iterator[Batch]:
+        """Both sentences of each train pair, one after the other, in an order drawn from `seed`."""
+        order = np.random.default_rng(seed).permutation(self.rows.train)
+        for chunk in consecutive(order, self.batch_size if batch_size is None else batch_size):
+            yield self.sentences.batch(self.pairs[chunk].reshape(-1))
+
+    def loss(self, output: Float[Tensor, "sentence dim"], batch: Batch) -> Float[Tensor, ""]:
+        """Mean squared difference of cosine and human score, the largest score being 1 (Reimers and Gurevych 2019,
+        https://arxiv.org/abs/1908.10084)."""
+        target = self.target[self.pair_of(batch)]
+        if np.isnan(target).any():
+            raise DataError("the train split was read from plain text and has no scores: distil from a teacher alone")
+        wanted = torch.from_numpy(target / np.nanmax(self.target)).to(output)
+        left, right = output.unflatten(0, (-1, 2)).unbind(1)
+        return ((left * right).sum(-1) - wanted).square().mean()
+
+    def pair_of(self, batch: Batch) -> Int[np.ndarray, " pair"]:
+        """The pairs of a train batch."""
+        order = np.argsort(self.pairs[:, 0], kind="stable")
+        return order[np.searchsorted(self.pairs[order, 0], batch.rows[::2])]
 
     def batches(self, split: Split, batch_size: int | None = None) -> Iterator[Batch]:
         """The split's sentences, `batch_size` (32) at a time; `batch.rows` are sentence numbers."""
@@ -81,18 +107,20 @@ def open_similarity(
     data = source.need_data("similarity", "a csv, tsv or jsonl file with sentence1,sentence2,score")
     source.need_tokenizer(str(data))
     sentences, pairs, target = _read_pairs(data)
-    num = len(pairs)
-    if source.calibration is not None:
-        more_sentences, more_pairs, more_target = _read_pairs(source.calibration, plain_text=True)
-        pairs = np.concatenate([pairs, more_pairs + len(sentences)])
-        target = np.concatenate([target, more_target])
-        sentences = sentences + more_sentences
+    sizes = [len(pairs), 0, 0]
+    for place, file in ((1, source.calibration), (2, source.train)):
+        if file is not None:
+            more_sentences, more_pairs, more_target = _read_pairs(file, plain_text=True)
+            pairs = np.concatenate([pairs, more_pairs + len(sentences)])
+            target = np.concatenate([target, more_target])
+            sentences = sentences + more_sentences
+            sizes[place] = len(more_pairs)
     rows = split_rows(
-        num,
-        len(pairs) - num,
+        *sizes,
         calibration_examples=calibration_examples,
         max_examples=max_examples,
         separate=source.calibration_name,
+        train_name=source.train_name,
     )
     texts = tokenize(sentences, source, max_length=max_length, embedding=True)
     description = f"similarity on {data.name}: {rows.description}; {texts.description}, Spearman of cosine"

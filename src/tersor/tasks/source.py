@@ -13,7 +13,8 @@ class Source:
 
     Attributes:
         data: file or folder; None only where a task has a fallback.
-        calibration: a separate file or folder for calibration; None holds out a part of `data`.
+        calibration: a separate file or folder for calibration; None holds out a part of `train`, or else of `data`.
+        train: a separate file or folder to train on, or None.
         tokenizer: the model's Hugging Face tokenizer, or None.
         config: the model's Hugging Face configuration, or None.
         model_folder: where the model lies (`1_Pooling/config.json` is read from it), or None.
@@ -24,6 +25,12 @@ class Source:
     tokenizer: Any = None
     config: Any = None
     model_folder: Path | None = None
+    train: Path | None = None
+
+    @property
+    def train_name(self) -> str:
+        """What tables call the training data; empty without it."""
+        return "" if self.train is None else self.train.name
 
     @property
     def calibration_name(self) -> str:
@@ -36,6 +43,8 @@ class Source:
             raise DataError(f"task '{task}' needs data: {expected}")
         if not self.data.exists():
             raise DataError(f"{self.data}: no such file or folder; task '{task}' expects {expected}")
+        if self.train is not None and not self.train.exists():
+            raise DataError(f"{self.train}: no such file or folder to train on; task '{task}' expects {expected}")
         return self.data
 
     def need_tokenizer(self, what: str) -> Any:

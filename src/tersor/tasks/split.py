@@ -4,7 +4,7 @@ Rows are numbered through: the data's first, then those of a separate calibratio
 same data always splits the same way.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Int
@@ -13,21 +13,23 @@ from tersor.errors import DataError, InputError
 from tersor.tasks.contract import Split
 
 SEED = 0
+SPLITS = ("calibration", "eval", "train")
 RowNumbers = Int[np.ndarray, " _"]
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The two splits, as row numbers, and the sentence that describes them."""
+    """The splits, as row numbers, and the sentence that describes them."""
 
     calibration: RowNumbers
     eval: RowNumbers
     description: str
+    train: RowNumbers = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def __getitem__(self, split: Split) -> RowNumbers:
-        if split not in ("calibration", "eval"):
-            raise InputError(f"unknown split '{split}': expected 'calibration' or 'eval'")
-        return self.calibration if split == "calibration" else self.eval
+        if split not in SPLITS:
+            raise InputError(f"unknown split '{split}': expected {' or '.join(map(repr, SPLITS))}")
+        return getattr(self, split)
 
 
 def choose(num: int, wanted: int) -> RowNumbers:
@@ -44,22 +46,32 @@ def choose(num: int, wanted: int) -> RowNumbers:
 def split_rows(
     num: int,
     num_separate: int = 0,
+    num_train: int = 0,
     *,
     calibration_examples: int,
     max_examples: int | None = None,
     unit: str = "rows",
     separate: str = "",
+    train_name: str = "",
 ) -> Rows:
-    """Split `num` rows of data, followed by `num_separate` rows read from a calibration source named `separate`.
+    """Split `num` rows of data, followed by `num_separate` rows read from a calibration source named `separate`, and
+    by `num_train` rows of training data named `train_name`.
 
-    Without separate rows, min(`calibration_examples`, 10 %) of the data, at least one, is held out. `max_examples`
-    keeps a random subset for evaluation.
+    Without separate rows, `calibration_examples` are held out: at most half of the training data, or where there is
+    none 10 % of the data, at least one. `max_examples` keeps a random subset for evaluation.
     """
+    first = num + num_separate
+    train = np.arange(first, first + num_train, dtype=np.int64)
     if num_separate:
         calibration = num + choose(num_separate, calibration_examples)
         judged = np.arange(num, dtype=np.int64)
         of = f" of {num_separate:,}" if len(calibration) < num_separate else ""
         tail = f"{len(calibration):,}{of} {unit} from {separate} for calibration"
+    elif num_train > 1:
+        calibration = train[choose(num_train, min(calibration_examples, num_train // 2))]
+        train = np.setdiff1d(train, calibration)
+        judged = np.arange(num, dtype=np.int64)
+        tail = f"{len(calibration):,} held out of {train_name} for calibration"
     else:
         if num < 2:
             raise DataError(f"{num} {unit} cannot be split: give at least 2, or a separate calibration file")
@@ -71,4 +83,5 @@ def split_rows(
         judged = judged[choose(len(judged), max_examples)]
     else:
         head = f"{len(judged):,} {unit} for evaluation"
-    return Rows(calibration, judged, f"{head}, {tail}")
+    trained = f", {len(train):,} of {train_name} for training" if len(train) else ""
+    return Rows(calibration, judged, f"{head}, {tail}{trained}", train)

@@ -39,6 +39,7 @@ MODES = {  # how the end of an architecture's name in config.json tells what the
 }
 
 Example = TypeVar("Example", str, Path)
+Sizes = tuple[int, int, int]  # examples of the data, for calibration, for training
 Opened = tuple[Inputs, Rows, str, int]  # inputs, split, how they are read, default batch size
 
 
@@ -105,58 +106,61 @@ def fit_memory(rows: Rows, lengths: Int[np.ndarray, " example"], source: Source)
 def _open_pictures(
     data: Path, source: Source, limits: dict[str, int], image_size: int | None, mean: Numbers, std: Numbers
 ) -> Opened:
-    paths, num = _with_calibration(find_images(data), source, find_images)
+    paths, sizes = _with_others(find_images(data), source, find_images)
     inputs = open_images(paths, image_size=image_size, mean=mean, std=std)
-    rows = split_rows(num, len(paths) - num, unit="pictures", separate=source.calibration_name, **limits)
+    rows = split_rows(*sizes, unit="pictures", separate=source.calibration_name, train_name=source.train_name, **limits)
     return inputs, rows, f"size {image_size}" if image_size else "size as stored", 128
 
 
 def _open_arrays(data: Path, source: Source, limits: dict[str, int], mean: Numbers, std: Numbers) -> Opened:
-    parts, separate = _read_arrays(data, source)
-    rows = split_rows(len(parts[0]), sum(map(len, parts[1:])), unit="rows", separate=separate, **limits)
+    parts, sizes = _read_arrays(data, source)
+    names = {"separate": source.calibration_name or "x_train", "train_name": source.train_name or "x_train"}
+    rows = split_rows(*sizes, unit="rows", **names, **limits)  # type: ignore[arg-type]
     return ArrayInputs(parts, mean, std), rows, f"shape {list(parts[0].shape[1:])}", 128
 
 
 def _open_windows(source: Source, limits: dict[str, int], context: int | None, max_tokens: int | None) -> Opened:
     calibration = None if source.calibration is None else _whole_text(source.calibration)
+    train = None if source.train is None else _whole_text(source.train)
+    texts = {"calibration_text": calibration, "train_text": train}
     text = _whole_text(source.data)
-    inputs, rows = open_windows(
-        text, source, context=context, max_tokens=max_tokens, calibration_text=calibration, **limits
-    )
+    inputs, rows = open_windows(text, source, context=context, max_tokens=max_tokens, **texts, **limits)
     width = inputs.ids.shape[1]
     rows = fit_memory(rows, np.full(len(inputs), width, dtype=np.int64), source)
     return inputs, rows, f"context {width}, no special tokens", 4
 
 
 def _open_texts(source: Source, limits: dict[str, int], mode: str, max_length: int) -> Opened:
-    texts, num = _with_calibration(_texts(source.data), source, read_texts)
+    texts, sizes = _with_others(_texts(source.data), source, read_texts)
     inputs = tokenize(texts, source, max_length=max_length, embedding=mode == "embedding")
-    rows = split_rows(num, len(texts) - num, unit="texts", separate=source.calibration_name, **limits)
+    rows = split_rows(*sizes, unit="texts", separate=source.calibration_name, train_name=source.train_name, **limits)
     if mode == "token logits":
         rows = fit_memory(rows, inputs.lengths, source)
     return inputs, rows, inputs.description, 32
 
 
-def _with_calibration(
+def _with_others(
     items: list[Example], source: Source, read: Callable[[Path], list[Example]]
-) -> tuple[list[Example], int]:
-    """The data's items followed by the calibration source's, and how many are the data's."""
-    return items + (read(source.calibration) if source.calibration is not None else []), len(items)
+) -> tuple[list[Example], Sizes]:
+    """The data's items followed by those for calibration and for training, and how many there are of each."""
+    others = [read(path) if path is not None else [] for path in (source.calibration, source.train)]
+    return items + others[0] + others[1], (len(items), len(others[0]), len(others[1]))
 
 
-def _read_arrays(data: Path, source: Source) -> tuple[tuple[Shaped[np.ndarray, " _ *shape"], ...], str]:
-    """Inputs for evaluation and, if separate, for calibration; and where those come from."""
+def _read_arrays(data: Path, source: Source) -> tuple[tuple[Shaped[np.ndarray, " _ *shape"], ...], Sizes]:
+    """Inputs for evaluation, for calibration and for training, and how many there are of each."""
     arrays = read_npz(data)
     x = examples(data, arrays, find_name(data, arrays, ("x_test", "x")))
-    if source.calibration is not None:
-        others = read_npz(source.calibration)
-        more = examples(source.calibration, others, find_name(source.calibration, others, ("x_train", "x", "x_test")))
-    elif "x_train" in arrays:
-        more = examples(data, arrays, "x_train")
-    else:
-        return (x,), ""
-    check_same_shape(source.calibration or data, (x, more))
-    return (x, more), source.calibration_name or "x_train"
+    parts = [x, x[:0], x[:0]]
+    for place, path in ((1, source.calibration), (2, source.train)):
+        if path is not None:
+            others = read_npz(path)
+            parts[place] = examples(path, others, find_name(path, others, ("x_train", "x", "x_test")))
+            check_same_shape(path, (x, parts[place]))
+    if "x_train" in arrays and source.train is None:
+        parts[2] = examples(data, arrays, "x_train")
+        check_same_shape(data, (x, parts[2]))
+    return tuple(part for part in parts if len(part)), (len(x), len(parts[1]), len(parts[2]))
 
 
 def _texts(path: Path | None) -> list[str]:

@@ -42,6 +42,10 @@ class Windows:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def first_few(self, num: int) -> "Windows":
+        """The first `num` windows."""
+        return Windows(self.ids[:num], self.first[:num])
+
     def chunks(self, rows: RowNumbers, batch_size: int) -> list[RowNumbers]:
         return consecutive(rows, batch_size)
 
@@ -71,6 +75,7 @@ def open_windows(
     max_tokens: int | None = None,
     max_examples: int | None = None,
     calibration_text: str | None = None,
+    train_text: str | None = None,
     calibration_examples: int,
 ) -> tuple[Windows, Rows]:
     """Cut a text into windows and split them.
@@ -86,18 +91,26 @@ def open_windows(
     ids = token_ids(text, source)[:max_tokens]
     starts = window_starts(len(ids), context, stride)
     windows = cut(ids, starts, context, np.where(starts == 0, 1, context - stride).clip(1))
-    if calibration_text is not None:
-        extra = calibration_windows(token_ids(calibration_text, source), context, calibration_examples)
-        both = Windows(np.concatenate([windows.ids, extra.ids]), np.concatenate([windows.first, extra.first]))
+    if calibration_text is not None or train_text is not None:
+        extra = train = windows.first_few(0)
+        if calibration_text is not None:
+            extra = calibration_windows(token_ids(calibration_text, source), context, calibration_examples)
+        if train_text is not None:
+            tokens = token_ids(train_text, source)
+            starts = window_starts(len(tokens), context, context)
+            train = cut(tokens, starts, context, np.ones(len(starts)))
         rows = split_rows(
             len(windows),
             len(extra),
+            len(train),
             calibration_examples=calibration_examples,
             max_examples=max_examples,
             unit="windows",
             separate=source.calibration_name,
+            train_name=source.train_name,
         )
-        return both, rows
+        together = (windows, extra, train)
+        return Windows(np.concatenate([w.ids for w in together]), np.concatenate([w.first for w in together])), rows
     return windows, hold_out(starts, context, stride, calibration_examples, max_examples)
 
 

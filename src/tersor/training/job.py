@@ -1,0 +1,34 @@
+"""What a recipe's training step works on."""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from tersor.tasks.contract import Task
+from tersor.training.journal import Journal
+from tersor.training.loop import Curve, Progress, silent
+from tersor.training.masks import Masks
+
+
+@dataclass
+class Job:
+    """A model on its way through the steps of a recipe.
+
+    Attributes:
+        model: as the steps so far have made it; a training step changes it in place or puts another here. It owns its
+            parameters: nothing of `original` changes with it.
+        original: as the recipe was given it; the usual teacher. Never changed.
+        task: its train split is trained on.
+        masks: which weights pruning steps have set to zero; every later step holds them there.
+        journal: where the step's checkpoints go.
+        curves: how each training went.
+    """
+
+    model: nn.Module
+    original: nn.Module
+    task: Task | None
+    seed: int = 0
+    progress: Progress = silent
+    masks: Masks = field(default_factory=Masks)
+    journal: Journal | None = None
+    curves: list[Curve] = field(default_factory=list)

@@ -1,0 +1,44 @@
+"""What every step that trains takes: how long, how fast, with what optimizer."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TrainingStep(BaseModel):
+    """The fields that all training steps share; field = recipe key.
+
+    Attributes:
+        epochs: passes over the train split; a fraction is allowed.
+        num_steps: optimizer steps; where given, `epochs` does not count.
+        batch_size: examples of one forward pass.
+        accumulate: forward passes whose gradients make one optimizer step.
+        learning_rate: at its peak, after `warmup`.
+        warmup: the fraction of the steps in which the learning rate rises from 0.
+        schedule: how it falls after that: `cosine` and `linear` to 0, `constant` not at all.
+        weight_decay: of matrices; biases and norms have none.
+        clip_norm: gradients longer than this are shortened to it; None: never.
+        precision: of the forward pass; weights and optimizer states stay as the model has them.
+        gradient_checkpointing: activations are computed twice instead of kept (Hugging Face models).
+        num_evaluations: how often, evenly over the steps, the held-out calibration split is scored.
+        patience: evaluations without a better score after which training stops, and the best weights are taken back;
+            None: it never stops early, and the last weights are kept.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: float = Field(default=3, gt=0)
+    num_steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=5e-5, gt=0, allow_inf_nan=False)
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    optimizer: Literal["adamw", "sgd", "adamw-8bit"] = "adamw"
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    gradient_checkpointing: bool = False
+    num_evaluations: int = Field(default=5, ge=0)
+    patience: int | None = Field(default=None, ge=1)
