@@ -28,6 +28,7 @@ import laws
 import tersor
 from tersor.cli import app
 from tersor.cli.formats import DATA, bits_per_weight
+from tersor.cli.methods import about
 from tersor.formats import FORMATS
 from tersor.methods import METHODS
 from tersor.schemes import usual_method
@@ -225,13 +226,13 @@ def test_manifest_keys_are_all_described(ran):
 def methods_table() -> str:
     rows = ["| method | what it does | options | reads | formats |", "|---|---|---|---|---|"]
     for name, method in METHODS.items():
-        about = (sys.modules[method.__module__].__doc__ or "").strip().splitlines()[0]
         options = ", ".join(f"`{f.name}={f.default}`" for f in fields(method)) or "none"  # type: ignore[arg-type]
         accepted = [format for format in FORMATS if method().accepts(FORMATS[format]) is None]
         families = list(dict.fromkeys(family(format) for format in accepted))
         asym = ", `-asym` only" if len(accepted) > 1 and all(format.endswith("-asym") for format in accepted) else ""
         listed = "all" if len(accepted) == len(FORMATS) else ", ".join(f"`{f}`" for f in families) + asym
-        rows.append(f"| `{name}` | {about} | {options} | {', '.join(sorted(method().needs)) or 'no data'} | {listed} |")
+        needs = ", ".join(sorted(method().needs)) or "no data"
+        rows.append(f"| `{name}` | {about(method)} | {options} | {needs} | {listed} |")
     return "\n".join(rows)
 
 

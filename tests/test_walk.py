@@ -2,12 +2,14 @@
 
 import copy
 import gc
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from laws import random, same_bits
 from tersor.activations import ACTIVATIONS, Activation
@@ -15,7 +17,8 @@ from tersor.errors import DataError
 from tersor.formats import FORMATS
 from tersor.moments import Moments, has_inputs, inputs_of, takes_inputs
 from tersor.sites import find_sites
-from tersor.stream import find_blocks
+from tersor.spill import Spill
+from tersor.stream import Stream, find_blocks
 from tersor.walk import Chosen, Walk
 from zoo import GQA, REMARKS, ZOO, outputs, pretrained
 
@@ -377,6 +380,63 @@ def test_experts_are_not_paired_with_other_tokens():
     assert seen["router"].cross_moment is not None
     assert sum(seen[f"experts.{index}"].num_tokens for index in range(2)) == 35
     assert all(seen[f"experts.{index}"].cross_moment is None for index in range(2))
+
+
+class Biased(nn.Module):
+    """Blocks that are told a mask of examples `[example, position]` and an offset of positions `[position]`."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(BiasedBlock() for _ in range(2))
+
+    def forward(self, x, mask):
+        offset = torch.arange(float(x.shape[1]))
+        for layer in self.layers:
+            x = layer(x, offset, mask=mask)
+        return x
+
+
+class BiasedBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x, offset, mask):
+        return self.linear(x + offset[:, None]) * mask[:, :, None]
+
+
+def test_a_block_runs_on_some_of_the_examples():
+    """As many examples as positions: only what has an axis of examples is cut."""
+    torch.manual_seed(4)
+    model, original = Biased(), Biased()
+    x, mask, examples, seen = random(6, 6, 8), random(6, 6, seed=1), torch.tensor([4, 1]), []
+
+    def refine(run, chosen):
+        weights = {site.name: made.encoded.decode() for site, made in chosen.items()}
+        seen.append((run(weights, examples), run(weights, torch.arange(6))))
+        return {}
+
+    walked(model, original, Toy({"x": x, "mask": mask}), refine=refine)
+    assert len(seen) == 2
+    with torch.no_grad():
+        outputs, targets = model(x, mask), original(x, mask)
+    for (some, some_targets), (every, all_targets) in seen:
+        torch.testing.assert_close(some, every[examples])
+        assert torch.equal(some_targets, all_targets[examples])
+    torch.testing.assert_close(seen[-1][0], (outputs[examples], targets[examples]))
+
+
+def test_no_hidden_states_outlive_their_block():
+    """What every block was called with says nothing of the first block's input, which would stay for the whole walk."""
+    model, x = Biased(), random(5, 6, 8)
+    stream = Stream(model, Toy({"x": x, "mask": random(5, 6)}), ["layers.0", "layers.1"], Spill(0))
+    with torch.no_grad():
+        stream.stem(0, {"x": x, "mask": random(5, 6)})
+        first = weakref.ref(stream.hidden[0])
+        stream.block(0, True, 0)
+    assert first() is None
+    kept = [t for call in stream.calls[0] for t in tree_leaves([call.args, call.kwargs]) if isinstance(t, Tensor)]
+    assert {tuple(t.shape) for t in kept} == {(6,), (5, 6)}
 
 
 def test_blocks_that_were_given_a_forward_keep_it():

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tersor.modules import PackedConv, PackedLinear, PackedProjection
-from tersor.sites import Site, is_linear
+from tersor.sites import Site, is_convolution, is_linear
 from tersor.stats import Stats
 
 CHUNK = 2**12  # inputs at a time
@@ -25,15 +25,15 @@ class Moments:
     Args:
         needs: the fields of `Stats` to gather; what is not asked for costs nothing.
         seed: of the sample.
+        groups: every one of them takes its turn in the inputs, row after row, and gets a mean of its own.
     """
 
-    def __init__(self, num_features: int, needs: frozenset[str], seed: int = 0):
-        self.needs = needs
+    def __init__(self, num_features: int, needs: frozenset[str], seed: int = 0, groups: int = 1):
+        self.needs, self.groups = needs, groups
         self.num_tokens = 0
-        self.weight = 0.0
         self.second = torch.zeros(num_features, num_features) if "second_moment" in needs else None
         self.gap: Tensor | None = None
-        self.sum = torch.zeros(num_features, dtype=torch.float64)
+        self.sum = torch.zeros(groups, num_features, dtype=torch.float64)
         self.largest = torch.zeros(num_features)
         self.sample: Tensor | None = None
         self.sample_keys = torch.empty(0)
@@ -43,33 +43,27 @@ class Moments:
         self,
         x: Float[Tensor, "token in"],
         original: Float[Tensor, "token in"] | None = None,
-        token_weight: Float[Tensor, " token"] | None = None,
     ) -> None:
         """Take in some inputs; `original` are the same tokens' inputs in the original model."""
-        for start in range(0, len(x), CHUNK):
-            part = slice(start, start + CHUNK)
-            self.add_part(
-                x[part],
-                None if original is None else original[part],
-                None if token_weight is None else token_weight[part],
-            )
+        size = max(1, CHUNK // self.groups) * self.groups
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            self.add_part(x[part], None if original is None else original[part])
 
-    def add_part(self, x: Tensor, original: Tensor | None, token_weight: Tensor | None) -> None:
+    def add_part(self, x: Tensor, original: Tensor | None) -> None:
         self.num_tokens += len(x)
-        self.weight += len(x) if token_weight is None else float(token_weight.sum())
         wide = x.float()
-        self.sum += wide.sum(0).double().cpu()
+        self.sum += wide.unflatten(0, (-1, self.groups)).sum(0).double().cpu()
         self.largest = torch.maximum(self.largest, wide.abs().amax(0).cpu())
         if "sample" in self.needs:
             self.keep_sample(wide)
         if self.second is not None:
             self.second = self.second.to(x.device)
             exact = x if x.dtype is torch.bfloat16 and x.device.type == "cpu" else wide
-            add_square(self.second, exact if token_weight is None else wide * token_weight.sqrt().unsqueeze(-1))
+            add_square(self.second, exact)
         if original is not None and "cross_moment" in self.needs:
             # Only the gap to the original is small enough to be summed in the model's own precision.
-            gap = original - x if token_weight is None else (original - x) * token_weight.unsqueeze(-1).to(x.dtype)
-            product = (gap.t() @ x).float()
+            product = ((original - x).t() @ x).float()
             self.gap = product if self.gap is None else self.gap.add_(product)
 
     def keep_sample(self, x: Tensor) -> None:
@@ -83,13 +77,12 @@ class Moments:
         """The averages; without a single input, nothing."""
         if not self.num_tokens:
             return Stats()
-        weight = self.weight or 1.0
-        second = None if self.second is None else mirrored(self.second / weight)
-        cross = second + self.gap / weight if second is not None and self.gap is not None else None
+        second = None if self.second is None else mirrored(self.second / self.num_tokens)
+        cross = second + self.gap / self.num_tokens if second is not None and self.gap is not None else None
         return Stats(
             second_moment=second,
             cross_moment=cross,
-            mean=(self.sum / self.num_tokens).float(),
+            mean=(self.sum * self.groups / self.num_tokens).float().squeeze(0),
             largest=self.largest,
             sample=self.sample,
             num_tokens=self.num_tokens,
@@ -118,10 +111,9 @@ def mirrored(lower: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
     return lower.tril() + lower.tril(-1).t()
 
 
-def is_convolution(module: nn.Module) -> bool:
-    """Whether the inputs of a module have to be unfolded."""
-    """Whether a module is a convolution as PyTorch runs it, packed or not."""
-    return isinstance(module, PackedConv) or type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def groups_of(module: nn.Module) -> int:
+    """Into how many groups a module parts its inputs, each of which meets rows of its own."""
+    return int(module.groups) if is_convolution(module) else 1  # type: ignore[arg-type]
 
 
 def takes_inputs(module: nn.Module) -> bool:
@@ -153,13 +145,13 @@ def inputs_of(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> Itera
 
 
 def patches(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d | PackedConv, x: Tensor) -> Float[Tensor, "token in"]:
-    """The unfolded inputs of a convolution `[positions, channels / groups * kernel]`, those of all groups together."""
+    """The unfolded inputs of a convolution `[positions * groups, channels / groups * kernel]`."""
     padding = [int(side) for p in reversed(conv.padding) for side in (p, p)]  # type: ignore[call-overload]
     x = nn.functional.pad(x, padding)
     for axis, (size, stride, dilation) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)):
         x = x.unfold(2 + axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    # [example, channel, positions..., kernel...] -> [example, group, positions..., channel of the group, kernel...]
+    # [example, channel, positions..., kernel...] -> [example, positions..., group, channel of the group, kernel...]
     num_axes = len(conv.kernel_size)
     x = x.unflatten(1, (conv.groups, -1))
-    x = x.permute(0, 1, *range(3, 3 + num_axes), 2, *range(3 + num_axes, 3 + 2 * num_axes))
+    x = x.permute(0, *range(3, 3 + num_axes), 1, 2, *range(3 + num_axes, 3 + 2 * num_axes))
     return x.reshape(-1, conv.in_channels // conv.groups * torch.Size(conv.kernel_size).numel())

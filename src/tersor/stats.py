@@ -15,7 +15,7 @@ class Stats:
             per example, in the loss of the task's output (see calibrate.py). Columns have mean one.
         second_moment: `S = E[x x']` over tokens, where x is the site's input in the model compressed so far.
         cross_moment: `E[x_original x']`, where x_original is the same token's input in the original model.
-        mean: `E[x]`.
+        mean: `E[x]`; for a grouped convolution, that of each group.
         largest: the largest `|x|` of every input feature.
         sample: a few hundred inputs x, drawn at random.
         num_tokens: how many inputs the moments are averaged over.
@@ -25,7 +25,7 @@ class Stats:
     column_weight: Float[Tensor, " in"] | None = None
     second_moment: Float[Tensor, "in in"] | None = None
     cross_moment: Float[Tensor, "in in"] | None = None
-    mean: Float[Tensor, " in"] | None = None
+    mean: Float[Tensor, "*group in"] | None = None
     largest: Float[Tensor, " in"] | None = None
     sample: Float[Tensor, "token in"] | None = None
     num_tokens: int = 0

@@ -23,20 +23,50 @@ class Stop(BaseException):
 
 @dataclass
 class Call:
-    """How a block was called for one batch."""
+    """How a block was called for one batch, apart from the hidden states, which do not outlive the block.
 
+    Attributes:
+        by_position: whether the hidden states came first, or as `hidden_states=`.
+        args, kwargs: the other arguments.
+    """
+
+    by_position: bool
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    @property
-    def hidden(self) -> Tensor:
-        return self.args[0] if self.args else self.kwargs["hidden_states"]
+    @classmethod
+    def of(cls, *args: Any, **kwargs: Any) -> "Call":
+        kept = {name: without_cache(value) for name, value in kwargs.items() if args or name != "hidden_states"}
+        return cls(bool(args), tuple(map(without_cache, args[1:])), kept)
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block on other hidden states."""
-        if self.args:
-            return block(hidden, *self.args[1:], **self.kwargs)
-        return block(**{**self.kwargs, "hidden_states": hidden})
+    def run(self, block: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+        """The block on some hidden states."""
+        if self.by_position:
+            return block(hidden, *self.args, **self.kwargs)
+        return block(*self.args, **{**self.kwargs, "hidden_states": hidden})
+
+    def take(self, examples: Tensor, num_examples: int, single: "Call") -> "Call":
+        """The call for some of its examples.
+
+        Args:
+            single: the call for one example alone. It tells an axis of examples from an axis of positions that happens
+                to be as long: only the former is 1 there. Where it has no such argument, as no padding is to be
+                masked, the first of several axes counts as one of examples.
+        """
+
+        def pick(argument: Any, alone: Any) -> Any:
+            if not isinstance(argument, Tensor) or not argument.ndim or len(argument) != num_examples:
+                return argument
+            of_examples = len(alone) == 1 if isinstance(alone, Tensor) and alone.ndim else argument.ndim > 1
+            return argument[examples] if of_examples else argument
+
+        args, kwargs = tree_map(pick, (self.args, self.kwargs), (single.args, single.kwargs))
+        return Call(self.by_position, args, kwargs)
+
+
+def hidden_of(*args: Any, **kwargs: Any) -> Tensor:
+    """The hidden states among the arguments of a block."""
+    return args[0] if args else kwargs["hidden_states"]
 
 
 @dataclass
@@ -62,23 +92,26 @@ class Stream:
     def stem(self, number: int, batch: Any) -> None:
         """Run what comes before the blocks, and note how they are called."""
         calls: list[Call] = []
+        hidden = torch.empty(0)
 
         def record(*args: Any, **kwargs: Any) -> Tensor:
-            calls.append(Call(tuple(map(without_cache, args)), {k: without_cache(v) for k, v in kwargs.items()}))
+            nonlocal hidden
+            hidden = hidden_of(*args, **kwargs)
+            calls.append(Call.of(*args, **kwargs))
             if len(calls) == len(self.block_names):
                 raise Stop
-            return calls[0].hidden
+            return hidden
 
         with stand_in(self.blocks, [record] * len(self.block_names)):
             self.until_stop(batch)
         self.calls[number:] = [calls]
-        self.hidden[number:] = [self.spill.keep(calls[0].hidden.detach())]
+        self.hidden[number:] = [self.spill.keep(hidden.detach())]
 
     def head(self, number: int, batch: Any) -> None:
         """Run what comes after the blocks."""
 
         def passed(*args: Any, **kwargs: Any) -> Tensor:
-            return Call(args, kwargs).hidden
+            return hidden_of(*args, **kwargs)
 
         def last(*args: Any, **kwargs: Any) -> Tensor:
             return self.hidden[number]
@@ -99,7 +132,7 @@ class Stream:
 
         def passed(index: int, *args: Any, **kwargs: Any) -> Tensor:
             nonlocal num_calls, latest, as_expected
-            hidden = Call(args, kwargs).hidden
+            hidden = hidden_of(*args, **kwargs)
             as_expected &= index == num_calls and (index == 0 or hidden is latest)
             num_calls, latest = num_calls + 1, hidden.clone()
             return latest
@@ -120,6 +153,7 @@ class BlockRun:
     Attributes:
         parameters: of each site, by name: the place of its weight in the block, how it folds, its type.
         calls, inputs, targets: of every batch: the arguments, hidden states before the block, the original's after it.
+        single: the arguments for one example alone.
     """
 
     block: nn.Module
@@ -127,6 +161,7 @@ class BlockRun:
     calls: Sequence[Call]
     inputs: Sequence[Tensor]
     targets: Sequence[Tensor]
+    single: Call
 
     @property
     def num_examples(self) -> int:
@@ -136,22 +171,12 @@ class BlockRun:
     def __call__(self, weights: Mapping[str, Tensor], examples: Tensor) -> tuple[Tensor, Tensor]:
         """The block's output `[example, position, feature]` on some examples, differentiable in the weights
         `[out, in]`, and the original's output."""
-        call, hidden = self.calls[0], self.inputs[0]
-        num_examples = len(hidden)
-
-        def pick(argument: Any) -> Any:
-            whole = isinstance(argument, Tensor) and argument.ndim > 0 and len(argument) == num_examples
-            return argument[examples] if whole else argument
-
         parameters = {}
         for name, weight in weights.items():
             place, fold, dtype = self.parameters[name]
             parameters[place] = fold.unfold(weight).to(dtype)
-        args, kwargs = tree_map(pick, call.args), tree_map(pick, call.kwargs)
-        if args:
-            output = functional_call(self.block, parameters, (hidden[examples], *args[1:]), kwargs)
-        else:
-            output = functional_call(self.block, parameters, (), {**kwargs, "hidden_states": hidden[examples]})
+        call = self.calls[0].take(examples, self.num_examples, self.single)
+        output = call.run(lambda *a, **k: functional_call(self.block, parameters, a, k), self.inputs[0][examples])
         return output, self.targets[0][examples]
 
 

@@ -23,8 +23,8 @@ from tersor.encoded import Encoded
 from tersor.errors import DataError, ModelError
 from tersor.kernels import reference
 from tersor.modules import PackedConv, PackedEmbedding, PackedLinear, PackedWeight
-from tersor.moments import Moments, has_inputs, inputs_of, is_convolution, takes_inputs
-from tersor.sites import Site, leave_fused_path
+from tersor.moments import Moments, groups_of, has_inputs, inputs_of, takes_inputs
+from tersor.sites import Site, is_convolution, leave_fused_path
 from tersor.spill import Spill
 from tersor.stats import Stats
 from tersor.stream import BlockRun, Stop, Stream, find_blocks, hidden_bytes
@@ -36,10 +36,11 @@ WIDTHS = 24  # what a block holds while it runs, in hidden states
 
 
 class Chosen(NamedTuple):
-    """What stands in a site's place from now on."""
+    """What stands in a site's place from now on; the bias beside it stays as it is without a new one."""
 
     encoded: Encoded
     activation: Activation | None = None
+    bias: nn.Parameter | None = None
 
 
 Refine = Callable[[BlockRun, dict[Site, Chosen]], dict[Site, Chosen]]
@@ -101,7 +102,9 @@ class Walk:
             raise DataError(f"{self.task.name}: the calibration split is empty; give more data, or --calibration FILE")
         names = find_blocks(self.model)
         with self.around(""), self.around(names[0]) if names else nullcontext():
-            if names and (width := hidden_bytes(Stream(self.model, self.task, names, Spill(0)), batch)):
+            look = Stream(self.model, self.task, names, Spill(0))
+            if names and (width := hidden_bytes(look, batch)):
+                self.singles = look.calls[0]
                 return names, max(1, self.memory_limit // (WIDTHS * width))
         if self.around is not nullcontext:
             raise ModelError(f"{type(self.model).__name__} is no stack of blocks; compress it without --stream")
@@ -172,6 +175,8 @@ class Walk:
                 module.packed = packed
             elif weight is not None:
                 setattr(module, place.parameter, weight)
+            if chosen.bias is not None:
+                module.bias = chosen.bias
 
     def replace(self) -> None:
         """Put what was chosen in its place for good."""
@@ -225,7 +230,8 @@ class Walk:
         }
         calls = [of_batch[index] for of_batch in stream.calls]
         block = self.model.get_submodule(name)
-        better = self.refine(BlockRun(block, parameters, calls, inputs, self.streams[1].hidden), self.chosen)
+        block_run = BlockRun(block, parameters, calls, inputs, self.streams[1].hidden, self.singles[index])
+        better = self.refine(block_run, self.chosen)
         for site, chosen in better.items():
             self.chosen[site] = chosen
             self.hold(site, chosen)
@@ -259,15 +265,15 @@ class Watch:
         if self.at_once:
             quantized = self.visit(site, module, x)
         else:
-            self.sum_up(site, module, x, self.sums.setdefault(site.name, self.moments(site)))
+            self.sum_up(site, module, x, self.sums.setdefault(site.name, self.moments(site, module)))
         if self.waiting is not None:
             self.waiting.discard(site.name)
             if not self.waiting:
                 raise Stop
         return quantized
 
-    def moments(self, site: Site) -> Moments:
-        return Moments(site.shape[1], self.walk.needs, self.walk.seed)
+    def moments(self, site: Site, module: nn.Module) -> Moments:
+        return Moments(site.shape[1], self.walk.needs, self.walk.seed, groups_of(module))
 
     def sum_up(self, site: Site, module: nn.Module, x: Tensor, moments: Moments) -> None:
         original = self.originals.pop((site.name, self.number), None)
@@ -287,7 +293,7 @@ class Watch:
     def visit(self, site: Site, module: nn.Module, x: Tensor) -> Tensor:
         """Visit a site whose input is known. Returns the input that it runs on from now on."""
         if self.latest is None or self.latest[0] is not x or is_convolution(module):
-            moments = self.moments(site)
+            moments = self.moments(site, module)
             self.sum_up(site, module, x, moments)
             self.latest = (x, moments.stats())
             del moments  # sums as large as the statistics

@@ -3,12 +3,14 @@
 import json
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tersor.checkpoint import weights
 from tersor.checkpoint.source import open_model
 from tersor.errors import InputError, ModelError
 from zoo import PRETRAINED, original
@@ -125,6 +127,21 @@ def test_weights_that_are_not_finite(folder, bad):
         ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: 2 of 1536 values are NaN or infinite"
     ):
         open_model(str(folder))
+
+
+def test_weights_are_checked_one_at_a_time(tmp_path, monkeypatch):
+    """Each is gone before the next is read, and with it the mapping of the file."""
+    save_file({f"w{i}": torch.ones(4, 3) for i in range(3)}, tmp_path / "model.safetensors", {"format": "pt"})
+    check, seen = weights.check_finite, []
+
+    def note(tensors, place):
+        assert all(tensor() is None for _, tensor in seen)
+        seen.extend((name, weakref.ref(tensor)) for name, tensor in tensors.items())
+        check(tensors, place)
+
+    monkeypatch.setattr(weights, "check_finite", note)
+    weights.check_file(tmp_path / "model.safetensors")
+    assert [name for name, _ in seen] == ["w0", "w1", "w2"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"null", b"3", b"[]", b"{}", b"\xff\xfe", b"[" * 100_000])

@@ -8,19 +8,19 @@ import pytest
 import torch
 from exported import byte_level
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tersor
+from zoo import pretrained
 
 Artifact = Callable[..., Path]
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES = {"vocab_size": 352, "intermediate_size": 256, "initializer_range": 0.1, **HEADS}
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def quick(one_thread):
+    """Every test here runs on one thread."""
 
 
 @pytest.fixture(scope="session")
@@ -28,19 +28,9 @@ def llama(tmp_path_factory) -> Path:
     """A bfloat16 Llama with grouped queries and a tied head; its tokenizer fills only a part of its vocabulary."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("llama")
-    config = LlamaConfig(
-        vocab_size=352,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.1,
-        tie_word_embeddings=True,
-        dtype="bfloat16",
-    )
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 128, **SIZES}
+    build = pretrained("LlamaForCausalLM", tie_word_embeddings=True, dtype="bfloat16", **sizes)
+    build().bfloat16().save_pretrained(folder)
     byte_level(pre_tokenizers.Digits(individual_digits=True)).save_pretrained(folder)
     return folder
 
@@ -66,12 +56,11 @@ def artifact(llama, tmp_path_factory) -> Artifact:
 def ggml_formats(llama, tmp_path_factory) -> Path:
     """The artifact of a wider Llama that holds every K-quant and MXFP4."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 352, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
-    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)
+    model = pretrained("LlamaForCausalLM", hidden_size=256, num_hidden_layers=1, **SIZES)().eval()
     formats = {"q": "q6_k", "k": "q5_k", "v": "q4_k", "o": "q3_k", "up": "q2_k", "down": "mxfp4"}
     rules = {f"*.{name}_proj": format for name, format in formats.items()}
     recipe = tersor.Recipe.of("q4_k", {"model.embed_tokens": "q6_k", **rules})
     folder = tmp_path_factory.mktemp("artifact")
-    tersor.save(tersor.compress(LlamaForCausalLM(config).eval(), recipe).model, folder)
+    tersor.save(tersor.compress(model, recipe).model, folder)
     AutoTokenizer.from_pretrained(llama).save_pretrained(folder)
     return folder

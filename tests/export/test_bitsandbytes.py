@@ -1,5 +1,6 @@
 """bitsandbytes: its own reader gives back the values that were chosen."""
 
+import bitsandbytes.functional as functional
 import pytest
 import torch
 from exported import expected, logits, weights
@@ -9,7 +10,6 @@ from transformers import AutoModelForCausalLM
 from tersor.errors import FormatError
 from tersor.export.artifact import export_model
 
-functional = pytest.importorskip("bitsandbytes.functional")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the client's own
 
 

@@ -8,7 +8,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from exported import expected, logits, weights
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import tersor
 from tersor.activations import ACTIVATIONS, Activation
@@ -18,10 +18,11 @@ from tersor.formats import FORMATS
 from tersor.stats import Stats
 
 WEIGHT_ONLY = ["int8", "int8-g64", "int6-g32", "int5-g128", "int4-g32", "int4", "int3-g64", "int2-g32", "fp8-e4m3"]
+FLOAT4 = ["nvfp4", "mxfp4"]
 pytestmark = pytest.mark.filterwarnings("ignore")  # the client's own
 
 
-@pytest.mark.parametrize("format", [*WEIGHT_ONLY, "fp8-e4m3-tensor"])
+@pytest.mark.parametrize("format", [*WEIGHT_ONLY, *FLOAT4, "fp8-e4m3-tensor"])
 def test_the_client_decompresses_what_was_chosen(format, artifact, tmp_path):
     folder = artifact(format)
     export_model(folder, tmp_path / "out", to="compressed-tensors")
@@ -32,12 +33,14 @@ def test_the_client_decompresses_what_was_chosen(format, artifact, tmp_path):
     compressor = BaseCompressor.get_value_from_registry(group["format"])
     for name, weight in weights(folder).items():
         own = {key.removeprefix(f"{name}."): value for key, value in stored.items() if key.startswith(f"{name}.")}
-        own["weight_scale"] = own["weight_scale"].float()
+        if format not in FLOAT4:  # as the client's modules do
+            own["weight_scale"] = own["weight_scale"].float()
         assert name in group["targets"]
-        assert torch.equal(compressor.decompress(own, QuantizationScheme(**group))["weight"], weight)
+        assert torch.equal(compressor.decompress(own, QuantizationScheme(**group))["weight"].float(), weight)
 
 
 MIXED = {"*.down_proj": "int8-g32", "*.0.mlp.up_proj": "keep", "*.1.mlp.up_proj": "bf16", "*.v_proj": "fp8-e4m3"}
+MIXED4 = {"*.o_proj": "mxfp4", "*.down_proj": "fp8-e4m3"}
 
 
 @pytest.mark.parametrize(("scheme", "rules"), [("int4-g32", {}), ("int8", {}), ("int4-g64", MIXED)], ids=str)
@@ -48,9 +51,20 @@ def test_transformers_computes_the_same(scheme, rules, artifact, tmp_path):
     assert torch.equal(logits(client), expected(folder))
 
 
-@pytest.mark.parametrize("scheme", ["int4-g32", "fp8-e4m3"])
-def test_the_dtype_of_the_config_holds_every_scale(scheme, artifact, tmp_path):
+@pytest.mark.parametrize("scheme", FLOAT4)
+def test_transformers_computes_the_same_with_4_bit_floats(scheme, artifact, tmp_path):
     folder = artifact(scheme)
+    export_model(folder, tmp_path / "out", to="compressed-tensors")
+    at_once = CompressedTensorsConfig(dequantize=True)  # left to itself, the client decodes them to bfloat16
+    client = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, quantization_config=at_once)
+    assert torch.equal(logits(client), expected(folder))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rules"), [("int4-g32", {}), ("fp8-e4m3", {}), ("mxfp4", {}), ("nvfp4", MIXED4)], ids=str
+)
+def test_the_dtype_of_the_config_holds_every_scale(scheme, rules, artifact, tmp_path):
+    folder = artifact(scheme, rules)
     notes = export_model(folder, tmp_path / "out", to="compressed-tensors").notes
     client = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert client.dtype is (torch.float16 if scheme == "int4-g32" else torch.bfloat16)
@@ -99,8 +113,39 @@ def test_what_is_kept_is_ignored_and_fused_layers_are_noted(artifact, tmp_path):
     assert any("vLLM runs 4 and 8 bits only" in note for note in notes)
 
 
-@pytest.mark.parametrize("format", ["int4-g32-asym", "nf4", "mxfp4", "fp8-e5m2", "bitmask"])
+@pytest.mark.parametrize("format", ["int4-g32-asym", "nf4", "nvfp4/int8-dynamic", "fp8-e5m2", "bitmask"])
 def test_what_does_not_fit(format, artifact, tmp_path):
-    assert format in FORMATS
     with pytest.raises(FormatError, match="compressed-tensors holds"):
         export_model(artifact(format), tmp_path / "out", to="compressed-tensors")
+
+
+def test_4_bit_floats_take_no_scales_finer_than_bfloat16(artifact, tmp_path):
+    with pytest.raises(FormatError, match=r"down_proj, int8-g32; .*--rule 'model\.layers\.0\.mlp\.down_proj=nvfp4'"):
+        export_model(artifact("nvfp4", {"*.down_proj": "int8-g32"}), tmp_path / "out", to="compressed-tensors")
+
+
+@torch.no_grad()
+def test_layers_that_vllm_joins_share_their_nvfp4_divisor(llama, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    first, second = model.model.layers
+    first.self_attn.k_proj.weight *= 64
+    second.mlp.gate_proj.weight *= 2**13  # so that the block scales of the other are too small for E4M3
+    recipe = tersor.Recipe.of("nvfp4", {"model.embed_tokens": "keep"})
+    tersor.save(tersor.compress(model, recipe).model, tmp_path / "a")
+    notes = export_model(tmp_path / "a", tmp_path / "out", to="compressed-tensors").notes
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+
+    def divisors(*names):
+        return {stored[f"model.layers.{name}.weight_global_scale"].item() for name in names}
+
+    assert len(divisors("0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.v_proj")) == 1
+    assert divisors("0.self_attn.k_proj") != divisors("0.self_attn.o_proj")
+    assert len(divisors("1.mlp.gate_proj", "1.mlp.up_proj")) == 2
+    client = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    logits(client)  # decompresses
+    for name, weight in weights(tmp_path / "a").items():
+        assert torch.equal(client.get_submodule(name).weight.float(), weight)
+    decoded, joined = notes
+    assert "bfloat16: the client decodes to bfloat16 only" in decoded
+    assert "vLLM fuses gate_proj, up_proj under one scale" in joined
+    assert "model.layers.1.mlp" in joined

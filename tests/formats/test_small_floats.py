@@ -2,6 +2,7 @@
 
 import math
 
+import bitsandbytes.functional as functional
 import numpy as np
 import pytest
 import torch
@@ -109,7 +110,6 @@ def test_scales_of_either_sign():
 @pytest.mark.parametrize("shape", [(64, 576), (5, 64), (3, 1536)])
 def test_bitsandbytes_reads_and_writes_the_same(shape):
     """Its bytes of plain NF4 are ours, and it decodes ours, double quantization included, to our weights."""
-    functional = pytest.importorskip("bitsandbytes.functional")
     assert torch.equal(dynamic_levels(), functional.create_dynamic_map(signed=True))
     weight = 0.02 * random(*shape) * (1 + random(*shape, seed=1).square())
     for format in (Nf4(), Nf4Double()):

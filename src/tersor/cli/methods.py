@@ -1,6 +1,7 @@
 """`tersor methods`: the table of methods."""
 
-import inspect as python_inspect
+import re
+import sys
 from dataclasses import fields
 from typing import Any
 
@@ -16,11 +17,10 @@ def methods(json: options.Json = False) -> None:
     for name, method in METHODS.items():
         instance = method()
         accepted = [format_name for format_name, format in FORMATS.items() if instance.accepts(format) is None]
-        module = python_inspect.getmodule(method)
         rows.append(
             {
                 "method": name,
-                "about": (module.__doc__ or "").strip().splitlines()[0] if module else "",
+                "about": about(method),
                 "options": {f.name: f.default for f in fields(method)},  # type: ignore[arg-type]
                 "needs": sorted(instance.needs),
                 "formats": accepted,
@@ -43,6 +43,13 @@ def methods(json: options.Json = False) -> None:
             for r in rows
         ],
     )
+
+
+def about(method: type) -> str:
+    """The first sentence of the file a method is in."""
+    text = " ".join((sys.modules[method.__module__].__doc__ or "").split())
+    sentence = re.match(r".*?\.(?= [A-Z]|$)", text)  # the dot of "et al. 2022" ends none
+    return sentence[0] if sentence else text
 
 
 def summary(formats: list[str]) -> str:

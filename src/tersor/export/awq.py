@@ -16,10 +16,9 @@ import torch
 from jaxtyping import Int32, UInt8
 from torch import Tensor
 
-from tersor.encoded import Encoded
-from tersor.export.contract import Checkpoint, Misfit, PackedSite
-from tersor.export.folder import kept_linears, write_folder
-from tersor.export.integers import check_one_format, int_group, unsigned_codes, whole_groups
+from tersor.export.contract import Checkpoint, Misfit, PackedSite, misfit_of
+from tersor.export.folder import kept_linears, packed_tensors, write_folder
+from tersor.export.integers import check_one_format, nearby_int4, only_format, symmetric_grid, unsigned_codes
 from tersor.formats.packing import pack
 
 HOLDS = (
@@ -38,43 +37,32 @@ class Awq:
 
     def misfit(self, packed: PackedSite) -> Misfit | None:
         rows, columns = packed.site.shape
-        if packed.is_plain:
-            return None
-        if not packed.is_linear or packed.module == "lm_head" or rows % 8 or columns % 32:
-            return Misfit(HOLDS, "bf16")
-        group = int_group(packed.encoded)
-        grid = group is not None and group.symmetric and group.bits == 4 and group.group_size is not None
-        fits = grid and whole_groups(packed.encoded) and packed.activation is None
-        return None if fits else Misfit(HOLDS, "int4-g64" if columns % 64 == 0 else "int4-g32")
+        place = packed.is_linear and packed.module != "lm_head" and rows % 8 == 0 and columns % 32 == 0
+        grid = symmetric_grid(packed, bits=[4])
+        fits = grid is not None and grid.group_size is not None
+        return misfit_of(packed, HOLDS, place=place, fits=fits, instead=nearby_int4(packed))
 
     def check(self, checkpoint: Checkpoint) -> None:
         check_one_format(self.name, checkpoint)
 
     def write(self, checkpoint: Checkpoint, output: Path) -> Iterable[str]:
-        tensors: dict[str, Tensor] = {}
-        for packed in checkpoint.quantized:
-            tensors |= {f"{packed.module}.{name}": t for name, t in module_tensors(packed.encoded).items()}
-        group = int_group(checkpoint.quantized[0].encoded)
-        assert group is not None
         config = {
             "quant_method": self.name,
             "bits": 4,
-            "group_size": group.group_size,
+            "group_size": only_format(checkpoint).group_size,
             "zero_point": True,
             "version": "gemm",
             "modules_to_not_convert": kept_linears(checkpoint),
         }
-        scales = [packed.encoded.parts["scale"] for packed in checkpoint.quantized]
-        return write_folder(
-            checkpoint, output, to=self.name, tensors=tensors, quantization_config=config, scales=scales
-        )
+        tensors = packed_tensors(checkpoint, module_tensors)
+        return write_folder(checkpoint, output, to=self.name, tensors=tensors, quantization_config=config)
 
 
-def module_tensors(encoded: Encoded) -> dict[str, Tensor]:
+def module_tensors(packed: PackedSite) -> dict[str, Tensor]:
     """What stands in the place of the weight, by its name in the module."""
-    scales = encoded.parts["scale"].t().contiguous()
+    scales = packed.encoded.parts["scale"].t().contiguous()
     zeros = torch.full(scales.shape, 8, dtype=torch.uint8)
-    return {"qweight": words(unsigned_codes(encoded).t()), "qzeros": words(zeros), "scales": scales}
+    return {"qweight": words(unsigned_codes(packed.encoded).t()), "qzeros": words(zeros), "scales": scales}
 
 
 def words(codes: UInt8[Tensor, "n out"]) -> Int32[Tensor, "n words"]:

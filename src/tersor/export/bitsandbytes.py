@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tersor.export.contract import Checkpoint, Misfit, PackedSite
-from tersor.export.folder import kept_linears, write_folder
+from tersor.export.contract import Checkpoint, Misfit, PackedSite, misfit_of
+from tersor.export.folder import kept_linears, packed_tensors, write_folder
 from tersor.formats.nf4 import BLOCK, NORMAL_FLOAT, Nf4, Nf4Double, dynamic_levels
 
 HOLDS = "nf4 and nf4-dq in plain linear layers whose columns are a multiple of 64"
@@ -30,21 +30,14 @@ class BitsAndBytes:
     suffix = ""
 
     def misfit(self, packed: PackedSite) -> Misfit | None:
-        whole_blocks = packed.site.shape[1] % Nf4.group_size == 0
-        if packed.is_plain:
-            return None
-        if not packed.is_linear or not whole_blocks:
-            return Misfit(HOLDS, "bf16")
+        place = packed.is_linear and packed.site.shape[1] % Nf4.group_size == 0
         fits = isinstance(packed.encoded.format, Nf4 | Nf4Double) and packed.activation is None
-        return None if fits else Misfit(HOLDS, "nf4")
+        return misfit_of(packed, HOLDS, place=place, fits=fits, instead="nf4")
 
     def check(self, checkpoint: Checkpoint) -> None:
         return None
 
     def write(self, checkpoint: Checkpoint, output: Path) -> Iterable[str]:
-        tensors: dict[str, Tensor] = {}
-        for packed in checkpoint.quantized:
-            tensors |= {f"{packed.module}.{name}": tensor for name, tensor in module_tensors(packed).items()}
         dtype = str(checkpoint.quantized[0].site.dtype).removeprefix("torch.")
         config = {
             "quant_method": self.name,
@@ -56,6 +49,7 @@ class BitsAndBytes:
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": kept_linears(checkpoint),
         }
+        tensors = packed_tensors(checkpoint, module_tensors)
         return write_folder(checkpoint, output, to=self.name, tensors=tensors, quantization_config=config)
 
 

@@ -1,13 +1,16 @@
 """compressed-tensors (https://github.com/vllm-project/compressed-tensors): read by transformers and vLLM.
 
-    pack-quantized   integers of 2 to 8 bits as a stream of 32-bit words per row
-    int-quantized    int8 weights with int8 inputs (W8A8)
-    float-quantized  8-bit floats, with float or 8-bit float inputs (FP8)
+    pack-quantized        integers of 2 to 8 bits as a stream of 32-bit words per row
+    int-quantized         int8 weights with int8 inputs (W8A8)
+    float-quantized       8-bit floats, with float or 8-bit float inputs (FP8)
+    nvfp4-pack-quantized  4-bit floats, an E4M3 scale per 16 columns and a divisor of the whole tensor
+    mxfp4-pack-quantized  4-bit floats, a power of two (E8M0) per 32 columns
 
-Every linear layer has its own entry in one of the `config_groups`, so formats may be mixed freely.
+Every linear layer has its own entry in one of the `config_groups`, so formats may be mixed; but transformers decodes
+4-bit floats to bfloat16, and then needs scales of that precision everywhere.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +19,17 @@ import torch
 from torch import Tensor
 
 from tersor.encoded import Encoded
-from tersor.export.contract import Checkpoint, Misfit, PackedSite
-from tersor.export.folder import kept_linears, write_folder
-from tersor.export.integers import int_group, row_words, whole_groups
+from tersor.errors import FormatError
+from tersor.export.contract import Checkpoint, Misfit, PackedSite, misfit_of
+from tersor.export.folder import is_exact, kept_linears, packed_tensors, write_folder
+from tersor.export.integers import int_group, row_words, symmetric_grid, whole_groups
 from tersor.formats.fp8 import Fp8
+from tersor.formats.mx import Mxfp4, Nvfp4
 
 HOLDS = (
     "in plain linear layers symmetric int2 to int8, per row or in groups that divide the columns, int8 with"
-    " int8-dynamic or int8-static inputs, and fp8-e4m3 with float, fp8-e4m3-dynamic or fp8-e4m3-static inputs"
+    " int8-dynamic or int8-static inputs, fp8-e4m3 with float, fp8-e4m3-dynamic or fp8-e4m3-static inputs,"
+    " and nvfp4 and mxfp4 whose blocks divide the columns"
 )
 INPUTS: dict[str, dict[str, Any]] = {
     "int8-dynamic": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
@@ -31,6 +37,7 @@ INPUTS: dict[str, dict[str, Any]] = {
     "fp8-e4m3-dynamic": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True},
     "fp8-e4m3-static": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False},
 }
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that vLLM joins into one
 
 
 @dataclass(frozen=True)
@@ -41,27 +48,30 @@ class CompressedTensors:
     suffix = ""
 
     def misfit(self, packed: PackedSite) -> Misfit | None:
-        if packed.is_plain:
-            return None
-        if not packed.is_linear:
-            return Misfit(HOLDS, "bf16")
         group, float8 = int_group(packed.encoded), fp8(packed.encoded)
+        instead = "int4-g64" if packed.site.shape[1] % 64 == 0 else "int4"
         if packed.activation is not None:
             kind = "int" if group and group.plain_int8 else "float" if float8 else None
             fits = kind is not None and INPUTS.get(packed.activation.format, {}).get("type") == kind
-            return None if fits else Misfit(HOLDS, "int8/int8-dynamic")
-        fits = float8 is not None or (group is not None and group.symmetric and whole_groups(packed.encoded))
-        return None if fits else Misfit(HOLDS, "int4-g64" if packed.site.shape[1] % 64 == 0 else "int4")
+            instead = "int8/int8-dynamic"
+        else:
+            blocks = is_float4(packed.encoded) and whole_groups(packed.encoded)
+            fits = blocks or float8 is not None or symmetric_grid(packed, bits=range(2, 9)) is not None
+        return misfit_of(packed, HOLDS, place=packed.is_linear, fits=fits, instead=instead)
 
     def check(self, checkpoint: Checkpoint) -> None:
-        return None
+        float4 = [packed for packed in checkpoint.quantized if is_float4(packed.encoded)]
+        for packed in checkpoint.quantized if float4 else []:
+            if not is_exact(packed.encoded.parts["scale"], torch.bfloat16):
+                raise FormatError(
+                    f"{self.name}: clients run {float4[0].scheme} in bfloat16, which would round the scales of "
+                    f"{packed.site.name}, {packed.scheme}; compress again with "
+                    f"--rule '{packed.site.name}={float4[0].scheme}' or 'fp8-e4m3'"
+                )
 
     def write(self, checkpoint: Checkpoint, output: Path) -> Iterable[str]:
-        tensors: dict[str, Tensor] = {}
         groups: dict[str, dict[str, Any]] = {}
         for packed in checkpoint.quantized:
-            prefix = f"{packed.module}."
-            tensors |= {prefix + name: tensor for name, tensor in module_tensors(packed).items()}
             scheme = groups.setdefault(packed.scheme, {**scheme_of(packed), "targets": []})
             scheme["targets"] += [place.module for place in packed.site.places]
         formats = {scheme["format"] for scheme in groups.values()}
@@ -73,22 +83,29 @@ class CompressedTensors:
             "ignore": kept_linears(checkpoint),
             "kv_cache_scheme": None,
         }
-        scales = [packed.encoded.parts["scale"] for packed in checkpoint.quantized]
-        notes = write_folder(
-            checkpoint, output, to=self.name, tensors=tensors, quantization_config=config, scales=scales
-        )
-        return [*notes, *notes_on(checkpoint)]
+        tensors = packed_tensors(checkpoint, module_tensors)
+        for modules in fused_layers(checkpoint):
+            tensors |= shared_scales(tensors, modules)
+        dtype = "bfloat16" if any(is_float4(packed.encoded) for packed in checkpoint.quantized) else None
+        notes = write_folder(checkpoint, output, to=self.name, tensors=tensors, quantization_config=config, dtype=dtype)
+        return [*notes, *notes_on(checkpoint, tensors)]
 
 
 def module_tensors(packed: PackedSite) -> dict[str, Tensor]:
     """What stands in the place of the weight, by its name in the module."""
-    parts, inputs = packed.encoded.parts, packed.activation.params if packed.activation else {}
+    format, parts = packed.encoded.format, packed.encoded.parts
+    inputs = packed.activation.params if packed.activation else {}
     static = {f"input_{name}": tensor for name, tensor in inputs.items()}
     if (float8 := fp8(packed.encoded)) is not None:
         scale = parts["scale"].view(-1 if float8.per_tensor else (-1, 1))
         return {"weight": parts["values"], "weight_scale": scale, **static}
     if packed.activation is not None:
         return {"weight": parts["codes"], "weight_scale": parts["scale"], **static}
+    if isinstance(format, Nvfp4):  # both are powers of two: the reciprocal is exact
+        divisor = {"weight_global_scale": 1 / parts["tensor_scale"]}
+        return {"weight_packed": parts["codes"], "weight_scale": parts["scale"], **divisor}
+    if isinstance(format, Mxfp4):
+        return {"weight_packed": parts["codes"], "weight_scale": parts["scale"]}
     return {
         "weight_packed": row_words(packed.encoded),
         "weight_scale": parts["scale"],
@@ -99,12 +116,15 @@ def module_tensors(packed: PackedSite) -> dict[str, Tensor]:
 def scheme_of(packed: PackedSite) -> dict[str, Any]:
     """The entry of `config_groups` that says how to decode a site."""
     inputs = INPUTS[packed.activation.format] if packed.activation else None
-    format = "float-quantized" if fp8(packed.encoded) else "int-quantized" if inputs else "pack-quantized"
+    if is_float4(packed.encoded):
+        layout = f"{packed.encoded.format.name}-pack-quantized"
+    else:
+        layout = "float-quantized" if fp8(packed.encoded) else "int-quantized" if inputs else "pack-quantized"
     return {
         "weights": weights_of(packed.encoded),
         "input_activations": inputs,
         "output_activations": None,
-        "format": format,
+        "format": layout,
     }
 
 
@@ -113,6 +133,10 @@ def weights_of(encoded: Encoded) -> Mapping[str, Any]:
     grid = {"symmetric": True, "dynamic": False, "group_size": None}
     if (float8 := fp8(encoded)) is not None:
         return {**grid, "num_bits": 8, "type": "float", "strategy": "tensor" if float8.per_tensor else "channel"}
+    if isinstance(encoded.format, Nvfp4 | Mxfp4):
+        strategy = "tensor_group" if isinstance(encoded.format, Nvfp4) else "group"
+        blocks = {"group_size": encoded.format.group_size, "scale_dtype": str(encoded.parts["scale"].dtype)}
+        return {**grid, "num_bits": 4, "type": "float", "strategy": strategy, **blocks}
     group = int_group(encoded)
     assert group is not None
     strategy = "group" if group.group_size else "channel"
@@ -124,11 +148,44 @@ def fp8(encoded: Encoded) -> Fp8 | None:
     return encoded.format if isinstance(encoded.format, Fp8) and encoded.format.kind == "e4m3" else None
 
 
-FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+def is_float4(encoded: Encoded) -> bool:
+    """Whether it is one of the two kinds of 4-bit floats."""
+    return isinstance(encoded.format, Nvfp4 | Mxfp4)
 
 
-def notes_on(checkpoint: Checkpoint) -> list[str]:
-    """What transformers takes and vLLM does not: other bits than 4 and 8, and mixed formats where it fuses layers."""
+def fused_layers(checkpoint: Checkpoint) -> Iterator[list[str]]:
+    """The paths of linear layers that vLLM joins into one."""
+    for path, module in checkpoint.model.named_modules():
+        children = dict(module.named_children())
+        for names in FUSED:
+            if found := [f"{path}.{name}" for name in names if name in children]:
+                yield found
+
+
+def shared_scales(tensors: Mapping[str, Tensor], modules: Sequence[str]) -> dict[str, Tensor]:
+    """NVFP4 scales of joined layers with one divisor, as vLLM needs them; empty where that would change a weight.
+
+    Divisors are powers of two, so the block scales take up the difference exactly, unless one becomes too small for
+    E4M3. The smallest divisor is the one under which none becomes too large.
+    """
+    divisors = [tensors.get(f"{module}.weight_global_scale") for module in modules]
+    own = [divisor for divisor in divisors if divisor is not None]
+    if len(own) < len(modules):
+        return {}
+    shared = torch.stack(own).amin(0)
+    moved: dict[str, Tensor] = {}
+    for module, divisor in zip(modules, own, strict=True):
+        scale = tensors[f"{module}.weight_scale"].float()
+        stored = (scale * (shared / divisor)).to(torch.float8_e4m3fn)
+        if not torch.equal(stored.float() * (divisor / shared), scale):
+            return {}
+        moved |= {f"{module}.weight_scale": stored, f"{module}.weight_global_scale": shared}
+    return moved
+
+
+def notes_on(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> list[str]:
+    """What transformers takes and vLLM does not: integers of other bits than 4 and 8, and layers that it joins and that
+    differ in format or in NVFP4's divisor."""
     notes = []
     groups = {packed.scheme: int_group(packed.encoded) for packed in checkpoint.quantized}
     odd = sorted(scheme for scheme, group in groups.items() if group and group.bits not in (4, 8))
@@ -137,11 +194,12 @@ def notes_on(checkpoint: Checkpoint) -> list[str]:
             f"vLLM runs 4 and 8 bits only; {', '.join(odd)} loads in transformers with compressed-tensors 0.20"
         )
     schemes = {packed.module: packed.scheme for packed in checkpoint.quantized}
-    for path, module in checkpoint.model.named_modules():
-        children = dict(module.named_children())
-        for fused in FUSED:
-            found = {schemes.get(f"{path}.{name}") for name in fused & children.keys()}
-            if len(found) > 1:
-                listed = ", ".join(sorted(fused))
-                return [*notes, f"vLLM fuses {listed}, which differ in {path}: it needs one format for them"]
+    for modules in fused_layers(checkpoint):
+        listed = ", ".join(sorted(module.rpartition(".")[2] for module in modules))
+        place = modules[0].rpartition(".")[0]
+        if len({schemes.get(module) for module in modules}) > 1:
+            return [*notes, f"vLLM fuses {listed}, which differ in {place}: it needs one format for them"]
+        divisors = {tensors[name].item() for module in modules if (name := f"{module}.weight_global_scale") in tensors}
+        if len(divisors) > 1:
+            return [*notes, f"vLLM fuses {listed} under one scale, and in {place} no nvfp4 scale serves all; use mxfp4"]
     return notes

@@ -48,6 +48,16 @@ class Misfit(NamedTuple):
     instead: str
 
 
+def misfit_of(packed: PackedSite, holds: str, *, place: bool, fits: bool, instead: str) -> Misfit | None:
+    """What every folder layout says: a 16-bit tensor is held anywhere; at a `place` that the client never packs nothing
+    else is; and where it packs, what `fits`, or else `instead`."""
+    if packed.is_plain:
+        return None
+    if not place:
+        return Misfit(holds, "bf16")
+    return None if fits else Misfit(holds, instead)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An artifact, opened.

@@ -1,7 +1,7 @@
 """What every Hugging Face folder with a `quantization_config` has in common."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,22 @@ from torch import Tensor
 from tersor.checkpoint.artifact import copy_side_files
 from tersor.checkpoint.source import sha256
 from tersor.checkpoint.weights import write_weights
-from tersor.export.contract import Checkpoint
+from tersor.export.contract import Checkpoint, PackedSite
 from tersor.sites import is_linear
 
 WEIGHTS = "model.safetensors"
 PROVENANCE = "tersor-export.json"
+
+
+def packed_tensors(
+    checkpoint: Checkpoint, module_tensors: Callable[[PackedSite], Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The tensors of all quantized sites by their full names; `module_tensors` gives those of one by their own."""
+    return {
+        f"{packed.module}.{name}": tensor
+        for packed in checkpoint.quantized
+        for name, tensor in module_tensors(packed).items()
+    }
 
 
 def write_folder(
@@ -25,17 +36,18 @@ def write_folder(
     to: str,
     tensors: Mapping[str, Tensor],
     quantization_config: Mapping[str, Any],
-    scales: Iterable[Tensor] = (),
+    dtype: str | None = None,
 ) -> list[str]:
     """Fill `folder`: the packed `tensors` and all others, the config with its `quantization_config`, the tokenizer.
 
-    `scales` are those that the client casts to the model's dtype. The config names a dtype that holds them all exactly;
-    returns a note where that is not the one the model came in.
+    Clients cast the `scale` of a format to the model's dtype. The config names `dtype`, if the client knows no other,
+    else one that holds all scales exactly; returns a note where that is not the one the model came in.
     """
     copy_side_files(checkpoint.folder, folder)
     config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     original = config.pop("torch_dtype", None) or config.get("dtype") or "float32"
-    config["dtype"] = exact_dtype(original, list(scales), checkpoint.tensors)
+    scales = [p.encoded.parts["scale"] for p in checkpoint.quantized if "scale" in p.encoded.parts]
+    config["dtype"] = dtype or exact_dtype(original, scales, checkpoint.tensors)
     config["quantization_config"] = dict(quantization_config)
     write_weights({**tensors, **checkpoint.tensors}, folder / WEIGHTS)
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -47,22 +59,24 @@ def write_folder(
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
     if config["dtype"] == original:
         return []
-    return [f"config.json says dtype {config['dtype']}: the client would round the scales to {original}"]
+    why = f"decodes to {dtype} only" if dtype else f"would round the scales to {original}"
+    return [f"config.json says dtype {config['dtype']}: the client {why}"]
 
 
 def exact_dtype(original: str, scales: Sequence[Tensor], others: Mapping[str, Tensor]) -> str:
     """The first dtype that changes no scale and overflows nowhere: the model's own, float16, or float32."""
-
-    def exact(scale: Tensor, dtype: torch.dtype) -> bool:
-        return torch.equal(scale.to(dtype).double(), scale.double())
-
     floats = [tensor for tensor in others.values() if tensor.is_floating_point() and tensor.numel()]
     for name in (original, "float16"):
         dtype = getattr(torch, name)
         fits = all(tensor.abs().max() <= torch.finfo(dtype).max for tensor in floats)
-        if fits and all(exact(scale, dtype) for scale in scales):
+        if fits and all(is_exact(scale, dtype) for scale in scales):
             return name
     return "float32"
+
+
+def is_exact(scale: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a cast to `dtype` leaves every value as it is."""
+    return torch.equal(scale.to(dtype).double(), scale.double())
 
 
 def kept_linears(checkpoint: Checkpoint) -> list[str]:

@@ -19,11 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tersor.encoded import Encoded
 from tersor.errors import FormatError
-from tersor.export.contract import Checkpoint, Misfit, PackedSite
-from tersor.export.folder import kept_linears, write_folder
-from tersor.export.integers import check_one_format, int_group, row_words, whole_groups
+from tersor.export.contract import Checkpoint, Misfit, PackedSite, misfit_of
+from tersor.export.folder import kept_linears, packed_tensors, write_folder
+from tersor.export.integers import check_one_format, int_group, nearby_int4, only_format, row_words, symmetric_grid
 from tersor.formats.packing import pack
 
 BITS = (8, 4, 3, 2)
@@ -43,14 +42,10 @@ class Gptq:
 
     def misfit(self, packed: PackedSite) -> Misfit | None:
         rows, columns = packed.site.shape
-        if packed.is_plain:
-            return None
-        if not packed.is_linear or not IN_BLOCK.match(packed.module) or rows % 32 or columns % 32:
-            return Misfit(HOLDS, "bf16")
-        group = int_group(packed.encoded)
-        fits = group is not None and group.symmetric and group.bits in BITS and whole_groups(packed.encoded)
-        instead = "int4-g64" if columns % 64 == 0 else "int4-g32"
-        return None if fits and packed.activation is None else Misfit(HOLDS, instead)
+        in_block = IN_BLOCK.match(packed.module) is not None
+        place = packed.is_linear and in_block and rows % 32 == 0 and columns % 32 == 0
+        fits = symmetric_grid(packed, BITS) is not None
+        return misfit_of(packed, HOLDS, place=place, fits=fits, instead=nearby_int4(packed))
 
     def check(self, checkpoint: Checkpoint) -> None:
         check_one_format(self.name, checkpoint)
@@ -63,11 +58,7 @@ class Gptq:
                 )
 
     def write(self, checkpoint: Checkpoint, output: Path) -> Iterable[str]:
-        tensors: dict[str, Tensor] = {}
-        for packed in checkpoint.quantized:
-            tensors |= {f"{packed.module}.{name}": t for name, t in module_tensors(packed.encoded).items()}
-        group = int_group(checkpoint.quantized[0].encoded)
-        assert group is not None
+        group = only_format(checkpoint)
         config = {
             "quant_method": self.name,
             "bits": group.bits,
@@ -78,17 +69,16 @@ class Gptq:
             "checkpoint_format": "gptq",
             "modules_in_block_to_quantize": [sorted({IN_BLOCK.sub("", p.module) for p in checkpoint.quantized})],
         }
-        scales = [packed.encoded.parts["scale"] for packed in checkpoint.quantized]
-        notes = write_folder(
-            checkpoint, output, to=self.name, tensors=tensors, quantization_config=config, scales=scales
-        )
+        tensors = packed_tensors(checkpoint, module_tensors)
+        notes = write_folder(checkpoint, output, to=self.name, tensors=tensors, quantization_config=config)
         (output / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         return notes
 
 
-def module_tensors(encoded: Encoded) -> dict[str, Tensor]:
+def module_tensors(packed: PackedSite) -> dict[str, Tensor]:
     """What stands in the place of the weight, by its name in the module."""
-    group, scale = int_group(encoded), encoded.parts["scale"]
+    encoded, scale = packed.encoded, packed.encoded.parts["scale"]
+    group = int_group(encoded)
     assert group is not None
     zeros = torch.full(scale.t().shape, 2 ** (group.bits - 1) - 1, dtype=torch.uint8)
     group_size = group.group_size or encoded.shape[1]

@@ -4,13 +4,15 @@ tersor packs the codes of a row into one stream of bits, least significant first
 that is the stream which compressed-tensors stores, and, transposed, the one of GPTQ.
 """
 
+from collections.abc import Collection
+
 import torch
 from jaxtyping import Int32, UInt8
 from torch import Tensor
 
 from tersor.encoded import Encoded
 from tersor.errors import FormatError
-from tersor.export.contract import Checkpoint
+from tersor.export.contract import Checkpoint, PackedSite
 from tersor.formats.int_group import IntGroup
 from tersor.formats.packing import unpack
 
@@ -24,6 +26,18 @@ def whole_groups(encoded: Encoded) -> bool:
     """Whether every group of columns is full."""
     group_size = getattr(encoded.format, "group_size", None)
     return not group_size or encoded.shape[1] % group_size == 0
+
+
+def symmetric_grid(packed: PackedSite, bits: Collection[int]) -> IntGroup | None:
+    """The format, if it is a symmetric integer grid of one of these `bits` with full groups, and inputs stay float."""
+    group = int_group(packed.encoded)
+    fits = group is not None and group.symmetric and group.bits in bits and whole_groups(packed.encoded)
+    return group if fits and packed.activation is None else None
+
+
+def nearby_int4(packed: PackedSite) -> str:
+    """The `int4` whose groups are full in this site."""
+    return "int4-g64" if packed.site.shape[1] % 64 == 0 else "int4-g32"
 
 
 def unsigned_codes(encoded: Encoded) -> UInt8[Tensor, "out in"]:
@@ -44,6 +58,13 @@ def row_words(encoded: Encoded) -> Int32[Tensor, "out words"]:
     """
     stream = unsigned_codes(encoded) if encoded.parts["codes"].dtype is torch.int8 else encoded.parts["codes"]
     return torch.nn.functional.pad(stream, (0, -stream.shape[1] % 4)).contiguous().view(torch.int32)
+
+
+def only_format(checkpoint: Checkpoint) -> IntGroup:
+    """The integer grid that `check_one_format` found everywhere."""
+    group = int_group(checkpoint.quantized[0].encoded)
+    assert group is not None
+    return group
 
 
 def check_one_format(name: str, checkpoint: Checkpoint) -> None:

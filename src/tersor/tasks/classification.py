@@ -3,6 +3,7 @@
 data.npz                    x, y or x_test, y_test, and optionally x_train, y_train (which then train and calibrate)
 folder/class_name/*.png     classes in sorted order, or by the model's label2id
 data.csv (.tsv, .jsonl)     text,label; or any columns with a header naming text (or sentence) and label
+train.txt                   passages without labels, to distil from a teacher alone
 """
 
 from collections.abc import Iterator
@@ -179,7 +180,7 @@ def _read_arrays(data: Path, source: Source) -> tuple[tuple[np.ndarray, ...], li
         extra = examples(data, arrays, "x_train")
         check_same_shape(data, (x, extra))
         labels = labels + [Label(None, str(data))] * len(extra)
-    train, train_labels = x[:0], []
+    train, train_labels = x[:0], list[Label]()
     if source.train is not None:
         train, train_labels = _labelled_arrays(source.train, read_npz(source.train), ("x_train", "x"))
         check_same_shape(source.train, (x, train))
@@ -218,14 +219,20 @@ def _array_labels(path: Path, y: np.ndarray, name: str, num: int) -> list[Label]
 def _read_texts(data: Path, source: Source) -> tuple[list[str], list[Label], Sizes]:
     source.need_tokenizer(str(data))
     texts, labels = _labelled_texts(data)
-    num, extra, train = len(texts), [], []
+    num, extra, train = len(texts), list[str](), list[str]()
     if source.calibration is not None:
         extra = read_texts(source.calibration)
         labels += [Label(None, str(source.calibration))] * len(extra)
     if source.train is not None:
-        train, train_labels = _labelled_texts(source.train)
+        train, train_labels = _labelled_texts(source.train) if is_table(source.train) else _unlabelled(source.train)
         labels += train_labels
     return texts + extra + train, labels, (num, len(extra), len(train))
+
+
+def _unlabelled(path: Path) -> tuple[list[str], list[Label]]:
+    """Passages of a plain text, for training that needs no labels."""
+    texts = read_texts(path)
+    return texts, [Label(None, str(path))] * len(texts)
 
 
 def _labelled_texts(path: Path) -> tuple[list[str], list[Label]]:

@@ -108,23 +108,27 @@ def _open_pictures(
 ) -> Opened:
     paths, sizes = _with_others(find_images(data), source, find_images)
     inputs = open_images(paths, image_size=image_size, mean=mean, std=std)
-    rows = split_rows(*sizes, unit="pictures", separate=source.calibration_name, train_name=source.train_name, **limits)
+    rows = split(sizes, source, limits, "pictures")
     return inputs, rows, f"size {image_size}" if image_size else "size as stored", 128
 
 
 def _open_arrays(data: Path, source: Source, limits: dict[str, int], mean: Numbers, std: Numbers) -> Opened:
     parts, sizes = _read_arrays(data, source)
-    names = {"separate": source.calibration_name or "x_train", "train_name": source.train_name or "x_train"}
-    rows = split_rows(*sizes, unit="rows", **names, **limits)  # type: ignore[arg-type]
-    return ArrayInputs(parts, mean, std), rows, f"shape {list(parts[0].shape[1:])}", 128
+    return ArrayInputs(parts, mean, std), split(sizes, source, limits, "rows"), f"shape {list(parts[0].shape[1:])}", 128
 
 
 def _open_windows(source: Source, limits: dict[str, int], context: int | None, max_tokens: int | None) -> Opened:
     calibration = None if source.calibration is None else _whole_text(source.calibration)
     train = None if source.train is None else _whole_text(source.train)
-    texts = {"calibration_text": calibration, "train_text": train}
-    text = _whole_text(source.data)
-    inputs, rows = open_windows(text, source, context=context, max_tokens=max_tokens, **texts, **limits)
+    inputs, rows = open_windows(
+        _whole_text(source.data),
+        source,
+        context=context,
+        max_tokens=max_tokens,
+        calibration_text=calibration,
+        train_text=train,
+        **limits,
+    )
     width = inputs.ids.shape[1]
     rows = fit_memory(rows, np.full(len(inputs), width, dtype=np.int64), source)
     return inputs, rows, f"context {width}, no special tokens", 4
@@ -133,10 +137,16 @@ def _open_windows(source: Source, limits: dict[str, int], context: int | None, m
 def _open_texts(source: Source, limits: dict[str, int], mode: str, max_length: int) -> Opened:
     texts, sizes = _with_others(_texts(source.data), source, read_texts)
     inputs = tokenize(texts, source, max_length=max_length, embedding=mode == "embedding")
-    rows = split_rows(*sizes, unit="texts", separate=source.calibration_name, train_name=source.train_name, **limits)
+    rows = split(sizes, source, limits, "texts")
     if mode == "token logits":
         rows = fit_memory(rows, inputs.lengths, source)
     return inputs, rows, inputs.description, 32
+
+
+def split(sizes: Sizes, source: Source, limits: dict[str, int], unit: str) -> Rows:
+    """Split rows that stand in the order data, calibration, training; arrays may bring the last as `x_train`."""
+    train_name = source.train_name or "x_train"
+    return split_rows(*sizes, unit=unit, separate=source.calibration_name, train_name=train_name, **limits)
 
 
 def _with_others(

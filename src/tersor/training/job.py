@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from tersor.site_report import SiteReport
 from tersor.tasks.contract import Task
 from tersor.training.journal import Journal
 from tersor.training.loop import Curve, Progress, silent
@@ -18,10 +19,12 @@ class Job:
         model: as the steps so far have made it; a training step changes it in place or puts another here. It owns its
             parameters: nothing of `original` changes with it.
         original: as the recipe was given it; the usual teacher. Never changed.
+        teacher: what a student was cut from; None: `original` teaches.
         task: its train split is trained on.
         masks: which weights pruning steps have set to zero; every later step holds them there.
         journal: where the step's checkpoints go.
         curves: how each training went.
+        reports: what became of the sites that were packed, by name.
     """
 
     model: nn.Module
@@ -32,3 +35,5 @@ class Job:
     masks: Masks = field(default_factory=Masks)
     journal: Journal | None = None
     curves: list[Curve] = field(default_factory=list)
+    reports: dict[str, SiteReport] = field(default_factory=dict)
+    teacher: nn.Module | None = None

@@ -76,6 +76,7 @@ def train(
     groups: Sequence[dict[str, Any]] | None = None,
     masks: Masks | None = None,
     on_step: OnStep = lambda step, num_steps: None,
+    start: float = 0.0,
     journal: Journal | None = None,
     progress: Progress = silent,
 ) -> Curve:
@@ -88,6 +89,7 @@ def train(
             of the model that requires gradients, matrices with weight decay.
         masks: weights that stay zero; `on_step` may change them.
         on_step: called before every step with its number and how many there are.
+        start: the fraction of the steps that is left out, together with its data and its learning rates.
         journal: where checkpoints go; an earlier one of the same run is taken up.
 
     Raises:
@@ -97,7 +99,7 @@ def train(
     """
     trainable = check_trainable(task, name)
     run = Run(model, trainable, objective, settings, name, seed, groups, masks or Masks(), on_step, journal, progress)
-    return run.run()
+    return run.run(start)
 
 
 class Run:
@@ -129,7 +131,7 @@ class Run:
         self.best: tuple[float, Tensors] | None = None
         self.num_worse = 0
 
-    def run(self) -> Curve:
+    def run(self, start: float = 0.0) -> Curve:
         came_from, training = device_of(self.model), [(module, module.training) for module in self.model.modules()]
         caller = torch.get_rng_state()
         torch.manual_seed(self.seed)
@@ -141,7 +143,7 @@ class Run:
             self.optimizer = make_optimizer(self.groups, self.settings)
             self.masks.enforce(self.model, self.optimizer)
             self.scheduler = make_scheduler(self.optimizer, self.settings, self.num_steps)
-            done = self.take_up()
+            done = self.take_up() or self.skip(round(start * self.num_steps))
             self.steps(done)
         finally:
             self.model.to(came_from)
@@ -149,6 +151,14 @@ class Run:
                 module.training = flag
             torch.set_rng_state(caller)
         return self.curve
+
+    def skip(self, num_steps: int) -> int:
+        """Leave the first steps out; how many."""
+        if num_steps:
+            self.optimizer.step()  # moves nothing without gradients; a scheduler warns where there was no step before
+        for _ in range(num_steps):
+            self.scheduler.step()
+        return num_steps
 
     def steps(self, done: int) -> None:
         """Train from step `done` on."""
@@ -175,6 +185,7 @@ class Run:
                         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
                         accelerator.clip_grad_norm_(parameters, self.settings.clip_norm)
                     if good is None or (done - good[0]) * NUM_GOOD >= self.num_steps:
+                        good = None  # one copy at a time
                         good = (done, self.copy())  # these very weights have just given a finite loss
                     optimizer.step()
                     optimizer.zero_grad()
@@ -239,7 +250,7 @@ class Run:
 
     def state(self) -> Tensors:
         """Everything that training changes, by name: parameters, buffers, the objective's own, masks."""
-        tensors = {f"model.{name}": p for name, p in self.model.named_parameters() if p.requires_grad}
+        tensors: Tensors = {f"model.{name}": p for name, p in self.model.named_parameters() if p.requires_grad}
         fixed = {f"{path}." for path, module in self.model.named_modules() if isinstance(module, Stored)}
         for name, buffer in self.model.named_buffers():
             if not any(name.startswith(path) for path in fixed):
@@ -366,10 +377,12 @@ def make_scheduler(optimizer: torch.optim.Optimizer, settings: TrainingStep, num
 
 def checkpoint_activations(model: nn.Module) -> None:
     """Have activations computed again instead of kept."""
-    enable = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None:
-        raise InputError(f"gradient_checkpointing is for Hugging Face models, not {type(model).__name__}; leave it out")
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for kind in ("activation", "gradient"):  # its name in transformers 5, and before
+        enable = getattr(model, f"{kind}_checkpointing_enable", None)
+        if enable is not None:
+            enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
+            return
+    raise InputError(f"gradient_checkpointing is for Hugging Face models, not {type(model).__name__}; leave it out")
 
 
 def held_out_scores(task: Task, model: nn.Module) -> Any:

@@ -1,13 +1,27 @@
-"""Which weights stay zero: what a pruning step found, held by every step after it."""
+"""Which weights stay zero: what a pruning step found, held by every step after it.
 
-from collections.abc import Iterable
-from typing import NamedTuple
+`Choice` says which weights are pruned: those of the smallest magnitude (Han et al. 2015,
+https://arxiv.org/abs/1506.02626), each site by itself or all sites under one threshold.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from tersor.sites import Site, find_sites
+from tersor.errors import InputError
+from tersor.formats.semi_structured import SemiStructured
+from tersor.modules import Fold
+from tersor.sites import WEIGHTS, Site, check_patterns, find_sites, matches
+
+Scope = Literal["global", "site"]
+Pattern = Literal["unstructured", "2:4", "4:8"]
+N_OF_M = {"2:4": SemiStructured(2, 4), "4:8": SemiStructured(4, 8)}
+Mask = Bool[Tensor, "out in"]
 
 
 class Held(NamedTuple):
@@ -27,17 +41,18 @@ class Masks:
     0.0
     """
 
-    def __init__(self, masks: dict[str, Bool[Tensor, "out in"]] | None = None):
+    def __init__(self, masks: dict[str, Mask] | None = None):
         self.masks = dict(masks or {})
 
     def held(self, model: nn.Module) -> list[Held]:
         """The trained parameters behind the masks; those of packed sites are not trained."""
+        places = {site.name: (trained(model, site), site.fold) for site in find_sites(model)}
+        places |= fake_quantized(model, self.masks.keys() - places.keys())
         found = []
-        for site in find_sites(model):
-            parameter = trained(model, site)
-            if site.name in self.masks and parameter is not None:
-                mask = site.fold.unfold(self.masks[site.name])
-                found.append(Held(parameter, mask.to(parameter.device)))
+        for name, mask in self.masks.items():
+            parameter, fold = places.get(name, (None, None))
+            if parameter is not None and fold is not None:
+                found.append(Held(parameter, fold.unfold(mask).to(parameter.device)))
         return found
 
     @torch.no_grad()
@@ -74,22 +89,137 @@ class Masks:
     def state(self) -> dict[str, Tensor]:
         return dict(self.masks)
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         self.masks = {name: mask.bool() for name, mask in state.items()}
 
 
 def trained(model: nn.Module, site: Site) -> nn.Parameter | None:
-    """The parameter whose numbers are trained where a site runs; None where it is packed.
-
-    Under a parametrization (fake quantization) that is the original behind it.
-    """
+    """The parameter whose numbers are trained where a site runs; None where it is packed."""
     place = site.places[0]
-    module = model.get_submodule(place.module)
-    parametrizations = getattr(module, "parametrizations", None)
-    if parametrizations is not None and place.parameter in parametrizations:
-        return parametrizations[place.parameter].original
-    parameter = module._parameters.get(place.parameter)
+    parameter = model.get_submodule(place.module)._parameters.get(place.parameter)
     return parameter if isinstance(parameter, nn.Parameter) else None
+
+
+def fake_quantized(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[nn.Parameter, Fold]]:
+    """The parameters behind parametrizations (torch.nn.utils.parametrize), which are no sites while they last."""
+    modules, found = dict(model.named_modules()), {}
+    for name in names:
+        path, parameter = (name, "weight") if name in modules else name.rpartition(".")[::2]
+        module: Any = modules.get(path)
+        if module is not None and is_parametrized(module, parameter):
+            original = module.parametrizations[parameter].original
+            views = (row.view for row in WEIGHTS if isinstance(module, row.classes))
+            view = next(views, "transposed")  # what no row names is Hugging Face's Conv1D
+            found[name] = (original, Fold(tuple(original.shape), view))
+    return found
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which weights are pruned in the end.
+
+    Attributes:
+        sparsity: the fraction of the chosen sites' weights that is dropped.
+        scope: whether all sites are ranked together (`global`) or each by itself (`site`).
+        pattern: `2:4` and `4:8` drop half of every 4 and 8 neighbouring columns, whatever `sparsity` says.
+        rules: sites that match a pattern are ranked by themselves, and drop their own fraction; the last rule counts.
+        exclude: patterns of sites that are not pruned.
+    """
+
+    sparsity: float
+    scope: Scope = "global"
+    pattern: Pattern = "unstructured"
+    rules: Mapping[str, float] = field(default_factory=dict)
+    exclude: tuple[str, ...] = ()
+
+    def groups(self, model: nn.Module) -> list[tuple[list[Site], float]]:
+        """Sites that are ranked together, and the fraction they drop together.
+
+        Raises UnknownName for a pattern no site matches, InputError for a site that is packed, or where none is left.
+        """
+        sites = find_sites(model)
+        check_patterns((*self.rules, *self.exclude), sites)
+        together: list[Site] = []
+        alone: list[tuple[list[Site], float]] = []
+        for site in sites:
+            if any(matches(pattern, site.name) for pattern in self.exclude):
+                continue
+            if trained(model, site) is None:
+                raise InputError(
+                    f"{site.name} is packed already: prune before the weights step, or leave it out with exclude: "
+                    f"['{site.name}']"
+                )
+            own = [sparsity for pattern, sparsity in self.rules.items() if matches(pattern, site.name)]
+            if own:
+                alone.append(([site], own[-1]))
+            elif self.scope == "site":
+                alone.append(([site], self.sparsity))
+            else:
+                together.append(site)
+        groups = [*([(together, self.sparsity)] if together else []), *alone]
+        if not groups:
+            raise InputError("nothing to prune: exclude matches every site of the model; leave some of them in")
+        return groups
+
+    @torch.no_grad()
+    def tighten(self, model: nn.Module, masks: Masks, so_far: Callable[[float], float] = lambda end: end) -> None:
+        """Drop more weights, the smallest of those that are left, and set them to zero.
+
+        Args:
+            masks: are changed; what they drop already stays dropped, and counts.
+            so_far: the fraction that is dropped by now, of the fraction that is dropped in the end.
+        """
+        for sites, end in self.groups(model):
+            weights = {site.name: site.fold.matrix(trained(model, site).detach()).float() for site in sites}  # type: ignore[union-attr]
+            kept = {name: masks.masks.get(name, torch.ones_like(w, dtype=torch.bool)) for name, w in weights.items()}
+            share = so_far(end) / end if end else 0.0
+            masks.masks |= largest(weights, kept, share, end, N_OF_M.get(self.pattern))
+        masks.refresh(model)
+
+
+def largest(
+    weights: Mapping[str, Float[Tensor, "_ _"]],
+    kept: Mapping[str, Bool[Tensor, "_ _"]],
+    share: float,
+    sparsity: float,
+    pattern: SemiStructured | None = None,
+) -> dict[str, Bool[Tensor, "_ _"]]:
+    """Masks that keep the largest of some matrices' weights, ranked together, and none that is not `kept`.
+
+    Dropped are `share` of those that go in the end: a fraction `sparsity` of all, or what `pattern` drops. Of equal
+    weights the first go first.
+
+    >>> weights = {"a": torch.tensor([[3.0, 1.0]]), "b": torch.tensor([[0.5, 2.0]])}
+    >>> everything = {name: weight > 0 for name, weight in weights.items()}
+    >>> largest(weights, everything, 1.0, 0.75)
+    {'a': tensor([[ True, False]]), 'b': tensor([[False, False]])}
+    """
+    scores = {name: torch.where(kept[name].to(weight.device), weight.abs(), -1.0) for name, weight in weights.items()}
+    flat = torch.cat([score.flatten() for score in scores.values()])
+    num_dropped = sparsity * len(flat)
+    if pattern is not None:
+        stay = torch.cat([pattern.choose(score).flatten() for score in scores.values()]) & (flat >= 0)
+        flat, num_dropped = flat.masked_fill(stay, torch.inf), float((~stay).sum())
+    mask = flat >= 0
+    mask[flat.argsort(stable=True)[: round(share * num_dropped)]] = False
+    sizes = [score.numel() for score in scores.values()]
+    return {n: m.view_as(scores[n]).cpu() for n, m in zip(scores, mask.split(sizes), strict=True)}
+
+
+def sparsity_of(masks: Masks) -> float:
+    """The fraction of the masked sites' weights that is dropped.
+
+    >>> sparsity_of(Masks({"0": torch.tensor([[True, False, False, False]])}))
+    0.75
+    """
+    num_kept = sum(int(mask.sum()) for mask in masks.masks.values())
+    return 1 - num_kept / max(1, sum(mask.numel() for mask in masks.masks.values()))
+
+
+def empty_sites(masks: Masks) -> list[str]:
+    """Notes for sites of which nothing is left: through them the model says nothing any more."""
+    cure = "use scope: site, a rule of its own, or exclude it"
+    return [f"{name}: every weight was pruned; {cure}" for name, mask in masks.masks.items() if not mask.any()]
 
 
 def zeros_of(model: nn.Module, names: Iterable[str]) -> Masks:

@@ -1,6 +1,6 @@
 """What every step that trains takes: how long, how fast, with what optimizer."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -42,3 +42,12 @@ class TrainingStep(BaseModel):
     gradient_checkpointing: bool = False
     num_evaluations: int = Field(default=5, ge=0)
     patience: int | None = Field(default=None, ge=1)
+
+    def run(self, job: Any) -> None:
+        """Train the model of a `Job` (job.py)."""
+        raise NotImplementedError
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The site patterns that the step names; they are checked before anything runs."""
+        return ()
