@@ -22,10 +22,11 @@ from tersor.activations import ACTIVATIONS, Activation, ActivationFormat, activa
 from tersor.encoded import Encoded
 from tersor.errors import FormatError
 from tersor.formats import FORMATS, format_named
-from tersor.formats.contract import Format, Grid, Params
+from tersor.formats.contract import Format, Grid, Params, Sparse
 from tersor.kernels import reference
 from tersor.methods import METHODS
 from tersor.methods.contract import Method
+from tersor.methods.kept import Kept
 from tersor.modules import Fold, PackedLinear, PackedWeight
 from tersor.schemes import Scheme
 from tersor.stats import Stats
@@ -353,8 +354,16 @@ def words(message: str) -> list[str]:
 # Laws of a method, for a format it accepts.
 
 
+def suited(method: Method, format: Format, weight: Tensor) -> Tensor:
+    """The weight; for a method that takes the zeros it finds, with the zeros of a pattern."""
+    if not (isinstance(method, Kept) and isinstance(format, Sparse)):
+        return weight
+    return torch.where(format.choose(weight.abs(), 0.5), weight, 0.0)
+
+
 def lands_on_the_format(method: Method, format: Format, weight: Tensor, stats: Stats) -> None:
     """The outcome is a point of the format: finite, laid out as promised, and snapped to itself."""
+    weight = suited(method, format, weight)
     encoded = method.compress(weight, format, stats)
     assert encoded.format == format
     assert encoded.shape == tuple(weight.shape)
@@ -375,7 +384,7 @@ METHOD_LAWS = [lands_on_the_format]
 
 def method_is_a_function(method: Method, format: Format) -> None:
     """Twice the same bytes, and the inputs are left alone."""
-    weight = widened(odd_weights()["heavy tails"], format)
+    weight = suited(method, format, widened(odd_weights()["heavy tails"], format))
     for stats in stats_for(weight).values():
         before = weight.clone()
         stats_before = {f.name: getattr(stats, f.name) for f in fields(stats)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.activations import ACTIVATIONS, Activation, Fp8Static, Int8Static
+from tersor.activations import ACTIVATIONS, Activation, Fp8Static, IntStatic
 from tersor.checkpoint.artifact import load, save
 from tersor.errors import ArtifactError, InputError
 from tersor.formats import format_named
@@ -40,9 +40,9 @@ def test_the_searched_range_beats_min_max_and_percentiles(name):
     x = SAMPLES[name]
 
     def error(params):
-        return (Int8Static().snap(x, params) - x).abs().pow(3).sum().item()
+        return (IntStatic(8).snap(x, params) - x).abs().pow(3).sum().item()
 
-    found = error(Int8Static().fit(Stats(sample=x)))
+    found = error(IntStatic(8).fit(Stats(sample=x)))
     low, high = min(x.min().item(), 0), max(x.max().item(), 0)
     assert found <= error(span(low, high)) * (1 + 1e-6)
     for percentile in (0.99, 0.999, 0.9999):
@@ -52,16 +52,16 @@ def test_the_searched_range_beats_min_max_and_percentiles(name):
 
 def test_a_one_sided_input_gets_all_codes():
     x = SAMPLES["after relu"]
-    params = Int8Static().fit(Stats(sample=x))
+    params = IntStatic(8).fit(Stats(sample=x))
     assert params["zero_point"].item() == -128
-    assert Int8Static().quantize(x, params).max() == 127
+    assert IntStatic(8).quantize(x, params).max() == 127
 
 
 def test_zero_is_exact():
     """Padding and dead features stay nothing."""
     for x in SAMPLES.values():
-        params = Int8Static().fit(Stats(sample=x))
-        assert not Int8Static().snap(torch.zeros(4), params).any()
+        params = IntStatic(8).fit(Stats(sample=x))
+        assert not IntStatic(8).snap(torch.zeros(4), params).any()
 
 
 def test_an_input_of_zeros_is_fitted():

@@ -122,6 +122,18 @@ def test_drop_finds_the_smallest_defensible_model(digits, inside, capsys):
     assert made.json["verdict"]["alpha"] < 0.05  # held to the level of a search of several trials
 
 
+def test_biases_are_corrected(digits, inside, capsys):
+    """The flag is a line of the recipe, and only biases differ."""
+    start = ["compress", *digits_arguments(digits), *labelled(digits), "--format", "nearest:int4", "--json"]
+    plain, made = tersor(capsys, *start, "-o", "p"), tersor(capsys, *start, "--bias-correction", "-o", "c")
+    assert (plain.status, made.status) == (0, 0), made.stdout
+    assert Recipe.from_file(Path("c/recipe.yaml")).weights[0].bias_correction
+    one, other = load_file("p/model.safetensors"), load_file("c/model.safetensors")
+    differ = {name for name in one if not torch.equal(one[name], other[name])}
+    assert "0.bias" in differ
+    assert all(name.endswith(".bias") for name in differ)
+
+
 def test_rules_excludes_and_the_tables(digits, inside, capsys):
     made = tersor(
         capsys, "compress", *digits_arguments(digits), *labelled(digits), "--format", "int4",
@@ -303,6 +315,7 @@ def test_contradictions_and_nonsense(digits, inside, capsys):
     assert "--recipe says everything" in refused(
         capsys, inside, *start, "--recipe", write(inside / "r.yaml", Recipe.of("int8").to_yaml()), "--ratio", "4x"
     )
+    assert "go with one --format" in refused(capsys, inside, *start, "--ratio", "4x", "--bias-correction")
     assert "steps" in refused(capsys, inside, *start, "--recipe", write(inside / "bad.yaml", "scheme: int8"))
     assert (
         "no module named" in refused(capsys, inside, "compress", "nothing_here:f", "--bits", "4", "-o", "out").lower()
@@ -381,11 +394,18 @@ def test_code_that_an_artifact_names_is_not_run(digits, inside, capsys):
 
 
 FLAGS = {
-    "compress": "--output -o --size --ratio --bits --drop --format --method --rule --exclude --transform --recipe "
-    "--weights --task --data --calibration --task-option --batch --seed --threads --overwrite --stream --json",
-    "inspect": "--weights --format --sensitivity --measure --task --data --calibration --task-option --seed --json",
+    "compress": "--output -o --size --ratio --bits --drop --format --method --rule --exclude --transform "
+    "--bias-correction --recipe --weights --task --data --calibration --train --task-option --batch --seed --threads "
+    "--overwrite --stream --json",
+    "inspect": "--weights --format --sensitivity --measure --training-memory --batch-size --context --lora --base "
+    "--optimizer --task --data --calibration --train --task-option --seed --json",
     "evaluate": "--weights --task --data --calibration --task-option --batch --threads --json",
     "compare": "--weights --task --data --calibration --task-option --drop --batch --seed --threads --json",
+    "student": "--output -o --layers --width --hidden --intermediate --heads --json",
+    "finetune": "--output -o --lora --base --save-base --weights --task --data --calibration --train --task-option "
+    "--epochs --steps --batch-size --accumulate --learning-rate --warmup --schedule --optimizer --weight-decay "
+    "--precision --gradient-checkpointing --evaluations --patience --dtype --drop --seed --overwrite --json",
+    "merge": "--output -o --task --data --calibration --train --task-option --seed --overwrite --json",
     "export": "--to --output -o --overwrite --json",
     "formats": "--json",
     "methods": "--json",

@@ -125,8 +125,27 @@ def test_statistics_that_are_not_numbers_name_the_site_and_a_way_out():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     x = random(3, 4)
     x[1, 2] = float("nan")
-    with pytest.raises(DataError, match=r"0: the second moment of the inputs is not finite.* --exclude '0'"):
+    with pytest.raises(DataError, match=r"0: the second moment of .* is not finite.*; use other data, .*--exclude '0'"):
         tersor.compress(model, Recipe.of("gptq:int4"), Toy((x,)))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name", "read"),
+    [
+        ("mse:int8", "linear", True),
+        ("svd:lowrank", "linear", True),
+        ("gptq:int4", "linear", False),
+        ("wanda:bitmask", "linear", False),  # the inputs are known, and it goes by them
+        ("wanda:bitmask", "lstm", True),
+    ],
+)
+def test_the_curvature_is_gathered_only_where_it_is_read(scheme, name, read, monkeypatch):
+    """It costs a backward pass over all the data."""
+    calls = []
+    monkeypatch.setattr(compress_module, "gather", lambda *args, **options: calls.append(args) or {})
+    model = ZOO[name].model()
+    tersor.compress(model, Recipe.of(scheme), task_for(ZOO[name], model))
+    assert bool(calls) == read
 
 
 def test_a_model_on_its_way_is_left_as_it_was_when_compression_fails(monkeypatch):

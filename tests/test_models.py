@@ -22,6 +22,7 @@ from tersor.tasks.text import standard_library_docstrings
 
 NEW_PROCESS = """
 import sys, tersor, torch
+torch.set_num_threads(int(sys.argv[4]))
 model = tersor.load(sys.argv[1])
 inputs = torch.load(sys.argv[2], weights_only=True)
 with torch.inference_mode():
@@ -49,7 +50,9 @@ def test_minilm_shrinks_and_a_new_process_agrees_bit_for_bit(minilm, arguments, 
         "attention_mask": torch.ones(1, 6).long(),
     }
     torch.save(inputs, tmp_path / "inputs.pt")
-    command = [sys.executable, "-c", NEW_PROCESS, small, tmp_path / "inputs.pt", tmp_path / "outputs.pt"]
+    # As many threads as here: they share out a float product's sum, and its last bits depend on how.
+    files, num_threads = [small, tmp_path / "inputs.pt", tmp_path / "outputs.pt"], torch.get_num_threads()
+    command = [sys.executable, "-c", NEW_PROCESS, *files, num_threads]
     subprocess.run([*map(str, command)], check=True, capture_output=True)
     with torch.inference_mode():
         here = model(**inputs).last_hidden_state

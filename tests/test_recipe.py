@@ -12,9 +12,9 @@ import tersor
 from tersor.errors import FormatError, InputError, TersorError, UnknownName
 from tersor.formats import FORMATS
 from tersor.methods import METHODS
-from tersor.recipe import Recipe, matches
+from tersor.recipe import Recipe
 from tersor.schemes import Scheme, parse_rule
-from tersor.sites import find_sites
+from tersor.sites import find_sites, matches
 from tersor.transforms.awq import Awq
 from tersor.transforms.smooth import Smooth
 
@@ -34,6 +34,7 @@ recipes = st.builds(
     st.dictionaries(patterns, schemes, max_size=4),
     st.lists(patterns, max_size=3),
     st.integers(0, 2**63 - 1),
+    bias_correction=st.booleans(),
 )
 
 
@@ -264,7 +265,7 @@ def test_awq_takes_the_format_of_the_weights_that_follow():
         ("{step: transform, transform: smooth(alpha=2)}", r"steps\.0\.transform: smooth: alpha=2 is not in \[0, 1\]"),
         ("{step: transform, transform: smooth(alpha=x)}", "smooth: alpha=x is not a number"),
         ("{step: transform}", r"steps\.0\.transform: Field required"),
-        ("{step: prune}", r"steps\.0\.step: 'prune' is no kind of step; known: weights, transform"),
+        ("{step: shrink}", r"steps\.0\.step: 'shrink' is no kind of step; known: weights, transform"),
         ("{scheme: int9}", r"steps\.0\.scheme: unknown format 'int9'"),
     ],
 )

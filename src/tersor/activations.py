@@ -35,7 +35,9 @@ class Activation:
 class ActivationFormat(Protocol):
     """A way to quantize inputs."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
+
     needs: frozenset[str]
     layout: ClassVar[Mapping[str, torch.dtype]]  # of the static parameters; readers check files against it
 
@@ -73,35 +75,51 @@ class Int8Dynamic:
 
 
 @dataclass(frozen=True)
-class Int8Static:
-    """Asymmetric int8 with one scale and zero point for all tokens (Jacob et al. 2017, https://arxiv.org/abs/1712.05877).
+class IntStatic:
+    """Asymmetric integers with one scale and zero point for all tokens (Jacob et al. 2017,
+    https://arxiv.org/abs/1712.05877). Codes lie in `-2**(bits-1) .. 2**(bits-1) - 1`; inputs of one sign, as after a
+    ReLU, get all of them.
 
     `fit` searches both ends of the range by the cubed error of the calibration sample, and of one more token that has
-    every feature's largest value. What is rare and far away matters more to a transformer than its square says.
+    every feature's largest value. What is rare and far away matters more to a transformer than its square says. Below
+    8 bits there are no codes to spare for it: the error is squared, and the sample alone counts.
 
     Params:
         scale: float32; values are `(code - zero_point) * scale`.
         zero_point: int8, the code of zero.
     """
 
-    name = "int8-static"
+    bits: int = 8
     needs = frozenset({"sample", "largest"})
     layout: ClassVar[Mapping[str, torch.dtype]] = {"scale": torch.float32, "zero_point": torch.int8}
 
+    @property
+    def name(self) -> str:
+        return f"int{self.bits}-static"
+
+    @property
+    def lowest(self) -> int:
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
     def fit(self, stats: Stats) -> dict[str, Tensor]:
         """Raises InputError without a calibration sample."""
-        x = calibration_sample(self, stats)
-        if stats.largest is not None:
+        x, power = calibration_sample(self, stats), 3 if self.bits == 8 else 2
+        if stats.largest is not None and self.bits == 8:
             x = torch.cat([x, extremes(x, stats.largest)])
         values, counts = summary(x)
+        num_steps = self.highest - self.lowest
 
         def params(low: Tensor, high: Tensor) -> dict[str, Tensor]:
-            scale = ((high - low) / 255).clamp_min(1e-12)
-            zero_point = (-low / scale).round().clamp(0, 255) - 128
+            scale = ((high - low) / num_steps).clamp_min(1e-12)
+            zero_point = (-low / scale).round().clamp(0, num_steps) + self.lowest
             return {"scale": scale.view(1), "zero_point": zero_point.to(torch.int8).view(1)}
 
         def error(low: Tensor, high: Tensor) -> float:
-            return ((self.snap(values, params(low, high)) - values).abs().pow(3) @ counts).item()
+            return ((self.snap(values, params(low, high)) - values).abs().pow(power) @ counts).item()
 
         lowest, highest = values[0].clamp(max=0), values[-1].clamp(min=0)
         best = min(SHRINKS, key=lambda s: error(lowest * s, highest * s))
@@ -112,7 +130,7 @@ class Int8Static:
 
     def quantize(self, x: Float[Tensor, "*batch in"], params: Mapping[str, Tensor]) -> Int8[Tensor, "*batch in"]:
         codes = x.float() / params["scale"] + params["zero_point"].float()
-        return codes.clamp_(-128, 127).round_().to(torch.int8)
+        return codes.clamp_(self.lowest, self.highest).round_().to(torch.int8)
 
     def snap(self, x: Float[Tensor, "*batch in"], params: Mapping[str, Tensor]) -> Float[Tensor, "*batch in"]:
         codes = self.quantize(x, params).float().sub_(params["zero_point"].float())
@@ -194,7 +212,7 @@ def snap_fp8(x: Tensor, scale: Tensor) -> Tensor:
 def calibration_sample(activation: ActivationFormat, stats: Stats) -> Float[Tensor, "token in"]:
     """The sample a static format is fitted to."""
     if stats.sample is None or not stats.sample.numel():
-        dynamic = activation.name.replace("static", "dynamic")
+        dynamic = "fp8-e4m3-dynamic" if activation.name.startswith("fp8") else "int8-dynamic"
         raise InputError(
             f"{activation.name} needs calibration inputs, and none reached this site; give calibration data that "
             f"does, use {dynamic}"
@@ -202,7 +220,12 @@ def calibration_sample(activation: ActivationFormat, stats: Stats) -> Float[Tens
     return stats.sample.float()
 
 
-ROWS: list[ActivationFormat] = [Int8Dynamic(), Int8Static(), Fp8Dynamic(), Fp8Static()]
+ROWS: list[ActivationFormat] = [
+    Int8Dynamic(),
+    *(IntStatic(bits) for bits in (8, 6, 4, 3, 2)),
+    Fp8Dynamic(),
+    Fp8Static(),
+]
 ACTIVATIONS = {activation.name: activation for activation in ROWS}
 
 

@@ -2,29 +2,33 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tersor.activations import ACTIVATIONS, Activation
+from tersor.assignment import Assignment
 from tersor.calibrate import gather
 from tersor.encoded import Encoded
 from tersor.errors import FormatError, ModelError, TersorError
 from tersor.methods.contract import BlockMethod
+from tersor.moments import has_inputs
 from tersor.recipe import Recipe, TransformStep, WeightsStep, misfit
 from tersor.schemes import Scheme
-from tersor.sites import Site, find_sites
+from tersor.site_report import SiteReport
+from tersor.sites import Site, check_patterns, find_sites
 from tersor.stats import Stats
 from tersor.stream import BlockRun, find_blocks, part_of
 from tersor.tasks.contract import Task
-from tersor.training import Curve, Job, TrainingStep
+from tersor.training import Curve, DistilStep, Job, StudentStep, TrainingStep
 from tersor.training.journal import Journal
+from tersor.training.student import make_student
+from tersor.transforms.bias_correction import corrected_bias
 from tersor.transforms.contract import Transform
 from tersor.walk import Around, Chosen, Walk
 
@@ -33,23 +37,6 @@ Progress = Callable[[str, int, int], None]  # what, done, total
 
 def silent(what: str, done: int, total: int) -> None:
     """No progress shown."""
-
-
-@dataclass(frozen=True)
-class SiteReport:
-    """What became of one site."""
-
-    name: str
-    kind: str
-    shape: tuple[int, int]
-    scheme: str
-    activation: str | None
-    num_bytes: int
-    bits_per_weight: float
-    relative_error: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -84,31 +71,34 @@ def compress(
         ModelError: a weight is not finite.
     """
     job = Job(copy_but_sites(model), model, task, recipe.seed, progress)
-    reports: dict[str, SiteReport] = {}
     for number, step in enumerate(recipe.steps):
         if isinstance(step, TransformStep):
             apply_transform(job.model, recipe.transform_of(step), task, seed=recipe.seed, progress=progress)
             stats = None  # they described the model before
+        elif isinstance(step, StudentStep):
+            step.run(job)
+            stats = None
         elif isinstance(step, TrainingStep):
             own_shared_weights(job.model, model)
-            job.journal = (
-                Journal(journal / f"step-{number}.safetensors", key_of(model, recipe, task)) if journal else None
-            )
+            key = key_of(model, recipe, number, task)
+            job.journal = Journal(journal / f"step-{number}.safetensors", key) if journal else None
             step.run(job)
             stats = None
         else:
             weights = WeightsRun(job.model, step, task, stats, recipe.seed, progress)
             weights.run()
-            check_masks(job, reports := reports | weights.reports)
+            job.reports |= weights.reports
+            check_masks(job, job.reports)
     own_shared_weights(job.model, model)
-    return Compressed(job.model, recipe, list(reports.values()), job.curves)
+    return Compressed(job.model, recipe, list(job.reports.values()), job.curves)
 
 
-def key_of(model: nn.Module, recipe: Recipe, task: Task | None) -> str:
-    """What the checkpoints of a run depend on, as a hash."""
+def key_of(model: nn.Module, recipe: Recipe, number: int, task: Task | None) -> str:
+    """What the checkpoints of a recipe's step depend on, as a hash: not on the steps that come after it."""
+    steps = [recipe.transform_of(s) if isinstance(s, TransformStep) else s for s in recipe.steps[: number + 1]]
     sums = [f"{name} {parameter.detach().double().sum().item()}" for name, parameter in model.named_parameters()]
     data = [task.fingerprint, task.description] if task else []
-    return hashlib.sha256("\0".join([recipe.to_yaml(), *data, *sums]).encode()).hexdigest()
+    return hashlib.sha256("\0".join([str(recipe.seed), *map(repr, steps), *data, *sums]).encode()).hexdigest()
 
 
 def check_masks(job: Job, reports: Mapping[str, SiteReport]) -> None:
@@ -163,13 +153,16 @@ class WeightsRun:
     ):
         self.original, self.around = original, around
         self.model, self.task, self.stats, self.seed, self.progress = model, task, stats or {}, seed, progress
+        self.corrects_biases = step.bias_correction
         self.work = {site: scheme for site, scheme in step.assign(find_sites(model)) if scheme is not None}
         self.weights: dict[Site, Tensor] = {}  # as they were, of the sites whose method tunes whole blocks
         self.reports: dict[str, SiteReport] = {}
         preflight(list(self.work.items()))
 
     def run(self) -> None:
-        needs = needs_of(self.work.values())
+        needs = needs_of(self.model, self.work)
+        if self.corrects_biases:
+            needs |= {"mean"}
         if self.task is not None and not self.stats and needs & CURVATURE and self.original is None:
             self.stats = gather(self.model, self.task, seed=self.seed, progress=self.progress)
         if self.task is not None and needs - CURVATURE:
@@ -199,10 +192,22 @@ class WeightsRun:
             self.weights[site] = weight
         encoded = compress_site(site, weight, scheme, stats)
         activation = None
-        if scheme.activation and site.takes_activation(self.model):
+        if scheme.activation and site.takes_activation(self.model, scheme.activation):
             activation = Activation(scheme.activation, ACTIVATIONS[scheme.activation].fit(stats))
         self.report(site, encoded, weight, activation)
-        return Chosen(encoded, activation)
+        return Chosen(encoded, activation, self.new_bias(site, encoded, weight, stats))
+
+    def new_bias(self, site: Site, encoded: Encoded, weight: Tensor, stats: Stats) -> nn.Parameter | None:
+        """The bias that takes back what the new weight does to the mean output; None: it stays."""
+        repairs = "cross_moment" in self.work[site].method.needs
+        if not self.corrects_biases or stats.mean is None or repairs or len(site.places) > 1:
+            return None
+        bias = self.model.get_submodule(site.places[0].module).bias
+        if not isinstance(bias, nn.Parameter):
+            return None
+        with named(site):
+            corrected = corrected_bias(bias.detach(), encoded.decode() - weight, stats.mean)
+        return nn.Parameter(corrected, requires_grad=bias.requires_grad)
 
     def refine(self, run: BlockRun, chosen: dict[Site, Chosen]) -> dict[Site, Chosen]:
         """Let the methods that tune whole blocks choose again, each all its sites at once."""
@@ -213,50 +218,61 @@ class WeightsRun:
                 weights = {name: self.weights.pop(site) for name, site in sites.items()}
                 tuned = method.tune(weights, {name: chosen[site].encoded for name, site in sites.items()}, run)
                 for name, site in sites.items():
-                    better[site] = Chosen(tuned[name], chosen[site].activation)
+                    better[site] = chosen[site]._replace(encoded=tuned[name])
                     self.report(site, tuned[name], weights[name], chosen[site].activation)
         return better
 
     def report(self, site: Site, encoded: Encoded, weight: Tensor, activation: Activation | None) -> None:
-        error = (encoded.decode() - weight).square().sum() / weight.square().sum().clamp_min(1e-38)
-        self.reports[site.name] = SiteReport(
-            name=site.name,
-            kind=site.kind,
-            shape=site.shape,
-            scheme=str(self.work[site]),
-            activation=activation.format if activation else None,
-            num_bytes=encoded.num_bytes,
-            bits_per_weight=encoded.bits_per_weight,
-            relative_error=error.sqrt().item(),
-        )
+        self.reports[site.name] = SiteReport.of(site, self.work[site], encoded, activation, weight)
 
 
 CURVATURE = frozenset({"row_weight", "column_weight"})
 
 
-def needs_of(schemes: Iterable[Scheme]) -> frozenset[str]:
-    """The statistics that any of the schemes reads."""
+def needs_of(model: nn.Module, work: Mapping[Site, Scheme]) -> frozenset[str]:
+    """The statistics that the scheme of any site reads."""
     needs: frozenset[str] = frozenset()
-    for scheme in schemes:
-        needs |= scheme.method.needs
-        if scheme.activation:
-            needs |= ACTIVATIONS[scheme.activation].needs
+    for site, scheme in work.items():
+        read = scheme.method.needs
+        if "second_moment" in read and has_inputs(model, site):
+            read -= {"column_weight"}  # which only stands in for it
+        needs |= read | (ACTIVATIONS[scheme.activation].needs if scheme.activation else frozenset())
     return needs
 
 
 def compress_site(site: Site, weight: Tensor, scheme: Scheme, stats: Stats) -> Encoded:
     """One site's weight in its format. Raises what its method raises, naming the site and the way out."""
     check_finite(site, weight)
-    try:
+    with named(site):
         encoded = scheme.method.compress(weight, scheme.format, stats)
-    except TersorError as problem:
-        raise type(problem)(f"{site.name}: {problem}; or exclude it with --exclude '{site.name}'") from None
     if weight.any() and not encoded.decode().any():
         raise FormatError(
             f"{site.name}: {scheme} turns every weight to zero (the largest is {weight.abs().max().item():.2g}, too "
             f"small for fp16 scales or values); use bf16, or exclude it with --exclude '{site.name}'"
         )
     return encoded
+
+
+@contextmanager
+def named(site: Site) -> Iterator[None]:
+    """Have what goes wrong inside name the site and the way out."""
+    try:
+        yield
+    except TersorError as problem:
+        raise type(problem)(f"{site.name}: {problem}; or exclude it with --exclude '{site.name}'") from None
+
+
+def preflight_all(model: nn.Module, recipe: Recipe | None) -> None:
+    """Before anything is measured: every pattern matches a site, and every scheme fits its shape."""
+    for step in recipe.steps if recipe else ():
+        if isinstance(step, StudentStep):
+            model = make_student(model, step, weights=False)
+        if isinstance(step, DistilStep):
+            step.check_teacher()
+        if isinstance(step, TrainingStep):
+            check_patterns(step.patterns, find_sites(model))
+        if isinstance(step, Assignment):
+            preflight([(site, scheme) for site, scheme in step.assign(find_sites(model)) if scheme is not None])
 
 
 def preflight(work: list[tuple[Site, Scheme]]) -> None:

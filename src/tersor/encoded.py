@@ -44,7 +44,8 @@ class Encoded:
         """The weight matrix, computed in float32. A few rows at a time where the format allows it, so that little more
         memory is needed than the result takes."""
         num_rows, step = self.shape[0], max(1, CHUNK // self.shape[1])
-        if not self.format.rows_apart or num_rows <= step:
+        trained = any(part.requires_grad for part in self.parts.values())
+        if not self.format.rows_apart or num_rows <= step or trained:
             return self.format.decode(self).to(dtype)
         weight = torch.empty(self.shape, dtype=dtype, device=next(iter(self.parts.values())).device)
         for first in range(0, num_rows, step):

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.activations import Activation, Int8Dynamic, Int8Static
+from tersor.activations import Activation, Int8Dynamic, IntStatic
 from tersor.encoded import Encoded
 from tersor.formats.int_group import IntGroup
 
@@ -45,7 +45,7 @@ def int8_linear(
     else:
         # One more token, of zero points, gives what the offset of the codes adds to every sum.
         zero_point, scale = activation.params["zero_point"], activation.params["scale"]
-        codes = torch.cat([Int8Static().quantize(tokens, activation.params), zero_point.expand(1, x.shape[-1])])
+        codes = torch.cat([IntStatic(8).quantize(tokens, activation.params), zero_point.expand(1, x.shape[-1])])
         sums = torch._int_mm(codes, weight)
         sums = sums[:-1].sub_(sums[-1])
     y = sums.float().mul_(scale)

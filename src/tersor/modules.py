@@ -7,11 +7,13 @@ is, and `pack_parameter` has the weight decoded just before the module runs and 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tersor.activations import Activation
 from tersor.encoded import Encoded
@@ -93,6 +95,10 @@ class PackedWeight(Stored):
     def forward(self) -> Tensor:
         return self.fold.unfold(self.encoded.decode(self.dtype))
 
+    def matrix(self) -> Float[Tensor, "out in"]:
+        """The weight as a matrix, in the dtype results are given in."""
+        return self.encoded.decode(self.dtype)
+
     def rows(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n in"]:
         return self.encoded.rows(index).to(self.dtype)
 
@@ -111,8 +117,39 @@ class InputQuantizer(Stored):
     def activation(self) -> Activation:
         return Activation(self.format, self.tensors)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """The input as its format holds it; gradients pass straight through."""
+        snapped = self.activation.snap(x)
+        return straight_through(x, snapped) if torch.is_grad_enabled() and x.requires_grad else snapped
+
     def extra_repr(self) -> str:
         return self.format
+
+
+class Simulated(nn.Module):
+    """A parametrization under which a weight is trained as its format will hold it; the weight stays the same site."""
+
+
+def straight_through(x: Tensor, snapped: Tensor) -> Tensor:
+    """`snapped`, with the gradient of `x` (Bengio et al. 2013, https://arxiv.org/abs/1308.3432)."""
+    return snapped.detach() + (x - x.detach())  # exactly `snapped`
+
+
+class DecodedLinear(torch.autograd.Function):
+    """`F.linear` of a packed weight that is not trained: the backward pass decodes it again, so that neither a float
+    weight nor the input stays in memory between the two."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, packed: PackedWeight) -> Tensor:
+        ctx.packed = packed
+        return F.linear(x, packed.matrix(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        to_x = gradient @ ctx.packed.matrix().to(gradient.dtype)
+        to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        return to_x, to_bias, None
 
 
 class PackedLinear(nn.Module):
@@ -132,30 +169,34 @@ class PackedLinear(nn.Module):
         return self.packed()
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        trained = torch.is_grad_enabled() and x.requires_grad
         if self.input_quantizer is not None:
             activation = self.input_quantizer.activation
             y = int8_linear(x, self.packed.encoded, activation, self.bias)
             if y is not None:
                 return y
-            x = activation.snap(x)
-        weight = self.packed()
-        # Hugging Face's Conv1D keeps its weight as [in, out].
-        return F.linear(x, weight.t() if self.packed.fold.view == "transposed" else weight, self.bias)
+            x = straight_through(x, activation.snap(x)) if trained else activation.snap(x)
+        if trained and not any(part.requires_grad for part in self.packed.tensors.values()):
+            return DecodedLinear.apply(x, self.bias, self.packed)
+        return F.linear(x, self.packed.matrix(), self.bias)
 
 
 class PackedConv(nn.Module):
-    """Conv1d, Conv2d or Conv3d with a packed weight."""
+    """Conv1d, Conv2d or Conv3d with a packed weight; its input may be quantized, before it is padded."""
 
     bias: nn.Parameter | None
 
-    def __init__(self, packed: PackedWeight, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    def __init__(
+        self, packed: PackedWeight, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, activation: Activation | None = None
+    ):
         super().__init__()
         self.packed = packed
+        self.input_quantizer = InputQuantizer(activation) if activation else None
         self.register_parameter("bias", conv.bias)  # type: ignore[arg-type]
         self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
         self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
         self.padding, self.padding_mode = conv.padding, conv.padding_mode
-        self.padding_around: list[int] = conv._reversed_padding_repeated_twice
+        self._reversed_padding_repeated_twice: list[int] = conv._reversed_padding_repeated_twice
         self.convolve: Callable[..., Tensor] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(conv.kernel_size)]
 
     @property
@@ -164,8 +205,10 @@ class PackedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         padding: object = self.padding
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
         if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self.padding_around, mode=self.padding_mode), 0
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         return self.convolve(x, self.packed(), self.bias, self.stride, padding, self.dilation, self.groups)
 
 

@@ -14,69 +14,41 @@
 The kinds of step are the table `STEPS`; those that train are in training/.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
 
-from tersor.errors import InputError, TersorError, UnknownName
+from tersor.assignment import Assignment, as_message
+from tersor.errors import InputError
 from tersor.formats.contract import Format, Grid
-from tersor.schemes import KEEP, Scheme, parse_options, parse_rule, spell_options
+from tersor.schemes import KEEP, parse_options, parse_rule, spell_options
 from tersor.sites import Site
-from tersor.training import TRAINING_STEPS, TrainingStep
+from tersor.training import TRAINING_STEPS, StudentStep, TrainingStep
 from tersor.transforms import TRANSFORMS
 from tersor.transforms.contract import Transform
 
 VERSION = 1
-Result = TypeVar("Result")
 
 
-class WeightsStep(BaseModel):
+class WeightsStep(Assignment):
     """Choose a format and a method for every site.
 
-    A site takes the scheme of the last rule whose pattern matches its name, else `scheme`; `exclude` keeps it as it is
-    whatever the rules say. Patterns are shell wildcards over site names; `*.head` matches `head` at the top, too.
+    With `bias_correction`, the bias of a linear layer or convolution takes back what its new weight did to the mean of
+    its outputs over the calibration data. Layers without a bias stay without, for another tensor would be another
+    checkpoint. The bias also stays where the weight is used more than once, and where the method makes up for earlier
+    errors itself (`gptq` with drift): it moves the mean on purpose.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     step: Literal["weights"] = "weights"
-    scheme: str = KEEP
-    rules: dict[str, str] = {}
-    exclude: tuple[str, ...] = ()
-
-    @field_validator("scheme")
-    @classmethod
-    def scheme_exists(cls, text: str) -> str:
-        return spelled(text)
-
-    @field_validator("rules")
-    @classmethod
-    def rules_exist(cls, rules: dict[str, str]) -> dict[str, str]:
-        return {pattern: spelled(text) for pattern, text in rules.items()}
-
-    def assign(self, sites: Iterable[Site]) -> Iterator[tuple[Site, Scheme | None]]:
-        """Each site with its scheme; None: kept.
-
-        Raises UnknownName for a pattern no site matches, FormatError for a scheme that does not fit a site's shape.
-        """
-        sites = list(sites)
-        for pattern in (*self.rules, *self.exclude):
-            if not any(matches(pattern, site.name) for site in sites):
-                raise UnknownName("site pattern", pattern, [s.name for s in sites], see="see `tersor inspect MODEL`")
-        for site in sites:
-            text = self.scheme
-            for pattern, scheme in self.rules.items():
-                text = scheme if matches(pattern, site.name) else text
-            if any(matches(pattern, site.name) for pattern in self.exclude):
-                text = KEEP
-            yield site, parse_rule(text)
+    bias_correction: bool = False
 
 
 class TransformStep(BaseModel):
@@ -98,10 +70,15 @@ def kind_of(step: Any) -> str:
     return step.get("step", "weights") if isinstance(step, dict) else getattr(step, "step", "weights")
 
 
-STEPS: dict[str, type[BaseModel]] = {"weights": WeightsStep, "transform": TransformStep, **TRAINING_STEPS}
+STEPS: dict[str, type[BaseModel]] = {
+    "weights": WeightsStep,
+    "transform": TransformStep,
+    "student": StudentStep,
+    **TRAINING_STEPS,
+}
 KINDS = tuple(STEPS)
 if TYPE_CHECKING:
-    Step = WeightsStep | TransformStep | TrainingStep
+    Step = WeightsStep | TransformStep | StudentStep | TrainingStep
 else:
     Step = Annotated[reduce(or_, (Annotated[k, Tag(name)] for name, k in STEPS.items())), Discriminator(kind_of)]
 
@@ -130,9 +107,11 @@ class Recipe(BaseModel):
         exclude: Iterable[str] = (),
         seed: int = 0,
         transforms: Iterable[str] = (),
+        bias_correction: bool = False,
     ) -> "Recipe":
         """A recipe of some transforms and one weights step."""
-        weights = {"scheme": scheme, "rules": rules or {}, "exclude": tuple(exclude)}
+        weights: dict[str, Any] = {"scheme": scheme, "rules": rules or {}, "exclude": tuple(exclude)}
+        weights["bias_correction"] = bias_correction
         steps = [*({"step": "transform", "transform": text} for text in transforms), weights]
         return cls.validated({"seed": seed, "steps": steps}, "the recipe")
 
@@ -152,7 +131,7 @@ class Recipe(BaseModel):
         transform = parse_transform(step.transform)
         if getattr(transform, "format", "none") is None:
             following = self.steps[self.steps.index(step) + 1 :]
-            schemes = (parse_rule(s.scheme) for s in following if isinstance(s, WeightsStep))
+            schemes = (parse_rule(s.scheme) for s in following if isinstance(s, Assignment))
             scheme = next(filter(None, schemes), None)
             if scheme is not None and isinstance(scheme.format, Grid):
                 return replace(transform, format=scheme.format.name)  # type: ignore[type-var]
@@ -188,23 +167,9 @@ class Recipe(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
 
 
-def spelled(text: str) -> str:
-    """A scheme's full spelling; raises what `Scheme.parse` raises, as a message pydantic can carry."""
-    scheme = as_message(lambda: parse_rule(text))
-    return KEEP if scheme is None else str(scheme)
-
-
 def parse_transform(text: str) -> Transform:
     """`smooth` or `smooth(alpha=0.5)`."""
     return parse_options("transform", TRANSFORMS, text.strip())
-
-
-def as_message(parse: Callable[[], Result]) -> Result:
-    """What `parse` returns; what it raises on purpose, as a message pydantic can carry."""
-    try:
-        return parse()
-    except TersorError as error:
-        raise ValueError(str(error)) from None
 
 
 def first_mistake(error: ValidationError) -> str:
@@ -216,15 +181,6 @@ def first_mistake(error: ValidationError) -> str:
     if first["type"] == "union_tag_invalid":
         return f"{where}.step: '{first['ctx']['tag']}' is no kind of step; known: {', '.join(KINDS)}"
     return f"{where}: {first['msg'].removeprefix('Value error, ')}"
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Shell wildcards; a leading `*.` also matches a name at the top.
-
-    >>> matches("*.embeddings.*", "embeddings.word"), matches("*.word", "embeddings.word"), matches("word", "a.word")
-    (True, True, False)
-    """
-    return fnmatchcase(name, pattern) or fnmatchcase("." + name, pattern)
 
 
 def misfit(site: Site, format: Format) -> str | None:

@@ -5,16 +5,19 @@ module classes is the table `WEIGHTS`.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList, type_before_parametrizations
 
-from tersor.activations import Activation
+from tersor.activations import ACTIVATIONS, Activation
 from tersor.encoded import Encoded
-from tersor.errors import FormatError, ModelError
+from tersor.errors import FormatError, ModelError, UnknownName
 from tersor.modules import (
     PREFIX,
     Fold,
@@ -23,6 +26,7 @@ from tersor.modules import (
     PackedLinear,
     PackedProjection,
     PackedWeight,
+    Simulated,
     pack_parameter,
     packed_parameters,
 )
@@ -103,9 +107,12 @@ class Site:
         """The weight as a float32 matrix, detached."""
         return self.fold.matrix(self.weight(model).detach()).float().contiguous()
 
-    def takes_activation(self, model: nn.Module) -> bool:
-        """Whether an input quantizer can run here: everywhere it is used, it is a plain linear map."""
+    def takes_activation(self, model: nn.Module, activation: str) -> bool:
+        """Whether an input quantizer of this format can run here: everywhere the weight is used, it is a plain linear
+        map, or a convolution, whose inputs have no tokens to take a dynamic scale from."""
         modules = [model.get_submodule(place.module) for place in self.places]
+        if self.kind == "conv":
+            return bool(ACTIVATIONS[activation].layout) and all(map(is_convolution, modules))
         return self.kind == "linear" and all(is_linear(m) or isinstance(m, PackedLinear) for m in modules)
 
     def replace(self, model: nn.Module, encoded: Encoded, activation: Activation | None = None) -> None:
@@ -113,8 +120,10 @@ class Site:
         if encoded.shape != self.shape:
             raise FormatError(f"{self.name}: encoded as {encoded.shape}, but the model has {self.shape} here")
         packed = PackedWeight(encoded, self.fold, self.dtype)
+        if activation is not None and not self.takes_activation(model, activation.format):
+            activation = None
         for place in self.places:
-            put(model, place, packed, activation if self.takes_activation(model) else None)
+            put(model, place, packed, activation)
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -150,10 +159,29 @@ def check_has_sites(model: nn.Module) -> None:
         raise ModelError(f"{type(model).__name__} has no weight that tersor can compress; see `tersor inspect MODEL`")
 
 
+def matches(pattern: str, name: str) -> bool:
+    """Shell wildcards; a leading `*.` also matches a name at the top.
+
+    >>> matches("*.embeddings.*", "embeddings.word"), matches("*.word", "embeddings.word"), matches("word", "a.word")
+    (True, True, False)
+    """
+    return fnmatchcase(name, pattern) or fnmatchcase("." + name, pattern)
+
+
+def check_patterns(patterns: Iterable[str], sites: Iterable[Site]) -> None:
+    """Raises UnknownName for a pattern that matches the name of no site."""
+    names = [site.name for site in sites]
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in names):
+            raise UnknownName("site pattern", pattern, names, see="see `tersor inspect MODEL`")
+
+
 def owned_by(module: nn.Module) -> dict[str, nn.Parameter | PackedWeight]:
     """The floating-point parameters of a module itself, and what `pack_parameter` put in the place of some."""
+    if isinstance(module, ParametrizationList) and isinstance(module[0], Simulated):
+        return {}  # the weight is that of the module around it
     floats = {n: p for n, p in module._parameters.items() if p is not None and p.is_floating_point()}
-    return {**floats, **packed_parameters(module)}
+    return {**floats, **simulated_parameters(module), **packed_parameters(module)}
 
 
 def weights_of(module: nn.Module) -> list[tuple[str, nn.Parameter | PackedWeight, str, str]]:
@@ -178,13 +206,25 @@ def is_stack(owner: nn.Parameter | PackedWeight) -> bool:
 
 def is_transposed_linear(module: nn.Module) -> bool:
     """Hugging Face's Conv1D, a Linear with its weight as [in, out]."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+    kind = type_before_parametrizations(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module computes exactly `x @ W.T + b`, and may be replaced by one that does."""
     plain = type(module).forward is nn.Linear.forward and type(module) is nn.Linear
     return plain or is_transposed_linear(module)
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is a convolution as PyTorch runs it, packed or not."""
+    return isinstance(module, PackedConv) or type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def simulated_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The float parameters behind weights that are trained as their format will hold them, by name."""
+    lists: Any = getattr(module, "parametrizations", {})
+    return {name: each.original for name, each in lists.items() if isinstance(each[0], Simulated)}
 
 
 def packed_weight(module: nn.Module, parameter: str) -> PackedWeight | None:
@@ -203,9 +243,8 @@ def put(model: nn.Module, place: Place, packed: PackedWeight, activation: Activa
         new = PackedProjection(packed, module.bias, None)
     elif isinstance(module, PackedLinear) or is_linear(module):
         new = PackedLinear(packed, module.bias, activation)  # type: ignore[arg-type]
-    elif isinstance(module, PackedConv) or type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        new = module if isinstance(module, PackedConv) else PackedConv(packed, module)  # type: ignore[arg-type]
-        new.packed = packed
+    elif is_convolution(module):
+        new = PackedConv(packed, module, activation)  # type: ignore[arg-type]
     elif isinstance(module, PackedEmbedding) or (type(module) is nn.Embedding and module.max_norm is None):
         new = PackedEmbedding(packed, module.padding_idx)
     else:

@@ -80,12 +80,14 @@ def only_step(recipe: Recipe | None) -> WeightsStep:
             f"--stream does one weights step, and the recipe has {len(recipe.steps)} steps; leave out the others, or "
             f"--stream"
         )
+    if recipe.steps[0].bias_correction:
+        raise InputError("--stream leaves biases as they are; leave out --bias-correction, or --stream")
     return recipe.steps[0]
 
 
 def notes_of(run: WeightsRun) -> list[str]:
     """What the user should know about the result."""
     notes = [UNMEASURED]
-    if needs_of(run.work.values()) & CURVATURE:
+    if needs_of(run.model, run.work) & CURVATURE:
         notes.append("the curvature of the loss takes the whole model in memory: methods that weigh by it did without")
     return notes

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from tersor.budget.limit import Limit
 from tersor.budget.plan import CANDIDATES, check_reachable, measure_menus, plan_size
@@ -29,14 +28,14 @@ from tersor.checkpoint.artifact import (
 )
 from tersor.checkpoint.layout import size_of
 from tersor.checkpoint.source import Source, call_factory, first_line, open_model
-from tersor.compress import Progress, SiteReport, compress, preflight, silent
+from tersor.compress import Progress, SiteReport, compress, preflight_all, silent
 from tersor.errors import BudgetError, InputError, ModelError
 from tersor.measure.scorecard import Scorecard, Subject, machine, measure
 from tersor.measure.verdict import Tolerance, Verdict, judge
 from tersor.recipe import Recipe
 from tersor.report.card import model_card
 from tersor.schemes import KEEP
-from tersor.sites import check_has_sites, find_sites
+from tersor.sites import check_has_sites
 from tersor.stats import Stats
 from tersor.tasks import Task, open_task
 from tersor.tasks.progress import score
@@ -94,6 +93,7 @@ def compress_to_folder(
     rules: dict[str, str] | None = None,
     exclude: Sequence[str] = (),
     transforms: Sequence[str] = (),
+    bias_correction: bool = False,
     seed: int = 0,
     batch_sizes: Sequence[int] = (1, 32),
     num_threads: int = 1,
@@ -104,7 +104,7 @@ def compress_to_folder(
     """Make `output` from `model`. Raises a TersorError with the way out, and then leaves nothing behind."""
     check_output(output, overwrite)
     tolerance = Tolerance.parse(budget.drop or DEFAULT_DROP)
-    given = check_choices(budget, recipe, formats, rules, exclude, transforms, seed)
+    given = check_choices(budget, recipe, formats, rules, exclude, transforms, seed, bias_correction)
     torch.manual_seed(seed)
     progress("opening the model", 0, 1)
     source = open_model(model, weights=weights)
@@ -207,12 +207,6 @@ def defensible(trials: list[Trial], tolerance: Tolerance) -> Recipe:
     return best.recipe
 
 
-def preflight_all(model: nn.Module, recipe: Recipe | None) -> None:
-    """Before anything is measured: every pattern matches a site, and every scheme fits its shape."""
-    for step in recipe.weights if recipe else ():
-        preflight([(site, scheme) for site, scheme in step.assign(find_sites(model)) if scheme is not None])
-
-
 def check_choices(
     budget: Budget,
     recipe: Recipe | None,
@@ -221,21 +215,25 @@ def check_choices(
     exclude: Sequence[str],
     transforms: Sequence[str],
     seed: int,
+    bias_correction: bool = False,
 ) -> Recipe | None:
     """The recipe that flags spell out; None when a budget or a recipe file decides. Contradictions are refused."""
     sized = budget.size or budget.ratio or budget.bits
     if recipe is not None:
-        if sized or formats or rules or exclude or transforms:
+        if sized or formats or rules or exclude or transforms or bias_correction:
             raise InputError(
-                "--recipe says everything already; leave out the budget, --format, --rule, --exclude and --transform"
+                "--recipe says everything already; leave out the budget, --format, --rule, --exclude, --transform and "
+                "--bias-correction"
             )
         return None
     for text in formats:
         Recipe.of(text)
     Recipe.of(KEEP, rules, exclude)
     if sized or (budget.drop and len(formats) != 1):
-        if transforms:
-            raise InputError("--transform goes with one --format; a search over formats measures the model as it is")
+        if transforms or bias_correction:
+            raise InputError(
+                "--transform and --bias-correction go with one --format; a search measures the model as it is"
+            )
         return None
     if len(formats) > 1:
         raise InputError(
@@ -245,7 +243,7 @@ def check_choices(
         raise InputError(
             "say what you want: --size 8MB, --ratio 4x, --bits 4.2, --drop 1%, --format int4-g64 or --recipe FILE"
         )
-    return Recipe.of(formats[0] if formats else KEEP, rules, exclude, seed, transforms)
+    return Recipe.of(formats[0] if formats else KEEP, rules, exclude, seed, transforms, bias_correction)
 
 
 def unreached(stats: Mapping[str, Stats]) -> list[str]:

@@ -178,6 +178,7 @@ def test_unused_tensors_are_left_out_and_said(choice, tmp_path):
     [
         (["--size", "1MB"], "--stream cannot share out a budget"),
         (["--format", "int4-g32", "--transform", "smooth"], "--stream does one weights step"),
+        (["--format", "int4-g32", "--bias-correction"], "--stream leaves biases as they are"),
         (["--format", "int4-g7x"], "unknown"),
     ],
 )

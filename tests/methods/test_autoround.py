@@ -83,6 +83,24 @@ def test_clearly_better_at_few_bits(block, name, share):
     assert block.loss(decoded(tuned)) < share * block.loss(decoded(begun))
 
 
+@pytest.mark.parametrize("name", ["int4-g32", "int4-g32-asym"])
+def test_better_than_the_best_start_even_at_many_bits(block, name):
+    method = AutoRound()
+    begun = starts(block, method, FORMATS[name])
+    tuned = method.tune(block.weights, begun, block)
+    assert block.loss(decoded(tuned)) < 0.99 * block.loss(decoded(begun))
+
+
+def test_a_weight_that_no_example_reaches_stays_as_it_started(block):
+    """An expert that the calibration data never takes."""
+    weights = {**block.weights, "idle": random(8, 32, seed=5)}
+    begun = {**starts(block, AutoRound(), FORMATS["int3-g32"])}
+    begun["idle"] = AutoRound().compress(weights["idle"], FORMATS["int3-g32"], Stats())
+    tuned = AutoRound(num_steps=60).tune(weights, begun, block)
+    assert not same_parts(tuned["up"].parts, begun["up"].parts)
+    assert same_parts(tuned["idle"].parts, begun["idle"].parts)
+
+
 def test_the_same_bytes_every_time(block):
     begun = starts(block, AutoRound(), FORMATS["int2-g32"])
     one, other = (AutoRound(num_steps=20).tune(block.weights, begun, block) for _ in range(2))
@@ -123,7 +141,9 @@ def test_outside_of_blocks_it_is_gptq():
     assert same_parts(ours.parts, Gptq().compress(weight, FORMATS["int3-g32"], stats).parts)
 
 
-@pytest.mark.parametrize("options", [{"num_steps": -1}, {"batch_size": 0}, {"scale_rate": -1.0}, {"drift": 2.0}])
+@pytest.mark.parametrize(
+    "options", [{"num_steps": -1}, {"batch_size": 0}, {"rate": -1.0}, {"scale_rate": -1.0}, {"drift": 2.0}]
+)
 def test_impossible_options_are_refused(options):
     with pytest.raises(InputError, match=r"0 or more"):
         AutoRound(**options)

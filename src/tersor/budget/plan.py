@@ -24,9 +24,9 @@ from tersor.errors import BudgetError, InputError
 from tersor.methods.gptq import Gptq
 from tersor.methods.mse import Mse
 from tersor.moments import takes_inputs
-from tersor.recipe import Recipe, WeightsStep, matches
+from tersor.recipe import Recipe, WeightsStep
 from tersor.schemes import KEEP, Scheme, parse_rule
-from tersor.sites import Site, check_has_sites, find_sites
+from tersor.sites import Site, check_has_sites, find_sites, matches
 from tersor.stats import Stats
 from tersor.tasks.contract import Task
 

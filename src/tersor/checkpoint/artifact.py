@@ -54,8 +54,8 @@ def save(
     """Write `model`, packed weights and all, into `folder`, which is created if need be and should be empty.
 
     Args:
-        source: folder whose config and tokenizer files are copied as they are; without it a transformers model writes
-            its config itself.
+        source: folder whose config and tokenizer files are copied as they are; without it, or where the model's sizes
+            are no longer those of its config, a transformers model writes its config itself.
         manifest: more keys for `tersor.json`.
     """
     folder = Path(folder)
@@ -66,12 +66,27 @@ def save(
     config, generation_config = getattr(model, "config", None), getattr(model, "generation_config", None)
     if source is not None:
         copy_side_files(source, folder)
+        if config is not None and differs(config, folder):
+            config.save_pretrained(folder)
     elif config is not None and hasattr(config, "save_pretrained"):
         config.save_pretrained(folder)
         if generation_config is not None:
             generation_config.save_pretrained(folder)
     write_weights(tensors_of(model), folder / WEIGHTS)
     describe(model, folder, manifest or {})
+
+
+VOLATILE = {"architectures", "dtype", "transformers_version", "_name_or_path", "use_cache"}
+
+
+def differs(config: Any, folder: Path) -> bool:
+    """Whether a model's configuration says another architecture than the folder's config.json."""
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").exists():
+        return True
+    kept = AutoConfig.from_pretrained(folder).to_dict()
+    return any(value != kept.get(name) for name, value in config.to_dict().items() if name not in VOLATILE)
 
 
 def describe(model: nn.Module, folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.weights import METADATA
-from tersor.modules import InputQuantizer, PackedLinear, PackedWeight, Stored
+from tersor.modules import InputQuantizer, PackedConv, PackedLinear, PackedWeight, Stored
 from tersor.sites import Site, find_sites, packed_weight
 
 DTYPE_NAMES = {  # in the order in which safetensors writes them
@@ -43,7 +43,7 @@ def packed_sites(model: nn.Module) -> list[tuple[Site, PackedWeight, InputQuanti
         module = model.get_submodule(site.places[0].module)
         packed = packed_weight(module, site.places[0].parameter)
         if packed is not None:
-            quantizer = module.input_quantizer if isinstance(module, PackedLinear) else None
+            quantizer = module.input_quantizer if isinstance(module, PackedLinear | PackedConv) else None
             found.append((site, packed, quantizer))
     return found
 

@@ -15,12 +15,26 @@ from tersor.cli.compress import compress
 from tersor.cli.console import fail
 from tersor.cli.evaluate import evaluate
 from tersor.cli.export import export
+from tersor.cli.finetune import finetune
 from tersor.cli.formats import formats
 from tersor.cli.inspect import inspect
+from tersor.cli.merge import merge
 from tersor.cli.methods import methods
+from tersor.cli.student import student
 from tersor.errors import TersorError
 
-VERBS: list[Callable[..., None]] = [compress, inspect, evaluate, compare, export, formats, methods]
+VERBS: list[Callable[..., None]] = [
+    compress,
+    inspect,
+    evaluate,
+    compare,
+    export,
+    student,
+    finetune,
+    merge,
+    formats,
+    methods,
+]
 
 app = typer.Typer(
     help="State a budget. Get the best model that fits it, and the proof of what it cost.",

@@ -51,6 +51,12 @@ def compress(
         list[str] | None,
         typer.Option(help="Rewrite the model first without changing what it computes, such as smooth, awq, fold-bn."),
     ] = None,
+    bias_correction: Annotated[
+        bool,
+        typer.Option(
+            "--bias-correction", help="Have biases take back what the new weights do to the mean of each output."
+        ),
+    ] = False,
     recipe: Annotated[Path | None, typer.Option(help="Recipe file; the one used is saved in the artifact.")] = None,
     weights: options.Weights = None,
     task: options.TaskName = None,
@@ -81,7 +87,7 @@ def compress(
             manifest = compress_streamed(
                 model,
                 output,
-                given or check_choices(Budget(size, ratio, bits, drop), given, *chosen, seed),
+                given or check_choices(Budget(size, ratio, bits, drop), given, *chosen, seed, bias_correction),
                 task_choice=options.task_choice(task, data, calibration, task_option, train),
                 overwrite=overwrite,
                 progress=progress,
@@ -104,6 +110,7 @@ def compress(
             rules=parse_rules(rule or []),
             exclude=exclude or [],
             transforms=transform or [],
+            bias_correction=bias_correction,
             seed=seed,
             batch_sizes=options.batch_sizes(batch),
             num_threads=options.checked_threads(threads),

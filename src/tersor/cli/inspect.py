@@ -2,20 +2,26 @@
 
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from tersor.analysis.sensitivity import SCHEMES, Sensitivity
 from tersor.analysis.sensitivity import sensitivity as predict
+from tersor.analysis.training_memory import Tokens
+from tersor.analysis.training_memory import training_memory as predict_training
 from tersor.checkpoint.layout import kept_tensors, packed_sites, size_of
 from tersor.checkpoint.source import Source, open_model
 from tersor.cli import options
 from tersor.cli.console import out, print_json, print_table, progress_bars
+from tersor.cli.finetune import step_of
 from tersor.errors import InputError
 from tersor.formats import FORMATS
 from tersor.report.card import megabytes
 from tersor.schemes import Scheme
 from tersor.sites import find_sites
 from tersor.stats import Stats
+from tersor.tasks import Task
+from tersor.training import FinetuneStep, TrainingStep
 from tersor.workflow import TaskChoice, open_task_for
 
 
@@ -31,17 +37,35 @@ def inspect(
     measure: Annotated[
         int, typer.Option(help="With --sensitivity: how many of the predictions to check by measuring the loss.")
     ] = 10,
+    training_memory: Annotated[
+        bool, typer.Option("--training-memory", help="Predict instead the memory of training: whole, LoRA and QLoRA.")
+    ] = False,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", help="With --training-memory: examples of one forward pass.")
+    ] = 1,
+    context: Annotated[int, typer.Option(help="With --training-memory, without --task: tokens of an example.")] = 512,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="With --training-memory: the adapters, as tersor finetune takes them.")
+    ] = None,
+    base: Annotated[str, typer.Option(help="With --training-memory: what QLoRA packs the weights with.")] = "nf4",
+    optimizer: Annotated[str, typer.Option(help="With --training-memory: adamw, sgd or adamw-8bit.")] = "adamw",
     task: options.TaskName = None,
     data: options.Data = None,
     calibration: options.Calibration = None,
+    train: options.Train = None,
     task_option: options.TaskOption = None,
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
     """List the sites of a model, what is kept, and the cost of every format."""
-    if not sensitivity and (task or data or calibration or task_option):
+    if not (sensitivity or training_memory) and (task or data or calibration or task_option):
         raise InputError("inspect runs data only for --sensitivity; add it, or leave --task and --data out")
     source = open_model(model, weights=weights)
+    if training_memory:
+        choice = options.task_choice(task, data, calibration, task_option, train)
+        steps = training_steps(source, {"batch_size": batch_size, "optimizer": optimizer}, lora or ["r=16"], base)
+        show_training_memory(model, source, choice if task else None, steps, context, json)
+        return
     if sensitivity:
         choice = options.task_choice(task, data, calibration, task_option)
         show_sensitivity(model, source, choice, list(FORMATS) if format == ["all"] else format, measure, seed, json)
@@ -155,6 +179,59 @@ def print_sensitivity(name: str, found: Sensitivity) -> None:
             markup=False,
             highlight=False,
         )
+
+
+def training_steps(source: Source, fields: dict[str, Any], lora: list[str], base: str) -> dict[str, TrainingStep]:
+    """What is predicted, by its name: of an artifact, whose weights are packed, adapters only."""
+    packed = source.kind == "artifact"
+    steps: dict[str, TrainingStep] = {}
+    for name, flags in (("", {}), (", checkpointed", {"gradient_checkpointing": True})):
+        if flags and source.kind == "custom":
+            continue
+        given = fields | flags
+        if not packed:
+            steps[f"full{name}"] = step_of(None, None, given)
+        steps[f"{'packed, LoRA' if packed else 'LoRA'}{name}"] = step_of(lora, None, given)
+        if not packed:
+            steps[f"QLoRA, {base}{name}"] = step_of(lora, base, given)
+    return steps
+
+
+def show_training_memory(
+    name: str, source: Source, choice: TaskChoice | None, steps: dict[str, TrainingStep], context: int, json: bool
+) -> None:
+    """A line for each way to train."""
+    if context < 2:
+        raise InputError(f"--context {context} leaves no token to predict; write for example 512")
+    task: Task = Tokens(context) if choice is None else open_task_for(source, choice)
+    found = {}
+    for title, step in steps.items():
+        dtype = torch.float32 if isinstance(step, FinetuneStep) else None
+        found[title] = predict_training(source.model, task, step, dtype=dtype)
+    if json:
+        print_json({"model": name, "task": task.description, "training": {t: f.to_dict() for t, f in found.items()}})
+        return
+    rows = [
+        (
+            title,
+            f"{f.num_trained:,}",
+            *(megabytes(n) for n in (f.weights, f.gradients, f.optimizer, f.activations, f.peak, f.copies)),
+        )
+        for title, f in found.items()
+    ]
+    first = next(iter(found.values()))
+    tokens = f" of {first.length} tokens" if first.length else ""
+    print_table(
+        f"{name}: memory of training with batches of {first.batch_size}{tokens}",
+        ["training", "trained", "weights", "gradients", "optimizer", "activations", "peak", "host copy"],
+        rows,
+    )
+    if first.block_formula is not None:
+        out.print(
+            f"activations of the blocks by the formula s b h (34 + 5 a s / h): {megabytes(first.block_formula)}",
+            highlight=False,
+        )
+    out.print(f"predicted, not measured, for: {task.description}", markup=False, highlight=False)
 
 
 SELECTION = [

@@ -38,6 +38,7 @@ ROWS: list[Format] = [
         for pattern in (Bitmask(), SemiStructured(2, 4))
         for bits, group_size in ((8, None), (4, 64), (3, 64))
     ),
+    *(SparseInt(Bitmask(), IntGroup(bits)) for bits in (6, 5)),
     LowRank(),
     *(Corrected(IntGroup(bits, group_size=64)) for bits in (4, 3, 2)),
 ]

@@ -4,6 +4,7 @@ from tersor.methods.autoround import AutoRound
 from tersor.methods.contract import Method
 from tersor.methods.gptq import Gptq
 from tersor.methods.hqq import Hqq
+from tersor.methods.kept import Kept
 from tersor.methods.kmeans import Kmeans
 from tersor.methods.lqer import Lqer
 from tersor.methods.magnitude import Magnitude
@@ -13,5 +14,5 @@ from tersor.methods.sparsegpt import SparseGpt
 from tersor.methods.svd import Svd
 from tersor.methods.wanda import Wanda
 
-ROWS: list[type[Method]] = [Nearest, Mse, Hqq, Kmeans, Gptq, AutoRound, Magnitude, Wanda, SparseGpt, Svd, Lqer]
+ROWS: list[type[Method]] = [Nearest, Mse, Hqq, Kmeans, Gptq, AutoRound, Magnitude, Kept, Wanda, SparseGpt, Svd, Lqer]
 METHODS = {method.name: method for method in ROWS}

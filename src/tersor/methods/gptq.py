@@ -48,9 +48,12 @@ class Gptq:
         return f"gptq rounds to a grid, and {format.name} has none; use int4-g64"
 
     def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
+        return self.solve(pose(weight, stats, self.damping, self.drift), format)
+
+    def solve(self, problem: Problem, format: Format) -> Encoded:
+        """The point of `format` for one site's problem."""
         assert isinstance(format, Grid)
-        problem = pose(weight, stats, self.damping, self.drift)
-        shape = (weight.shape[0], weight.shape[1])
+        shape = (problem.target.shape[0], problem.target.shape[1])
         params = searched(problem.target, format, problem.moment.diagonal())
         values = sweep(problem, format.projector(params, shape))
         coarse = isinstance(format, IntGroup) and format.bits < 3

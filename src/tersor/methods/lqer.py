@@ -48,9 +48,7 @@ class Lqer:
             target, base = weight, Mse().compress(weight, format.base, stats)
         else:
             gptq = Gptq(damping=self.damping)
-            target, base = (
-                pose(weight, stats, gptq.damping, gptq.drift).target,
-                gptq.compress(weight, format.base, stats),
-            )
+            problem = pose(weight, stats, gptq.damping, gptq.drift)
+            target, base = problem.target, gptq.solve(problem, format.base)
         found = principal_components(target - base.decode(), stats, self.damping)
         return format.join(base, LowRank().factors(found.left[:, : self.rank], found.right[: self.rank]))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tersor.encoded import Encoded
@@ -41,8 +41,7 @@ class Magnitude:
         return only_sparse(self.name, format)
 
     def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
-        assert isinstance(format, Sparse)
-        return encode_kept(weight, format, format.choose(weight.abs(), self.sparsity), Stats())
+        return keep_highest(weight, weight.abs(), self.sparsity, format, Stats())
 
 
 # What every method shares that chooses a mask by a score.
@@ -61,8 +60,16 @@ def only_sparse(method: str, format: Format) -> str | None:
     return f"{method} zeroes weights, and {format.name} stores zeros like any weight; use bitmask"
 
 
-def encode_kept(weight: Weight, format: Sparse, mask: Bool[Tensor, "out in"], stats: Stats) -> Encoded:
-    """The kept weights as they are, or where the format holds integers, with scales searched for them alone."""
+def keep_highest(
+    weight: Weight, score: Float[Tensor, "out in"], sparsity: float, format: Format, stats: Stats
+) -> Encoded:
+    """The weights of the highest scores."""
+    assert isinstance(format, Sparse)
+    return encode_kept(weight, format.choose(score, sparsity), format, stats)
+
+
+def encode_kept(weight: Weight, mask: Bool[Tensor, "out in"], format: Sparse, stats: Stats) -> Encoded:
+    """The weights of a mask as they are, or where the format holds integers, with scales searched for them alone."""
     if not isinstance(format, SparseInt):
         return format.encode(weight, {"mask": mask})
     kept = torch.where(mask, weight, 0.0)

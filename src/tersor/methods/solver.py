@@ -67,8 +67,8 @@ def pose(weight: Weight, stats: Stats, damping: float, drift: float, reorder: bo
     num_columns = weight.shape[1]
     moment, cross = second_moment(num_columns, stats), stats.cross_moment
     for name, matrix in (("second moment", moment), ("cross moment", cross)):
-        if matrix is not None and not torch.isfinite(torch.stack(matrix.aminmax())).all():
-            raise DataError(f"the {name} of the inputs is not finite: the model overflows on the calibration data")
+        if matrix is not None:
+            check_finite(name, matrix)
     diagonal = moment.diagonal().double()
     scale = diagonal.mean().item() or 1.0
     # Columns are solved from the end.
@@ -92,6 +92,15 @@ def pose(weight: Weight, stats: Stats, damping: float, drift: float, reorder: bo
     damped = moment.to(torch.float32, copy=True)
     damped.diagonal().copy_(diagonal + damping * scale)
     return Problem(order, target, damped, factor)
+
+
+def check_finite(name: str, moment: Tensor) -> None:
+    """Raises DataError if a moment of the inputs holds NaN or infinity."""
+    if not torch.isfinite(torch.stack(moment.aminmax())).all():
+        raise DataError(
+            f"the {name} of the inputs is not finite: the model overflows on the calibration data; use other data, or "
+            f"load the model in float32"
+        )
 
 
 def second_moment(num_columns: int, stats: Stats) -> Float[Tensor, "in in"]:

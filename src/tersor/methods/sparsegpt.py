@@ -17,6 +17,7 @@ from tersor.errors import InputError
 from tersor.formats.contract import Format, Params, Sparse, Weight
 from tersor.formats.semi_structured import SemiStructured
 from tersor.formats.sparse_int import SparseInt
+from tersor.methods.magnitude import check_sparsity, only_sparse
 from tersor.methods.mse import searched
 from tersor.methods.solver import BLOCK, Problem, polish, pose, sweep
 from tersor.stats import Stats
@@ -42,17 +43,14 @@ class SparseGpt:
     needs = frozenset({"second_moment", "cross_moment"})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise InputError(f"sparsegpt: sparsity={self.sparsity} is not a fraction; give one in [0, 1), such as 0.5")
+        check_sparsity(self.name, self.sparsity)
         if not (self.damping >= 0 and 0 <= self.drift <= 1 and self.num_rounds >= 0):
             raise InputError(f"{self}: damping and num_rounds must be 0 or more, and drift lie in [0, 1]")
         if not self.drift:  # then the original model need not run beside
             object.__setattr__(self, "needs", frozenset({"second_moment"}))
 
     def accepts(self, format: Format) -> str | None:
-        if isinstance(format, Sparse):
-            return None
-        return f"sparsegpt zeroes weights, and {format.name} stores zeros like any weight; use 2:4 or bitmask"
+        return only_sparse(self.name, format)
 
     def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
         assert isinstance(format, Sparse)

@@ -16,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersor.encoded import Encoded
-from tersor.errors import DataError, InputError
+from tersor.errors import InputError
 from tersor.formats.contract import Format, Weight
 from tersor.formats.lowrank import LowRank
+from tersor.methods.solver import check_finite
 from tersor.stats import Stats
 
 
@@ -116,8 +117,7 @@ def damped_moment(weight: Weight, stats: Stats, damping: float) -> Tensor:
     else:
         columns = torch.ones(weight.shape[1]) if stats.column_weight is None else stats.column_weight
         moment = columns.to(weight.device).double()
-    if not torch.isfinite(moment).all():
-        raise DataError("the second moment of the inputs is not finite: the model overflows on the calibration data")
+    check_finite("second moment", moment)
     diagonal = moment if moment.dim() == 1 else moment.diagonal()
     if not diagonal.any():  # inputs that were always silent say nothing
         return torch.ones_like(diagonal)

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersor.encoded import Encoded
-from tersor.formats.contract import Format, Sparse, Weight
-from tersor.methods.magnitude import check_sparsity, encode_kept, only_sparse
+from tersor.formats.contract import Format, Weight
+from tersor.methods.magnitude import check_sparsity, keep_highest, only_sparse
 from tersor.stats import Stats
 
 
@@ -42,11 +42,10 @@ class Wanda:
         return only_sparse(self.name, format)
 
     def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
-        assert isinstance(format, Sparse)
         score = weight.abs() * input_energy(weight, stats).sqrt()
         # A score's rank within its row makes rows comparable: all lose the same share, to one weight.
         rank = score.argsort(dim=1, stable=True).argsort(dim=1)
-        return encode_kept(weight, format, format.choose(rank.float(), self.sparsity), stats)
+        return keep_highest(weight, rank.float(), self.sparsity, format, stats)
 
 
 def input_energy(weight: Weight, stats: Stats) -> Float[Tensor, " in"]:

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from tersor.errors import InputError
 from tersor.formats.semi_structured import SemiStructured
 from tersor.modules import Fold
-from tersor.sites import WEIGHTS, Site, check_patterns, find_sites, matches
+from tersor.sites import WEIGHTS, Site, check_patterns, find_sites, matches, simulated_parameters
 
 Scope = Literal["global", "site"]
 Pattern = Literal["unstructured", "2:4", "4:8"]
@@ -96,7 +96,8 @@ class Masks:
 def trained(model: nn.Module, site: Site) -> nn.Parameter | None:
     """The parameter whose numbers are trained where a site runs; None where it is packed."""
     place = site.places[0]
-    parameter = model.get_submodule(place.module)._parameters.get(place.parameter)
+    module = model.get_submodule(place.module)
+    parameter = {**module._parameters, **simulated_parameters(module)}.get(place.parameter)
     return parameter if isinstance(parameter, nn.Parameter) else None
 
 
@@ -220,9 +221,3 @@ def empty_sites(masks: Masks) -> list[str]:
     """Notes for sites of which nothing is left: through them the model says nothing any more."""
     cure = "use scope: site, a rule of its own, or exclude it"
     return [f"{name}: every weight was pruned; {cure}" for name, mask in masks.masks.items() if not mask.any()]
-
-
-def zeros_of(model: nn.Module, names: Iterable[str]) -> Masks:
-    """The masks that keep what is not zero now."""
-    wanted = set(names)
-    return Masks({site.name: site.matrix(model) != 0 for site in find_sites(model) if site.name in wanted})

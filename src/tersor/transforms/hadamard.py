@@ -48,7 +48,7 @@ class Hadamard:
         for norm, offset, readers in stream.norms:
             fold_gain(norm, offset, readers)
             for reader in readers:
-                set_matrix(reader, product(matrix(reader), rotation))
+                rotate_inputs(reader, rotation)
         set_parameter(stream.embedding, "weight", product(parameter(stream.embedding, "weight"), rotation))
         for writer in stream.writers:
             rotate_outputs(writer, rotation)
@@ -77,11 +77,9 @@ class HadamardHeads:
         for pair in pairs:
             rotation = random_hadamard(pair.num_features // pair.heads, self.seed)
             first, last = pair.part * pair.num_features, (pair.part + 1) * pair.num_features
-            every_head = torch.block_diag(*[rotation] * pair.heads)
-            rotate_outputs(model.get_submodule(pair.source), every_head, slice(first, last))
-            for reader in map(model.get_submodule, pair.readers):
-                heads = matrix(reader).unflatten(1, (-1, len(rotation)))
-                set_matrix(reader, product(heads, rotation).flatten(1))
+            rotate_outputs(model.get_submodule(pair.source), rotation, slice(first, last))
+            for reader in readers_of(model, pair):
+                rotate_inputs(reader, rotation)
 
 
 @dataclass(frozen=True)
@@ -144,8 +142,13 @@ def fold_gain(norm: nn.Module, offset: float, readers: list[nn.Module]) -> None:
     set_parameter(norm, "weight", torch.full_like(gain, 1 - offset))
 
 
+def rotate_inputs(linear: nn.Module, rotation: Float[Tensor, "n n"]) -> None:
+    """Have a linear layer take its inputs, every n of them, in the other basis."""
+    set_matrix(linear, product(matrix(linear), rotation))
+
+
 def rotate_outputs(linear: nn.Module, rotation: Float[Tensor, "n n"], rows: slice = slice(None)) -> None:
-    """Give the outputs of a linear layer, or some of them, the other basis."""
+    """Give the outputs of a linear layer, or some of them, every n of them, the other basis."""
     weight = matrix(linear).clone()
     weight[rows] = product(weight[rows].t(), rotation).t().to(weight.dtype)
     set_matrix(linear, weight)
@@ -155,10 +158,11 @@ def rotate_outputs(linear: nn.Module, rotation: Float[Tensor, "n n"], rows: slic
         set_parameter(linear, "bias", bias)
 
 
-def product(x: Tensor, rotation: Float[Tensor, "n n"]) -> Tensor:
-    """`x @ rotation`, in float32 or better."""
+def product(x: Float[Tensor, "*rows features"], rotation: Float[Tensor, "n n"]) -> Float[Tensor, "*rows features"]:
+    """Every n features in a row times the rotation, in float32 or better."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.to(dtype) @ rotation.to(x.device, dtype)
+    blocks = x.to(dtype).unflatten(-1, (-1, len(rotation)))
+    return (blocks @ rotation.to(x.device, dtype)).flatten(-2)
 
 
 def random_hadamard(size: int, seed: int) -> Float[Tensor, "size size"]:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tersor.activations import Int8Static
+from tersor.activations import IntStatic
 from tersor.errors import InputError
 from tersor.formats.int_group import IntGroup
 from tersor.stats import Stats
@@ -74,7 +74,7 @@ def int8_error(stats: Stats, weight: Float[Tensor, "out in"], factor: Float[Tens
     a share of the token's outputs, for the norms behind it make tokens equally large."""
     assert stats.sample is not None
     x, largest = stats.sample / factor, None if stats.largest is None else stats.largest / factor
-    activation, format = Int8Static(), IntGroup(8)
+    activation, format = IntStatic(8), IntGroup(8)
     x_int8 = activation.snap(x, activation.fit(Stats(sample=x, largest=largest)))
     w_int8 = format.snap(weight * factor, format.fit(weight * factor))
     exact = stats.sample @ weight.t()

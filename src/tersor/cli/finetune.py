@@ -1,0 +1,167 @@
+"""`tersor finetune MODEL --task T --data EVAL --train FILE -o OUT`: train a model, or adapters beside its weights."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tersor.cli import options
+from tersor.cli.console import err, out, print_json, progress_bars
+from tersor.errors import InputError
+from tersor.finetuned import Finetuned, finetune_to_folder
+from tersor.recipe import Recipe
+from tersor.training import FinetuneStep, LoraStep
+
+KEYS = {"r": "rank", "lora_alpha": "alpha", "use_dora": "dora", "target_modules": "targets"}  # peft's words for ours
+
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Train adapters: r=16,alpha=32,dropout=0.05,dora=true,init=pissa,targets=q_proj+v_proj. Repeatable."
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(help="Pack the weights beside the adapters (QLoRA): a scheme such as nf4, nf4-dq, int4-g64."),
+]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Examples of one forward pass (default 32).")]
+Optimizer = Annotated[str | None, typer.Option(help="adamw, sgd, or on a GPU adamw-8bit.")]
+Checkpointing = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Compute activations twice rather than keep them.")
+]
+
+
+def finetune(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, or for --lora an artifact.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")],
+    lora: Lora = None,
+    base: Base = None,
+    save_base: Annotated[
+        Path | None, typer.Option("--save-base", help="Also write the packed base, as an artifact for tersor merge.")
+    ] = None,
+    weights: options.Weights = None,
+    task: options.TaskName = None,
+    data: options.Data = None,
+    calibration: options.Calibration = None,
+    train: options.Train = None,
+    task_option: options.TaskOption = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training data (default 3).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of --epochs.")] = None,
+    batch_size: BatchSize = None,
+    accumulate: Annotated[int | None, typer.Option(help="Forward passes to one optimizer step (default 1).")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="At its peak (default 5e-5, of adapters 2e-4).")
+    ] = None,
+    warmup: Annotated[float | None, typer.Option(help="Fraction of the steps in which it rises (default 0.1).")] = None,
+    schedule: Annotated[str | None, typer.Option(help="How it falls: cosine (default), linear, constant.")] = None,
+    optimizer: Optimizer = None,
+    weight_decay: Annotated[float | None, typer.Option("--weight-decay", help="Of matrices (default 0.01).")] = None,
+    precision: Annotated[str | None, typer.Option(help="Of the forward pass: float32 (default), bf16, fp16.")] = None,
+    gradient_checkpointing: Checkpointing = False,
+    evaluations: Annotated[
+        int | None, typer.Option(help="How often the held-out part of the training data is scored (default 5).")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after this many evaluations without a better score; keep the best.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32 or bfloat16, to compute in; auto: float32, with --lora what the model came in.")
+    ] = "auto",
+    drop: options.Drop = "1%",
+    seed: options.Seed = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if tersor finetune made it.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Train a model on a task, whole or by adapters (LoRA, QLoRA, DoRA)."""
+    fields = {
+        "epochs": epochs,
+        "num_steps": steps,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "learning_rate": learning_rate,
+        "warmup": warmup,
+        "schedule": schedule,
+        "optimizer": optimizer,
+        "weight_decay": weight_decay,
+        "precision": precision,
+        "gradient_checkpointing": gradient_checkpointing,
+        "num_evaluations": evaluations,
+        "patience": patience,
+    }
+    with progress_bars(json) as progress:
+        made = finetune_to_folder(
+            model,
+            output,
+            step_of(lora, base, fields),
+            weights=weights,
+            task_choice=options.task_choice(task, data, calibration, task_option, train),
+            drop=drop,
+            dtype=dtype,
+            save_base=save_base,
+            seed=seed,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if json:
+        print_json({"output": str(output), **made.to_dict()})
+    else:
+        show(made, save_base)
+
+
+def step_of(lora: list[str] | None, base: str | None, fields: dict[str, Any]) -> FinetuneStep | LoraStep:
+    """The recipe step that the flags spell. Raises InputError for a field or a value that it does not take."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    if lora is None:
+        if base is not None:
+            raise InputError(f"--base {base} packs the weights beside adapters; add --lora r=16,alpha=32")
+        step: dict[str, Any] = {"step": "finetune", **given}
+    else:
+        step = {"step": "lora", **given, **lora_fields(lora), **({} if base is None else {"base": base})}
+    made = Recipe.validated({"steps": [step]}, "finetune").steps[0]
+    assert isinstance(made, FinetuneStep | LoraStep)
+    return made
+
+
+def lora_fields(texts: list[str]) -> dict[str, Any]:
+    """`r=16,alpha=32` as fields of the step.
+
+    >>> lora_fields(["r=8,dora=true", "targets=q_proj+v_proj"])
+    {'rank': 8, 'dora': True, 'targets': ['q_proj', 'v_proj']}
+    """
+    found: dict[str, Any] = {}
+    for text in ",".join(texts).split(","):
+        key, value = options.key_value(text, "--lora")
+        key = KEYS.get(key, key)
+        if value in ("true", "false"):
+            value = value == "true"
+        if key in ("targets", "modules_to_save") and value not in ("blocks", "usual"):
+            value = str(value).split("+")
+        found[key] = value
+    return found
+
+
+def show(made: Finetuned, save_base: Path | None) -> None:
+    """Scores before and after, the verdict, and what to do next."""
+    for note in made.notes:
+        err.print("note:", note, style="yellow", markup=False, highlight=False)
+    losses = made.curve.losses
+    tail = losses[-max(1, len(losses) // 10) :]
+    out.print(
+        f"trained: {len(losses)} steps in {made.curve.seconds:.0f} s, loss {losses[0]:.4f} -> "
+        f"{sum(tail) / len(tail):.4f}",
+        highlight=False,
+    )
+    out.print(
+        f"{made.before.metric.name}: {made.before.value:.4f} before, {made.after.value:.4f} after", highlight=False
+    )
+    out.print(f"measured on: {made.task}", markup=False, highlight=False)
+    out.print(f"verdict: {made.verdict.sentence()}", style="bold", markup=False, highlight=False)
+    if isinstance(made.step, LoraStep):
+        out.print(
+            f"adapter: {made.output}  (load it with peft, or put it into its base: tersor merge "
+            f"{save_base or 'BASE'} {made.output} -o OUT)",
+            markup=False,
+            highlight=False,
+        )
+    else:
+        out.print(f"model: {made.output}", markup=False, highlight=False)

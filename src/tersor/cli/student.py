@@ -1,0 +1,81 @@
+"""`tersor student TEACHER --layers 3 -o OUT`: a smaller model to distil into."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from tersor.checkpoint.artifact import atomic_folder, check_output, copy_side_files
+from tersor.checkpoint.layout import size_of
+from tersor.checkpoint.source import open_model
+from tersor.cli import options
+from tersor.cli.console import out, print_json, print_table
+from tersor.errors import InputError
+from tersor.report.card import megabytes
+from tersor.training.architectures import architecture_of
+from tersor.training.student import StudentStep, make_student
+
+
+def student(
+    teacher: Annotated[str, typer.Argument(help="Hugging Face folder or hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Hugging Face folder to create.")],
+    layers: Annotated[
+        str | None, typer.Option(help="How many layers, spread evenly (3), or which, counted from 0 (0,2,5).")
+    ] = None,
+    width: Annotated[float | None, typer.Option(help="Hidden size, heads and intermediate size times this.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Hidden size.")] = None,
+    intermediate: Annotated[int | None, typer.Option(help="Intermediate size of the feed-forward layers.")] = None,
+    num_heads: Annotated[int | None, typer.Option("--heads", help="Attention heads.")] = None,
+    json: options.Json = False,
+) -> None:
+    """Cut a smaller model from a larger one, to be taught by it."""
+    try:
+        step = StudentStep(
+            layers=parse_layers(layers), width=width, hidden=hidden, intermediate=intermediate, num_heads=num_heads
+        )
+    except ValidationError as error:
+        raise InputError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+    check_output(output, overwrite=False)
+    source = open_model(teacher)
+    made = make_student(source.model, step)
+    with atomic_folder(output) as folder:
+        if source.folder is not None:
+            copy_side_files(source.folder, folder)
+        made.save_pretrained(folder)
+    sizes = {"teacher": sizes_of(source.model), "student": sizes_of(made)}
+    if json:
+        print_json({"output": str(output), **sizes})
+        return
+    rows = [(name, *(shown(name, of[name]) for of in sizes.values())) for name in sizes["teacher"]]
+    print_table("teacher and student", ["", *sizes], rows)
+    out.print(
+        f"student: {output}  (teach it: tersor compress {output} --recipe FILE, with a step distil and "
+        f"teacher: {source.name})",
+        markup=False,
+        highlight=False,
+    )
+
+
+def parse_layers(text: str | None) -> int | tuple[int, ...] | None:
+    """`3` as a number, `0,2,5` as layer numbers."""
+    if text is None:
+        return None
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--layers '{text}' is not a number of layers or a list; write 3 or 0,2,5") from None
+    return numbers if "," in text else numbers[0]
+
+
+def sizes_of(model: Any) -> dict[str, int]:
+    """What a model measures, by the words of its configuration."""
+    names = architecture_of(model, "student")
+    fields = (names.num_layers, names.hidden, names.num_heads, names.intermediate)
+    known = {name: value for name in fields if (value := getattr(model.config, name)) is not None}
+    return {**known, "parameters": sum(p.numel() for p in model.parameters()), "bytes": size_of(model)}
+
+
+def shown(name: str, value: int) -> str:
+    """A size as text."""
+    return megabytes(value) if name == "bytes" else f"{value:,}"

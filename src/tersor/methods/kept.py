@@ -1,0 +1,38 @@
+"""Keep what is not zero: store the weights that training left, in its own mask (Han et al. 2015, Deep Compression,
+https://arxiv.org/abs/1510.00149).
+
+Whatever pruned the weights has chosen the mask already. Where the format holds integers, scales are searched for the
+kept weights alone.
+"""
+
+from dataclasses import dataclass
+
+from tersor.encoded import Encoded
+from tersor.formats.contract import Format, Sparse, Weight
+from tersor.methods.magnitude import encode_kept
+from tersor.stats import Stats
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Keep every weight that is not zero.
+
+    >>> import torch
+    >>> from tersor.formats.bitmask import Bitmask
+    >>> weight = torch.tensor([[0.0, -2.0, 3.0, 0.0]])
+    >>> Kept().compress(weight, Bitmask(), Stats()).parts["values"].tolist()
+    [-2.0, 3.0]
+    """
+
+    name = "kept"
+    needs = frozenset({"column_weight"})
+
+    def accepts(self, format: Format) -> str | None:
+        if isinstance(format, Sparse):
+            return None
+        return f"kept stores which weights are not zero, and {format.name} has no place for it; use bitmask"
+
+    def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
+        """Raises FormatError where more weights are not zero than an n:m pattern holds."""
+        assert isinstance(format, Sparse)
+        return encode_kept(weight, weight != 0, format, stats)

@@ -1,0 +1,45 @@
+"""What became of one site."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tersor.activations import Activation
+from tersor.encoded import Encoded
+from tersor.schemes import Scheme
+from tersor.sites import Site
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """A packed site in a line of a table; `relative_error` is to the weight that its step was given, or trained."""
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    scheme: str
+    activation: str | None
+    num_bytes: int
+    bits_per_weight: float
+    relative_error: float
+
+    @classmethod
+    def of(
+        cls, site: Site, scheme: Scheme, encoded: Encoded, activation: Activation | None, weight: Tensor
+    ) -> "SiteReport":
+        """Of a site whose matrix was `weight`."""
+        error = (encoded.decode() - weight).square().sum() / weight.square().sum().clamp_min(1e-38)
+        return cls(
+            name=site.name,
+            kind=site.kind,
+            shape=site.shape,
+            scheme=str(scheme),
+            activation=activation.format if activation else None,
+            num_bytes=encoded.num_bytes,
+            bits_per_weight=encoded.bits_per_weight,
+            relative_error=error.sqrt().item(),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

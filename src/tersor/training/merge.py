@@ -1,0 +1,175 @@
+"""Merge an adapter into the weights it was trained beside.
+
+Into float weights by adding: `W + alpha / rank * B A` (Hu et al. 2021, https://arxiv.org/abs/2106.09685; DoRA as peft
+does it). A packed weight has no room for the sum. Decoding it, adding and rounding to the nearest throws away most of
+what is smaller than a step of its grid, which is most of the adapter. So the sum is rounded as a weight is when it is
+compressed: anew, column by column, with the inputs it meets in view (GPTQ, Frantar et al. 2022,
+https://arxiv.org/abs/2210.17323), in the format that the base has there.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tersor.errors import InputError
+from tersor.formats.contract import Format, Grid, Sparse
+from tersor.modules import PackedLinear, Stored
+from tersor.schemes import KEEP, usual_method
+from tersor.sites import Site, find_sites
+from tersor.tasks.contract import Task
+from tersor.tasks.fidelity import kl_divergence
+from tersor.tasks.inputs import scoring
+from tersor.training.adapters import Adapter, adapted_names, put_in, replace_module
+from tersor.training.loop import Progress, silent
+
+Method = Callable[[Format], str]  # how a format is filled: a method's name
+
+
+def resolving(format: Format) -> str:
+    """The method that sees the inputs, for each kind of format."""
+    if isinstance(format, Sparse):
+        return "sparsegpt"
+    return "gptq" if isinstance(format, Grid) else usual_method(format)
+
+
+def naive(format: Format) -> str:
+    """Round to nearest, where the format can."""
+    return "nearest" if isinstance(format, Grid) else usual_method(format)
+
+
+def merge(
+    model: nn.Module,
+    adapter: Adapter,
+    task: Task | None = None,
+    *,
+    method: Method = resolving,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> nn.Module:
+    """A copy of `model` with the adapter in its weights; every weight in the format and dtype it had.
+
+    Args:
+        model: float, packed or both; the adapter's base.
+        task: its calibration split is what re-solving sees; without it all inputs weigh the same.
+        method: how a packed weight is filled again: `resolving`, or `naive` to compare with.
+
+    Raises:
+        ModelError: the adapter is not this model's.
+    """
+    from tersor.compress import compress
+    from tersor.recipe import Recipe, WeightsStep
+
+    target = merged_float(model, adapter)
+    packed = packed_adapted(model, adapter)
+    if packed:
+        rules = {site.name: scheme_of(layer, method) for site, layer in packed.items()}
+        recipe = Recipe(seed=seed, steps=(WeightsStep(scheme=KEEP, rules=rules),))
+        target = compress(target, recipe, task, progress=progress).model
+    return with_types_of(target, model)
+
+
+def scheme_of(layer: PackedLinear, method: Method) -> str:
+    """How recipes spell the layer's format, filled by a method."""
+    activation = f"/{layer.input_quantizer.format}" if layer.input_quantizer is not None else ""
+    return f"{method(layer.packed.format)}:{layer.packed.format.name}{activation}"
+
+
+def packed_adapted(model: nn.Module, adapter: Adapter) -> dict[Site, PackedLinear]:
+    """The packed layers that the adapter stands beside, by site."""
+    sites = {site.places[0].module: site for site in find_sites(model)}
+    modules = dict(model.named_modules())
+    layers = {name: modules.get(name) for name in adapted_names(adapter)}
+    return {sites[name]: layer for name, layer in layers.items() if isinstance(layer, PackedLinear)}
+
+
+def merged_float(model: nn.Module, adapter: Adapter) -> nn.Module:
+    """A float32 copy of `model` with the adapter added; layers that were packed and adapted are float in it."""
+    target = own_float_copy(model)
+    for site, layer in packed_adapted(target, adapter).items():
+        replace_module(target, site.places[0].module, unpacked(layer))
+    adapted = put_in(target, adapter.config, tensors=adapter.tensors)
+    try:
+        merged = adapted.peft.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise InputError(f"the adapter cannot be merged: {error}") from None
+    for parameter in merged.parameters():
+        parameter.requires_grad_(True)
+    return merged
+
+
+def own_float_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares nothing with `model`, computing in float32."""
+    return copy.deepcopy(model).float()
+
+
+def unpacked(layer: PackedLinear) -> nn.Module:
+    """The float layer that a packed one stands for, without its input quantizer."""
+    num_out, num_in, bias = layer.out_features, layer.in_features, layer.bias
+    linear: nn.Module
+    if layer.packed.fold.view == "transposed":
+        from transformers.pytorch_utils import Conv1D
+
+        linear = Conv1D(num_out, num_in)
+    else:
+        linear = nn.Linear(num_in, num_out, bias=bias is not None)
+    linear.weight = nn.Parameter(layer.weight.detach().float())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().float().clone())
+    return linear.train(layer.training)
+
+
+def with_types_of(merged: nn.Module, model: nn.Module) -> nn.Module:
+    """`merged`, with every tensor, and what packed weights are decoded to, in the dtype it has in `model`."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    modules = dict(model.named_modules())
+    for name, module in merged.named_modules():
+        before = modules.get(name)
+        if isinstance(module, Stored) and isinstance(before, Stored):
+            module.dtype = before.dtype
+    for name, parameter in merged.named_parameters():
+        if name in tensors:
+            parameter.data = parameter.data.to(tensors[name].dtype)
+            parameter.requires_grad_(tensors[name].requires_grad)
+    for name, buffer in merged.named_buffers():
+        if name in tensors and tensors[name].dtype != buffer.dtype:
+            buffer.data = buffer.data.to(tensors[name].dtype)
+    return merged.train(model.training)
+
+
+def unmerged(model: nn.Module, adapter: Adapter) -> nn.Module:
+    """A float32 copy of `model` with the adapter beside its weights: what a merged model is judged against."""
+    return put_in(own_float_copy(model), adapter.config, tensors=adapter.tensors).model
+
+
+@torch.no_grad()
+def divergences(
+    reference: nn.Module, models: Mapping[str, nn.Module], task: Task, split: str = "eval"
+) -> dict[str, float]:
+    """How far each model's outputs are from the reference's: the mean KL divergence in nats per prediction; where the
+    task's output is no logits, the mean squared distance of an example."""
+    sums, count = dict.fromkeys(models, 0.0), 0
+    for batch in task.batches(split):  # type: ignore[arg-type]
+        with scoring(reference):
+            expected = predictions(task, reference, batch)
+        count += len(expected)
+        for name, model in models.items():
+            with scoring(model):
+                found = predictions(task, model, batch)
+            if task.output == "logits":
+                sums[name] += kl_divergence(expected, found)
+            else:
+                sums[name] += (expected - found).double().square().sum().item()
+    return {name: total / max(1, count) for name, total in sums.items()}
+
+
+def predictions(task: Task, model: nn.Module, batch: object) -> Tensor:
+    """The outputs of a batch that count, `[prediction, ...]`, float32: no padding."""
+    output = task.forward(model, batch).float()
+    if task.output != "logits" or output.ndim < 3:
+        return output
+    attention = getattr(batch, "inputs", {}).get("attention_mask")
+    if attention is not None and attention.shape == output.shape[:2]:
+        return output[attention.bool().to(output.device)]
+    return output.flatten(0, -2)

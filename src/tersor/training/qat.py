@@ -1,0 +1,238 @@
+"""Quantization-aware training: train the very model that will be packed.
+
+Weights and inputs take the values of their formats in every forward pass (Jacob et al. 2017,
+https://arxiv.org/abs/1712.05877), with step sizes that are learned (fake_quant.py). What comes out is packed with the
+scales of the last step, and gives the numbers of training. The teacher is the original itself: its outputs say more
+than labels do, and need none (Mishra and Marr 2017, https://arxiv.org/abs/1711.05852).
+
+The model runs without dropout. Batch norms take statistics from what is trained on until they are frozen (norms.py); a
+folded one (transform fold-bn) is frozen from the first.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tersor.activations import ACTIVATIONS, Activation
+from tersor.assignment import Assignment
+from tersor.errors import FormatError, InputError, TersorError
+from tersor.formats.fp8 import Fp8
+from tersor.formats.int_group import IntGroup
+from tersor.moments import Moments
+from tersor.schemes import Scheme, parse_rule
+from tersor.site_report import SiteReport
+from tersor.sites import Site, find_sites, is_convolution, leave_fused_path, packed_weight
+from tersor.stats import Stats
+from tersor.tasks.contract import Trainable
+from tersor.tasks.inputs import device_of, scoring
+from tersor.training.fake_quant import FakeInput, FakeWeight
+from tersor.training.imitation import imitation
+from tersor.training.job import Job
+from tersor.training.loop import check_trainable, train
+from tersor.training.masks import Masks
+from tersor.training.norms import Norms
+from tersor.training.settings import TrainingStep
+from tersor.walk import before_sites, position_mask
+
+INPUT = "input_quantizer"  # as a packed module has it
+
+
+class QatStep(TrainingStep, Assignment):
+    """Recipe step `qat`: train with quantized weights and inputs, then pack.
+
+    `scheme`, `rules` and `exclude` are those of a weights step; the method chooses the scales to begin with, from the
+    weight alone. Sites that are kept are trained in float.
+
+    Attributes:
+        alpha: the labels' share of the loss; at 0 no label is needed.
+        temperature: that softens the original's predictions and the model's.
+        num_observed: batches of the train split that the ranges of static inputs are first fitted to.
+        scale_learning_rate: of step sizes and zero points, relative to their own size; None: `learning_rate`.
+        freeze_norms: the share of the steps after which batch norms keep their statistics.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: Literal["qat"] = "qat"
+    alpha: float = Field(default=0.0, ge=0, le=1)
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    num_observed: int = Field(default=8, ge=1)
+    scale_learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    freeze_norms: float = Field(default=0.5, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def scales_can_be_learned(self) -> "QatStep":
+        schemes = [scheme for text in (self.scheme, *self.rules.values()) if (scheme := parse_rule(text))]
+        for scheme in schemes:
+            if not isinstance(scheme.format, IntGroup | Fp8):
+                raise ValueError(
+                    f"qat learns the scales of integers and fp8, not of {scheme.format.name}; use int4-g32"
+                )
+        if not schemes:
+            raise ValueError("no scheme: say what the model shall be packed in, such as scheme: int4/int8-static")
+        return self
+
+    def run(self, job: Job) -> None:
+        """Train the job's model and pack it. Raises FormatError for a site that cannot be trained in its scheme, and
+        what `train` raises."""
+        task = check_trainable(job.task, self.step)
+        work = {site: scheme for site, scheme in self.assign(find_sites(job.model)) if scheme is not None}
+        check_sites(job.model, work, job.masks)
+        job.masks.apply(job.model)
+        batches = islice(task.epoch(job.seed, self.batch_size), self.num_observed)
+        stats = observe(
+            job.model, task, list(batches), [s for s, scheme in work.items() if scheme.activation], job.seed
+        )
+        fakes = Fakes.put(job.model, work, stats)
+        norms = Norms(job.model, self.freeze_norms, self.gradient_checkpointing)
+        came_from = device_of(job.original)
+        try:
+            curve = train(
+                job.model,
+                task,
+                norms.watched(imitation(task, job.original, self.alpha, self.temperature)),
+                self,
+                name=self.step,
+                seed=job.seed,
+                groups=groups(job.model, self),
+                masks=job.masks,
+                on_step=norms.on_step,
+                journal=job.journal,
+                progress=job.progress,
+            )
+        finally:
+            job.original.to(came_from)
+            norms.release()
+        job.curves.append(curve)
+        job.reports |= fakes.pack(job.model)
+
+
+def check_sites(model: nn.Module, work: dict[Site, Scheme], masks: Masks) -> None:
+    """Raises FormatError for a site that is packed already, or pruned where its format has no exact zero."""
+    if not work:
+        raise InputError("qat: every site is kept; give a scheme or rules, or use step finetune")
+    for site, scheme in work.items():
+        assert isinstance(scheme.format, IntGroup | Fp8)
+        if packed_weight(model.get_submodule(site.places[0].module), site.places[0].parameter) is not None:
+            raise FormatError(
+                f"{site.name}: is packed already, and qat trains float weights; let qat come before the weights step, "
+                f"or exclude it with exclude: ['{site.name}']"
+            )
+        if site.name in masks.masks and isinstance(scheme.format, IntGroup) and not scheme.format.symmetric:
+            plain = scheme.format.name.removesuffix("-asym")
+            raise FormatError(
+                f"{site.name}: an earlier step pruned it, and {scheme.format.name} has no exact zero; use {plain}"
+            )
+        problem = scheme.format.misfit(site.shape)
+        if problem:
+            raise FormatError(f"{scheme.format.name}: {site.name} {problem}")
+
+
+def observe(
+    model: nn.Module, task: Trainable, batches: Sequence[Any], sites: Sequence[Site], seed: int
+) -> dict[str, Stats]:
+    """A sample and the largest magnitudes of each site's inputs, as the float model gives them."""
+    moments: dict[str, Moments] = {}
+    mask: Tensor | None = None
+
+    def see(site: Site, module: nn.Module, x: Tensor) -> Tensor:
+        rows = x.movedim(1, -1) if is_convolution(module) and x.ndim > 2 else x
+        masked = mask is not None and rows.ndim > 2 and rows.shape[:2] == mask.shape
+        rows = rows[mask.bool()] if masked and mask is not None else rows.flatten(0, -2)
+        found = moments.setdefault(site.name, Moments(rows.shape[-1], frozenset({"sample", "largest"}), seed))
+        found.add(rows.detach())
+        return x
+
+    with scoring(model), before_sites(model, sites, see):
+        for batch in batches:
+            mask = position_mask(batch)
+            task.forward(model, batch)
+    return {name: found.stats() for name, found in moments.items()}
+
+
+@dataclass
+class Fakes:
+    """The quantizers that stand in a model while it is trained."""
+
+    work: dict[Site, Scheme]
+    weights: dict[str, FakeWeight] = field(default_factory=dict)
+    inputs: dict[str, FakeInput] = field(default_factory=dict)
+    hooks: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def put(cls, model: nn.Module, work: dict[Site, Scheme], stats: dict[str, Stats]) -> "Fakes":
+        """Quantize weights and inputs of a float model, with scales as their formats would choose them."""
+        fakes = cls(work)
+        for site, scheme in work.items():
+            weight, activation = site.matrix(model), None
+            try:
+                encoded = scheme.method.compress(weight, scheme.format, Stats())
+                if scheme.activation and site.takes_activation(model, scheme.activation):
+                    params = ACTIVATIONS[scheme.activation].fit(stats.get(site.name, Stats()))
+                    activation = Activation(scheme.activation, params)
+            except TersorError as problem:
+                raise type(problem)(f"{site.name}: {problem}; or exclude: ['{site.name}']") from None
+            fakes.weights[site.name] = FakeWeight(encoded, site.fold).to(weight.device)
+            if activation is not None:
+                fakes.inputs[site.name] = FakeInput(activation).to(weight.device)
+            for module, name in fakes.places(model, site):
+                parametrize.register_parametrization(module, name, fakes.weights[site.name])
+                if site.name in fakes.inputs:
+                    module.add_module(INPUT, fakes.inputs[site.name])
+                    fakes.hooks.append(module.register_forward_pre_hook(quantize_input))
+                if isinstance(module, nn.RNNBase):
+                    fakes.hooks.append(module.register_forward_pre_hook(gather_weights))
+        leave_fused_path(model)
+        return fakes
+
+    def pack(self, model: nn.Module) -> dict[str, SiteReport]:
+        """Put in their places what they stand for."""
+        reports = {}
+        for hook in self.hooks:
+            hook.remove()
+        for site, scheme in self.work.items():
+            fake, inputs = self.weights[site.name], self.inputs.get(site.name)
+            for module, name in self.places(model, site):
+                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+            weight = site.matrix(model)
+            encoded = fake.encode(site.weight(model))
+            activation = inputs.activation() if inputs is not None else None
+            site.replace(model, encoded, activation)
+            reports[site.name] = SiteReport.of(site, scheme, encoded, activation, weight)
+        return reports
+
+    @staticmethod
+    def places(model: nn.Module, site: Site) -> Iterator[tuple[nn.Module, str]]:
+        """The modules that use a weight, each once."""
+        found = {(id(model.get_submodule(place.module)), place.parameter): place for place in site.places}
+        for place in found.values():
+            yield model.get_submodule(place.module), place.parameter
+
+
+def quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Before a module runs: its first argument as it will be quantized."""
+    return (module.get_submodule(INPUT)(args[0]), *args[1:])
+
+
+def gather_weights(module: nn.RNNBase, args: object) -> None:
+    """Before a recurrent module runs: it keeps a list of its weights, which knows nothing of parametrizations."""
+    module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+
+
+def groups(model: nn.Module, step: QatStep) -> list[dict[str, Any]]:
+    """What is trained: matrices with weight decay; biases and norms without; and the scales, at their own rate."""
+    fakes = [module for module in model.modules() if isinstance(module, FakeWeight | FakeInput)]
+    scales = [parameter for fake in fakes for parameter in fake.parameters(recurse=False)]
+    known = {id(parameter) for parameter in scales}
+    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    found = [
+        {"params": [p for p in weights if p.ndim > 1], "weight_decay": step.weight_decay},
+        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": scales, "weight_decay": 0.0, "lr": step.scale_learning_rate or step.learning_rate},
+    ]
+    return [group for group in found if group["params"]]

@@ -1,0 +1,255 @@
+"""tune-scales: what is continuous in packed weights is trained, and nothing else."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import tersor
+from laws import check_layout, random, widened
+from tersor.checkpoint.artifact import load, save
+from tersor.encoded import Encoded
+from tersor.errors import DataError, InputError
+from tersor.formats import FORMATS, format_named
+from tersor.formats.bitmask import Bitmask
+from tersor.formats.codebook import Codebook
+from tersor.formats.float_cast import FloatCast
+from tersor.formats.mx import Mxfp4
+from tersor.formats.semi_structured import SemiStructured
+from tersor.modules import Fold, PackedWeight
+from tersor.recipe import Recipe
+from tersor.schemes import Scheme
+from tersor.sites import find_sites
+from tersor.stats import Stats
+from tersor.tasks import open_task
+from tersor.tasks.fidelity import kl_divergence
+from tersor.tasks.inputs import scoring
+from tersor.training import Job, TuneScalesStep
+from tersor.training.journal import Journal
+from tersor.training.norms import Norms
+from tersor.training.tune_scales import CONTINUOUS, Leftovers, Part, in_training, parts_of
+
+TUNED = [name for name, format in FORMATS.items() if type(format) in CONTINUOUS]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def packed_in(name):
+    """A weight in a format, by its usual method."""
+    weight = widened(random(16, 256, seed=5), format_named(name))
+    return Scheme.parse(name).method.compress(weight, format_named(name), Stats())
+
+
+def leftovers_of(encoded):
+    packed = PackedWeight(encoded, Fold(encoded.shape), torch.float32)
+    stores = CONTINUOUS[type(encoded.format)]
+    return packed, Leftovers(Part(packed, part, stores[part]) for part in stores if part in encoded.parts)
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_decoding_is_differentiable_in_every_continuous_part(name):
+    """Against the slope between two decoded weights."""
+    encoded = packed_in(name)
+    stores = CONTINUOUS[type(encoded.format)]
+    floats = {part: encoded.parts[part].float() for part in stores if part in encoded.parts}
+    assert floats
+    pull = random(*encoded.shape, seed=6)
+
+    def decoded(values):
+        return (Encoded(encoded.format, encoded.shape, {**encoded.parts, **values}).decode() * pull).sum()
+
+    for part, value in floats.items():
+        trained = value.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(decoded({part: trained}), trained)
+        way = value.abs() * torch.sign(slope)  # towards a larger sum: nothing cancels
+        for_double = (decoded({part: value + 0.01 * way}) - decoded({part: value - 0.01 * way})) / 0.02
+        torch.testing.assert_close((slope * way).sum(), for_double, rtol=1e-2, atol=1e-4)
+        assert slope.any()
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_what_is_stored_is_what_was_trained(name):
+    """Untouched, the parts keep their bytes; moved, they are laid out as the format says and decode as in training."""
+    encoded = packed_in(name)
+    before = {part: tensor.clone() for part, tensor in encoded.parts.items()}
+    packed, leftovers = leftovers_of(encoded)
+    leftovers.settle()
+    assert all(torch.equal(packed.tensors[part].float(), tensor.float()) for part, tensor in before.items())
+    with torch.no_grad():
+        for number, shift in enumerate(leftovers.shifts):
+            shift.add_(0.05 * random(*shift.shape, seed=number))
+    leftovers.install()
+    trained = packed().detach()
+    leftovers.settle()
+    assert not any(tensor.requires_grad for tensor in packed.tensors.values())
+    check_layout(packed.encoded)
+    assert torch.equal(packed(), trained)
+    assert not torch.equal(trained, Encoded(encoded.format, encoded.shape, before).decode())
+    if isinstance(encoded.format, Codebook):
+        assert (packed.tensors["codebook"].diff(dim=-1) >= 0).all()
+
+
+def test_every_format_is_in_the_table_or_has_nothing_continuous_but_weights():
+    """MXFP4's scales are powers of two; what the others hold are the weights themselves."""
+    others = {type(format) for format in FORMATS.values()} - CONTINUOUS.keys()
+    assert others == {FloatCast, Mxfp4, Bitmask, SemiStructured}
+
+
+# Training.
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.deep, self.head = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.deep(self.norm(self.conv(x)).relu().amax((2, 3))).relu())
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Three classes of small pictures, by where the bright stripe is."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+
+    def draw(num):
+        y = rng.integers(0, 3, num)
+        x = rng.normal(size=(num, 2, 6, 6)).astype(np.float32)
+        x[np.arange(num), 0, 2 * y] += 1.0
+        return x, y
+
+    (x, y), (x_train, y_train) = draw(256), draw(512)
+    np.savez(folder / "data.npz", x_test=x, y_test=y, x_train=x_train, y_train=y_train)
+    return open_task("classification", folder / "data.npz", options={"calibration_examples": 64})
+
+
+@pytest.fixture(scope="module")
+def net(pictures):
+    """Trained in float; nobody may change it."""
+    torch.manual_seed(0)
+    return tersor.compress(
+        Net(), recipe({"step": "finetune", "epochs": 4, "learning_rate": 0.02}), pictures
+    ).model.eval()
+
+
+def recipe(*steps):
+    return Recipe.validated({"steps": list(steps)}, "the test")
+
+
+def tuned(scheme, **fields):
+    fields = {"num_steps": 80, "batch_size": 16, "learning_rate": 0.02, "num_evaluations": 0, **fields}
+    return recipe({"step": "weights", "scheme": scheme}, {"step": "tune-scales", **fields})
+
+
+def divergence(model, original, task):
+    """Mean KL from the original on the eval split."""
+    total = count = 0
+    with scoring(model), scoring(original):
+        for batch in task.batches("eval"):
+            outputs = [task.forward(each, batch) for each in (original, model)]
+            total, count = total + kl_divergence(*outputs), count + len(outputs[0])
+    return total / count
+
+
+@pytest.mark.parametrize("scheme", ["nearest:int3", "nearest:int2-g32-asym/int8-static", "codebook4"])
+def test_the_model_comes_closer_to_the_original(scheme, pictures, net, tmp_path):
+    packed = tersor.compress(net, Recipe.of(scheme), pictures).model
+    made = tersor.compress(net, tuned(scheme), pictures)
+    assert divergence(made.model, net, pictures) < 0.9 * divergence(packed, net, pictures)
+    assert made.curves[0].name == "tune-scales"
+    for site in find_sites(net):
+        ours, theirs = (model.get_submodule(site.name).packed.tensors for model in (made.model, packed))
+        assert torch.equal(ours["codes"], theirs["codes"])
+        assert all(ours[part].dtype == theirs[part].dtype for part in theirs)
+    save(made.model, tmp_path / "out")
+    save(packed, tmp_path / "packed")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("out", "packed")]
+    assert sizes[0] == sizes[1]
+    x = torch.randn(3, 2, 6, 6)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "out", model=Net())(x), made.model.eval()(x))
+
+
+def test_what_is_trained_and_what_is_not(pictures, net):
+    """Scales, biases and the norm's gain and offset; not the weights that were kept, nor the norm's statistics."""
+    steps = tuned("int4", num_steps=3).model_dump()["steps"]
+    steps[0]["exclude"] = ["head"]
+    packed = tersor.compress(net, recipe(steps[0]), pictures).model
+    made = tersor.compress(net, recipe(*steps), pictures).model
+    before, after = packed.state_dict(), made.state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {"conv.packed.scale", "deep.packed.scale", "deep.bias", "head.bias", "norm.weight", "norm.bias"}
+    assert made.head.weight.requires_grad
+    assert not made._forward_pre_hooks
+
+
+def test_gradients_reach_the_first_layer_through_quantized_inputs(pictures, net):
+    model = tersor.compress(net, Recipe.of("int8/int4-static"), pictures).model
+    leftovers = Leftovers(parts_of(model))
+    with in_training(model, leftovers):
+        model(torch.randn(4, 2, 6, 6)).square().sum().backward()
+        assert len(leftovers.shifts) == 3
+        assert all(shift.grad is not None and shift.grad.any() for shift in leftovers.shifts)
+
+
+def test_tied_weights_are_trained_once(pictures):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(12, 32), nn.Linear(32, 12, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, index):
+            return self.head(self.embed(index))
+
+    model = tersor.compress(Tied(), Recipe.of("int4-g32")).model
+    leftovers = Leftovers(parts_of(model))
+    assert len(leftovers.shifts) == 1
+    with in_training(model, leftovers):
+        model(torch.tensor([[1, 2]])).square().sum().backward()
+        assert leftovers.shifts[0].grad.all(), "the head reaches every row"
+    assert model.embed.packed is model.head.packed
+
+
+def test_a_killed_run_ends_like_one_that_was_not(pictures, net, tmp_path, monkeypatch):
+    packed = tersor.compress(net, Recipe.of("int3"), pictures).model
+    step = TuneScalesStep(num_steps=10, batch_size=16, learning_rate=0.01)
+
+    def run(journal=None):
+        job = Job(copy.deepcopy(packed), net, pictures, journal=journal)
+        step.run(job)
+        return job.model.state_dict()
+
+    straight, watched = run(), Norms.watched
+
+    def dying(self, objective):
+        calls = iter(range(6))
+        inner = watched(self, objective)
+
+        def objective(model, batch):
+            if next(calls) == 5:
+                raise KeyboardInterrupt
+            return inner(model, batch)
+
+        return objective
+
+    monkeypatch.setattr(Norms, "watched", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(Journal(tmp_path / "journal", "key", seconds=0))
+    monkeypatch.setattr(Norms, "watched", watched)
+    resumed = run(Journal(tmp_path / "journal", "key", seconds=0))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
+
+
+def test_what_is_refused(pictures, net):
+    with pytest.raises(InputError, match=r"no site is packed in a format with scales.*weights step"):
+        tersor.compress(net, recipe({"step": "tune-scales"}), pictures)
+    with pytest.raises(InputError, match="no site is packed"):
+        tersor.compress(net, tuned("bf16"), pictures)
+    with pytest.raises(DataError, match="no train split"):
+        tersor.compress(net, tuned("int4"), None)
+    with pytest.raises(InputError, match="alpha"):
+        tuned("int4", alpha=-1)
