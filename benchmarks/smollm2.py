@@ -32,7 +32,8 @@ from protocol import (
     open_protocol,
 )
 
-LADDER = ["nearest", "mse", "gptq(drift=0,num_rounds=0)", "gptq(num_rounds=0)", "gptq(num_rounds=2)", "autoround"]
+GPTQS = ["gptq(drift=0,num_rounds=0)", "gptq(num_rounds=0)", "gptq(num_rounds=2)"]
+LADDER = ["nearest", "mse", *GPTQS, "autoround(rate=1)"]
 SECTIONS = {
     "4 bits: what each step gains": [f"{method}:int4-g64" for method in LADDER],
     "3 bits": [f"{method}:int3-g64" for method in LADDER],

@@ -180,3 +180,21 @@ def test_training_memory_of_a_model_and_of_an_artifact(inside, capsys):
     assert run(capsys, "compress", "llama", *arguments, "-o", "small").status == 0
     packed = run(capsys, "inspect", "small", "--training-memory", "--json").json["training"]
     assert list(packed) == ["packed, LoRA", "packed, LoRA, checkpointed"]
+
+
+def test_a_model_of_ones_own_is_fine_tuned_to_a_file_of_tensors(inside, capsys):
+    (inside / "own_net.py").write_text(
+        "from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))\n"
+    )
+    rng = np.random.default_rng(0)
+    x, x_train = rng.normal(size=(100, 8)).astype(np.float32), rng.normal(size=(400, 8)).astype(np.float32)
+    y, y_train = (array.sum(1) > 0 for array in (x, x_train))
+    np.savez("data.npz", x=x, y=y.astype(int), x_train=x_train, y_train=y_train.astype(int))
+    task = ["--task", "classification", "--data", "data.npz"]
+    arguments = [*task, "--epochs", 3, "--learning-rate", 0.02, "--json"]
+    made = run(capsys, "finetune", "own_net:net", *arguments, "-o", "tuned").json
+    assert made["after"] > 0.9 > made["before"]
+    again = run(capsys, "evaluate", "own_net:net", "--weights", "tuned/model.safetensors", *task, "--json").json
+    assert again["scorecard"]["score"] == made["after"]
+    refused = run(capsys, "finetune", "own_net:net", *arguments, "--lora", "r=4", "-o", "adapter")
+    assert "recipe step lora" in refused.json["error"]

@@ -31,7 +31,7 @@ from tersor.training import FinetuneStep, Job, LoraStep
 from tersor.training.adapters import Adapter, adapted_names, load_adapter, save_adapter
 from tersor.training.journal import Journal
 from tersor.training.loop import Curve, Progress, check_trainable, silent
-from tersor.training.lora import train_adapter
+from tersor.training.lora import check_lora, train_adapter
 from tersor.training.merge import divergences, merge, naive, own_float_copy, unmerged
 from tersor.workflow import DEFAULT_DROP, TaskChoice, about, open_task_for
 
@@ -110,6 +110,8 @@ def finetune_to_folder(
         raise InputError(f"{model}: packed weights cannot be trained; add --lora r=16, or fine-tune the float model")
     if lora and source.kind == "custom":
         raise InputError(f"{model}: adapter files name a model folder; use the recipe step lora for {source.name}")
+    if isinstance(step, LoraStep):
+        check_lora(source.model, step)
     kinds = types_of(source.model)
     cast(source.model, ("auto" if lora else "float32") if dtype == "auto" else dtype)
     task = open_task_for(source, task_choice)

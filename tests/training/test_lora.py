@@ -27,7 +27,6 @@ from tersor.training.adapters import ADAPTER, adapted_layers, load_adapter, put_
 from tersor.training.job import Job
 from tersor.training.lora import LoraStep, adapt, block_sites, short_names, train_adapter
 
-
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers in an old way
 
 

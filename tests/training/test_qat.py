@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import conv2d
 
 import tersor
-from tersor.activations import ACTIVATIONS, IntStatic
+from tersor.activations import ACTIVATIONS, Activation, IntStatic
 from tersor.assignment import Assignment
 from tersor.checkpoint.artifact import load, save
 from tersor.errors import DataError, FormatError, InputError, UnknownName
@@ -30,7 +30,7 @@ from tersor.training import Job, Masks, QatStep
 from tersor.training.fake_quant import FakeInput, FakeWeight
 from tersor.training.journal import Journal
 from tersor.training.norms import Norms
-from tersor.training.qat import Fakes, groups, observe
+from tersor.training.qat import Begun, Fakes, groups
 from zoo import ZOO, outputs
 
 LEARNED = [name for name, format in FORMATS.items() if isinstance(format, IntGroup | Fp8)]
@@ -96,15 +96,16 @@ def shaken(fakes, seed=3):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def faked(model, scheme, batches=(), forward=None, **fields):
+def faked(model, scheme, sample=None):
     """Fake quantizers in a model, away from where they began."""
-    step = Assignment(step="qat", scheme=scheme, **fields)
-    work = {site: chosen for site, chosen in step.assign(find_sites(model)) if chosen is not None}
-    stats = {}
-    if batches:
-        task = type("Task", (), {"forward": staticmethod(forward)})
-        stats = observe(model, task, batches, [site for site, chosen in work.items() if chosen.activation], 0)
-    fakes = Fakes.put(model, work, stats)
+    work = dict(Assignment(step="qat", scheme=scheme).assign(find_sites(model)))
+    begun = {}
+    for site, chosen in work.items():
+        encoded, activation = chosen.method.compress(site.matrix(model), chosen.format, Stats()), None
+        if chosen.activation and site.takes_activation(model, chosen.activation):
+            activation = Activation(chosen.activation, ACTIVATIONS[chosen.activation].fit(Stats(sample=sample)))
+        begun[site.name] = Begun(encoded, activation)
+    fakes = Fakes.put(model, work, begun)
     shaken(fakes)
     return fakes
 
@@ -118,7 +119,7 @@ def test_the_packed_model_gives_the_numbers_of_training(format, activation):
     torch.manual_seed(1)
     model, x = Net().eval(), torch.randn(4, 2, 6, 6)
     scheme = f"nearest:{format}" + (f"/{activation}" if activation else "")
-    fakes = faked(model, scheme, [x], lambda model, batch: model(batch))
+    fakes = faked(model, scheme, x.flatten(1))
     trained = model(x)
     reports = fakes.pack(model)
     assert {report.activation for report in reports.values()} <= {activation, None}
@@ -167,13 +168,16 @@ def test_so_does_the_artifact_of_a_training(scheme, pictures, net, tmp_path):
     )
 
 
-def test_before_the_first_step_it_is_the_weights_step(net):
-    """The scales to begin with are those of the method."""
+@pytest.mark.parametrize("scheme", ["mse:int4/int4-static", "gptq:int3/int8-static", "nearest:fp8-e4m3"])
+def test_before_the_first_step_it_is_the_weights_step(scheme, pictures, net):
+    """Scales, ranges of inputs, and the weights of a method that moves them."""
+    packed = tersor.compress(net, Recipe.of(scheme), pictures).model
+    begun = tersor.compress(net, qat(scheme=scheme, num_steps=1, learning_rate=1e-12, freeze_norms=0), pictures).model
+    for site in find_sites(net):
+        assert torch.equal(site.matrix(begun), site.matrix(packed))
     x = torch.randn(5, 2, 6, 6)
-    model = copy.deepcopy(net)
-    Fakes.put(model, dict(Assignment(step="qat", scheme="mse:int4").assign(find_sites(model))), {})
     with torch.no_grad():
-        assert torch.equal(model(x), tersor.compress(net, Recipe.of("mse:int4")).model(x))
+        torch.testing.assert_close(begun.eval()(x), packed.eval()(x))
 
 
 # The gradients.
@@ -217,7 +221,7 @@ def test_so_are_those_of_inputs():
     torch.manual_seed(3)
     x, pull = torch.randn(8, 12).relu(), torch.randn(8, 12)
     params = IntStatic(4).fit(Stats(sample=0.5 * x))
-    fake = FakeInput(tersor.activations.Activation("int4-static", params))
+    fake = FakeInput(Activation("int4-static", params))
     fast, slow = x.clone().requires_grad_(), x.clone().requires_grad_()
     (fake(fast) * pull).sum().backward()
     step, zero = params["scale"].clone().requires_grad_(), params["zero_point"].float()
@@ -231,7 +235,7 @@ def test_so_are_those_of_inputs():
 
 def test_dynamic_inputs_pass_gradients_on():
     x = torch.randn(3, 8, requires_grad=True)
-    fake = FakeInput(tersor.activations.Activation("int8-dynamic"))
+    fake = FakeInput(Activation("int8-dynamic"))
     assert torch.equal(fake(x), ACTIVATIONS["int8-dynamic"].snap(x.detach(), {}))
     fake(x).sum().backward()
     assert torch.equal(x.grad, torch.ones(3, 8))
@@ -385,7 +389,7 @@ def test_a_convolution_takes_quantized_inputs_before_it_pads(mode):
     params = IntStatic(4).fit(Stats(sample=x.movedim(1, -1).reshape(-1, 3)))
     encoded = format.encode(weight, format.fit(weight))
     bias = model[0].bias
-    site.replace(model, encoded, tersor.activations.Activation("int4-static", params))
+    site.replace(model, encoded, Activation("int4-static", params))
     snapped = IntStatic(4).snap(x, params)
     padded = nn.functional.pad(snapped, (1, 1, 1, 1), mode="constant" if mode == "zeros" else mode)
     torch.testing.assert_close(model(x), conv2d(padded, site.fold.unfold(encoded.decode()), bias))

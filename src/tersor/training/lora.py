@@ -115,9 +115,7 @@ def adapt(
     model: nn.Module, step: LoraStep, task: Task | None = None, *, seed: int = 0, progress: Progress = silent
 ) -> Adapted:
     """Pack what `step.base` says and put adapters in, in place; all else is frozen. Raises as `train_adapter`."""
-    import_peft()
-    targets = targets_of(model, step)
-    check_start(model, step, targets)
+    targets = check_lora(model, step)
     before = pack_base(model, step, task, seed, progress)
     config = adapter_config(model, step, targets)
     packed = to_bitsandbytes(model, step.runs_on)
@@ -218,6 +216,14 @@ def is_transposed(module: nn.Module) -> bool:
     if isinstance(module, PackedLinear):
         return module.packed.fold.view == "transposed"
     return is_transposed_linear(module)
+
+
+def check_lora(model: nn.Module, step: LoraStep) -> list[str]:
+    """Before any work: the modules that get an adapter. Raises MissingExtra, UnknownName or InputError."""
+    import_peft()
+    targets = targets_of(model, step)
+    check_start(model, step, targets)
+    return targets
 
 
 def check_start(model: nn.Module, step: LoraStep, targets: list[str]) -> None:

@@ -37,8 +37,8 @@ class Masks:
     >>> model = nn.Sequential(nn.Linear(2, 1))
     >>> masks = Masks({"0": torch.tensor([[True, False]])})
     >>> masks.apply(model)
-    >>> model[0].weight[0, 1].item()
-    0.0
+    >>> (model[0].weight == 0).tolist()
+    [[False, True]]
     """
 
     def __init__(self, masks: dict[str, Mask] | None = None):

@@ -9,27 +9,27 @@ The model runs without dropout. Batch norms take statistics from what is trained
 folded one (transform fold-bn) is frozen from the first.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import torch
 from pydantic import ConfigDict, Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
-from tersor.activations import ACTIVATIONS, Activation
+from tersor.activations import Activation
 from tersor.assignment import Assignment
-from tersor.errors import FormatError, InputError, TersorError
+from tersor.checkpoint.layout import packed_sites
+from tersor.encoded import Encoded
+from tersor.errors import FormatError, InputError
+from tersor.formats.contract import Params
 from tersor.formats.fp8 import Fp8
 from tersor.formats.int_group import IntGroup
-from tersor.moments import Moments
 from tersor.schemes import Scheme, parse_rule
 from tersor.site_report import SiteReport
-from tersor.sites import Site, find_sites, is_convolution, leave_fused_path, packed_weight
-from tersor.stats import Stats
-from tersor.tasks.contract import Trainable
-from tersor.tasks.inputs import device_of, scoring
+from tersor.sites import Site, find_sites, leave_fused_path, packed_weight
+from tersor.tasks.inputs import device_of
 from tersor.training.fake_quant import FakeInput, FakeWeight
 from tersor.training.imitation import imitation
 from tersor.training.job import Job
@@ -37,7 +37,6 @@ from tersor.training.loop import check_trainable, train
 from tersor.training.masks import Masks
 from tersor.training.norms import Norms
 from tersor.training.settings import TrainingStep
-from tersor.walk import before_sites, position_mask
 
 INPUT = "input_quantizer"  # as a packed module has it
 
@@ -45,13 +44,13 @@ INPUT = "input_quantizer"  # as a packed module has it
 class QatStep(TrainingStep, Assignment):
     """Recipe step `qat`: train with quantized weights and inputs, then pack.
 
-    `scheme`, `rules` and `exclude` are those of a weights step; the method chooses the scales to begin with, from the
-    weight alone. Sites that are kept are trained in float.
+    `scheme`, `rules` and `exclude` are those of a weights step, and training begins with what that step would have
+    made: its scales, the ranges of static inputs over the calibration split, and, where a method moves the weights
+    (`gptq`), the weights it chose. Sites that are kept are trained in float.
 
     Attributes:
         alpha: the labels' share of the loss; at 0 no label is needed.
         temperature: that softens the original's predictions and the model's.
-        num_observed: batches of the train split that the ranges of static inputs are first fitted to.
         scale_learning_rate: of step sizes and zero points, relative to their own size; None: `learning_rate`.
         freeze_norms: the share of the steps after which batch norms keep their statistics.
     """
@@ -61,7 +60,6 @@ class QatStep(TrainingStep, Assignment):
     step: Literal["qat"] = "qat"
     alpha: float = Field(default=0.0, ge=0, le=1)
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    num_observed: int = Field(default=8, ge=1)
     scale_learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     freeze_norms: float = Field(default=0.5, ge=0, le=1)
 
@@ -84,11 +82,7 @@ class QatStep(TrainingStep, Assignment):
         work = {site: scheme for site, scheme in self.assign(find_sites(job.model)) if scheme is not None}
         check_sites(job.model, work, job.masks)
         job.masks.apply(job.model)
-        batches = islice(task.epoch(job.seed, self.batch_size), self.num_observed)
-        stats = observe(
-            job.model, task, list(batches), [s for s, scheme in work.items() if scheme.activation], job.seed
-        )
-        fakes = Fakes.put(job.model, work, stats)
+        fakes = Fakes.put(job.model, work, beginning(job, self))
         norms = Norms(job.model, self.freeze_norms, self.gradient_checkpointing)
         came_from = device_of(job.original)
         try:
@@ -133,26 +127,24 @@ def check_sites(model: nn.Module, work: dict[Site, Scheme], masks: Masks) -> Non
             raise FormatError(f"{scheme.format.name}: {site.name} {problem}")
 
 
-def observe(
-    model: nn.Module, task: Trainable, batches: Sequence[Any], sites: Sequence[Site], seed: int
-) -> dict[str, Stats]:
-    """A sample and the largest magnitudes of each site's inputs, as the float model gives them."""
-    moments: dict[str, Moments] = {}
-    mask: Tensor | None = None
+class Begun(NamedTuple):
+    """What a weights step would have put in a site's place."""
 
-    def see(site: Site, module: nn.Module, x: Tensor) -> Tensor:
-        rows = x.movedim(1, -1) if is_convolution(module) and x.ndim > 2 else x
-        masked = mask is not None and rows.ndim > 2 and rows.shape[:2] == mask.shape
-        rows = rows[mask.bool()] if masked and mask is not None else rows.flatten(0, -2)
-        found = moments.setdefault(site.name, Moments(rows.shape[-1], frozenset({"sample", "largest"}), seed))
-        found.add(rows.detach())
-        return x
+    encoded: Encoded
+    activation: Activation | None
 
-    with scoring(model), before_sites(model, sites, see):
-        for batch in batches:
-            mask = position_mask(batch)
-            task.forward(model, batch)
-    return {name: found.stats() for name, found in moments.items()}
+
+def beginning(job: Job, step: QatStep) -> dict[str, Begun]:
+    """What the weights step of the same spelling makes of the model as it is, by site."""
+    from tersor.compress import WeightsRun, copy_but_sites
+    from tersor.recipe import WeightsStep
+
+    packed, weights = copy_but_sites(job.model), WeightsStep(scheme=step.scheme, rules=step.rules, exclude=step.exclude)
+    WeightsRun(packed, weights, job.task, None, job.seed, job.progress).run()
+    return {
+        site.name: Begun(weight.encoded, quantizer.activation if quantizer is not None else None)
+        for site, weight, quantizer in packed_sites(packed)
+    }
 
 
 @dataclass
@@ -165,18 +157,16 @@ class Fakes:
     hooks: list[Any] = field(default_factory=list)
 
     @classmethod
-    def put(cls, model: nn.Module, work: dict[Site, Scheme], stats: dict[str, Stats]) -> "Fakes":
-        """Quantize weights and inputs of a float model, with scales as their formats would choose them."""
+    def put(cls, model: nn.Module, work: dict[Site, Scheme], begun: dict[str, Begun]) -> "Fakes":
+        """Quantize weights and inputs of a float model as they begin. A weight that its method moved begins where it
+        is now; one that was only rounded stays in float."""
         fakes = cls(work)
-        for site, scheme in work.items():
-            weight, activation = site.matrix(model), None
-            try:
-                encoded = scheme.method.compress(weight, scheme.format, Stats())
-                if scheme.activation and site.takes_activation(model, scheme.activation):
-                    params = ACTIVATIONS[scheme.activation].fit(stats.get(site.name, Stats()))
-                    activation = Activation(scheme.activation, params)
-            except TersorError as problem:
-                raise type(problem)(f"{site.name}: {problem}; or exclude: ['{site.name}']") from None
+        for site in work:
+            encoded, activation = begun[site.name]
+            weight, decoded = site.weight(model), encoded.decode()
+            scales: Params = {name: encoded.parts[name] for name in ("scale", "zero_point") if name in encoded.parts}
+            if not torch.equal(encoded.format.snap(site.matrix(model), scales), decoded):
+                weight.data = site.fold.unfold(decoded).to(weight.dtype)
             fakes.weights[site.name] = FakeWeight(encoded, site.fold).to(weight.device)
             if activation is not None:
                 fakes.inputs[site.name] = FakeInput(activation).to(weight.device)
