@@ -54,9 +54,13 @@ MINILM: dict[str, list[dict[str, Any]]] = {
     "MiniLM W4A8 gptq": [weights("gptq:int4-g32/int8-dynamic", **KEPT_WORDS)],
     "MiniLM W4A8 qat": [{**TEXTS, "scheme": "gptq:int4-g32/int8-dynamic", **KEPT_WORDS, "num_evaluations": 0}],
 }
+TEXT_OF = {  # what scales are tuned on
+    "SmolLM2 int3-g64 tune-scales on C4": "c4-sample.txt",
+    "SmolLM2 int3-g64 tune-scales on WikiText-2 valid": "wikitext2-valid.txt",
+}
 SMOLLM2: dict[str, list[dict[str, Any]]] = {
     "SmolLM2 float": [],
-    "SmolLM2 int3-g64 tune-scales": [weights("gptq(num_rounds=0):int3-g64", exclude=[KEPT]), SCALES],
+    **{row: [weights("gptq(num_rounds=0):int3-g64", exclude=[KEPT]), SCALES] for row in TEXT_OF},
 }
 ROWS = RESNET | MINILM | SMOLLM2
 
@@ -107,7 +111,7 @@ def measure(row: str, assets: Assets, share: float, results: Path) -> dict[str, 
         if "num_steps" in step:
             step["num_steps"] = max(1, round(share * step["num_steps"]))
     if row in SMOLLM2:
-        return {"row": row, **measure_smollm2(steps, assets)}
+        return {"row": row, **measure_smollm2(steps, assets, TEXT_OF.get(row, ""))}
     return {"row": row, **(measure_resnet if row in RESNET else measure_minilm)(steps, assets, results)}
 
 
@@ -173,8 +177,8 @@ def measure_minilm(steps: list[dict[str, Any]], assets: Assets, results: Path) -
     }
 
 
-def measure_smollm2(steps: list[dict[str, Any]], assets: Assets) -> dict[str, Any]:
-    """Packed with the calibration windows, tuned on web text, judged on the protocol's windows before and after."""
+def measure_smollm2(steps: list[dict[str, Any]], assets: Assets, text: str) -> dict[str, Any]:
+    """Packed with the calibration windows, tuned on a text, judged on the protocol's windows before and after."""
     from protocol import CONTEXT, open_original, open_protocol
     from transformers import AutoTokenizer
 
@@ -192,7 +196,7 @@ def measure_smollm2(steps: list[dict[str, Any]], assets: Assets) -> dict[str, An
     trained = tersor.open_task(
         "perplexity",
         assets.evaluation,
-        train=assets.root / "text" / "c4-sample.txt",
+        train=assets.root / "text" / text,
         tokenizer=AutoTokenizer.from_pretrained(assets.model),
         options={"context": CONTEXT, "calibration_examples": 8},
     )
@@ -269,7 +273,7 @@ web text (C4), of which the rest trains `qat`: no label and nothing of STS-B is 
 ## SmolLM2-135M-Instruct, 3 bits
 
 Linear weights of the decoder in `int3-g64`, packed by `gptq(num_rounds=0)` with the calibration windows of protocol.py;
-then `tune-scales` for {SCALES["num_steps"]} steps of one window of 512 tokens of C4, taught by the original's logits,
+then `tune-scales` for {SCALES["num_steps"]} steps of one window of 512 tokens, taught by the original's logits,
 rate {SCALES["learning_rate"]}, forward pass in bf16. Perplexity and KL (nats per token) on the protocol's windows of
 WikiText-2 test; CPU seconds of tuning alone.
 

@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -24,36 +25,75 @@ from protocol import Meter, child_environment, last_line
 
 TOLERANCE = "0.02"  # two points of accuracy
 MAX_LENGTH = 64
-NUM_COPIES = 4  # variants of every sentence, for distillation
-FINETUNE = {"epochs": 3, "learning_rate": 1e-4, "batch_size": 32, "precision": "bf16"}
-DISTIL = {"batch_size": 64, "precision": "bf16", "cache": True}
-STUDENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # how it is cut, and taught
-    "3 layers": ({"layers": 3}, {"epochs": 3, "learning_rate": 3e-4}),
-    "3 layers, 3/4 width": ({"layers": 3, "width": 0.75}, {"epochs": 4, "learning_rate": 5e-4}),
-}
+BF16 = {"precision": "bf16"}
 
 
 @dataclass(frozen=True)
-class Packing:
-    """Schemes of a weights step: of the linear layers, and of the embeddings."""
+class Stage:
+    """A model: what it starts from, the sentences it is trained on, and how. Whatever is no teacher imitates it.
 
-    scheme: str
-    embeddings: str
+    Attributes:
+        num_copies, num_others: of the train sentences without labels: variants of each, and sentences of other texts; 0
+            copies: the train sentences with their labels.
+    """
 
-    @property
-    def rules(self) -> dict[str, str]:
-        return {"*embeddings*": "int8", "*word_embeddings": self.embeddings}
+    start: str
+    steps: tuple[dict[str, Any], ...]
+    num_copies: int = 0
+    num_others: int = 0
+    seed: int = 0
 
 
-PACKINGS = {
+STAGES = {
+    "teacher": Stage("", ({"step": "finetune", "epochs": 3, "learning_rate": 1e-4, "batch_size": 32, **BF16},)),
+    "3 layers": Stage(
+        "teacher",
+        (
+            {"step": "student", "layers": 3},
+            {"step": "distil", "epochs": 3, "learning_rate": 3e-4, "batch_size": 64, "cache": True, **BF16},
+        ),
+        num_copies=4,
+    ),
+    "2 layers": Stage(
+        "3 layers",
+        (
+            {"step": "student", "layers": [0, 2]},
+            {"step": "distil", "epochs": 1, "learning_rate": 3e-4, "batch_size": 64, "cache": True, **BF16},
+        ),
+        num_copies=2,
+        num_others=12_000,
+        seed=1,
+    ),
+    "3 layers, qat": Stage(
+        "3 layers",
+        (
+            {
+                "step": "qat",
+                "scheme": "int8-dynamic",
+                "rules": {"*embeddings*": "int8", "*word_embeddings": "int2-g64"},
+                "epochs": 1,
+                "learning_rate": 1e-4,
+                "batch_size": 64,
+                **BF16,
+            },
+        ),
+        num_copies=2,
+        num_others=12_000,
+        seed=1,
+    ),
+}
+PACKINGS = {  # of the linear layers, and of the word embeddings
     "fp32": None,
-    "int8-dynamic, embeddings int8": Packing("int8-dynamic", "int8"),
-    "int8-dynamic, embeddings int4-g32": Packing("int8-dynamic", "int4-g32"),
-    "int8-dynamic, embeddings int3-g32": Packing("int8-dynamic", "int3-g32"),
+    "int8-dynamic, embeddings int8": ("int8-dynamic", "int8"),
+    "int8-dynamic, embeddings int4-g32": ("int8-dynamic", "int4-g32"),
+    "int8-dynamic, embeddings int2-g32": ("int8-dynamic", "int2-g32"),
+    "int8-dynamic, embeddings int2-g64": ("int8-dynamic", "int2-g64"),
 }
 ROWS = [
     *(f"teacher | {packing}" for packing in ("fp32", "int8-dynamic, embeddings int8")),
-    *(f"{student} | {packing}" for student in STUDENTS for packing in PACKINGS),
+    *(f"3 layers | {packing}" for packing in PACKINGS),
+    "3 layers, qat | int8-dynamic, embeddings int2-g64",
+    *(f"2 layers | int8-dynamic, embeddings {embeddings}" for embeddings in ("int4-g32", "int2-g32")),
 ]
 
 
@@ -93,12 +133,15 @@ def main() -> int:
         if not path.exists():
             raise SystemExit(f"needs {path}: give --assets FOLDER")
     if args.run:
-        print(json.dumps(train(args.run, place) if args.run in ("teacher", *STUDENTS) else measure(args.run, place)))
+        print(json.dumps(train(args.run, place) if args.run in STAGES else measure(args.run, place)))
         return 0
     place.work.mkdir(parents=True, exist_ok=True)
     results = args.results or place.work / "results.jsonl"
     done = {r["row"]: r for r in map(json.loads, results.read_text().splitlines())} if results.exists() else {}
-    models = dict.fromkeys(["teacher", *(row.split(" | ")[0] for row in args.rows)])
+    needed = {row.split(" | ")[0] for row in args.rows}
+    models = [
+        name for name in STAGES if {name, *(s for s in needed if STAGES[s].start == name)} & needed or name == "teacher"
+    ]
     for row in [*models, *args.rows]:
         if row in done:
             continue
@@ -106,7 +149,7 @@ def main() -> int:
         command += ["--steps", str(args.steps)] if args.steps else []
         child = subprocess.run(command, env=child_environment(args.threads), capture_output=True)
         if child.returncode:
-            print(f"{row}: {last_line(child.stderr)}", file=sys.stderr, flush=True)
+            print(f"{row}: exit {child.returncode}: {last_line(child.stderr)}", file=sys.stderr, flush=True)
             return 1
         done[row] = json.loads(child.stdout.splitlines()[-1]) | {"row": row}
         with results.open("a") as file:
@@ -120,33 +163,63 @@ def main() -> int:
 # Training.
 
 
-def train(model: str, place: Place) -> dict[str, Any]:
-    """Fine-tune the teacher, or cut and distil a student, into a Hugging Face folder of its own."""
+def train(name: str, place: Place) -> dict[str, Any]:
+    """Run a stage, and save what it makes: a Hugging Face folder, or an artifact where it packs."""
     import tersor
+    from tersor.checkpoint.layout import packed_sites
+    from tersor.training import Job
+    from tersor.training.journal import Journal
 
-    folder = place.folder(model)
+    stage = STAGES[name]
     limit = {"num_steps": place.num_steps} if place.num_steps else {}
-    if model == "teacher":
-        source, data, steps = classifier(place), place.train, [{"step": "finetune", **FINETUNE, **limit}]
-    else:
-        source, data = place.folder("teacher"), place.work / "unlabelled.txt"
-        if not data.exists():
-            data.write_text("\n".join(variants(place)) + "\n")
-        cut, taught = STUDENTS[model]
-        steps = [{"step": "student", **cut}, {"step": "distil", **DISTIL, **taught, **limit}]
-    recipe = tersor.Recipe.validated({"steps": steps}, model)
-    loaded, task = opened(source, place, data)
+    steps = [step if step["step"] == "student" else {**step, **limit} for step in stage.steps]
+    if stage.start:
+        steps = [
+            {**step, "teacher": str(place.folder("teacher"))} if step["step"] == "distil" else step for step in steps
+        ]
+    source = place.folder(stage.start) if stage.start else classifier(place)
+    model, task = opened(source, place, sentences(stage, place))
+    teacher = opened(place.folder("teacher"), place)[0] if stage.start else model
+    recipe = tersor.Recipe.validated({"steps": steps}, name)
+    job = Job(
+        model, teacher, task, journal=Journal(place.folder(name + " journal") / "step.safetensors", recipe.to_yaml())
+    )
     with Meter() as meter:
-        made = tersor.compress(loaded, recipe, task, journal=place.work / "journal")
-    made.model.save_pretrained(folder)
-    tokenizer_of(source).save_pretrained(folder)
+        for step in recipe.steps:
+            step.run(job)
+    folder = place.folder(name)
+    if packed_sites(job.model):
+        tersor.save(job.model, folder, source=source)
+    else:
+        job.model.save_pretrained(folder)
+        tokenizer_of(source).save_pretrained(folder)
     return {
         "examples": task.num_train,
-        "steps": made.curves[0].num_steps,
-        "accuracy": task.score(made.model).value,
-        "parameters": made.model.num_parameters(),
+        "steps": job.curves[0].num_steps,
+        "accuracy": task.score(job.model).value,
         **meter.costs.to_dict(),
     }
+
+
+def sentences(stage: Stage, place: Place) -> Path:
+    """The file that a stage is trained on."""
+    if not stage.num_copies:
+        return place.train
+    path = place.work / f"sentences-{stage.num_copies}-{stage.num_others}-{stage.seed}.txt"
+    if not path.exists():
+        path.write_text("\n".join([*variants(stage, place), *others(stage, place)]) + "\n")
+    return path
+
+
+def others(stage: Stage, place: Place) -> list[str]:
+    """Sentences of 5 to 40 words of C4 and WikiText-2 valid, drawn at random."""
+    import numpy as np
+
+    texts = [(place.assets / "text" / name).read_text() for name in ("c4-sample.txt", "wikitext2-valid.txt")]
+    pieces = [" ".join(piece.split()) for text in texts for piece in re.split(r"(?<=[.!?])\s+|\n", text)]
+    fitting = [piece for piece in dict.fromkeys(pieces) if 5 <= len(piece.split()) <= 40]
+    chosen = np.random.default_rng(stage.seed).permutation(len(fitting))[: stage.num_others]
+    return [fitting[place] for place in chosen]
 
 
 def classifier(place: Place) -> Path:
@@ -181,19 +254,19 @@ def opened(folder: Path, place: Place, data: Path | None = None) -> tuple[Any, A
     return source.model, open_task_for(source, choice)
 
 
-def variants(place: Place) -> list[str]:
+def variants(stage: Stage, place: Place) -> list[str]:
     """The train sentences without their labels, and of each some copies: words put in the place of others that are near
     in the teacher's embeddings, left out, or cut off (Jiao et al. 2019, https://arxiv.org/abs/1909.10351)."""
     import numpy as np
 
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(stage.seed)
     with place.train.open(newline="") as file:
         rows = list(csv.DictReader(file))[: 200 if place.num_steps else None]
-    sentences = [" ".join(row["sentence"].split()) for row in rows]
-    near = neighbours({word for sentence in sentences for word in sentence.lower().split()}, place)
-    found = dict.fromkeys(sentences)
-    for sentence in sentences:
-        for _ in range(NUM_COPIES):
+    originals = [" ".join(row["sentence"].split()) for row in rows]
+    near = neighbours({word for sentence in originals for word in sentence.lower().split()}, place)
+    found = dict.fromkeys(originals)
+    for sentence in originals:
+        for _ in range(stage.num_copies):
             words = []
             for word in sentence.split():
                 draw, others = rng.random(), near.get(word.lower(), [])
@@ -236,16 +309,16 @@ def measure(row: str, place: Place) -> dict[str, Any]:
 
     model, packing = row.split(" | ")
     folder, schemes = place.folder(model), PACKINGS[packing]
-    if schemes is not None:
-        loaded, task = opened(folder, place)
-        recipe = tersor.Recipe.of(schemes.scheme, schemes.rules)
+    if schemes is not None and not (folder / "tersor.json").exists():
+        loaded, task = opened(folder, place, place.train)
+        recipe = tersor.Recipe.of(schemes[0], {"*embeddings*": "int8", "*word_embeddings": schemes[1]})
         made = tersor.compress(loaded, recipe, task)
         artifact = place.folder(f"{model} {packing}")
         tersor.save(made.model, artifact, source=folder)
         folder = artifact
     cards, description, verdicts = compare_models(
         [str(place.folder("teacher")), str(folder)],
-        task_choice=TaskChoice("classification", place.dev, options={"max_length": MAX_LENGTH}),
+        task_choice=TaskChoice("classification", place.dev, train=place.train, options={"max_length": MAX_LENGTH}),
         drop=TOLERANCE,
     )
     teacher, card = (card.to_dict() for card in cards)
@@ -281,10 +354,10 @@ def page(done: dict[str, dict[str, Any]]) -> str:
     rows = [done[row] for row in ROWS if row in done]
     about = rows[-1]["machine"]
     trained = "\n".join(
-        f"| {model} | {done[model]['parameters'] / 1e6:.2f} M | {done[model]['examples']:,} | {done[model]['steps']:,} "
-        f"| {100 * done[model]['accuracy']:.1f} | {done[model]['cpu']:.0f} |"
-        for model in ("teacher", *STUDENTS)
-        if model in done
+        f"| {name} | {stage.start or 'all-MiniLM-L6-v2'} | {done[name]['examples']:,} | {done[name]['steps']:,} "
+        f"| {100 * done[name]['accuracy']:.1f} | {done[name]['cpu']:.0f} |"
+        for name, stage in STAGES.items()
+        if name in done
     )
     listing = "\n".join(map(line, rows))
     return f"""# SST-2: fine-tune, distil, quantize
@@ -294,12 +367,15 @@ Command: `python benchmarks/sst2.py --assets FOLDER --work FOLDER --write`
 tersor {about["tersor"]}, torch {about["torch"]}, transformers {about["transformers"]}, Python {about["python"]};
 {about["processor"]} ({about["cpu_capability"]}), one thread, on a machine that others used too.
 
-The teacher is all-MiniLM-L6-v2 with a head of two classes, fine-tuned on the labelled train sentences. Students are cut
-from it (`step: student`) and taught by it (`step: distil`, kd, T = 2, teacher cached) without any label, on the same
-sentences and {NUM_COPIES} variants of each, in which words are replaced by near ones, left out or cut off. Everything
-is trained in bf16, about 2.5 times as fast here as float32. CPU seconds include the teacher's run over the train split.
+The teacher is all-MiniLM-L6-v2 with a head of two classes, fine-tuned on the labelled train sentences. The students are
+cut (`step: student`) and taught by it (`step: distil`, kd, T = 2, teacher cached) without any label: the first on the
+same sentences and {STAGES["3 layers"].num_copies} variants of each, in which words are replaced by near ones, left out
+or cut off; the second is cut from the first, and taught on {STAGES["2 layers"].num_copies} other variants and
+{STAGES["2 layers"].num_others:,} sentences of C4 and WikiText-2 valid. `qat` trains the first on those, too, already in
+the formats it is packed in. Training is in bf16, about 2.5 times as fast here as float32; CPU seconds include the
+teacher's run over the train split.
 
-| model | parameters | train sentences | steps | accuracy | CPU s |
+| model | cut from | train sentences | steps | accuracy | CPU s |
 |---|---|---|---|---|---|
 {trained}
 

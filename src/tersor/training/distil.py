@@ -123,7 +123,7 @@ class DistilStep(TrainingStep):
     def teacher_of(self, job: Job) -> nn.Module:
         """Opened from its folder, or the job's."""
         if self.teacher is None:
-            return job.original if job.teacher is None else job.teacher
+            return job.teacher
         self.check_teacher()
         return open_model(self.teacher).model
 

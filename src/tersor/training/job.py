@@ -18,8 +18,8 @@ class Job:
     Attributes:
         model: as the steps so far have made it; a training step changes it in place or puts another here. It owns its
             parameters: nothing of `original` changes with it.
-        original: as the recipe was given it; the usual teacher. Never changed.
-        teacher: what a student was cut from; None: `original` teaches.
+        original: as the recipe was given it. Never changed.
+        teacher: who is imitated: `original`, or, after a student step, the model that the student was cut from.
         task: its train split is trained on.
         masks: which weights pruning steps have set to zero; every later step holds them there.
         journal: where the step's checkpoints go.
@@ -36,4 +36,7 @@ class Job:
     journal: Journal | None = None
     curves: list[Curve] = field(default_factory=list)
     reports: dict[str, SiteReport] = field(default_factory=dict)
-    teacher: nn.Module | None = None
+    teacher: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.teacher = self.original

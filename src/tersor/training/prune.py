@@ -79,7 +79,7 @@ class PruneStep(TrainingStep):
         curve = train(
             job.model,
             task,
-            imitation(task, job.original, self.alpha, self.temperature),
+            imitation(task, job.teacher, self.alpha, self.temperature),
             self,
             name=self.step,
             seed=job.seed,

@@ -84,12 +84,12 @@ class QatStep(TrainingStep, Assignment):
         job.masks.apply(job.model)
         fakes = Fakes.put(job.model, work, beginning(job, self))
         norms = Norms(job.model, self.freeze_norms, self.gradient_checkpointing)
-        came_from = device_of(job.original)
+        came_from = device_of(job.teacher)
         try:
             curve = train(
                 job.model,
                 task,
-                norms.watched(imitation(task, job.original, self.alpha, self.temperature)),
+                norms.watched(imitation(task, job.teacher, self.alpha, self.temperature)),
                 self,
                 name=self.step,
                 seed=job.seed,
@@ -100,7 +100,7 @@ class QatStep(TrainingStep, Assignment):
                 progress=job.progress,
             )
         finally:
-            job.original.to(came_from)
+            job.teacher.to(came_from)
             norms.release()
         job.curves.append(curve)
         job.reports |= fakes.pack(job.model)

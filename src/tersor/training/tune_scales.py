@@ -105,13 +105,13 @@ class TuneScalesStep(TrainingStep):
         if not leftovers.parts:
             raise InputError("tune-scales: no site is packed in a format with scales; let it follow a weights step")
         norms = Norms(job.model, 0.0, self.gradient_checkpointing)
-        came_from = device_of(job.original)
+        came_from = device_of(job.teacher)
         try:
             with in_training(job.model, leftovers):
                 curve = train(
                     job.model,
                     task,
-                    norms.watched(imitation(task, job.original, self.alpha, self.temperature)),
+                    norms.watched(imitation(task, job.teacher, self.alpha, self.temperature)),
                     self,
                     name=self.step,
                     seed=job.seed,
@@ -121,7 +121,7 @@ class TuneScalesStep(TrainingStep):
                     progress=job.progress,
                 )
         finally:
-            job.original.to(came_from)
+            job.teacher.to(came_from)
             norms.release()
         job.curves.append(curve)
 
