@@ -30,7 +30,10 @@ with torch.inference_mode():
 """
 
 
-@pytest.mark.parametrize("arguments", [["--ratio", "4x"], ["--ratio", "7x"], ["--format", "int8-dynamic"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [pytest.param(["--ratio", "4x"], marks=pytest.mark.slow), ["--ratio", "7x"], ["--format", "int8-dynamic"]],
+)
 def test_minilm_shrinks_and_a_new_process_agrees_bit_for_bit(minilm, arguments, tmp_path, capsys):
     small = tmp_path / "small"
     options = ["--task-option", "max_examples=96", "--task-option", "max_length=48", "--batch", "1"]
