@@ -100,7 +100,7 @@ def test_static_int8_runs_on_integers(monkeypatch):
     model, x = layered("int8-static"), random(7, 96)
     with torch.no_grad():
         fast = model(x)
-        assert calls == [(8, 96)], "seven tokens, and one of zero points"
+        assert calls == [(7, 96)]
         with reference():
             slow = model(x)
     assert len(calls) == 1

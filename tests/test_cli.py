@@ -122,6 +122,28 @@ def test_drop_finds_the_smallest_defensible_model(digits, inside, capsys):
     assert made.json["verdict"]["alpha"] < 0.05  # held to the level of a search of several trials
 
 
+def test_coded_weights_end_just_below_the_budget_and_the_recipe_makes_the_same_bytes(digits, inside, capsys):
+    start = ["compress", *digits_arguments(digits), *labelled(digits)]
+    made = tersor(capsys, *start, "--ratio", "12x", "--coded", "-o", "a", "--json")
+    assert made.status == 0, made.stdout
+    limit = made.json["limit"]["bytes"]
+    assert 0.995 * limit <= (inside / "a" / "model.tersor").stat().st_size <= limit
+    assert made.json["scorecards"][1]["file_bytes"] == (inside / "a" / "model.tersor").stat().st_size
+    again = tersor(capsys, *start, "--recipe", "a/recipe.yaml", "-o", "b", "--json")
+    assert again.status == 0, again.stdout
+    assert Path("a/model.tersor").read_bytes() == Path("b/model.tersor").read_bytes()
+
+
+def test_coded_weights_are_searched_for_a_drop(digits, inside, capsys):
+    start = ["compress", *digits_arguments(digits), *labelled(digits), "--drop", "5%"]
+    plain, made = tersor(capsys, *start, "-o", "p", "--json"), tersor(capsys, *start, "--coded", "-o", "s", "--json")
+    assert made.status == 0, made.stdout
+    within = [t["bytes"] for t in made.json["trials"] if t["verdict"]["outcome"] == "within"]
+    assert made.json["scorecards"][1]["file_bytes"] == min(within)
+    assert made.json["verdict"]["outcome"] == "within"
+    assert min(within) < plain.json["scorecards"][1]["file_bytes"]
+
+
 def test_biases_are_corrected(digits, inside, capsys):
     """The flag is a line of the recipe, and only biases differ."""
     start = ["compress", *digits_arguments(digits), *labelled(digits), "--format", "nearest:int4", "--json"]
@@ -316,6 +338,9 @@ def test_contradictions_and_nonsense(digits, inside, capsys):
         capsys, inside, *start, "--recipe", write(inside / "r.yaml", Recipe.of("int8").to_yaml()), "--ratio", "4x"
     )
     assert "go with one --format" in refused(capsys, inside, *start, "--ratio", "4x", "--bias-correction")
+    assert "go with one --format" in refused(capsys, inside, *start, "--ratio", "4x", "--keep-float", "auto")
+    assert "not auto, none or a number" in refused(capsys, inside, *start, "--format", "int8", "--keep-float", "-1")
+    assert "9 of 4 sites" in refused(capsys, inside, *start, "--format", "int8", "--keep-float", "9")
     assert "steps" in refused(capsys, inside, *start, "--recipe", write(inside / "bad.yaml", "scheme: int8"))
     assert (
         "no module named" in refused(capsys, inside, "compress", "nothing_here:f", "--bits", "4", "-o", "out").lower()
@@ -394,21 +419,31 @@ def test_code_that_an_artifact_names_is_not_run(digits, inside, capsys):
 
 
 FLAGS = {
-    "compress": "--output -o --size --ratio --bits --drop --format --method --rule --exclude --transform "
-    "--bias-correction --recipe --weights --task --data --calibration --train --task-option --batch --seed --threads "
-    "--overwrite --stream --json",
+    "compress": "--output -o --size --ratio --bits --drop --coded --format --method --rule --exclude --transform "
+    "--bias-correction --keep-float --recipe --weights --task --data --calibration --train --task-option --batch "
+    "--seed --threads --overwrite --stream --json",
     "inspect": "--weights --format --sensitivity --measure --training-memory --batch-size --context --lora --base "
     "--optimizer --task --data --calibration --train --task-option --seed --json",
+    "bench": "--runtime --weights --batch --threads --length --shape --task --data --task-option --seconds --cpu-time "
+    "--no-memory --seed --json",
+    "explain": "--against --runtime --weights --batch --length --shape --threads --seconds --rows --remeasure --seed "
+    "--json",
     "evaluate": "--weights --task --data --calibration --task-option --batch --threads --json",
     "compare": "--weights --task --data --calibration --task-option --drop --batch --seed --threads --json",
+    "pack": "--output -o --overwrite --json",
+    "unpack": "--output -o --overwrite --json",
+    "verify": "--json",
+    "info": "--against --json",
     "student": "--output -o --layers --width --hidden --intermediate --heads --json",
     "finetune": "--output -o --lora --base --save-base --weights --task --data --calibration --train --task-option "
     "--epochs --steps --batch-size --accumulate --learning-rate --warmup --schedule --optimizer --weight-decay "
     "--precision --gradient-checkpointing --evaluations --patience --dtype --drop --seed --overwrite --json",
     "merge": "--output -o --task --data --calibration --train --task-option --seed --overwrite --json",
-    "export": "--to --output -o --overwrite --json",
+    "export": "--to --output -o --weights --task --data --task-option --shape --fixed --dtype --per-token "
+    "--float-outputs --decode --threads --overwrite --json",
     "formats": "--json",
     "methods": "--json",
+    "targets": "--json",
 }
 
 

@@ -11,6 +11,7 @@ import tersor
 from golden.write import golden
 from tersor.formats import FORMATS
 from tersor.methods import METHODS
+from tersor.observers import OBSERVERS
 from tersor.stats import Stats
 
 SRC = Path(tersor.__file__).parent
@@ -59,6 +60,18 @@ def test_every_format_is_listed_and_has_golden_bytes(file):
     assert listed, f"formats/{file.name} has no line in FORMATS"
     for name in listed:
         assert golden(name).exists(), "run `python tests/golden/write.py`"
+
+
+OBSERVER_FILES = [file for file in sorted((SRC / "observers").glob("*.py")) if file.stem not in FLOORS]
+
+
+@pytest.mark.parametrize("file", OBSERVER_FILES, ids=lambda file: file.stem)
+def test_every_observer_is_listed_tested_and_says_its_paper(file):
+    listed = [each for each in OBSERVERS.values() if each.__module__ == f"tersor.observers.{file.stem}"]
+    assert listed, f"observers/{file.name} has no line in OBSERVERS"
+    assert (TESTS / "observers" / f"test_{file.stem}.py").exists(), f"write tests/observers/test_{file.stem}.py"
+    assert "http" in (ast.get_docstring(tree(file)) or ""), f"observers/{file.name}: link the paper at the top"
+    assert all(each.needs <= {field.name for field in fields(Stats)} for each in listed), "needs names no statistic"
 
 
 # Arrows.

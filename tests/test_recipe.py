@@ -35,6 +35,7 @@ recipes = st.builds(
     st.lists(patterns, max_size=3),
     st.integers(0, 2**63 - 1),
     bias_correction=st.booleans(),
+    keep_float=st.sampled_from(["auto", "none", 0, 3]),
 )
 
 

@@ -3,6 +3,7 @@
 A weight's format says what is stored; an activation format says what the arithmetic sees: one class each, with `fit`
 choosing its parameters from calibration and `snap` giving the reference result that every kernel is judged against.
 Dynamic formats take a scale from every token when the site runs; static ones keep the scale that calibration chose.
+As a method chooses a point of a weight's format, an observer (observers/) chooses the range of static integers.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from tersor.errors import InputError, UnknownName
+from tersor.observers import Observer
+from tersor.observers.least_error import CubedError, LeastSquares
 from tersor.stats import Stats
 
 
@@ -38,7 +41,9 @@ class ActivationFormat(Protocol):
     @property
     def name(self) -> str: ...
 
-    needs: frozenset[str]
+    @property
+    def needs(self) -> frozenset[str]: ...
+
     layout: ClassVar[Mapping[str, torch.dtype]]  # of the static parameters; readers check files against it
 
     def fit(self, stats: Stats) -> dict[str, Tensor]:
@@ -80,9 +85,8 @@ class IntStatic:
     https://arxiv.org/abs/1712.05877). Codes lie in `-2**(bits-1) .. 2**(bits-1) - 1`; inputs of one sign, as after a
     ReLU, get all of them.
 
-    `fit` searches both ends of the range by the cubed error of the calibration sample, and of one more token that has
-    every feature's largest value. What is rare and far away matters more to a transformer than its square says. Below
-    8 bits there are no codes to spare for it: the error is squared, and the sample alone counts.
+    An observer chooses the range: `cubed-error` where there are 8 bits. Fewer have no codes to spare for what is rare
+    and far away; there it is `mse`.
 
     Params:
         scale: float32; values are `(code - zero_point) * scale`.
@@ -90,7 +94,6 @@ class IntStatic:
     """
 
     bits: int = 8
-    needs = frozenset({"sample", "largest"})
     layout: ClassVar[Mapping[str, torch.dtype]] = {"scale": torch.float32, "zero_point": torch.int8}
 
     @property
@@ -105,28 +108,26 @@ class IntStatic:
     def highest(self) -> int:
         return 2 ** (self.bits - 1) - 1
 
-    def fit(self, stats: Stats) -> dict[str, Tensor]:
-        """Raises InputError without a calibration sample."""
-        x, power = calibration_sample(self, stats), 3 if self.bits == 8 else 2
-        if stats.largest is not None and self.bits == 8:
-            x = torch.cat([x, extremes(x, stats.largest)])
-        values, counts = summary(x)
+    @property
+    def observer(self) -> Observer:
+        """The one that chooses where none is named."""
+        return CubedError() if self.bits == 8 else LeastSquares()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.observer.needs
+
+    def fit(self, stats: Stats, observer: Observer | None = None) -> dict[str, Tensor]:
+        """Raises InputError where calibration reached no input of the site."""
+        return self.params(*(observer or self.observer).range(stats, self))
+
+    def params(self, low: float, high: float) -> dict[str, Tensor]:
+        """Scale and zero point of the codes spread from `low` to `high`; `low <= 0 <= high`."""
         num_steps = self.highest - self.lowest
-
-        def params(low: Tensor, high: Tensor) -> dict[str, Tensor]:
-            scale = ((high - low) / num_steps).clamp_min(1e-12)
-            zero_point = (-low / scale).round().clamp(0, num_steps) + self.lowest
-            return {"scale": scale.view(1), "zero_point": zero_point.to(torch.int8).view(1)}
-
-        def error(low: Tensor, high: Tensor) -> float:
-            return ((self.snap(values, params(low, high)) - values).abs().pow(power) @ counts).item()
-
-        lowest, highest = values[0].clamp(max=0), values[-1].clamp(min=0)
-        best = min(SHRINKS, key=lambda s: error(lowest * s, highest * s))
-        high = highest * best
-        low = min((lowest * s for s in SHRINKS), key=lambda end: error(end, high))
-        high = min((highest * s for s in SHRINKS), key=lambda end: error(low, end))
-        return params(low, high)
+        ends = torch.tensor([low, high], dtype=torch.float32)
+        scale = ((ends[1] - ends[0]) / num_steps).clamp_min(1e-12)
+        zero_point = (-ends[0] / scale).round().clamp(0, num_steps) + self.lowest
+        return {"scale": scale.view(1), "zero_point": zero_point.to(torch.int8).view(1)}
 
     def quantize(self, x: Float[Tensor, "*batch in"], params: Mapping[str, Tensor]) -> Int8[Tensor, "*batch in"]:
         codes = x.float() / params["scale"] + params["zero_point"].float()
@@ -179,28 +180,7 @@ class Fp8Static:
         return snap_fp8(x, params["scale"])
 
 
-SHRINKS = [1 - step / 40 for step in range(32)]  # ranges tried, as a share of the widest
-NUM_OUTER = 1024  # values at either end of a sample that are kept one by one, at least
 LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
-
-
-def extremes(x: Float[Tensor, "token in"], largest: Float[Tensor, " in"]) -> Float[Tensor, "1 in"]:
-    """The largest magnitudes that calibration saw, with the signs of those in the sample."""
-    signs = torch.where(x.amax(0) >= -x.amin(0), 1.0, -1.0)
-    return (signs * largest.to(x)).unsqueeze(0)
-
-
-def summary(x: Tensor) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """A sample's values in order, with their counts; all but the outer ones are averaged over runs of neighbours."""
-    values = x.flatten().sort().values
-    ones = torch.ones_like(values[: 2 * NUM_OUTER])
-    length = (len(values) - 2 * NUM_OUTER) // (2 * NUM_OUTER)  # of a run
-    if length < 2:
-        return values, torch.ones_like(values)
-    num_outer = len(values) - 2 * NUM_OUTER * length
-    first, inner, last = values.split([num_outer // 2, 2 * NUM_OUTER * length, num_outer - num_outer // 2])
-    means = inner.view(-1, length).mean(1)
-    return torch.cat([first, means, last]), torch.cat([torch.ones_like(first), length * ones, torch.ones_like(last)])
 
 
 def snap_fp8(x: Tensor, scale: Tensor) -> Tensor:
@@ -212,10 +192,9 @@ def snap_fp8(x: Tensor, scale: Tensor) -> Tensor:
 def calibration_sample(activation: ActivationFormat, stats: Stats) -> Float[Tensor, "token in"]:
     """The sample a static format is fitted to."""
     if stats.sample is None or not stats.sample.numel():
-        dynamic = "fp8-e4m3-dynamic" if activation.name.startswith("fp8") else "int8-dynamic"
         raise InputError(
             f"{activation.name} needs calibration inputs, and none reached this site; give calibration data that "
-            f"does, use {dynamic}"
+            f"does, or use fp8-e4m3-dynamic"
         )
     return stats.sample.float()
 

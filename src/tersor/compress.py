@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tersor.activations import ACTIVATIONS, Activation
+from tersor.activations import ACTIVATIONS, Activation, IntStatic
 from tersor.assignment import Assignment
 from tersor.calibrate import gather
 from tersor.encoded import Encoded
 from tersor.errors import FormatError, ModelError, TersorError
+from tersor.keep_float import KeptFloat, check_number, choose, predicted_loss, spared
 from tersor.methods.contract import BlockMethod
 from tersor.moments import has_inputs
 from tersor.recipe import Recipe, TransformStep, WeightsStep, misfit
@@ -41,12 +42,14 @@ def silent(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A compressed model, the recipe that made it, and what became of each site."""
+    """A compressed model, the recipe that made it, and what became of each site; `kept_float` is what steps with
+    `keep_float` left out, and why."""
 
     model: nn.Module
     recipe: Recipe
     sites: list[SiteReport]
     curves: list[Curve] = field(default_factory=list)
+    kept_float: list[KeptFloat] = field(default_factory=list)
 
 
 def compress(
@@ -71,6 +74,7 @@ def compress(
         ModelError: a weight is not finite.
     """
     job = Job(copy_but_sites(model), model, task, recipe.seed, progress)
+    choices: list[KeptFloat] = []
     for number, step in enumerate(recipe.steps):
         if isinstance(step, TransformStep):
             apply_transform(job.model, recipe.transform_of(step), task, seed=recipe.seed, progress=progress)
@@ -85,12 +89,15 @@ def compress(
             step.run(job)
             stats = None
         else:
+            if step.keep_float not in ("none", 0):
+                choices.append(choose(job.model, step, task, stats or {}, recipe.seed, progress))
+                step = spared(step, choices[-1])
             weights = WeightsRun(job.model, step, task, stats, recipe.seed, progress)
             weights.run()
             job.reports |= weights.reports
             check_masks(job, job.reports)
     own_shared_weights(job.model, model)
-    return Compressed(job.model, recipe, list(job.reports.values()), job.curves)
+    return Compressed(job.model, recipe, list(job.reports.values()), job.curves, choices)
 
 
 def key_of(model: nn.Module, recipe: Recipe, number: int, task: Task | None) -> str:
@@ -138,6 +145,8 @@ class WeightsRun:
             the model never lies in memory whole, and the curvature of its loss is not gathered.
         around: entered around the work on each part of the model (see walk.py).
         reports: what became of each site, by name, in the order of the model.
+        predicted: where it is not None, nothing is changed: the loss of each site (keep_float.py) is put here, and what
+            it would get into `made`.
     """
 
     def __init__(
@@ -157,12 +166,16 @@ class WeightsRun:
         self.work = {site: scheme for site, scheme in step.assign(find_sites(model)) if scheme is not None}
         self.weights: dict[Site, Tensor] = {}  # as they were, of the sites whose method tunes whole blocks
         self.reports: dict[str, SiteReport] = {}
+        self.predicted: dict[str, float] | None = None
+        self.made: dict[Site, tuple[Encoded, Activation | None]] = {}
         preflight(list(self.work.items()))
 
     def run(self) -> None:
         needs = needs_of(self.model, self.work)
         if self.corrects_biases:
             needs |= {"mean"}
+        if self.predicted is not None:
+            needs |= {"row_weight", "column_weight", "sample"}
         if self.task is not None and not self.stats and needs & CURVATURE and self.original is None:
             self.stats = gather(self.model, self.task, seed=self.seed, progress=self.progress)
         if self.task is not None and needs - CURVATURE:
@@ -178,12 +191,13 @@ class WeightsRun:
                 with self.around(part):
                     for site in sites:
                         chosen = self.visit(site, Stats())
-                        site.replace(self.model, chosen.encoded, chosen.activation)
+                        if chosen is not None:
+                            site.replace(self.model, chosen.encoded, chosen.activation)
         self.progress("compressing", len(self.work), len(self.work))
         self.reports = {site.name: self.reports[site.name] for site in self.work}
 
-    def visit(self, site: Site, moments: Stats) -> Chosen:
-        """Choose what stands in a site's place."""
+    def visit(self, site: Site, moments: Stats) -> Chosen | None:
+        """Choose what stands in a site's place; None: it stays."""
         self.progress("compressing", len(self.reports), len(self.work))
         known, scheme = self.stats.get(site.name, Stats()), self.work[site]
         stats = replace(moments, row_weight=known.row_weight, column_weight=known.column_weight)
@@ -193,8 +207,13 @@ class WeightsRun:
         encoded = compress_site(site, weight, scheme, stats)
         activation = None
         if scheme.activation and site.takes_activation(self.model, scheme.activation):
-            activation = Activation(scheme.activation, ACTIVATIONS[scheme.activation].fit(stats))
+            with named(site):
+                activation = Activation(scheme.activation, fitted(scheme, stats))
         self.report(site, encoded, weight, activation)
+        if self.predicted is not None:
+            self.predicted[site.name] = predicted_loss(weight, encoded, activation, stats)
+            self.made[site] = encoded, activation
+            return None
         return Chosen(encoded, activation, self.new_bias(site, encoded, weight, stats))
 
     def new_bias(self, site: Site, encoded: Encoded, weight: Tensor, stats: Stats) -> nn.Parameter | None:
@@ -236,8 +255,22 @@ def needs_of(model: nn.Module, work: Mapping[Site, Scheme]) -> frozenset[str]:
         read = scheme.method.needs
         if "second_moment" in read and has_inputs(model, site):
             read -= {"column_weight"}  # which only stands in for it
-        needs |= read | (ACTIVATIONS[scheme.activation].needs if scheme.activation else frozenset())
+        needs |= read | input_needs(scheme)
     return needs
+
+
+def input_needs(scheme: Scheme) -> frozenset[str]:
+    """The statistics that quantizing a site's input takes."""
+    if scheme.observer is not None:
+        return scheme.observer.needs
+    return ACTIVATIONS[scheme.activation].needs if scheme.activation else frozenset()
+
+
+def fitted(scheme: Scheme, stats: Stats) -> dict[str, Tensor]:
+    """The static parameters of a site's input."""
+    assert scheme.activation is not None
+    format = ACTIVATIONS[scheme.activation]
+    return format.fit(stats, scheme.observer) if isinstance(format, IntStatic) else format.fit(stats)
 
 
 def compress_site(site: Site, weight: Tensor, scheme: Scheme, stats: Stats) -> Encoded:
@@ -272,7 +305,9 @@ def preflight_all(model: nn.Module, recipe: Recipe | None) -> None:
         if isinstance(step, TrainingStep):
             check_patterns(step.patterns, find_sites(model))
         if isinstance(step, Assignment):
-            preflight([(site, scheme) for site, scheme in step.assign(find_sites(model)) if scheme is not None])
+            work = [(site, scheme) for site, scheme in step.assign(find_sites(model)) if scheme is not None]
+            preflight(work)
+            check_number(getattr(step, "keep_float", "none"), len(work))
 
 
 def preflight(work: list[tuple[Site, Scheme]]) -> None:

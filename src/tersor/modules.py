@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from tersor.activations import Activation
 from tersor.encoded import Encoded
-from tersor.kernels import int8_linear
+from tersor.kernels import Memory, linear
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,29 @@ class PackedWeight(Stored):
     def __init__(self, encoded: Encoded, fold: Fold, dtype: torch.dtype):
         super().__init__(encoded.parts, dtype)
         self.format, self.shape, self.fold = encoded.format, encoded.shape, fold
+        self.memory = Memory()
+        self.fetch: Callable[[], dict[str, Tensor]] | None = None
+        self.fetched_to = torch.device("cpu")
+
+    def leave(self, fetch: Callable[[], dict[str, Tensor]]) -> None:
+        """Hold no parts from now on, and fetch them whenever they are needed."""
+        self._buffers.clear()
+        self.fetch = fetch
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        if self.fetch is None:  # what Stored does; torch.compile cannot follow super() to a property
+            return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        return {name: part.to(self.fetched_to) for name, part in self.fetch().items()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
+        self.memory = Memory()
+        if self.fetch is not None:
+            probe = fn(torch.empty(0, dtype=self.dtype, device=self.fetched_to))
+            self.dtype, self.fetched_to = probe.dtype, probe.device
+            return self
+        super()._apply(fn, recurse)
+        return self
 
     @property
     def encoded(self) -> Encoded:
@@ -170,11 +193,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         trained = torch.is_grad_enabled() and x.requires_grad
-        if self.input_quantizer is not None:
-            activation = self.input_quantizer.activation
-            y = int8_linear(x, self.packed.encoded, activation, self.bias)
-            if y is not None:
-                return y
+        activation = self.input_quantizer.activation if self.input_quantizer is not None else None
+        y = linear(x, self.packed.encoded, activation, self.bias, self.packed.memory)
+        if y is not None:
+            return y
+        if activation is not None:
             x = straight_through(x, activation.snap(x)) if trained else activation.snap(x)
         if trained and not any(part.requires_grad for part in self.packed.tensors.values()):
             return DecodedLinear.apply(x, self.bias, self.packed)

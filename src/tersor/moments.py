@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tersor.histogram import Histogram
 from tersor.modules import PackedConv, PackedLinear, PackedProjection
 from tersor.sites import Site, is_convolution, is_linear
 from tersor.stats import Stats
 
-CHUNK = 2**12  # inputs at a time
+CHUNK = 2**12  # inputs at a time, and in a run whose range is noted
 STRIP = 192  # rows of the second moment at a time
 SAMPLE = 512  # inputs kept
 PATCHES = 2**24  # numbers of unfolded convolution inputs at a time
@@ -37,6 +38,8 @@ class Moments:
         self.largest = torch.zeros(num_features)
         self.sample: Tensor | None = None
         self.sample_keys = torch.empty(0)
+        self.ranges: list[Tensor] = []
+        self.histogram = Histogram() if "histogram" in needs else None
         self.generator = torch.Generator().manual_seed(seed)
 
     def add(
@@ -57,6 +60,10 @@ class Moments:
         self.largest = torch.maximum(self.largest, wide.abs().amax(0).cpu())
         if "sample" in self.needs:
             self.keep_sample(wide)
+        if "ranges" in self.needs:
+            self.ranges.append(torch.stack(wide.aminmax()).cpu())
+        if self.histogram is not None:
+            self.histogram.add(wide)
         if self.second is not None:
             self.second = self.second.to(x.device)
             exact = x if x.dtype is torch.bfloat16 and x.device.type == "cpu" else wide
@@ -85,6 +92,8 @@ class Moments:
             mean=(self.sum * self.groups / self.num_tokens).float().squeeze(0),
             largest=self.largest,
             sample=self.sample,
+            ranges=torch.stack(self.ranges) if self.ranges else None,
+            histogram=self.histogram.table() if self.histogram is not None else None,
             num_tokens=self.num_tokens,
         )
 

@@ -43,12 +43,16 @@ class WeightsStep(Assignment):
     its outputs over the calibration data. Layers without a bias stay without, for another tensor would be another
     checkpoint. The bias also stays where the weight is used more than once, and where the method makes up for earlier
     errors itself (`gptq` with drift): it moves the mean on purpose.
+
+    With `keep_float`, the sites that cost most by measured loss stay float: `auto` chooses how many, a number says it
+    (see keep_float.py).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     step: Literal["weights"] = "weights"
     bias_correction: bool = False
+    keep_float: Literal["auto", "none"] | Annotated[int, Field(ge=0, strict=True)] = "none"
 
 
 class TransformStep(BaseModel):
@@ -108,10 +112,11 @@ class Recipe(BaseModel):
         seed: int = 0,
         transforms: Iterable[str] = (),
         bias_correction: bool = False,
+        keep_float: str | int = "none",
     ) -> "Recipe":
         """A recipe of some transforms and one weights step."""
         weights: dict[str, Any] = {"scheme": scheme, "rules": rules or {}, "exclude": tuple(exclude)}
-        weights["bias_correction"] = bias_correction
+        weights |= {"bias_correction": bias_correction, "keep_float": keep_float}
         steps = [*({"step": "transform", "transform": text} for text in transforms), weights]
         return cls.validated({"seed": seed, "steps": steps}, "the recipe")
 

@@ -1,4 +1,4 @@
-"""A scheme: what is done to one site. `[method:]format[/activation]`, or `keep`.
+"""A scheme: what is done to one site. `[method:]format[/[observer:]activation]`, or `keep`.
 
 int4-g64                    the format's usual method
 hqq:int4-g64-asym           a method by name
@@ -6,6 +6,9 @@ magnitude(sparsity=0.7):bitmask
 wanda:2:4                   a format may have a colon too (alone in YAML, quote it: '2:4')
 int8/int8-dynamic           int8 weights, inputs quantized to int8 when the site runs
 int8-dynamic                short for the line above
+int8/int8-static            the same with one scale for all inputs, chosen by calibration
+int8/percentile:int8-static           ... by an observer by name
+int8/percentile(percentile=99.9):int8-static
 keep                        left as it is
 """
 
@@ -15,16 +18,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tersor.activations import activation_named
+from tersor.activations import ACTIVATIONS, IntStatic, activation_named
 from tersor.errors import InputError, UnknownName
 from tersor.formats import FORMATS, format_named
 from tersor.formats.codebook import Codebook
+from tersor.formats.coded import Coded
 from tersor.formats.contract import Format, Grid, Sparse
 from tersor.formats.lowrank import Corrected, LowRank
 from tersor.methods import METHODS
 from tersor.methods.contract import Method
+from tersor.observers import OBSERVERS, Observer
 
-SHORTHANDS = {"int8-dynamic": "int8/int8-dynamic"}
+SHORTHANDS = {"int8-dynamic": "int8/int8-dynamic", "int8-static": "int8/int8-static"}
 KEEP = "keep"
 
 
@@ -34,14 +39,15 @@ def usual_method(format: Format) -> str:
         return "magnitude"
     if isinstance(format, LowRank | Corrected):
         return "svd" if isinstance(format, LowRank) else "lqer"
-    if isinstance(format, Codebook):
-        return "kmeans"
+    if isinstance(format, Codebook | Coded):
+        return "kmeans" if isinstance(format, Codebook) else "waterfill"
     return "mse" if isinstance(format, Grid) else "nearest"
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A method, the format it fills, and how the site's input is quantized (None: float).
+    """A method, the format it fills, how the site's input is quantized (None: float), and the observer that chooses the
+    range of a static one (None: the usual).
 
     >>> str(Scheme.parse("int8-dynamic"))
     'mse:int8/int8-dynamic'
@@ -52,6 +58,7 @@ class Scheme:
     method: Method
     format: Format
     activation: str | None = None
+    observer: Observer | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Scheme":
@@ -67,13 +74,24 @@ class Scheme:
         problem = method.accepts(format)
         if problem:
             raise InputError(f"'{text}': {problem}")
-        if activation:
+        observer, colon, activation = activation.rpartition(":")
+        if activation or colon:
             activation_named(activation)
-        return cls(method, format, activation or None)
+        return cls(method, format, activation or None, parse_observer(observer, activation) if colon else None)
 
     def __str__(self) -> str:
-        activation = f"/{self.activation}" if self.activation else ""
+        observer = f"{spell_options(self.observer)}:" if self.observer else ""
+        activation = f"/{observer}{self.activation}" if self.activation else ""
         return f"{spell_options(self.method)}:{self.format.name}{activation}"
+
+
+def parse_observer(text: str, activation: str) -> Observer:
+    """`percentile` or `percentile(percentile=99.9)`. Raises InputError for an activation format without a range to
+    choose."""
+    if not isinstance(activation_named(activation), IntStatic):
+        static = ", ".join(name for name, each in ACTIVATIONS.items() if isinstance(each, IntStatic))
+        raise InputError(f"'{text}:{activation}': observers choose the range of {static}; leave out '{text}:'")
+    return parse_options("observer", OBSERVERS, text.strip())
 
 
 def parse_method(text: str) -> Method:
@@ -85,7 +103,9 @@ def parse_options(kind: str, table: Mapping[str, type], text: str) -> Any:
     """`name` or `name(option=value, ...)`: an entry of a table of dataclasses, made with its options."""
     match = re.fullmatch(r"([\w-]+)(?:\((.*)\))?", text)
     if not match:
-        raise InputError(f"'{text}' is not a {kind}; write 'name' or 'name(option=value)'")
+        raise InputError(
+            f"'{text}' is not {'an' if kind[0] in 'aeiou' else 'a'} {kind}; write 'name' or 'name(option=value)'"
+        )
     name, arguments = match.groups()
     if name not in table:
         raise UnknownName(kind, name, table)

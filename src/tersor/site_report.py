@@ -1,19 +1,23 @@
 """What became of one site."""
 
 from dataclasses import asdict, dataclass
+from math import ceil
 from typing import Any
 
 from torch import Tensor
 
 from tersor.activations import Activation
+from tersor.codecs.integers import estimate_bits
 from tersor.encoded import Encoded
+from tersor.formats.coded import Coded
 from tersor.schemes import Scheme
 from tersor.sites import Site
 
 
 @dataclass(frozen=True)
 class SiteReport:
-    """A packed site in a line of a table; `relative_error` is to the weight that its step was given, or trained."""
+    """A packed site in a line of a table; `relative_error` is to the weight that its step was given, or trained. Bytes
+    are those in the file; where it is entropy-coded, as the coder estimates them."""
 
     name: str
     kind: str
@@ -30,16 +34,26 @@ class SiteReport:
     ) -> "SiteReport":
         """Of a site whose matrix was `weight`."""
         error = (encoded.decode() - weight).square().sum() / weight.square().sum().clamp_min(1e-38)
+        num_bytes = bytes_in_file(encoded)
         return cls(
             name=site.name,
             kind=site.kind,
             shape=site.shape,
             scheme=str(scheme),
             activation=activation.format if activation else None,
-            num_bytes=encoded.num_bytes,
-            bits_per_weight=encoded.bits_per_weight,
+            num_bytes=num_bytes,
+            bits_per_weight=8 * num_bytes / site.num_weights,
             relative_error=error.sqrt().item(),
         )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def bytes_in_file(encoded: Encoded) -> int:
+    """Of all parts; whole numbers as the entropy coder takes them, if the format is made for it."""
+    if not isinstance(encoded.format, Coded):
+        return encoded.num_bytes
+    whole = [part for part in encoded.parts.values() if not part.is_floating_point()]
+    floats = sum(part.nbytes for part in encoded.parts.values() if part.is_floating_point())
+    return ceil(sum(map(estimate_bits, whole)) / 8) + floats

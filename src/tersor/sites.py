@@ -30,6 +30,7 @@ from tersor.modules import (
     pack_parameter,
     packed_parameters,
 )
+from tersor.recurrent import PackedRecurrent
 
 
 class Row(NamedTuple):
@@ -47,7 +48,7 @@ WEIGHTS = [
     Row((nn.Conv1d, nn.Conv2d, nn.Conv3d), "weight", "conv"),
     Row((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), "weight", "conv", "transposed"),
     Row((nn.Embedding, nn.EmbeddingBag), "weight", "embedding"),
-    Row((nn.RNNBase, nn.RNNCellBase), r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?", "rnn"),
+    Row((nn.RNNBase, nn.RNNCellBase, PackedRecurrent), r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?", "rnn"),
     Row((nn.MultiheadAttention,), "(in|q|k|v)_proj_weight", "attention"),
 ]
 PACKED_KINDS: dict[type[nn.Module], str] = {
@@ -109,8 +110,12 @@ class Site:
 
     def takes_activation(self, model: nn.Module, activation: str) -> bool:
         """Whether an input quantizer of this format can run here: everywhere the weight is used, it is a plain linear
-        map, or a convolution, whose inputs have no tokens to take a dynamic scale from."""
+        map, or a convolution, whose inputs have no tokens to take a dynamic scale from, or in an LSTM or GRU, whose
+        inputs calibration does not see."""
         modules = [model.get_submodule(place.module) for place in self.places]
+        if self.kind == "rnn":
+            inside = all(place.module for place in self.places)
+            return inside and not ACTIVATIONS[activation].layout and all(map(is_recurrent, modules))
         if self.kind == "conv":
             return bool(ACTIVATIONS[activation].layout) and all(map(is_convolution, modules))
         return self.kind == "linear" and all(is_linear(m) or isinstance(m, PackedLinear) for m in modules)
@@ -168,6 +173,11 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase("." + name, pattern)
 
 
+def escape(name: str) -> str:
+    """A pattern that matches exactly this name."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
 def check_patterns(patterns: Iterable[str], sites: Iterable[Site]) -> None:
     """Raises UnknownName for a pattern that matches the name of no site."""
     names = [site.name for site in sites]
@@ -221,6 +231,12 @@ def is_convolution(module: nn.Module) -> bool:
     return isinstance(module, PackedConv) or type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether a module is an LSTM or GRU as PyTorch runs it, without projections, packed or not."""
+    plain = isinstance(module, nn.LSTM | nn.GRU) and type(module) in (nn.LSTM, nn.GRU) and module.proj_size == 0
+    return plain or isinstance(module, PackedRecurrent)
+
+
 def simulated_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The float parameters behind weights that are trained as their format will hold them, by name."""
     lists: Any = getattr(module, "parametrizations", {})
@@ -247,6 +263,9 @@ def put(model: nn.Module, place: Place, packed: PackedWeight, activation: Activa
         new = PackedConv(packed, module, activation)  # type: ignore[arg-type]
     elif isinstance(module, PackedEmbedding) or (type(module) is nn.Embedding and module.max_norm is None):
         new = PackedEmbedding(packed, module.padding_idx)
+    elif isinstance(module, PackedRecurrent) or (activation is not None and is_recurrent(module)):
+        new = module if isinstance(module, PackedRecurrent) else PackedRecurrent(module)  # type: ignore[arg-type]
+        new.pack(place.parameter, packed, activation)
     else:
         pack_parameter(module, place.parameter, packed)
         leave_fused_path(model)

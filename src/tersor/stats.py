@@ -18,6 +18,8 @@ class Stats:
         mean: `E[x]`; for a grouped convolution, that of each group.
         largest: the largest `|x|` of every input feature.
         sample: a few hundred inputs x, drawn at random.
+        ranges: the smallest and the largest number of every run of a few thousand inputs, in their order.
+        histogram: of all numbers in the inputs: bin centres and how many each holds (see histogram.py).
         num_tokens: how many inputs the moments are averaged over.
     """
 
@@ -28,6 +30,8 @@ class Stats:
     mean: Float[Tensor, "*group in"] | None = None
     largest: Float[Tensor, " in"] | None = None
     sample: Float[Tensor, "token in"] | None = None
+    ranges: Float[Tensor, "run 2"] | None = None
+    histogram: Float[Tensor, "2 bin"] | None = None
     num_tokens: int = 0
 
     def loss(self, error: Float[Tensor, "out in"]) -> float:

@@ -82,6 +82,10 @@ def only_step(recipe: Recipe | None) -> WeightsStep:
         )
     if recipe.steps[0].bias_correction:
         raise InputError("--stream leaves biases as they are; leave out --bias-correction, or --stream")
+    if recipe.steps[0].keep_float != "none":
+        raise InputError(
+            "--stream measures no loss, which takes the whole original in memory; leave out --keep-float, or --stream"
+        )
     return recipe.steps[0]
 
 

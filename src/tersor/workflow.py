@@ -13,17 +13,19 @@ from typing import Any
 
 import torch
 
+from tersor.budget.choices import Budget, check_choices
+from tersor.budget.level import Searching
 from tersor.budget.limit import Limit
 from tersor.budget.plan import CANDIDATES, check_reachable, measure_menus, plan_size
 from tersor.budget.search import ALPHA, Trial, nearest_points, search_drop, smallest_within
 from tersor.calibrate import gather
 from tersor.checkpoint.artifact import (
-    WEIGHTS,
     atomic_folder,
     check_output,
     load,
     read_manifest,
     save,
+    weights_path,
     write_manifest,
 )
 from tersor.checkpoint.layout import size_of
@@ -51,16 +53,6 @@ class TaskChoice:
     calibration: Path | None = None
     options: dict[str, Any] = field(default_factory=dict)
     train: Path | None = None
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What the user allows; each field is a flag. Without size, ratio and bits, `drop` is searched."""
-
-    size: str | None = None
-    ratio: str | None = None
-    bits: float | None = None
-    drop: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +86,7 @@ def compress_to_folder(
     exclude: Sequence[str] = (),
     transforms: Sequence[str] = (),
     bias_correction: bool = False,
+    keep_float: str | int = "none",
     seed: int = 0,
     batch_sizes: Sequence[int] = (1, 32),
     num_threads: int = 1,
@@ -104,7 +97,7 @@ def compress_to_folder(
     """Make `output` from `model`. Raises a TersorError with the way out, and then leaves nothing behind."""
     check_output(output, overwrite)
     tolerance = Tolerance.parse(budget.drop or DEFAULT_DROP)
-    given = check_choices(budget, recipe, formats, rules, exclude, transforms, seed, bias_correction)
+    given = check_choices(budget, recipe, formats, rules, exclude, transforms, seed, bias_correction, keep_float)
     torch.manual_seed(seed)
     progress("opening the model", 0, 1)
     source = open_model(model, weights=weights)
@@ -123,7 +116,7 @@ def compress_to_folder(
     )
     step = Recipe.of(KEEP, rules, exclude).weights[0]
     preflight_all(source.model, recipe or given)
-    if recipe is None and given is None:
+    if recipe is None and given is None and not budget.coded:
         check_reachable(source.model, step, formats or CANDIDATES, limit)
     task = open_task_for(source, task_choice)
     if recipe is not None and recipe.trains:
@@ -132,9 +125,14 @@ def compress_to_folder(
     original = score(task, source.model, progress, "evaluating the original")
     stats: dict[str, Stats] = {}
     trials: list[Trial] = []
-    recipe = recipe or given
+    recipe, made = recipe or given, None
     if recipe is None:
         stats = gather(source.model, task, seed=seed, progress=progress)
+    if recipe is None and budget.coded:
+        searching = Searching(source.model, task, step, stats, seed, progress)
+        found = searching.within(limit) if limit else searching.defended(original, tolerance, on_trial)
+        recipe, made, trials = found.recipe, found.made, list(found.trials)
+    elif recipe is None:
         menus = measure_menus(source.model, stats, step, formats or CANDIDATES, progress)
         if limit is not None:
             recipe = plan_size(source.model, menus, limit, seed)
@@ -144,12 +142,12 @@ def compress_to_folder(
             )
             recipe = defensible(trials, tolerance)
     journal = output.with_name(f".{output.name}.journal") if recipe.trains else None
-    made = compress(source.model, recipe, task, stats=stats, journal=journal, progress=progress)
+    made = made or compress(source.model, recipe, task, stats=stats, journal=journal, progress=progress)
     with atomic_folder(output, overwrite) as folder:
         save(made.model, folder, source=source.folder, manifest=about(source))
         loaded = load(folder, model=call_factory(source.architecture) if source.kind == "custom" else None)
         scores = score(task, loaded, progress, "evaluating the compressed model")
-        file_bytes = (folder / WEIGHTS).stat().st_size
+        file_bytes = weights_path(folder, read_manifest(folder)).stat().st_size
         if limit is not None and not given and file_bytes > limit.num_bytes:
             raise BudgetError(f"{limit.text} is {limit.num_bytes:,} bytes, and the file came out at {file_bytes:,}")
         subjects = [
@@ -172,7 +170,11 @@ def compress_to_folder(
             "trials": [{"bytes": t.num_bytes, "score": t.score, "verdict": t.verdict.to_dict()} for t in trials],
             "training": [curve.to_dict() for curve in made.curves],
             "machine": machine(),
-            "notes": [*source.notes, *unreached(stats), *(note for curve in made.curves for note in curve.notes)],
+            "keep_float": [choice.to_dict() for choice in made.kept_float],
+            "notes": [
+                *(*source.notes, *unreached(stats), *(choice.note() for choice in made.kept_float)),
+                *(note for curve in made.curves for note in curve.notes),
+            ],
         }
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         cards = record(folder, output.name, manifest, verdict, cards)
@@ -205,45 +207,6 @@ def defensible(trials: list[Trial], tolerance: Tolerance) -> Recipe:
             f"nearest points: {nearest_points(trials)}. More examples or a larger --drop would help"
         )
     return best.recipe
-
-
-def check_choices(
-    budget: Budget,
-    recipe: Recipe | None,
-    formats: Sequence[str],
-    rules: dict[str, str] | None,
-    exclude: Sequence[str],
-    transforms: Sequence[str],
-    seed: int,
-    bias_correction: bool = False,
-) -> Recipe | None:
-    """The recipe that flags spell out; None when a budget or a recipe file decides. Contradictions are refused."""
-    sized = budget.size or budget.ratio or budget.bits
-    if recipe is not None:
-        if sized or formats or rules or exclude or transforms or bias_correction:
-            raise InputError(
-                "--recipe says everything already; leave out the budget, --format, --rule, --exclude, --transform and "
-                "--bias-correction"
-            )
-        return None
-    for text in formats:
-        Recipe.of(text)
-    Recipe.of(KEEP, rules, exclude)
-    if sized or (budget.drop and len(formats) != 1):
-        if transforms or bias_correction:
-            raise InputError(
-                "--transform and --bias-correction go with one --format; a search measures the model as it is"
-            )
-        return None
-    if len(formats) > 1:
-        raise InputError(
-            "several --format are candidates for a budget; add --size, --ratio or --bits, or give one format"
-        )
-    if not formats and not rules:
-        raise InputError(
-            "say what you want: --size 8MB, --ratio 4x, --bits 4.2, --drop 1%, --format int4-g64 or --recipe FILE"
-        )
-    return Recipe.of(formats[0] if formats else KEEP, rules, exclude, seed, transforms, bias_correction)
 
 
 def unreached(stats: Mapping[str, Stats]) -> list[str]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import tersor
 from cli_runner import tersor as run
-from tersor.analysis.sensitivity import NUM_EXAMPLES, UNITS, Sensitivity, divergence, outputs, sensitivity, spread
+from tersor.analysis.divergence import NUM_EXAMPLES, UNITS, divergence, outputs
+from tersor.analysis.sensitivity import Sensitivity, sensitivity, spread
 from tersor.errors import UnknownName
 
 FACTORY = """

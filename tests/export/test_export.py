@@ -10,7 +10,7 @@ import tersor
 from cli_runner import tersor as command
 from tersor import EXPORTS, Recipe, export_model
 from tersor.errors import FormatError, InputError, ModelError, UnknownName
-from tersor.export.contract import Export
+from tersor.export.contract import Export, Runnable
 from tersor.export.folder import PROVENANCE
 
 HELD = {
@@ -27,8 +27,8 @@ def place(tmp_path: Path, to: str) -> Path:
 
 
 def test_the_table():
-    assert HELD.keys() == EXPORTS.keys()
-    assert all(isinstance(export, Export) for export in EXPORTS.values())
+    assert HELD.keys() == {name for name, export in EXPORTS.items() if not isinstance(export, Runnable)}
+    assert all(isinstance(export, Export | Runnable) for export in EXPORTS.values())
     with pytest.raises(UnknownName, match="did you mean 'gguf'"):
         export_model("a", "b", to="ggfu")
 
@@ -104,3 +104,20 @@ def test_the_command_line(artifact, tmp_path, capsys):
     refused = command(capsys, "export", folder, "--to", "gguf", "-o", tmp_path / "folder")
     assert refused.status == 2
     assert "folder.gguf" in refused.stderr
+
+
+def test_the_targets(capsys, monkeypatch):
+    listed = {row["to"]: row for row in command(capsys, "targets", "--json").json["targets"]}
+    assert listed.keys() == EXPORTS.keys()
+    assert listed["onnx"] | {"holds": ""} == {
+        "to": "onnx",
+        "writes": "*.onnx",
+        "readers": "ONNX Runtime, OpenVINO",
+        "holds": "",
+        "models": "any",
+        "checked": "onnx",
+        "extra": "onnx",
+        "installed": True,
+    }
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    assert "pip install" in command(capsys, "targets").stdout

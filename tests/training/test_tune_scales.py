@@ -29,7 +29,7 @@ from tersor.tasks.inputs import scoring
 from tersor.training import Job, TuneScalesStep
 from tersor.training.journal import Journal
 from tersor.training.norms import Norms
-from tersor.training.tune_scales import CONTINUOUS, Leftovers, Part, in_training, parts_of
+from tersor.training.tune_scales import CONTINUOUS, FINER, Leftovers, Part, in_training, parts_of
 
 TUNED = [name for name, format in FORMATS.items() if type(format) in CONTINUOUS]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -167,6 +167,23 @@ def test_the_model_comes_closer_to_the_original(scheme, pictures, net, tmp_path)
     save(packed, tmp_path / "packed")
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("out", "packed")]
     assert sizes[0] == sizes[1]
+    x = torch.randn(3, 2, 6, 6)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "out", model=Net())(x), made.model.eval()(x))
+
+
+def test_scales_of_codes_take_fine_steps(pictures, net, tmp_path):
+    """Exponents are trained in steps that are fine enough, and cost no more than a few bits for each row and column."""
+    scheme = "waterfill(level=0.02):coded"
+    packed = tersor.compress(net, Recipe.of(scheme), pictures).model
+    made = tersor.compress(net, tuned(scheme), pictures)
+    assert divergence(made.model, net, pictures) < 0.9 * divergence(packed, net, pictures)
+    for site in find_sites(net):
+        ours, theirs = (model.get_submodule(site.name).packed.tensors for model in (made.model, packed))
+        assert torch.equal(ours["codes"], theirs["codes"])
+        assert {part: tensor.dtype for part, tensor in ours.items()} == {p: t.dtype for p, t in theirs.items()}
+        assert (ours["row"] % FINER != 0).any(), "a step no finer than before"
+    save(made.model, tmp_path / "out")
     x = torch.randn(3, 2, 6, 6)
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "out", model=Net())(x), made.model.eval()(x))

@@ -6,33 +6,25 @@ https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-
 same quantity: one site is compressed, everything else kept, and the outputs are compared with the original's.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import nan
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
-from tersor.budget.plan import Menu, escape, measure_menus
+from tersor.analysis.divergence import UNITS, divergence, outputs
+from tersor.budget.plan import Menu, measure_menus
 from tersor.calibrate import gather
 from tersor.compress import Progress, compress, silent
 from tersor.recipe import Recipe
 from tersor.schemes import KEEP, parse_rule
 from tersor.scores import spearman
-from tersor.tasks.contract import Output, Task
-from tersor.tasks.fidelity import kl_divergence
-from tersor.tasks.inputs import scoring
-from tersor.walk import position_mask
+from tersor.sites import escape
+from tersor.tasks.contract import Task
 
 SCHEMES = ("int8", "int4-g64", "int3-g64", "int2-g64", "nf4", "2:4")
-UNITS: dict[Output, str] = {
-    "logits": "nats per prediction",
-    "embedding": "1 - cosine",
-    "values": "half the squared distance",
-}
-NUM_EXAMPLES = 64  # outputs are compared on this many examples of the eval split
-NUM_PREDICTIONS = 2048  # and on no more predictions than that
 
 
 @dataclass(frozen=True)
@@ -117,35 +109,3 @@ def spread(pairs: list[tuple[float, str, str]], num: int) -> list[tuple[float, s
     ordered = sorted(pairs)
     places = np.linspace(0, len(ordered) - 1, min(num, len(ordered))).round().astype(int)
     return [ordered[place] for place in places]
-
-
-def outputs(model: nn.Module, task: Task, num_wanted: int = NUM_EXAMPLES) -> Iterator[Tensor]:
-    """What the model says of the first examples of the eval split: rows `[prediction, class]` or `[example, value]`."""
-    num_examples = num_rows = 0
-    with scoring(model):
-        for batch in task.batches("eval", 1 if task.output == "logits" else 32):
-            output = task.forward(model, batch).float()
-            mask = position_mask(batch)
-            if task.output != "logits":
-                rows = output.reshape(len(output), -1)
-            elif mask is not None and mask.shape == output.shape[:-1]:
-                rows = output[mask.bool().to(output.device)]
-            else:
-                rows = output.flatten(0, -2)
-            yield rows[: NUM_PREDICTIONS - num_rows].cpu()
-            num_examples, num_rows = num_examples + len(output), num_rows + len(rows)
-            if num_examples >= num_wanted or num_rows >= NUM_PREDICTIONS:
-                return
-
-
-def divergence(original: Iterable[Tensor], compressed: Iterable[Tensor], kind: Output) -> float:
-    """The mean over predictions of the KL divergence in nats, or over examples of half the squared distance (for unit
-    embeddings: 1 - cosine)."""
-    total, count = 0.0, 0
-    for before, after in zip(original, compressed, strict=True):
-        count += len(before)
-        if kind == "logits":
-            total += kl_divergence(before, after)
-        else:
-            total += 0.5 * (after - before).double().square().sum().item()
-    return total / max(1, count)

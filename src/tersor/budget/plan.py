@@ -26,7 +26,7 @@ from tersor.methods.mse import Mse
 from tersor.moments import takes_inputs
 from tersor.recipe import Recipe, WeightsStep
 from tersor.schemes import KEEP, Scheme, parse_rule
-from tersor.sites import Site, check_has_sites, find_sites, matches
+from tersor.sites import Site, check_has_sites, escape, find_sites, matches
 from tersor.stats import Stats
 from tersor.tasks.contract import Task
 
@@ -265,11 +265,6 @@ def recipe_of(menus: list[Menu], chosen: list[Option], seed: int) -> Recipe:
     common = max(set(schemes.values()), key=lambda s: (sum(v == s for v in schemes.values()), s))
     rules = {escape(name): scheme for name, scheme in schemes.items() if scheme != common}
     return Recipe.of(common, rules, seed=seed)
-
-
-def escape(name: str) -> str:
-    """A pattern that matches exactly this name."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def plan(

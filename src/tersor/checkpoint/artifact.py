@@ -1,6 +1,7 @@
 """Artifacts: folders that hold a compressed model and everything needed to load, check and explain it.
 
-    model.safetensors   packed weights (see layout.py and docs/formats.md)
+    model.safetensors   packed weights (see layout.py and docs/formats.md), or
+    model.tersor        the same tensors, entropy-coded (container.py)
     tersor.json         the manifest: recipe, sites and their formats, versions, hashes, scorecards, verdict
     config.json, tokenizer files   as they came
     README.md           the model card
@@ -13,23 +14,31 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tersor.activations import Activation, activation_named
-from tersor.checkpoint.layout import other_tensors, packed_sites, tensors_of
-from tersor.checkpoint.manifest import MANIFEST, VERSION, WEIGHTS, check_files, read_manifest, write_manifest
+from tersor.checkpoint.container_write import holds_codes, write_coded
+from tersor.checkpoint.layout import CODED, other_tensors, packed_sites, tensors_of
+from tersor.checkpoint.lazy import Shelf
+from tersor.checkpoint.manifest import (
+    MANIFEST,
+    VERSION,
+    WEIGHTS,
+    check_files,
+    read_manifest,
+    weights_path,
+    write_manifest,
+)
+from tersor.checkpoint.restore import read_tensors, restore_rest, restore_site
 from tersor.checkpoint.source import first_line, quiet_transformers, sha256, transformers_class
-from tersor.checkpoint.weights import read_weights, write_weights
-from tersor.encoded import Encoded
-from tersor.errors import ArtifactError, FormatError, InputError, ModelError, UnknownName
-from tersor.formats import format_named
-from tersor.sites import Site, find_sites
+from tersor.checkpoint.weights import write_weights
+from tersor.codecs.integers import EXPANSION
+from tersor.errors import ArtifactError, InputError
+from tersor.sites import find_sites
 
 NOT_COPIED = {
     ".safetensors",
@@ -49,7 +58,12 @@ OWN_FILES = {MANIFEST, "README.md", ".gitattributes"}
 
 
 def save(
-    model: nn.Module, folder: str | Path, *, source: Path | None = None, manifest: Mapping[str, Any] | None = None
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    source: Path | None = None,
+    manifest: Mapping[str, Any] | None = None,
+    coded: bool | None = None,
 ) -> None:
     """Write `model`, packed weights and all, into `folder`, which is created if need be and should be empty.
 
@@ -57,6 +71,7 @@ def save(
         source: folder whose config and tokenizer files are copied as they are; without it, or where the model's sizes
             are no longer those of its config, a transformers model writes its config itself.
         manifest: more keys for `tersor.json`.
+        coded: write the tensors entropy-coded, as `model.tersor`; by default, where a site's format is `coded`.
     """
     folder = Path(folder)
     try:
@@ -72,7 +87,10 @@ def save(
         config.save_pretrained(folder)
         if generation_config is not None:
             generation_config.save_pretrained(folder)
-    write_weights(tensors_of(model), folder / WEIGHTS)
+    if holds_codes(model) if coded is None else coded:
+        write_coded(model, folder / CODED)
+    else:
+        write_weights(tensors_of(model), folder / WEIGHTS)
     describe(model, folder, manifest or {})
 
 
@@ -91,6 +109,7 @@ def differs(config: Any, folder: Path) -> bool:
 
 def describe(model: nn.Module, folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write `tersor.json` for a model whose other files are all there; `manifest` holds more keys."""
+    weights = folder / CODED if (folder / CODED).exists() else folder / WEIGHTS
     is_transformers = (folder / "config.json").exists()
     about = {"class": type(model).__name__} if is_transformers else {"class": type(model).__name__, "factory": None}
     content = {
@@ -108,22 +127,37 @@ def describe(model: nn.Module, folder: Path, manifest: Mapping[str, Any]) -> Non
             for site, packed, quantizer in packed_sites(model)
         },
         **manifest,
-        "files": {WEIGHTS: {"sha256": sha256(folder / WEIGHTS), "bytes": (folder / WEIGHTS).stat().st_size}},
+        "files": {weights.name: {"sha256": sha256(weights), "bytes": weights.stat().st_size}},
     }
     write_manifest(folder, content)
 
 
-def load(folder: str | Path, *, model: nn.Module | None = None, packed: bool = True) -> nn.Module:
+def load(
+    folder: str | Path,
+    *,
+    model: nn.Module | None = None,
+    packed: bool = True,
+    dtype: torch.dtype | None = None,
+    lazy: bool = False,
+) -> nn.Module:
     """The model of an artifact, in eval mode. A Hugging Face model comes back as its own class.
 
     Args:
         model: for an artifact of a custom model: a fresh instance to fill (its weights are replaced); it stays on its
             device.
         packed: keep weights packed in memory; False decodes them into ordinary parameters.
+        dtype: what the model computes in; `torch.bfloat16` opens the kernels that multiply packed weights (see
+            docs/static-int8.md). None: as it was saved.
+        lazy: leave the sites of a `model.tersor` in the file and decode each whenever it runs, which is slower, with
+            hardly more memory than one site takes.
 
     Raises:
         ArtifactError: the folder is no artifact, is damaged, or does not fit the model.
+        InputError: `dtype` is no floating-point type, or `lazy` is asked of weights that are not entropy-coded, or not
+            to stay packed.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise InputError(f"dtype={dtype} is no floating-point type; give for example torch.bfloat16")
     folder = Path(folder)
     manifest = read_manifest(folder)
     check_files(folder, manifest)
@@ -131,10 +165,13 @@ def load(folder: str | Path, *, model: nn.Module | None = None, packed: bool = T
         model = skeleton(folder, manifest)
     device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
     model.to("cpu")
-    try:
-        tensors = read_weights(folder / WEIGHTS)
-    except ModelError as error:
-        raise ArtifactError(str(error)) from None
+    weights = weights_path(folder, manifest)
+    shelf: Shelf | None = None
+    if lazy:
+        if weights.name != CODED or not packed:
+            raise InputError(f"{weights}: only entropy-coded weights that stay packed can be left in the file")
+        shelf = Shelf(weights)
+    tensors = shelf.tensors() if shelf is not None else read_tensors(weights)
     sites = {site.name: site for site in find_sites(model)}
     for name, entry in manifest["sites"].items():
         if name not in sites:
@@ -142,78 +179,12 @@ def load(folder: str | Path, *, model: nn.Module | None = None, packed: bool = T
                 f"{folder}: the manifest names the site {name}, which {type(model).__name__} does not have"
             )
         restore_site(model, sites[name], entry, tensors, packed)
+        if shelf is not None:
+            shelf.serve(model, sites[name])
     decoded = [] if packed else [sites[name] for name in manifest["sites"]]
-    restore_rest(model, tensors, other_tensors(model, decoded), folder)
-    return model.to(device).eval()
-
-
-def restore_site(
-    model: nn.Module, site: Site, entry: Mapping[str, Any], tensors: dict[str, Tensor], packed: bool
-) -> None:
-    """Check one site's parts against its format's layout, and put them in place."""
-    try:
-        format, dtype = format_named(entry["format"]), getattr(torch, entry["dtype"])
-        input_format = activation_named(entry["activation"]) if entry["activation"] else None
-    except UnknownName as error:
-        raise ArtifactError(f"{site.name}: {error}") from None
-    if tuple(entry["shape"]) != site.shape:
-        raise ArtifactError(f"{site.name}: stored as {tuple(entry['shape'])}, but the model has {site.shape} here")
-    if (tuple(entry["weight_shape"]), entry["view"]) != (site.fold.weight_shape, site.fold.view):
-        raise ArtifactError(
-            f"{site.name}: stored for a weight {entry['weight_shape']}, but the model folds {site.fold}"
-        )
-    parts = {}
-    for part, (part_dtype, shape) in format.layout(site.shape).items():
-        tensor = tensors.pop(f"{site.parameter}.{part}", None)
-        expected = f"{format.name} at {site.name}: part {part} should be {part_dtype} {shape}"
-        if tensor is None:
-            raise ArtifactError(f"{expected}, and the file does not have it")
-        fits = tensor.dim() == len(shape) and all(e is None or e == s for e, s in zip(shape, tensor.shape, strict=True))
-        if tensor.dtype != part_dtype or not fits:
-            raise ArtifactError(f"{expected}, and the file has {tensor.dtype} {tuple(tensor.shape)}")
-        parts[part] = tensor
-    encoded = Encoded(format, site.shape, parts)
-    check_values(site, encoded)
-    if not packed:
-        site.weight(model).data = site.fold.unfold(encoded.decode()).to(dtype)
-        return
-    activation = None
-    if input_format:
-        prefix = f"{site.parameter}.input."
-        static = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
-        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in static.items()}
-        promised = {name: (part_dtype, (1,)) for name, part_dtype in input_format.layout.items()}
-        if found != promised:
-            raise ArtifactError(f"{site.name}: {input_format.name} has the parameters {promised}, and the file {found}")
-        activation = Activation(input_format.name, static)
-    replace(site, dtype=dtype).replace(model, encoded, activation)
-
-
-def check_values(site: Site, encoded: Encoded) -> None:
-    """Parts whose size the values of others decide are judged by decoding; the shape decides all other parts."""
-    if any(None in shape for _, shape in encoded.format.layout(encoded.shape).values()):
-        try:
-            encoded.decode()
-        except FormatError as error:
-            raise ArtifactError(f"{site.name}: {error}") from None
-
-
-def restore_rest(model: nn.Module, tensors: dict[str, Tensor], rest: dict[str, Tensor], folder: Path) -> None:
-    """Fill everything that is not packed; every tensor must find its place, and every place its tensor."""
-    missing, unexpected = sorted(rest.keys() - tensors.keys()), sorted(tensors.keys() - rest.keys())
-    if missing or unexpected:
-        what = f"lacks {missing[0]}" if missing else f"holds {unexpected[0]}, which the model does not have"
-        raise ArtifactError(f"{folder / WEIGHTS}: {what}; the artifact and the model's code do not match")
-    for name, tensor in rest.items():
-        stored = tensors[name]
-        alike = stored.dtype == tensor.dtype or (stored.is_floating_point() and tensor.is_floating_point())
-        if tensor.shape != stored.shape or not alike:
-            raise ArtifactError(
-                f"{name}: stored as {stored.dtype} {tuple(stored.shape)}, "
-                f"but the model has {tensor.dtype} {tuple(tensor.shape)}"
-            )
-        owner, _, attribute = name.rpartition(".")
-        getattr(model.get_submodule(owner), attribute).data = stored
+    rest = other_tensors(model, decoded)
+    restore_rest(model, tensors if shelf is None else shelf.decoded(tensors), rest, folder)
+    return model.to(device=device, dtype=dtype).eval()
 
 
 def skeleton(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
@@ -235,8 +206,10 @@ def skeleton(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
             raise ValueError(f"it has no class {manifest['model']['class']}")
         with torch.device("meta"):
             num_weights = sum(parameter.numel() for parameter in model_class._from_config(config).parameters())
-        if num_weights > 8 * (folder / WEIGHTS).stat().st_size:
-            raise ValueError(f"config.json describes {num_weights:,} weights, more than {WEIGHTS} has bits")
+        weights = weights_path(folder, manifest)
+        each, most = (EXPANSION, "can hold") if weights.name == CODED else (8, "has bits")
+        if num_weights > each * weights.stat().st_size:
+            raise ValueError(f"config.json describes {num_weights:,} weights, more than {weights.name} {most}")
         with no_init_weights():
             model = model_class._from_config(config, dtype=config.dtype)
         model.tie_weights()

@@ -5,13 +5,16 @@ under the names the model gives it. Tied tensors are stored once, under the firs
 """
 
 import json
+import tempfile
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.weights import METADATA
 from tersor.modules import InputQuantizer, PackedConv, PackedLinear, PackedWeight, Stored
+from tersor.recurrent import PackedRecurrent
 from tersor.sites import Site, find_sites, packed_weight
 
 DTYPE_NAMES = {  # in the order in which safetensors writes them
@@ -33,6 +36,7 @@ DTYPE_NAMES = {  # in the order in which safetensors writes them
     torch.bool: "BOOL",
 }
 Described = tuple[str, torch.dtype, tuple[int, ...]]  # a tensor by its name, type and shape
+CODED = "model.tersor"
 RANKS = {dtype: rank for rank, dtype in enumerate(DTYPE_NAMES)}
 
 
@@ -43,9 +47,15 @@ def packed_sites(model: nn.Module) -> list[tuple[Site, PackedWeight, InputQuanti
         module = model.get_submodule(site.places[0].module)
         packed = packed_weight(module, site.places[0].parameter)
         if packed is not None:
-            quantizer = module.input_quantizer if isinstance(module, PackedLinear | PackedConv) else None
-            found.append((site, packed, quantizer))
+            found.append((site, packed, quantizer_of(module, site.places[0].parameter)))
     return found
+
+
+def quantizer_of(module: nn.Module, parameter: str) -> InputQuantizer | None:
+    """What quantizes the input of one of a module's weights."""
+    if isinstance(module, PackedRecurrent):
+        return module.quantizer(parameter)
+    return module.input_quantizer if isinstance(module, PackedLinear | PackedConv) else None
 
 
 def stored_parts(model: nn.Module) -> list[tuple[str, Stored]]:
@@ -116,5 +126,11 @@ def file_size(tensors: Iterable[Described], metadata: Mapping[str, str]) -> int:
 
 
 def size_of(model: nn.Module) -> int:
-    """Bytes of the model's weights file, computed without writing it."""
+    """Bytes of the model's weights file: computed without writing it, unless it is entropy-coded."""
+    from tersor.checkpoint.container_write import holds_codes, write_coded
+
+    if holds_codes(model):
+        with tempfile.TemporaryDirectory() as folder:
+            write_coded(model, Path(folder) / CODED)
+            return (Path(folder) / CODED).stat().st_size
     return file_size(((n, t.dtype, tuple(t.shape)) for n, t in tensors_of(model).items()), METADATA)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
+from tersor.checkpoint.layout import CODED
 from tersor.checkpoint.source import first_line, sha256
 from tersor.errors import ArtifactError
 from tersor.recipe import first_mistake
@@ -71,7 +72,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
     """The weights file is there, whole, and the one that was written."""
-    path, entry = folder / WEIGHTS, manifest["files"].get(WEIGHTS, {})
+    path = weights_path(folder, manifest)
+    entry = manifest["files"].get(path.name, {})
     if not path.is_file():
         raise ArtifactError(f"{path}: missing from the artifact")
     if path.stat().st_size != entry.get("bytes"):
@@ -80,6 +82,11 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
         )
     if sha256(path) != entry.get("sha256"):
         raise ArtifactError(f"{path}: the sha256 differs from the one in {MANIFEST}; the file was changed or damaged")
+
+
+def weights_path(folder: Path, manifest: Mapping[str, Any]) -> Path:
+    """The file with the tensors: coded, or as they are."""
+    return folder / (CODED if CODED in manifest["files"] else WEIGHTS)
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:

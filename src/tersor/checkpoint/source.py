@@ -177,7 +177,7 @@ def open_artifact(name: str, folder: Path, model: nn.Module | None = None) -> So
 
     An artifact of a custom model needs a fresh `model` to fill: the code that an artifact names is never run.
     """
-    from tersor.checkpoint.artifact import WEIGHTS, load, read_manifest
+    from tersor.checkpoint.artifact import load, read_manifest, weights_path
 
     manifest = read_manifest(folder)
     factory = manifest["model"].get("factory")
@@ -187,8 +187,8 @@ def open_artifact(name: str, folder: Path, model: nn.Module | None = None) -> So
             f"name it yourself: '{factory}' with --weights {name}"
         )
     model = load(folder, model=model)
-    hashes = {WEIGHTS: manifest["files"][WEIGHTS]["sha256"]}
-    num_bytes = (folder / WEIGHTS).stat().st_size
+    file = weights_path(folder, manifest)
+    hashes, num_bytes = {file.name: manifest["files"][file.name]["sha256"]}, file.stat().st_size
     return Source(model, name, "artifact", manifest["model"]["class"], folder, num_bytes, hashes)
 
 

@@ -10,17 +10,24 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
+from tersor.cli.bench import bench
 from tersor.cli.compare import compare
 from tersor.cli.compress import compress
 from tersor.cli.console import fail
 from tersor.cli.evaluate import evaluate
+from tersor.cli.explain import explain
 from tersor.cli.export import export
 from tersor.cli.finetune import finetune
 from tersor.cli.formats import formats
+from tersor.cli.info import info
 from tersor.cli.inspect import inspect
 from tersor.cli.merge import merge
 from tersor.cli.methods import methods
+from tersor.cli.pack import pack
 from tersor.cli.student import student
+from tersor.cli.targets import targets
+from tersor.cli.unpack import unpack
+from tersor.cli.verify import verify
 from tersor.errors import TersorError
 
 VERBS: list[Callable[..., None]] = [
@@ -28,12 +35,19 @@ VERBS: list[Callable[..., None]] = [
     inspect,
     evaluate,
     compare,
+    bench,
+    explain,
     export,
+    pack,
+    unpack,
+    verify,
+    info,
     student,
     finetune,
     merge,
     formats,
     methods,
+    targets,
 ]
 
 app = typer.Typer(

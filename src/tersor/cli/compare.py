@@ -1,5 +1,6 @@
 """`tersor compare A B`: two models measured side by side, and the verdict of B against A."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from tersor.cli import options
 from tersor.cli.console import out, print_json, print_table, progress_bars
+from tersor.kernels import choices
 from tersor.report.card import comparison
 from tersor.workflow import compare_models
 
@@ -41,7 +43,7 @@ def compare(
         )
     if json:
         found = {"scorecards": [card.to_dict() for card in cards], "verdict": verdicts[0].to_dict()}
-        print_json(found | {"measured_on": description})
+        print_json(found | {"measured_on": description, "kernels": [asdict(choice) for choice in choices()]})
         return
     print_table("side by side", ["", a, b], comparison(*cards))
     out.print(f"measured on: {description}", markup=False, highlight=False)

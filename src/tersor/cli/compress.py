@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tersor.budget.choices import Budget, check_choices
 from tersor.checkpoint.streaming import no_lines
 from tersor.cli import options
 from tersor.cli.console import err, out, print_json, print_table, progress_bars
@@ -13,7 +14,7 @@ from tersor.recipe import Recipe
 from tersor.report.card import comparison, megabytes
 from tersor.schemes import KEEP
 from tersor.streamed import compress_streamed
-from tersor.workflow import Budget, Outcome, check_choices, compress_to_folder
+from tersor.workflow import Outcome, compress_to_folder
 
 
 def compress(
@@ -35,6 +36,12 @@ def compress(
             "With another budget: the tolerance of the verdict (default 1%)."
         ),
     ] = None,
+    coded: Annotated[
+        bool,
+        typer.Option(
+            "--coded", help="Meet the budget with entropy-coded weights: the smallest file, decoded when it is loaded."
+        ),
+    ] = False,
     format: Annotated[
         list[str] | None,
         typer.Option(
@@ -57,6 +64,12 @@ def compress(
             "--bias-correction", help="Have biases take back what the new weights do to the mean of each output."
         ),
     ] = False,
+    keep_float: Annotated[
+        str,
+        typer.Option(
+            help="auto: the sites that cost most by measured loss stay float; a number: that many of them; or none."
+        ),
+    ] = "none",
     recipe: Annotated[Path | None, typer.Option(help="Recipe file; the one used is saved in the artifact.")] = None,
     weights: options.Weights = None,
     task: options.TaskName = None,
@@ -78,6 +91,7 @@ def compress(
     json: options.Json = False,
 ) -> None:
     """Make a model smaller under a budget, and prove what it cost."""
+    kept = parse_keep_float(keep_float)
     if stream:
         if weights is not None:
             raise InputError("--stream reads a Hugging Face folder, and --weights goes with package.module:factory")
@@ -87,7 +101,8 @@ def compress(
             manifest = compress_streamed(
                 model,
                 output,
-                given or check_choices(Budget(size, ratio, bits, drop), given, *chosen, seed, bias_correction),
+                given
+                or check_choices(Budget(size, ratio, bits, drop, coded), given, *chosen, seed, bias_correction, kept),
                 task_choice=options.task_choice(task, data, calibration, task_option, train),
                 overwrite=overwrite,
                 progress=progress,
@@ -104,13 +119,14 @@ def compress(
             output,
             weights=weights,
             task_choice=options.task_choice(task, data, calibration, task_option, train),
-            budget=Budget(size, ratio, bits, drop),
+            budget=Budget(size, ratio, bits, drop, coded),
             recipe=Recipe.from_file(recipe) if recipe else None,
             formats=with_method(format or [], method),
             rules=parse_rules(rule or []),
             exclude=exclude or [],
             transforms=transform or [],
             bias_correction=bias_correction,
+            keep_float=kept,
             seed=seed,
             batch_sizes=options.batch_sizes(batch),
             num_threads=options.checked_threads(threads),
@@ -147,6 +163,15 @@ def parse_rule(text: str) -> tuple[str, str]:
     if not equals or not pattern or not scheme:
         raise InputError(f"--rule '{text}' is not PATTERN=SCHEME; write for example '*.embeddings.*=int8-g32'")
     return pattern, scheme
+
+
+def parse_keep_float(text: str) -> str | int:
+    """`auto`, `none` or a number of sites."""
+    if text in ("auto", "none"):
+        return text
+    if not text.isdecimal():
+        raise InputError(f"--keep-float '{text}' is not auto, none or a number of sites")
+    return int(text)
 
 
 def show_block(done: int, total: int) -> None:

@@ -1,11 +1,13 @@
 """`tersor evaluate MODEL`: the scorecard of one model."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from tersor.cli import options
 from tersor.cli.console import out, print_json, print_table, progress_bars
+from tersor.kernels import choices
 from tersor.report.card import scorecard_rows
 from tersor.workflow import evaluate_model
 
@@ -32,7 +34,8 @@ def evaluate(
             progress=progress,
         )
     if json:
-        print_json({"scorecard": card.to_dict(), "measured_on": description})
+        kernels = [asdict(choice) for choice in choices()]
+        print_json({"scorecard": card.to_dict(), "measured_on": description, "kernels": kernels})
         return
     print_table(model, ["", "measured"], scorecard_rows([card]))
     out.print(f"measured on: {description}", markup=False, highlight=False)

@@ -1,5 +1,6 @@
 """`tersor export ARTIFACT --to gguf -o OUT.gguf`: the same values in a client's own layout."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -7,19 +8,57 @@ import typer
 
 from tersor.cli import options
 from tersor.cli.console import err, out, print_json
-from tersor.export.artifact import export_model
+from tersor.errors import InputError
+from tersor.export.artifact import Exported, export_model
 from tersor.report.card import megabytes
 
 
 def export(
-    artifact: Annotated[Path, typer.Argument(help="Folder that `tersor compress` made of a Hugging Face model.")],
-    to: Annotated[str, typer.Option(help="Who reads it: gguf, compressed-tensors, gptq, awq, bitsandbytes.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create; for gguf, a .gguf file.")],
+    model: Annotated[str, typer.Argument(help="Artifact folder; --to onnx also takes a model that is not compressed.")],
+    to: Annotated[str, typer.Option(help="Who reads it: see `tersor targets`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create; for onnx and gguf, a file.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is an earlier export.")] = False,
+    weights: options.Weights = None,
+    task: options.TaskName = None,
+    data: Annotated[Path | None, typer.Option(help="Data whose first rows are the example inputs.")] = None,
+    task_option: options.TaskOption = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Size of one example of a model of one array, such as 3,32,32.")
+    ] = None,
+    fixed: Annotated[
+        list[str] | None, typer.Option(help="Axis that keeps the examples' size: batch or sequence. Repeatable.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="What onnx computes in besides int8: fp32 or fp16.")] = None,
+    per_token: Annotated[
+        bool, typer.Option("--per-token", help="onnx: a scale per token for int8-dynamic, as in the artifact.")
+    ] = False,
+    float_outputs: Annotated[
+        bool, typer.Option("--float-outputs", help="onnx: never round the outputs of int8 convolutions.")
+    ] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="onnx: write formats it cannot hold as decoded fp16 weights.")
+    ] = False,
+    threads: options.Threads = 1,
     json: options.Json = False,
 ) -> None:
-    """Write an artifact so that another runtime loads it, with exactly the values that were chosen."""
-    made = export_model(artifact, output, to=to, overwrite=overwrite)
+    """Write an artifact so that another runtime loads it, with exactly the values that were chosen.
+
+    Runtimes that run here load the result at once; it is compared with the model and timed before it is kept.
+    """
+    given = {"dtype": dtype, "per_token": per_token, "float_outputs": float_outputs, "decode": decode}
+    choice = options.task_choice(task, data, None, task_option)
+    made = export_model(
+        model,
+        output,
+        to=to,
+        options={name: value for name, value in given.items() if value},
+        weights=weights,
+        task_choice=choice if task or data or task_option else None,
+        shape=sizes(shape),
+        fixed=fixed or (),
+        num_threads=options.checked_threads(threads),
+        overwrite=overwrite,
+    )
     if json:
         print_json(
             {
@@ -28,6 +67,7 @@ def export(
                 "bytes": made.num_bytes,
                 "formats": made.formats,
                 "notes": made.notes,
+                "check": asdict(made.check) if made.check else None,
             }
         )
         return
@@ -35,3 +75,29 @@ def export(
         err.print("note:", note, style="yellow", markup=False, highlight=False)
     size = megabytes(made.num_bytes)
     out.print(f"{made.output}: {len(made.formats)} sites for {made.to}, {size}", markup=False, highlight=False)
+    for line in checked(made):
+        out.print(line, markup=False, highlight=False)
+
+
+def sizes(text: str | None) -> tuple[int, ...] | None:
+    """`3,32,32` as numbers."""
+    if text is None:
+        return None
+    numbers = tuple(int(part) if part.strip().isdigit() else 0 for part in text.split(","))
+    if min(numbers) < 1:
+        raise InputError(f"--shape '{text}' is not a list of sizes; write for example 3,32,32")
+    return numbers
+
+
+def checked(made: Exported) -> list[str]:
+    """What running the file showed, a line each."""
+    if made.check is None:
+        return []
+    found, latency = made.check, made.check.latency
+    low, high = latency.speedup_interval
+    return [
+        f"{found.runtime}: outputs differ from the model's by {found.difference:.2%} "
+        f"(rounding of inputs in the model itself: {found.input_rounding:.2%})",
+        f"{found.row}: {latency.p50:.2f} ms, {found.against} {found.float_latency.p50:.2f} ms: "
+        f"{latency.speedup:.2f}x [{low:.2f}, {high:.2f}], {latency.difference()}",
+    ]

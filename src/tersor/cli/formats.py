@@ -4,7 +4,9 @@ from tersor.activations import ACTIVATIONS
 from tersor.cli import options
 from tersor.cli.console import print_json, print_table
 from tersor.formats import FORMATS
+from tersor.formats.coded import Coded
 from tersor.formats.contract import Format
+from tersor.observers import OBSERVERS
 from tersor.schemes import SHORTHANDS, usual_method
 
 EXAMPLE = (1024, 1024)
@@ -18,7 +20,14 @@ def formats(json: options.Json = False) -> None:
         for name, format in FORMATS.items()
     ]
     if json:
-        print_json({"formats": rows, "activations": list(ACTIVATIONS), "shorthands": SHORTHANDS})
+        print_json(
+            {
+                "formats": rows,
+                "activations": list(ACTIVATIONS),
+                "observers": list(OBSERVERS),
+                "shorthands": SHORTHANDS,
+            }
+        )
         return
     print_table(
         "formats (bits per weight at 1024 x 1024, scales and zero points counted)",
@@ -37,10 +46,17 @@ def formats(json: options.Json = False) -> None:
         ["activation", "short for"],
         [(name, ", ".join(f"{k} = {v}" for k, v in SHORTHANDS.items() if v.endswith(name))) for name in ACTIVATIONS],
     )
+    print_table(
+        "observers of static integers: write FORMAT/OBSERVER:ACTIVATION",
+        ["observer", "range"],
+        [(name, " ".join((observer.__doc__ or "").split("\n\n")[0].split())) for name, observer in OBSERVERS.items()],
+    )
 
 
 def bits_per_weight(format: Format) -> float | None:
     """None where it depends on the data."""
+    if isinstance(format, Coded):
+        return None  # in the file a code takes what its probability says
     total = 0
     for dtype, shape in format.layout(EXAMPLE).values():
         num_values = 1

@@ -4,15 +4,17 @@ from tersor.errors import UnknownName
 from tersor.export.awq import Awq
 from tersor.export.bitsandbytes import BitsAndBytes
 from tersor.export.compressed_tensors import CompressedTensors
-from tersor.export.contract import Export
+from tersor.export.contract import Export, Runnable
 from tersor.export.gguf import Gguf
 from tersor.export.gptq import Gptq
+from tersor.export.onnx import Onnx
+from tersor.export.openvino import OpenVinoIr
 
-ROWS: list[Export] = [Gguf(), CompressedTensors(), Gptq(), Awq(), BitsAndBytes()]
+ROWS: list[Export | Runnable] = [Gguf(), CompressedTensors(), Gptq(), Awq(), BitsAndBytes(), Onnx(), OpenVinoIr()]
 EXPORTS = {export.name: export for export in ROWS}
 
 
-def export_named(name: str) -> Export:
+def export_named(name: str) -> Export | Runnable:
     """The client that `--to` names."""
     if name not in EXPORTS:
         raise UnknownName("client", name, EXPORTS)

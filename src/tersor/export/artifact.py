@@ -1,20 +1,29 @@
-"""An artifact written anew in a client's layout, with exactly the values that were chosen."""
+"""An artifact written anew in a client's layout, with exactly the values that were chosen.
+
+Clients that run here (`Runnable`) take any model, and what they are given is opened, compared and timed before it is
+kept.
+"""
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from tersor.activations import Activation
 from tersor.checkpoint.artifact import atomic_folder, check_output, load
 from tersor.checkpoint.layout import kept_tensors, packed_sites
 from tersor.checkpoint.manifest import MANIFEST, read_manifest
+from tersor.checkpoint.source import open_model
 from tersor.errors import ArtifactError, FormatError, InputError, ModelError
 from tersor.export import export_named
-from tersor.export.contract import Checkpoint, Export, PackedSite
+from tersor.export.check import Check, check
+from tersor.export.contract import Checkpoint, Layout, PackedSite, Runnable
+from tersor.export.examples import Examples, examples_of
 from tersor.export.folder import PROVENANCE
+from tersor.workflow import TaskChoice, open_task_for
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,7 @@ class Exported:
         num_bytes: of everything written.
         formats: what was stored for each site, as recipes spell it.
         notes: what the user should know, such as a value the client rounds.
+        check: what running it showed, for clients that run here.
     """
 
     output: Path
@@ -34,29 +44,97 @@ class Exported:
     num_bytes: int
     formats: dict[str, str]
     notes: tuple[str, ...]
+    check: Check | None = None
 
 
-def export_model(artifact: str | Path, output: str | Path, *, to: str, overwrite: bool = False) -> Exported:
-    """Write the artifact folder `artifact` as `output`, which `to` (a name in `EXPORTS`) loads unchanged.
+def export_model(
+    model: str | Path,
+    output: str | Path,
+    *,
+    to: str,
+    options: Mapping[str, Any] = {},
+    weights: str | Path | None = None,
+    task_choice: TaskChoice | None = None,
+    shape: Sequence[int] | None = None,
+    fixed: Sequence[str] = (),
+    num_threads: int = 1,
+    overwrite: bool = False,
+) -> Exported:
+    """Write `model` as `output`, which `to` (a name in `EXPORTS`) loads unchanged.
+
+    Args:
+        model: an artifact folder; for clients that run here also a Hugging Face folder, or `package.module:factory`.
+        options: fields of the client, such as `dtype`.
+        weights: a state dict or artifact folder for a `package.module:factory`.
+        task_choice: whose data gives the example inputs of clients that run here; None takes what suits the model.
+        shape: of one random example instead, for models of one array.
+        fixed: axes that keep the examples' size, such as `sequence`.
+        num_threads: while the result is timed.
 
     Raises:
         UnknownName: no such client.
-        InputError: the artifact holds no Hugging Face model, or the output is in the way.
+        InputError: the model is none that the client takes, or the output is in the way.
         FormatError: the client cannot hold a site, or the model; the message names the rule to change.
+        ModelError: what was written does not compute what the model computes, or an operator is not supported.
         MissingExtra: the client's package is needed to write, and is not installed.
     """
-    export, artifact, output = export_named(to), Path(artifact), Path(output)
+    export, output = with_options(export_named(to), options), Path(output)
     check_place(output, export, overwrite)
-    if not (artifact / MANIFEST).exists():
-        raise InputError(f"{artifact}: no {MANIFEST}, so not a tersor artifact; make one with `tersor compress` first")
-    checkpoint = open_checkpoint(artifact)
+    if isinstance(export, Runnable):
+        checkpoint = open_any(
+            str(model), Path(weights) if weights else None, task_choice=task_choice, shape=shape, fixed=fixed
+        )
+    else:
+        for what, given in (("--weights", weights), ("--data", task_choice), ("--shape", shape), ("--fixed", fixed)):
+            if given:
+                raise InputError(f"{to} takes no {what}")
+        if not (Path(model) / MANIFEST).exists():
+            raise InputError(f"{model}: no {MANIFEST}, so not a tersor artifact; make one with `tersor compress` first")
+        checkpoint = open_checkpoint(Path(model))
     check_sites(checkpoint, export)
+    checked = None
     with atomic(output, export, overwrite) as working:
-        notes = tuple(export.write(checkpoint, working))
-        files = working.rglob("*") if working.is_dir() else [working]
+        if isinstance(export, Runnable):
+            with tempfile.TemporaryDirectory() as scratch:
+                written = export.write(checkpoint, working, Path(scratch))
+                checked = check(export, checkpoint, working, written, num_threads)
+            notes = written.notes
+        else:
+            notes = tuple(export.write(checkpoint, working))
+        files = working.rglob("*") if working.is_dir() else working.parent.iterdir()
         num_bytes = sum(file.stat().st_size for file in files if file.is_file())
     formats = {packed.site.name: packed.scheme for packed in checkpoint.sites}
-    return Exported(output, export.name, num_bytes, formats, notes)
+    return Exported(output, export.name, num_bytes, formats, notes, checked)
+
+
+def with_options(export: Layout, options: Mapping[str, Any]) -> Any:
+    """The client with some of its fields changed. Raises InputError for one that it does not have."""
+    known = {field.name for field in fields(export)}  # type: ignore[arg-type]
+    for name in options:
+        if name not in known:
+            takes = ", ".join(sorted(known)) or "none"
+            raise InputError(f"{export.name} takes no option {name.replace('_', '-')}; its options: {takes}")
+    return replace(export, **options)  # type: ignore[type-var]
+
+
+def open_any(
+    name: str,
+    weights: Path | None,
+    *,
+    task_choice: TaskChoice | None = None,
+    shape: Sequence[int] | None = None,
+    fixed: Sequence[str] = (),
+) -> Checkpoint:
+    """Open an artifact or any model, with example inputs."""
+    source = open_model(name, weights=weights)
+    if shape is not None and task_choice is not None:
+        raise InputError("--shape and --data both give example inputs; leave one out")
+    has_tokenizer = source.folder is not None and any("tokenizer" in path.name for path in source.folder.iterdir())
+    task = None
+    if task_choice is not None or (has_tokenizer and shape is None):
+        task = open_task_for(source, task_choice or TaskChoice())
+    examples: Examples = examples_of(source, task, shape).fixed(fixed)
+    return checkpoint_of(source.folder or Path(name), source.model, examples)
 
 
 def open_checkpoint(artifact: Path) -> Checkpoint:
@@ -64,30 +142,35 @@ def open_checkpoint(artifact: Path) -> Checkpoint:
     if not (artifact / "config.json").exists():
         kind = read_manifest(artifact)["model"].get("class")
         raise InputError(f"{artifact} holds a custom model ({kind}); the clients read Hugging Face models only")
-    model = load(artifact)
+    return checkpoint_of(artifact, load(artifact))
+
+
+def checkpoint_of(folder: Path, model: Any, examples: Examples | None = None) -> Checkpoint:
+    """The model's packed sites, and all else."""
     sites = tuple(
         PackedSite(site, packed.encoded, Activation(quantizer.format, quantizer.tensors) if quantizer else None)
         for site, packed, quantizer in packed_sites(model)
     )
-    return Checkpoint(artifact, model, sites, kept_tensors(model))
+    return Checkpoint(folder, model, sites, kept_tensors(model), examples)
 
 
-def check_sites(checkpoint: Checkpoint, export: Export) -> None:
+def check_sites(checkpoint: Checkpoint, export: Layout) -> None:
     """Before anything is written: every site fits, and the model as a whole."""
-    if not checkpoint.quantized:
+    if not checkpoint.quantized and not isinstance(export, Runnable):
         raise ModelError(f"{checkpoint.folder}: no weight is quantized, so there is nothing to export to {export.name}")
     misfits = [(packed, misfit) for packed in checkpoint.sites if (misfit := export.misfit(packed))]
     if misfits:
         packed, misfit = misfits[0]
         others = f" ({len(misfits) - 1} more sites do not fit either)" if misfits[1:] else ""
+        decode = ", or write it as decoded fp16 weights with --decode" if isinstance(export, Runnable) else ""
         raise FormatError(
             f"{export.name} holds {misfit.holds}; {packed.site.name} is {packed.scheme}{others}; "
-            f"compress again with --rule '{packed.site.name}={misfit.instead}'"
+            f"compress again with --rule '{packed.site.name}={misfit.instead}'{decode}"
         )
     export.check(checkpoint)
 
 
-def check_place(output: Path, export: Export, overwrite: bool) -> None:
+def check_place(output: Path, export: Layout, overwrite: bool) -> None:
     """Before any work: the output can be written, and nothing but an earlier export or a file of its kind is lost."""
     if export.suffix and output.suffix != export.suffix:
         raise InputError(f"{output}: {export.name} writes one file; name it {output.with_suffix(export.suffix)}")
@@ -97,7 +180,7 @@ def check_place(output: Path, export: Export, overwrite: bool) -> None:
 
 
 @contextmanager
-def atomic(output: Path, export: Export, overwrite: bool) -> Iterator[Path]:
+def atomic(output: Path, export: Layout, overwrite: bool) -> Iterator[Path]:
     """Where to write: it takes the place of `output` when the block ends well, and vanishes when it does not."""
     if not export.suffix:
         with atomic_folder(output, overwrite, PROVENANCE) as working:
@@ -107,8 +190,10 @@ def atomic(output: Path, export: Export, overwrite: bool) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as folder:
             working = Path(folder) / output.name
             yield working
-            with working.open("rb") as file:
-                os.fsync(file.fileno())
-            working.replace(output)
+            beside = [path for path in sorted(Path(folder).iterdir()) if path != working]
+            for path in (*beside, working):  # the file that names the others comes last
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                path.replace(output.parent / path.name)
     except OSError as error:
         raise ArtifactError(f"{output}: cannot be written: {error}") from None

@@ -34,6 +34,9 @@ class Awq:
 
     name = "awq"
     suffix = ""
+    readers = "transformers, vLLM"
+    holds = HOLDS
+    extra = None
 
     def misfit(self, packed: PackedSite) -> Misfit | None:
         rows, columns = packed.site.shape

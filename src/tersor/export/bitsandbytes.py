@@ -28,6 +28,9 @@ class BitsAndBytes:
 
     name = "bitsandbytes"
     suffix = ""
+    readers = "transformers"
+    holds = HOLDS
+    extra = None
 
     def misfit(self, packed: PackedSite) -> Misfit | None:
         place = packed.is_linear and packed.site.shape[1] % Nf4.group_size == 0

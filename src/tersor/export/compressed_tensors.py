@@ -46,6 +46,9 @@ class CompressedTensors:
 
     name = "compressed-tensors"
     suffix = ""
+    readers = "transformers, vLLM"
+    holds = HOLDS
+    extra = None
 
     def misfit(self, packed: PackedSite) -> Misfit | None:
         group, float8 = int_group(packed.encoded), fp8(packed.encoded)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from tersor.activations import Activation
 from tersor.encoded import Encoded
+from tersor.errors import InputError
+from tersor.export.examples import Examples
 from tersor.formats.float_cast import FloatCast
 from tersor.sites import Site
 
@@ -64,15 +66,23 @@ class Checkpoint:
 
     Attributes:
         folder: the artifact, with `config.json` and the tokenizer's files.
-        model: the Hugging Face model with its packed weights.
+        model: the model with its packed weights: a Hugging Face one, but for clients that run here, which take any.
         sites: every packed site.
         kept: all other tensors of the model by name, tied ones once.
+        examples: inputs to trace and check the model with; clients that run here need them.
     """
 
     folder: Path
     model: nn.Module
     sites: tuple[PackedSite, ...]
     kept: dict[str, Tensor]
+    examples: Examples | None = None
+
+    def need_examples(self) -> Examples:
+        """The examples. Raises InputError without any."""
+        if self.examples is None:
+            raise InputError(f"{self.folder}: give example inputs: --data FILE, or --shape 3,32,32")
+        return self.examples
 
     @property
     def config(self) -> Any:
@@ -92,9 +102,9 @@ class Checkpoint:
         return self.kept | values
 
 
-@runtime_checkable
-class Export(Protocol):
-    """A client's layout. Codes and scales are copied into it; nothing is rounded anew unless a note says so."""
+class Layout(Protocol):
+    """What every client's layout has. Codes and scales are copied into it; nothing is rounded anew unless a note says
+    so."""
 
     @property
     def name(self) -> str:
@@ -104,11 +114,54 @@ class Export(Protocol):
     def suffix(self) -> str:
         """Of the file that is written; empty for a folder."""
 
+    @property
+    def readers(self) -> str:
+        """What loads it."""
+
+    @property
+    def holds(self) -> str:
+        """Which formats, and where."""
+
+    @property
+    def extra(self) -> str | None:
+        """Of tersor's optional dependencies, the one that writing needs."""
+
     def misfit(self, packed: PackedSite) -> Misfit | None:
         """Why a site cannot be held; None when it can."""
 
     def check(self, checkpoint: Checkpoint) -> None:
         """What single sites cannot tell. Raises FormatError or ModelError with the way out."""
 
+
+@runtime_checkable
+class Export(Layout, Protocol):
+    """A client that reads artifacts of Hugging Face models."""
+
     def write(self, checkpoint: Checkpoint, output: Path) -> Iterable[str]:
         """Write the file, or fill the empty folder, `output`. Returns what the user should know."""
+
+
+class Written(NamedTuple):
+    """What a client that runs here was given.
+
+    Attributes:
+        notes: what the user should know.
+        as_float: a file of the same model with decoded weights and float inputs, to measure against.
+        exact: a file that rounds inputs exactly as the artifact does, where the one that was written does not.
+    """
+
+    notes: tuple[str, ...]
+    as_float: Path
+    exact: Path | None
+
+
+@runtime_checkable
+class Runnable(Layout, Protocol):
+    """A client that runs here: it takes any model, and what was written is run and compared before it is kept."""
+
+    @property
+    def runtime(self) -> str:
+        """Its name in `RUNTIMES`."""
+
+    def write(self, checkpoint: Checkpoint, output: Path, scratch: Path) -> Written:
+        """Write the file `output`, and others for the check into the folder `scratch`."""

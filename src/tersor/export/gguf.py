@@ -34,6 +34,9 @@ class Gguf:
 
     name = "gguf"
     suffix = ".gguf"
+    readers = "llama.cpp, transformers"
+    holds = HOLDS
+    extra = "gguf"
 
     def misfit(self, packed: PackedSite) -> Misfit | None:
         if packed.is_plain or (block_type(packed.encoded) and packed.activation is None):

@@ -39,6 +39,9 @@ class Gptq:
 
     name = "gptq"
     suffix = ""
+    readers = "transformers, vLLM, GPTQModel"
+    holds = HOLDS
+    extra = None
 
     def misfit(self, packed: PackedSite) -> Misfit | None:
         rows, columns = packed.site.shape

@@ -3,6 +3,7 @@
 from tersor.errors import UnknownName
 from tersor.formats.bitmask import Bitmask
 from tersor.formats.codebook import Codebook
+from tersor.formats.coded import Coded
 from tersor.formats.contract import Format
 from tersor.formats.float_cast import FloatCast
 from tersor.formats.fp8 import Fp8
@@ -40,6 +41,7 @@ ROWS: list[Format] = [
     ),
     *(SparseInt(Bitmask(), IntGroup(bits)) for bits in (6, 5)),
     LowRank(),
+    Coded(),
     *(Corrected(IntGroup(bits, group_size=64)) for bits in (4, 3, 2)),
 ]
 FORMATS = {format.name: format for format in ROWS}

@@ -4,6 +4,7 @@ The plain sparse layout of compressed checkpoints (bitmask + values): `1 + 16 * 
 smaller than fp16 below 15/16 density and smaller than int8 only below 7/16.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from tersor.encoded import Encoded
 from tersor.errors import FormatError
-from tersor.formats.contract import Layout, Params, Projector, Weight
+from tersor.formats.contract import Layout, Packing, Params, Projector, Weight
 from tersor.formats.float_cast import to_half
 from tersor.formats.packing import pack, packed_width, unpack
 
@@ -39,6 +40,9 @@ class Bitmask:
 
     def layout(self, shape: tuple[int, int]) -> Layout:
         return {"mask": mask_layout(shape), "values": (torch.float16, (None,))}
+
+    def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
+        return {"mask": (1, shape[1])}
 
     def fit(self, weight: Weight) -> Params:
         """Keeps what is not zero already."""

@@ -3,6 +3,7 @@
 https://arxiv.org/abs/2306.07629).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersor.encoded import Encoded
-from tersor.formats.contract import Layout, Params, Projector, Weight
+from tersor.formats.contract import Layout, Packing, Params, Projector, Weight
 from tersor.formats.float_cast import to_half
 from tersor.formats.packing import pack, packed_width, unpack
 
@@ -52,6 +53,9 @@ class Codebook:
             "codes": (torch.uint8, (shape[0], packed_width(shape[1], self.bits))),
             "codebook": (torch.float16, (1 if self.per_tensor else shape[0], self.num_values)),
         }
+
+    def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
+        return {"codes": (self.bits, shape[1])} if self.bits < 8 else {}
 
     def fit(self, weight: Weight, shrink: float | Tensor = 1.0) -> Params:
         """k-means, all weights counting the same; those beyond `shrink` times the range are cut off first. Raises

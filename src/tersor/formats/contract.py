@@ -1,6 +1,6 @@
 """The contract of a format: a set of representable weights, and how one is laid out as tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -46,6 +46,18 @@ class Format(Protocol):
 
     def decode(self, encoded: Encoded) -> Weight:
         """The weight the parts stand for, float32."""
+
+
+Packing = dict[str, tuple[int, int]]  # part -> bits of a code, codes of a row
+
+
+@runtime_checkable
+class PackedParts(Protocol):
+    """A format some of whose parts are codes of a few bits, packed into bytes as packing.py does."""
+
+    def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
+        """Which parts, of how many bits, and how many codes a row of them has. An entropy coder takes the codes
+        apart, since a code has a probability, and the byte that it straddles has not."""
 
 
 Projector = Callable[[Float[Tensor, " out"], int], Float[Tensor, " out"]]  # values of column j -> representable ones

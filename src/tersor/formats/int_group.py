@@ -8,7 +8,7 @@ The uniform affine quantizer (Jacob et al. 2017, https://arxiv.org/abs/1712.0587
 Without a group size, one scale serves a whole output row (per channel). The last group of a row may be shorter.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tersor.encoded import Encoded
 from tersor.errors import FormatError
-from tersor.formats.contract import Layout, Params, Projector, Weight
+from tersor.formats.contract import Layout, Packing, Params, Projector, Weight
 from tersor.formats.packing import grouped, pack, packed_width, ungrouped, unpack
 
 # Suffixes: o output row, g group, k column within the group.
@@ -77,6 +77,9 @@ class IntGroup:
         if not self.symmetric:
             layout["zero_point"] = (torch.uint8, groups)
         return layout
+
+    def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
+        return {"codes": (self.bits, shape[1])} if self.bits < 8 else {}
 
     def fit(self, weight: Weight, shrink: float | Tensor = 1.0) -> Params:
         """The grid that spans the weights' range (absmax), or `shrink` times it: a number, or one per group

@@ -25,10 +25,14 @@ def pack(codes: UInt8[Tensor, "out n"], bits: int) -> UInt8[Tensor, "out width"]
     [[33, 3]]
     """
     num_rows, num_codes = codes.shape
-    octets = torch.nn.functional.pad(codes, (0, -num_codes % 8)).view(num_rows, -1, 8).long()
-    words = (octets << (bits * torch.arange(8, device=codes.device))).sum(-1, keepdim=True)
-    bytes_ = (words >> (8 * torch.arange(bits, device=codes.device))) & 0xFF
-    return bytes_.to(torch.uint8).view(num_rows, -1)[:, : packed_width(num_codes, bits)].contiguous()
+    octets = torch.nn.functional.pad(codes, (0, -num_codes % 8)).view(num_rows, -1, 8)
+    packed = torch.zeros(num_rows, octets.shape[1], bits, dtype=torch.uint8, device=codes.device)
+    for j in range(8):
+        first, shift = divmod(j * bits, 8)
+        packed[..., first] |= octets[..., j] << shift
+        if shift + bits > 8:
+            packed[..., first + 1] |= octets[..., j] >> (8 - shift)
+    return packed.view(num_rows, -1)[:, : packed_width(num_codes, bits)].contiguous()
 
 
 def unpack(packed: UInt8[Tensor, "out width"], bits: int, num_codes: int) -> UInt8[Tensor, "out n"]:

@@ -5,6 +5,7 @@ weight says which ones are kept: as many bits as hardware's two 2-bit indices pe
 for `4:8`. `2:4` and `4:8` take 9 bits per weight.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from tersor.encoded import Encoded
 from tersor.errors import FormatError
 from tersor.formats.bitmask import half_projector, kept_halves, mask_layout, pack_mask
-from tersor.formats.contract import Layout, Params, Projector, Weight
+from tersor.formats.contract import Layout, Packing, Params, Projector, Weight
 from tersor.formats.packing import unpack
 
 
@@ -47,6 +48,9 @@ class SemiStructured:
 
     def layout(self, shape: tuple[int, int]) -> Layout:
         return {"mask": mask_layout(shape), "values": (torch.float16, self.kept_shape(shape))}
+
+    def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
+        return {"mask": (1, shape[1])}
 
     def fit(self, weight: Weight) -> Params:
         """Keeps the largest."""

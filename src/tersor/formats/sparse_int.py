@@ -4,6 +4,7 @@ Pruning and quantization of the same weight, as in Deep Compression (Han et al. 
 Bits per weight: `1 + bits * density`, and the scales; at half density and 4 bits as many as plain 3-bit integers take.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from tersor.encoded import Encoded
 from tersor.errors import FormatError
 from tersor.formats.bitmask import Bitmask, mask_layout, pack_mask
-from tersor.formats.contract import Layout, Params, Projector, Weight
+from tersor.formats.contract import Layout, Packing, Params, Projector, Weight
 from tersor.formats.int_group import IntGroup
 from tersor.formats.packing import pack, packed_width, unpack
 from tersor.formats.semi_structured import SemiStructured
@@ -56,6 +57,11 @@ class SparseInt:
         width = None if num_kept is None else packed_width(num_kept, self.grid.bits)
         codes = (torch.uint8, (*rows, width))
         return {"mask": mask_layout(shape), "codes": codes, "scale": self.grid.layout(shape)["scale"]}
+
+    def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
+        width, bits = parts["codes"].shape[-1], self.grid.bits
+        codes = {"codes": (bits, width * 8 // bits)} if bits < 8 else {}
+        return {"mask": (1, shape[1]), **codes}
 
     def fit(self, weight: Weight) -> Params:
         """The pattern's plain mask, and the scales that span what it keeps. For a mask of your own, fit the weight that

@@ -2,16 +2,26 @@
 
 Read from the kernel's high-water mark (Linux: /proc/self/status VmHWM, reset through /proc/self/clear_refs), so it
 counts everything the pass allocated, decoded weights included. None where the kernel does not tell.
+
+A file in a runtime is opened and run in a process of its own, which is this module run as a program.
 """
 
 import contextlib
 import ctypes
 import gc
-from collections.abc import Callable
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
+
+from tersor.errors import ModelError
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -32,6 +42,66 @@ def measure_peak_memory(model: nn.Module, run: Callable[[nn.Module], object], nu
         return None
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a process that are there because of a model: what goes when the model is dropped again.
+
+    Attributes:
+        loaded: after it was opened.
+        peak: at most, while it was opened and run.
+    """
+
+    loaded: int
+    peak: int
+
+
+def measure_opened(
+    model: str,
+    runtime: str,
+    feeds: Mapping[str, np.ndarray],
+    *,
+    weights: Path | None = None,
+    num_threads: int = 1,
+) -> Memory | None:
+    """Open `model` in `runtime` and run it twice on `feeds`, in a process of its own; None where the kernel does not
+    tell. Raises ModelError where the process fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(Path(folder) / "feeds.npz", **feeds)  # type: ignore[arg-type]
+        asked = {"model": model, "runtime": runtime, "num_threads": num_threads, "feeds": f"{folder}/feeds.npz"}
+        asked["weights"] = None if weights is None else str(weights)
+        command = [sys.executable, "-m", "tersor.measure.memory", json.dumps(asked)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["it was stopped"])[-1]
+        raise ModelError(f"{model}: its memory cannot be measured, a process of its own failed: {reason}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return None if found is None else Memory(**found)
+
+
+def measure_this_process(
+    model: str, runtime: str, feeds: str, weights: str | None, num_threads: int
+) -> dict[str, int] | None:
+    """What `measure_opened` starts: `Memory` as a dictionary."""
+    from tersor.runtimes import open_session
+
+    with np.load(feeds) as file:
+        arrays = dict(file)
+    try:
+        RESET.write_text("5")
+        session = open_session(model, runtime, num_threads=num_threads, weights=Path(weights) if weights else None)
+        loaded = resident("VmRSS")
+        session.run(arrays)
+        session.run(arrays)
+        peak = resident("VmHWM")
+        del session
+        gc.collect()
+        return_free_memory()
+        left = resident("VmRSS")  # the libraries
+    except OSError:
+        return None
+    return {"loaded": max(0, loaded - left), "peak": max(0, peak - left)}
+
+
 def resident(field: str) -> int:
     """One field of /proc/self/status, in bytes."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
@@ -42,3 +112,7 @@ def return_free_memory() -> None:
     """Ask the C library to give freed memory back, so that reuse of it shows up again."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_this_process(**json.loads(sys.argv[1]))))

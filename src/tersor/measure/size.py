@@ -15,7 +15,8 @@ class Size:
     Attributes:
         num_parameters: weights it computes with (tied ones once, decoded shapes); buffers do not count.
         num_nonzeros: those of them that are not exactly zero.
-        num_bytes: of all tensors as they lie in memory: packed parts, kept parameters, persistent buffers.
+        num_bytes: of all tensors as they lie in memory: packed parts, what kernels laid out besides, kept parameters,
+            persistent buffers.
     """
 
     num_parameters: int
@@ -33,7 +34,7 @@ def measure_size(model: nn.Module) -> Size:
     for site, packed, quantizer in packed_sites(model):
         num_parameters += site.num_weights
         num_nonzeros += int(torch.count_nonzero(packed()))
-        num_bytes += packed.encoded.num_bytes
+        num_bytes += packed.encoded.num_bytes + packed.memory.num_bytes
         num_bytes += sum(tensor.nbytes for tensor in quantizer.tensors.values()) if quantizer else 0
     buffers = {id(buffer) for buffer in model.buffers()}
     for tensor in kept_tensors(model, detach=False).values():

@@ -13,6 +13,21 @@ from tersor.methods.nearest import Nearest
 from tersor.methods.sparsegpt import SparseGpt
 from tersor.methods.svd import Svd
 from tersor.methods.wanda import Wanda
+from tersor.methods.waterfill import Waterfill
 
-ROWS: list[type[Method]] = [Nearest, Mse, Hqq, Kmeans, Gptq, AutoRound, Magnitude, Kept, Wanda, SparseGpt, Svd, Lqer]
+ROWS: list[type[Method]] = [
+    Nearest,
+    Mse,
+    Hqq,
+    Kmeans,
+    Gptq,
+    AutoRound,
+    Magnitude,
+    Kept,
+    Wanda,
+    SparseGpt,
+    Svd,
+    Lqer,
+    Waterfill,
+]
 METHODS = {method.name: method for method in ROWS}

@@ -52,11 +52,14 @@ class Problem:
         return ((error @ self.moment) * error).sum().item()
 
 
-def pose(weight: Weight, stats: Stats, damping: float, drift: float, reorder: bool = True) -> Problem:
+def pose(
+    weight: Weight, stats: Stats, damping: float, drift: float, reorder: bool = True, quiet_first: bool = False
+) -> Problem:
     """The problem of one site. Without moments, S is the columns' curvature, or the identity.
 
     Args:
         reorder: solve the loudest inputs first, while all others can still adapt; else the last column first.
+        quiet_first: with `reorder`, the loudest last: then the others have made up for most of what is lost in them.
         damping: what is added to the diagonal of S, as a fraction of its mean; more where that is not enough for S to
             be positive definite.
         drift: how much of the error made before this site is repaired here, 0 to 1.
@@ -72,7 +75,8 @@ def pose(weight: Weight, stats: Stats, damping: float, drift: float, reorder: bo
     diagonal = moment.diagonal().double()
     scale = diagonal.mean().item() or 1.0
     # Columns are solved from the end.
-    order = diagonal.argsort(stable=True) if reorder else torch.arange(num_columns, device=weight.device)
+    places = torch.arange(num_columns, device=weight.device)
+    order = diagonal.argsort(stable=True, descending=quiet_first) if reorder else places
     for _ in range(12):
         permuted = moment[order.unsqueeze(1), order].double()
         permuted.diagonal().add_(damping * scale)

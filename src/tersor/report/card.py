@@ -19,7 +19,7 @@ def model_card(
         original, compressed = cards
         rows_and_labels = comparison(original, compressed)
     else:
-        before, after = manifest["source"]["bytes"], manifest["files"]["model.safetensors"]["bytes"]
+        before, after = manifest["source"]["bytes"], next(iter(manifest["files"].values()))["bytes"]
         rows_and_labels = [("weights file", megabytes(before), f"{megabytes(after)} ({before / after:.2f}x smaller)")]
     headline = verdict.sentence() if verdict else UNMEASURED
     measured = f"Measured on: {manifest['task']['description']}" if cards else ""

@@ -135,14 +135,15 @@ class Begun(NamedTuple):
 
 
 def beginning(job: Job, step: QatStep) -> dict[str, Begun]:
-    """What the weights step of the same spelling makes of the model as it is, by site."""
+    """What the weights step of the same spelling makes of the model as it is, by site. The inputs of recurrent layers
+    are trained, and stay, in float."""
     from tersor.compress import WeightsRun, copy_but_sites
     from tersor.recipe import WeightsStep
 
     packed, weights = copy_but_sites(job.model), WeightsStep(scheme=step.scheme, rules=step.rules, exclude=step.exclude)
     WeightsRun(packed, weights, job.task, None, job.seed, job.progress).run()
     return {
-        site.name: Begun(weight.encoded, quantizer.activation if quantizer is not None else None)
+        site.name: Begun(weight.encoded, None if quantizer is None or site.kind == "rnn" else quantizer.activation)
         for site, weight, quantizer in packed_sites(packed)
     }
 

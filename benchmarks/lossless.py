@@ -1,0 +1,215 @@
+"""Lossless packing of a trained model, beside ZipNN in the same process; and what loading coded weights takes.
+
+    python benchmarks/lossless.py --assets FOLDER [--rows ROW ...] [--results FILE] [--write]
+
+FOLDER (or TERSOR_ASSETS) holds `minilm/` (all-MiniLM-L6-v2, a Hugging Face folder). Rows `bf16`, `fp16`, `fp32`: all
+matrices of the model in that type (rounded from fp32), packed and unpacked by both tools in turns, on one thread; the
+times are CPU seconds of the process, medians of the repetitions, so that other work on the machine does not count. Row
+`load`: the model with `coded` weights from `model.tersor` into float matrices, beside its fp32 safetensors from a warm
+cache. Each row is appended to FILE (JSON lines); `--write` puts everything in FILE into lossless.md. ZipNN is optional:
+pip install zipnn.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import tersor
+from tersor.checkpoint.container import Container
+from tersor.checkpoint.source import open_model
+from tersor.codecs.contract import Pieces
+from tersor.codecs.floats import Floats
+from tersor.codecs.raw import bytes_of
+from tersor.encoded import Encoded
+from tersor.formats import format_named
+from tersor.measure.scorecard import machine
+from tersor.recipe import Recipe
+
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROWS = [*TYPES, "load"]
+ZIPNN_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, default=os.environ.get("TERSOR_ASSETS"))
+    parser.add_argument("--rows", nargs="+", default=ROWS, metavar="ROW", help="default: all of the table")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=Path(tempfile.gettempdir()) / "tersor-lossless.jsonl")
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    folder = Path(args.assets or ".") / "minilm"
+    if not (folder / "model.safetensors").exists():
+        print(f"needs {folder / 'model.safetensors'}: give --assets FOLDER", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)
+    lines = args.results.read_text().splitlines() if args.results.exists() else []
+    done = {result["row"]: result for result in map(json.loads, lines)}
+    for row in args.rows:
+        if row not in done:
+            done[row] = loading(folder, args.repeat) if row == "load" else packing(folder, row, args.repeat)
+            with args.results.open("a") as file:
+                file.write(json.dumps(done[row]) + "\n")
+            print(json.dumps(done[row]), flush=True)
+    if args.write:
+        Path(__file__).with_suffix(".md").write_text(page([done[row] for row in ROWS if row in done]))
+    return 0
+
+
+def packing(folder: Path, row: str, repeat: int) -> dict[str, Any]:
+    """Sizes and speeds of both tools on the same tensors, in turns."""
+    tensors = [t.to(TYPES[row]) for t in load_file(folder / "model.safetensors").values() if t.dim() == 2]
+    tensors = [t for t in tensors if t.is_floating_point()]
+    tools = {"tersor": (Floats().encode, unpacked)} | zipnn(row)
+    num_bytes = sum(t.nbytes for t in tensors)
+    found: dict[str, Any] = {}
+    for name, (encode, decode) in tools.items():  # once for the check, and to have everything compiled
+        coded = [encode(t) for t in tensors]
+        for tensor, each in zip(tensors, coded, strict=True):
+            if bytes_of(decode(each, tensor)) != bytes_of(tensor):
+                raise SystemExit(f"{name} does not give back {row}")
+        sizes = [each.num_bytes if isinstance(each, Pieces) else len(each) for each in coded]
+        found[name] = {"share": sum(sizes) / num_bytes, "encode": [], "decode": []}
+    for _ in range(repeat):
+        for name, (encode, decode) in tools.items():
+            seconds, coded = timed(lambda encode=encode: [encode(t) for t in tensors])
+            found[name]["encode"].append(num_bytes / seconds / 1e6)
+            work = list(zip(coded, tensors, strict=True))
+            seconds, _ = timed(lambda decode=decode, work=work: [decode(each, t) for each, t in work])
+            found[name]["decode"].append(num_bytes / seconds / 1e6)
+    return {"row": row, "bytes": num_bytes, "tools": found, "about": about()}
+
+
+def unpacked(pieces: Pieces, like: Tensor) -> Tensor:
+    """A tensor back, on this thread."""
+    chunks = [memoryview(chunk) for chunk in pieces.chunks]
+    decoding = Floats().decode(memoryview(pieces.head), chunks, like.dtype, tuple(like.shape))
+    for task in decoding.tasks:
+        task()
+    return decoding.tensor
+
+
+def zipnn(row: str) -> dict[str, tuple[Callable, Callable]]:
+    """The other tool, where it is installed. It works on bytes, and changes those it is given."""
+    try:
+        from zipnn import ZipNN
+    except ImportError:
+        return {}
+    tool = ZipNN(input_format="byte", bytearray_dtype=ZIPNN_TYPES[row], threads=1)
+
+    def decode(coded: bytes, like: Tensor) -> Tensor:
+        return torch.frombuffer(bytearray(tool.decompress(coded)), dtype=like.dtype).view(like.shape)
+
+    return {"zipnn": (lambda tensor: tool.compress(bytearray(bytes_of(tensor))), decode)}
+
+
+def loading(folder: Path, repeat: int) -> dict[str, Any]:
+    """Coded weights to float matrices, beside the safetensors file of the original, both from a warm cache."""
+    coded_format = format_named("coded")
+    with tempfile.TemporaryDirectory() as scratch:
+        made = tersor.compress(open_model(str(folder)).model, Recipe.of("coded"))
+        tersor.save(made.model, scratch, coded=True)
+        path = Path(scratch) / "model.tersor"
+        shapes = {f"{site.name}.weight": site.shape for site in made.sites}
+        num_weights = sum(shape[0] * shape[1] for shape in shapes.values())
+
+        def floats() -> list[Tensor]:
+            tensors = Container(path).tensors(num_threads=1)
+            sites = {name: {p: tensors[f"{name}.{p}"] for p in coded_format.layout(s)} for name, s in shapes.items()}
+            return [Encoded(coded_format, shapes[name], parts).decode() for name, parts in sites.items()]
+
+        def plain() -> list[Tensor]:
+            return [tensor.clone() for tensor in load_file(folder / "model.safetensors").values()]
+
+        runs: dict[str, list[float]] = {"coded": [], "integers": [], "plain": []}
+        for each in range(repeat + 1):
+            for name, work in (
+                ("coded", floats),
+                ("integers", lambda: Container(path).tensors(num_threads=1)),
+                ("plain", plain),
+            ):
+                seconds, _ = timed(work)
+                if each:
+                    runs[name].append(seconds)
+        stored = Container(path)
+        codes = sum(stored.stored_bytes(name) for name in stored.entries if name.endswith(".codes"))
+        return {
+            "row": "load",
+            "bytes": path.stat().st_size,
+            "plain_bytes": (folder / "model.safetensors").stat().st_size,
+            "num_weights": num_weights,
+            "bits": 8 * codes / num_weights,
+            "seconds": runs,
+            "about": about(),
+        }
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """CPU seconds of this process."""
+    start = time.process_time()
+    result = work()
+    return time.process_time() - start, result
+
+
+def about() -> dict[str, Any]:
+    """Versions and machine."""
+    try:
+        zipnn_version = version("zipnn")
+    except PackageNotFoundError:
+        zipnn_version = "-"
+    return {**machine(), "zipnn": zipnn_version, "numba": version("numba")}
+
+
+def middle(values: list[float]) -> str:
+    """Median, and how far the runs are apart."""
+    return f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
+
+
+def page(results: list[dict[str, Any]]) -> str:
+    """lossless.md."""
+    info = results[0]["about"]
+    lines = [
+        "# Lossless packing, and loading coded weights",
+        "",
+        f"`python benchmarks/lossless.py --assets FOLDER --write`; tersor {info['tersor']}, torch {info['torch']}, "
+        f"numba {info['numba']}, zipnn {info['zipnn']}, {info['processor']}, one thread. all-MiniLM-L6-v2, all "
+        "matrices, rounded from fp32; every tool's output was checked bit for bit. MB/s of the original bytes by CPU "
+        "time, median (lowest to highest).",
+        "",
+        "| type | tool | size | encode MB/s | decode MB/s |",
+        "|---|---|---|---|---|",
+    ]
+    for result in results:
+        for name, tool in result.get("tools", {}).items():
+            speeds = f"{middle(tool['encode'])} | {middle(tool['decode'])}"
+            lines.append(f"| {result['row']} | {name} | {100 * tool['share']:.2f} % | {speeds} |")
+    for result in results:
+        if result["row"] == "load":
+            coded, integers, plain = (statistics.median(result["seconds"][k]) for k in ("coded", "integers", "plain"))
+            rate = result["num_weights"] / 1e6
+            lines += [
+                "",
+                f"Loading: `coded` weights at {result['bits']:.2f} bits, {result['bytes'] / 1e6:.2f} MB, into float "
+                f"matrices take {coded:.3f} CPU seconds ({rate / coded:.0f} million weights a second, into integers "
+                f"{rate / integers:.0f}); the fp32 safetensors file, {result['plain_bytes'] / 1e6:.2f} MB, from a warm "
+                f"cache into memory of its own {plain:.3f}: {coded / plain:.2f} times as long.",
+            ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""What entropy coding made of every site, beside what it could make at best.
+
+Four numbers, in bits per weight: stored, all side information counted; the zeroth-order entropy of the codes; their
+entropy given the classes of their row and column; and the bound below which no code of any kind goes at this error, for
+normal weights whose variance is known (Shannon 1959; reverse water-filling over groups of unequal variance, Cover and
+Thomas, Elements of Information Theory, 10.3.3). Uniform steps with an ideal entropy code stay 0.255 bits above it at
+high rate (Gish and Pierce 1968, https://doi.org/10.1109/TIT.1968.1054193).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+from scipy.special import ndtri
+from torch import Tensor
+
+from tersor.checkpoint.container import DTYPES, Container
+from tersor.checkpoint.layout import CODED
+from tersor.checkpoint.manifest import MANIFEST, check_files, read_manifest, weights_path
+from tersor.checkpoint.pack import decoded, sites_of
+from tersor.checkpoint.source import open_model
+from tersor.checkpoint.weights import opened
+from tersor.codecs.classes import SMALLEST, STEPS, Classes, counted, scales_of
+from tersor.codecs.floats import SPLITS, bits_of, parted
+from tersor.codecs.head import read_head
+from tersor.codecs.integers import as_matrix, matrix_shape
+from tersor.codecs.plan import symbols_of
+from tersor.errors import InputError
+from tersor.sites import find_sites
+
+AT_ERROR = "bound: for normal weights, at the error of the codes' steps; the gap of steps alone is 0.255 at high rate"
+AT_MEASURED = "bound: for normal weights with the variance of each row, at the error that was measured"
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """One site; all numbers but the weights are bits per weight, None where it has no codes, or the bound is not known.
+
+    Attributes:
+        bits: stored, with scales, tables and classes.
+        entropy: of the codes, and of exponents with signs and mantissas.
+        class_entropy: the same, given the classes of row and column.
+        overhead: what is stored beyond that.
+        bound: rate-distortion bound for normal weights at this error.
+        gap: from there to what is stored.
+    """
+
+    name: str
+    format: str
+    num_weights: int
+    bits: float
+    entropy: float | None
+    class_entropy: float | None
+    overhead: float | None
+    bound: float | None
+    gap: float | None
+
+
+@dataclass(frozen=True)
+class Info:
+    """A file: its sites, and what is not in them."""
+
+    file: Path
+    num_bytes: int
+    header_bytes: int
+    other_bytes: int
+    sites: list[SiteInfo]
+    explanation: str
+
+    @property
+    def bits(self) -> float:
+        """Of all sites."""
+        return sum(s.bits * s.num_weights for s in self.sites) / max(1, sum(s.num_weights for s in self.sites))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {**asdict(self), "file": str(self.file), "bits_per_weight": self.bits}
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A file that is whole."""
+
+    file: Path
+    num_bytes: int
+    num_tensors: int
+
+
+def verify(path: Path) -> Verified:
+    """Read a weights file completely. Raises ArtifactError, or ModelError for plain ones, when it is not whole."""
+    if path.is_dir() and (path / MANIFEST).exists():
+        manifest = read_manifest(path)
+        check_files(path, manifest)
+        path = weights_path(path, manifest)
+    elif path.is_dir():
+        path /= CODED
+    if path.name.endswith(".safetensors"):
+        with opened(path) as file:
+            return Verified(path, path.stat().st_size, len(list(file.keys())))
+    container = open_container(path)
+    container.check()
+    return Verified(path, path.stat().st_size, len(container.entries))
+
+
+def open_container(path: Path) -> Container:
+    """The container of a folder, or itself. Raises InputError where there is none."""
+    file = path / CODED if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"{path}: has no {CODED}; `tersor pack` makes one")
+    return Container(file)
+
+
+def info(path: Path, against: str | None = None) -> Info:
+    """What every site of a container takes.
+
+    Args:
+        against: the model it was made from, for the error that was really made; of an artifact only.
+    """
+    container = open_container(path)
+    names = list(container.entries)
+    groups = {name: [name] for name in names if len(container.entries[name].shape) > 1}
+    formats = {name: container.entries[name].dtype for name in groups}
+    manifest: dict[str, Any] | None = None
+    if path.is_dir() and (path / MANIFEST).exists():
+        manifest = read_manifest(path)
+        shapes = {n: torch.empty(e.shape, dtype=DTYPES[e.dtype], device="meta") for n, e in container.entries.items()}
+        found = sites_of(manifest, shapes)
+        groups = {p: [n for n in names if n.startswith(f"{p}.")] for p in found}
+        formats = {p: entry["format"] for p, entry in found.items()}
+    if against is not None and manifest is None:
+        raise InputError(f"--against goes with an artifact, and {path} is none")
+    weights = original_weights(against) if against is not None else {}
+    sites = []
+    for name, parts in groups.items():
+        entry = found[name] if manifest is not None else None
+        bound = None
+        if entry is not None and against is not None:
+            if name not in weights:
+                raise InputError(f"--against {against} has no weight {name}")
+            tensors = container.tensors(parts)
+            bound = measured_bound(weights[name], decoded(tensors, {"sites": {name: entry}})[name], entry)
+        sites.append(site_info(container, name, parts, formats[name], entry, bound))
+    inside = {part for parts in groups.values() for part in parts}
+    other = sum(container.stored_bytes(name) for name in names if name not in inside)
+    explanation = AT_MEASURED if against is not None else AT_ERROR
+    num_bytes = container.path.stat().st_size
+    return Info(container.path, num_bytes, container.header_bytes, other, sites, explanation)
+
+
+def original_weights(name: str) -> dict[str, Tensor]:
+    """The weights of a model's sites, by parameter."""
+    model = open_model(name).model
+    return {site.parameter: site.weight(model).detach() for site in find_sites(model)}
+
+
+def site_info(
+    container: Container,
+    name: str,
+    parts: list[str],
+    format: str,
+    entry: Mapping[str, Any] | None,
+    bound: float | None,
+) -> SiteInfo:
+    """One site, from its parts."""
+    shape = entry["shape"] if entry is not None else container.entries[name].shape
+    num_weights = max(1, int(np.prod(shape)))
+    stored = sum(container.stored_bytes(part) for part in parts)
+    entropy = class_entropy = 0.0
+    known = False
+    for part in parts:
+        codes = Codes.of(container, part)
+        if codes is None or (entry is not None and codes.num_values < num_weights // 16):
+            entropy += 8 * container.stored_bytes(part)  # scales and the like, as they are stored
+            class_entropy += 8 * container.stored_bytes(part)
+            continue
+        known = True
+        entropy += codes.entropy(codes.counts.sum(axis=0, keepdims=True))
+        class_entropy += codes.entropy(codes.counts)
+        if format == "coded" and bound is None:
+            bound = coded_bound(codes.counts, codes.low)
+    bits = 8 * stored / num_weights
+    gap = None if bound is None else bits - bound
+    if not known:
+        return SiteInfo(name, format, num_weights, bits, None, None, None, bound, gap)
+    each, given = entropy / num_weights, class_entropy / num_weights
+    return SiteInfo(name, format, num_weights, bits, each, given, bits - given, bound, gap)
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """How often every symbol of a tensor stands in every class.
+
+    Attributes:
+        low: the value of symbol 0.
+        num_raw: bits of each value that are stored as they are.
+    """
+
+    counts: ndarray
+    low: int
+    num_raw: int
+
+    @property
+    def num_values(self) -> int:
+        return int(self.counts.sum())
+
+    def entropy(self, counts: ndarray) -> float:
+        """Bits of all values given their class, a class in each row."""
+        totals = counts.sum(axis=1, keepdims=True)
+        shares = np.where(counts > 0, counts / np.maximum(totals, 1), 1.0)
+        return float(-(counts * np.log2(shares)).sum()) + self.num_values * self.num_raw
+
+    @classmethod
+    def of(cls, container: Container, name: str) -> "Codes | None":
+        """The codes of a tensor; None for one stored as it is."""
+        entry, dtype = container.entries[name], DTYPES[container.entries[name].dtype]
+        if entry.codec == "raw":
+            return None
+        head = bytes(container.checked(container.chunks[name][0], f"{name}, its head"))
+        tensor = container.tensor(name)
+        if entry.codec == "floats":
+            split = SPLITS[dtype]
+            values, _ = parted(bits_of(tensor), split)
+            known = read_head(head[1:], values.shape, torch.uint8)
+            num_raw = head[0].bit_count() * min(8, split.num_rest)
+        else:
+            if entry.packed is not None:
+                tensor, dtype = entry.packed.codes(tensor), torch.int8
+            values = as_matrix(tensor)
+            known = read_head(head, matrix_shape(tuple(tensor.shape)), dtype, container.tables)
+            num_raw = known.num_low_bits
+        symbols = symbols_of(values, known.tables.low, known.num_low_bits)
+        classes: Classes = known.classes
+        return cls(counted(symbols, classes.row, classes.column), known.tables.low, num_raw)
+
+
+def coded_bound(counts: ndarray, low: int) -> float:
+    """The bound for codes whose classes hold normal numbers: what steps of one do to each, and water-filling over them
+    at the error of all."""
+    magnitude = (counts * np.abs(np.arange(counts.shape[1]) + low)).sum(axis=1)
+    often = counts.sum(axis=1)
+    present = often > 0
+    sigma = 2 ** ((scales_of(magnitude[present] / often[present]) + SMALLEST) / STEPS)
+    normal = ndtri((np.arange(4096) + 0.5) / 4096)
+    error = np.array([np.square(s * normal - np.rint(s * normal)).mean() for s in sigma])
+    share = often[present] / often.sum()
+    return water_filling(sigma**2, share, float((share * error).sum()))
+
+
+def measured_bound(weight: Tensor, made: Tensor, entry: Mapping[str, Any]) -> float:
+    """The bound for normal rows of the variance that each row of the original has, at the mean squared error."""
+    if weight.shape != made.shape:
+        raise InputError(f"the original's weight is {tuple(weight.shape)}, and the artifact's {tuple(made.shape)}")
+    rows = weight.float().reshape(entry["shape"] if entry["view"] != "transposed" else weight.shape)
+    error = (weight.float() - made.float()).square().mean().item()
+    variance = rows.double().square().mean(dim=-1).flatten().numpy()
+    return water_filling(variance, np.full(len(variance), 1 / len(variance)), error)
+
+
+def water_filling(variance: Float[ndarray, " n"], share: Float[ndarray, " n"], error: float) -> float:
+    """Bits per number of normal numbers, a share of them of each variance, at a mean squared error.
+
+    >>> round(water_filling(np.array([4.0, 0.01]), np.array([0.5, 0.5]), 0.13), 3)
+    1.0
+    """
+    low, high = 0.0, float(variance.max())
+    for _ in range(100):
+        level = (low + high) / 2
+        low, high = (level, high) if (share * np.minimum(level, variance)).sum() < error else (low, level)
+    if high <= 0:
+        return float("inf")
+    return float((share * np.log2(np.maximum(variance / high, 1.0))).sum() / 2)

@@ -1,0 +1,265 @@
+"""From a budget to a noise level: the one number of `waterfill`, sought until the finished file fits.
+
+What a level costs is known before anything is rounded, to a few percent: from how the weights deviate and from the
+moments of their inputs (methods/waterfill.py). From there a few models are made and written; each tells how far the
+next must go, for bytes fall evenly with the logarithm of the level (bisection keeps the steps in bounds).
+
+Where few bits are left, the first model also tells what each site really costs, and its level is corrected
+(correct.py).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from math import log2
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.budget.correct import measured_factors
+from tersor.budget.limit import Limit
+from tersor.budget.search import ALPHA, NUM_TRIALS, Trial
+from tersor.checkpoint.layout import size_of
+from tersor.compress import Compressed, Progress, compress, silent
+from tersor.errors import BudgetError
+from tersor.measure.verdict import Tolerance, judge
+from tersor.methods.solver import pose
+from tersor.methods.waterfill import STEPS_DAMPING, Waterfill, bits_at, damping_of, deviations, row_curvature
+from tersor.recipe import Recipe, WeightsStep
+from tersor.scores import Scores
+from tersor.sites import Site, escape, find_sites
+from tersor.stats import Stats
+from tersor.tasks.contract import Task
+from tersor.tasks.progress import score
+from tersor.walk import Walk
+
+AIM = 0.9975  # of the limit
+NEAR = 0.995  # of the limit, from where on a file is as good as it gets
+NUM_MODELS = 6  # made at most; two or three do
+FINEST, COARSEST = 13.0, 0.02  # bits a weight, between which levels are sought
+FEW_BITS = 3.0  # a weight, below which the loss is no longer what its curvature says
+MOST_SITES = 64  # whose loss is measured one by one
+WIDEST = 8.0  # bits a weight, where the search for a drop begins
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What levels cost, before any model is made.
+
+    Attributes:
+        counts: how many codes deviate how much at level 1, as `deviations` counts them, over all sites.
+    """
+
+    counts: Tensor
+
+    @property
+    def num_weights(self) -> float:
+        return self.counts.sum().item()
+
+    def num_bytes(self, level: float) -> float:
+        """Of all codes."""
+        return bits_at(self.counts, level) / 8
+
+    def level(self, num_bytes: float) -> float:
+        """The level at which the codes take so many bytes, by bisection."""
+        low, high = -100.0, 100.0
+        while high - low > 1e-4:
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.num_bytes(2**middle) > num_bytes else (low, middle)
+        return 2**high
+
+    def level_of(self, bits: float) -> float:
+        """The level at which a weight takes so many bits."""
+        return self.level(self.num_weights * bits / 8)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A level, what it made, and on the way to it every trial of a search for a drop."""
+
+    recipe: Recipe
+    made: Compressed
+    num_bytes: int
+    trials: tuple[Trial, ...] = ()
+
+
+@dataclass(frozen=True)
+class Searching:
+    """The search for the coarsest level that a budget allows.
+
+    Attributes:
+        step: its rules and excludes fix their sites.
+        stats: the curvature of the loss at every site.
+        factors: of the level, by site.
+    """
+
+    model: nn.Module
+    task: Task | None
+    step: WeightsStep
+    stats: Mapping[str, Stats]
+    seed: int = 0
+    progress: Progress = silent
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+    def make(self, level: float) -> Found:
+        """The model of one level, and the exact bytes of its file."""
+        recipe = recipe_at(level, self.step, self.seed, self.factors)
+        made = compress(self.model, recipe, self.task, stats=self.stats, progress=self.progress)
+        return Found(recipe, made, size_of(made.model))
+
+    def within(self, limit: Limit) -> Found:
+        """The largest file that the limit allows, or one less than half a percent smaller. Raises BudgetError naming
+        the nearest file where there is none."""
+        searching, forecast = self, self.foresee()
+        level = forecast.level(AIM * limit.num_bytes)
+        if forecast.num_bytes(level) < FEW_BITS * forecast.num_weights / 8 and self.can_measure():
+            searching, forecast = self.corrected(level)
+        return fit(limit, forecast, searching.make)
+
+    def can_measure(self) -> bool:
+        """Whether the loss of every site by itself can be measured in reasonable time."""
+        return self.task is not None and not self.factors and len(find_sites(self.model)) <= MOST_SITES
+
+    def corrected(self, level: float) -> "tuple[Searching, Forecast]":
+        """The same search with a level for each site, corrected by what it costs at `level`, and its forecast."""
+        assert self.task is not None
+        self.progress("measuring what sites cost", 0, 1)
+        found = self.make(level)
+        levels = {site.name: scheme.method.level for site, scheme in self.coded_sites(level)}
+        factors = measured_factors(self.model, found.made.model, levels, self.task)
+        self.progress("measuring what sites cost", 1, 1)
+        searching = replace(self, factors=factors)
+        return searching, searching.foresee()
+
+    def coded_sites(self, level: float) -> list[tuple[Site, Any]]:
+        """The sites that the level decides, with their schemes."""
+        assigned = recipe_at(level, self.step, self.seed, self.factors).weights[0].assign(find_sites(self.model))
+        return [(site, scheme) for site, scheme in assigned if scheme and isinstance(scheme.method, Waterfill)]
+
+    def defended(
+        self, original: Scores, tolerance: Tolerance, on_trial: Callable[[Trial], None] = lambda trial: None
+    ) -> Found:
+        """The smallest file whose verdict is `within`; where there is none, the last that was tried."""
+        assert self.task is not None
+        task = self.task
+
+        def judged(found: Found, number: int) -> Trial:
+            what = f"evaluating trial {number + 1} of at most {NUM_TRIALS}"
+            scores = score(task, found.made.model, self.progress, what)
+            verdict = judge(original, scores, tolerance, alpha=ALPHA / NUM_TRIALS, seed=self.seed)
+            trial = Trial(found.num_bytes, scores.value, verdict, found.recipe)
+            on_trial(trial)
+            return trial
+
+        searching, forecast = self, self.foresee()
+        if self.can_measure():
+            searching, forecast = self.corrected(forecast.level_of(FEW_BITS))
+        return defend(forecast, searching.make, judged)
+
+    def foresee(self) -> Forecast:
+        """How the codes deviate at all sites that the level decides, from one walk over the model as it is."""
+        schemes = dict(self.coded_sites(1.0))
+        sites = list(schemes)
+        counts: list[Tensor] = []
+
+        def look(site: Site, moments: Stats) -> None:
+            self.progress("measuring what levels cost", len(counts), len(sites))
+            known, weight = self.stats.get(site.name, Stats()), site.matrix(self.model)
+            found = replace(moments, row_weight=known.row_weight, column_weight=known.column_weight)
+            problem = pose(weight, found, damping_of(weight, found, STEPS_DAMPING), drift=0.0)
+            rows = row_curvature(weight, problem, found).rsqrt() * schemes[site].method.level
+            counts.append(deviations(problem, rows))
+
+        if self.task is None:
+            for site in sites:
+                look(site, Stats())
+        else:
+            needs = frozenset({"second_moment"})
+            Walk(self.model, self.model, self.task, sites, look, needs, seed=self.seed).run()
+        self.progress("measuring what levels cost", len(sites), len(sites))
+        return Forecast(torch.stack(counts).sum(0) if counts else torch.zeros(1, dtype=torch.float64))
+
+
+def recipe_at(level: float, step: WeightsStep, seed: int, factors: Mapping[str, float] = {}) -> Recipe:
+    """One level, times its factor for each site that has one, for all sites that no rule fixes; five digits, so that
+    the recipe says exactly what was done."""
+    own = {escape(name): f"waterfill(level={level * factor:.5g}):coded" for name, factor in factors.items()}
+    return Recipe.of(f"waterfill(level={level:.5g}):coded", {**own, **step.rules}, step.exclude, seed)
+
+
+Make = Callable[[float], Found]
+
+
+def fit(limit: Limit, forecast: Forecast, make: Make) -> Found:
+    """The largest file that the limit allows, or one less than half a percent smaller.
+
+    Raises BudgetError where the coarsest level is still too large.
+    """
+    finest, coarsest = forecast.level_of(FINEST), forecast.level_of(COARSEST)
+    level = min(max(forecast.level(AIM * limit.num_bytes), finest), coarsest)
+    best: Found | None = None
+    over, under = finest, coarsest  # the levels between which the answer lies
+    measured: list[tuple[float, int]] = []
+    for _ in range(NUM_MODELS):
+        found = make(level)
+        measured.append((level, found.num_bytes))
+        if found.num_bytes <= limit.num_bytes:
+            under = level
+            if best is None or found.num_bytes > best.num_bytes:
+                best = found
+            if found.num_bytes >= NEAR * limit.num_bytes or level <= finest:
+                break
+        elif level >= coarsest:
+            raise BudgetError(why_too_small(limit, found.num_bytes))
+        else:
+            over = level
+        level = min(max(next_level(measured, AIM * limit.num_bytes, forecast), over), under)
+    if best is None:
+        raise BudgetError(why_too_small(limit, min(num_bytes for _, num_bytes in measured)))
+    return best
+
+
+def next_level(measured: list[tuple[float, int]], num_bytes: float, forecast: Forecast) -> float:
+    """From the nearest measured file along the forecast; from the nearest two along the line through them."""
+    nearest = sorted(measured, key=lambda point: abs(point[1] - num_bytes))
+    level, have = nearest[0]
+    slope = (forecast.num_bytes(level * 1.05) - forecast.num_bytes(level / 1.05)) / (2 * log2(1.05))
+    if len(nearest) > 1 and nearest[1][0] != level and nearest[1][1] != have:
+        slope = (nearest[1][1] - have) / log2(nearest[1][0] / level)
+    steps = (num_bytes - have) / min(slope, -1e-9 * forecast.num_weights)
+    return float(level * 2 ** max(-3.0, min(3.0, steps)))
+
+
+def why_too_small(limit: Limit, num_bytes: int) -> str:
+    """The message of a limit that no level meets."""
+    return (
+        f"{limit.text} ({limit.num_bytes:,} bytes) is below what coded weights reach: the nearest file is "
+        f"{num_bytes:,} bytes, --size {-(-num_bytes // 1000)}KB. What is not coded is kept as it is; rules and "
+        f"excludes count there, too"
+    )
+
+
+def defend(forecast: Forecast, make: Make, judged: Callable[[Found, int], Trial]) -> Found:
+    """Bisect the logarithm of the level: the smallest file whose verdict is `within`.
+
+    The trials of the result hold all that was measured, whether one of them is `within` or not.
+    """
+    fine, coarse = forecast.level_of(WIDEST), forecast.level_of(COARSEST)
+    trials: list[Trial] = []
+    best, level = None, forecast.level_of(2.5)
+    for number in range(NUM_TRIALS):
+        found = make(level)
+        trial = judged(found, number)
+        trials.append(trial)
+        if trial.verdict.outcome == "within":
+            fine = level
+            best = found if best is None or found.num_bytes < best.num_bytes else best
+        else:
+            coarse = level
+        following = (fine * coarse) ** 0.5
+        if number < 2:  # at first an octave at a time: the ends are far away
+            following = min(level * 2, following) if fine == level else max(level / 2, following)
+        if abs(log2(following / level)) < 0.01:
+            break
+        level = following
+    return Found((best or found).recipe, (best or found).made, (best or found).num_bytes, tuple(trials))

@@ -1,0 +1,170 @@
+"""Writing the coded container (container.py): every tensor by the codec that makes it smallest."""
+
+import hashlib
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+from torch import Tensor, nn
+
+from tersor.checkpoint.container import ALIGNMENT, FIXED, MAGIC, VERSION, Entry, Header, is_aligned
+from tersor.checkpoint.layout import DTYPE_NAMES, packed_sites, tensors_of
+from tersor.checkpoint.views import Packed, Packing
+from tersor.codecs import ROWS
+from tersor.codecs.bits import BitWriter
+from tersor.codecs.contract import Pieces
+from tersor.codecs.integers import Integers, as_matrix, pieces_of
+from tersor.codecs.plan import Plan, make_plan, share_tables
+from tersor.codecs.tables import TableSet, write_tables
+from tersor.errors import ArtifactError
+from tersor.formats.contract import PackedParts
+
+INDEX_BYTES = 8  # of a chunk
+
+
+def write(
+    tensors: Mapping[str, Tensor], path: Path, packing: Packing | None = None, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one file, which appears whole or not at all. Every tensor is looked up twice and dropped in between.
+
+    Args:
+        packing: of tensors of bytes that hold codes of a few bits: how many bits, and how many codes a row has.
+
+    Raises:
+        ArtifactError: the disk or the place refuses.
+    """
+    packing = packing or {}
+    views = {name: Packed.of(tensors[name], *packing[name]) for name in tensors if name in packing}
+    plans = {name: make_plan(as_matrix(numbers)) for name, numbers in integers_of(tensors, views)}
+    tables, users = share_tables(plans)
+    if tables is not None:
+        plans |= {name: replace(plans[name], tables=tables) for name in users}
+    try:
+        with new_file(path) as file, tempfile.TemporaryFile(dir=path.absolute().parent) as spool:
+            index: list[tuple[int, int]] = []
+
+            def keep(chunk: bytes) -> None:
+                spool.write(chunk)
+                index.append((len(chunk), zlib.crc32(chunk)))
+
+            if tables is not None:
+                keep(tables_as_bytes(tables))
+            entries = []
+            for name, tensor in tensors.items():
+                entry, pieces = coded(name, tensor, views.get(name), plans.get(name), name in users)
+                for chunk in [pieces.head] * (entry.chunks - len(pieces.chunks)) + list(pieces.chunks):
+                    keep(chunk)
+                entries.append(entry)
+            header = Header(tensors=entries, tables=tables is not None, metadata=dict(metadata or {}))
+            assemble(file, spool, header, index)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be written: {error}") from None
+
+
+def write_coded(model: nn.Module, path: Path) -> None:
+    """Write all tensors of a model, packed weights and all."""
+    write(tensors_of(model), path, packing_of(model))
+
+
+def holds_codes(model: nn.Module) -> bool:
+    """Whether a site's format counts on an entropy coder."""
+    return any(packed.format.name == "coded" for _, packed, _ in packed_sites(model))
+
+
+def packing_of(model: nn.Module) -> Packing:
+    """Which of a model's tensors hold codes of a few bits."""
+    found: dict[str, tuple[int, int]] = {}
+    for site, packed, _ in packed_sites(model):
+        if isinstance(packed.format, PackedParts):
+            parts = packed.format.packing(packed.tensors, packed.shape)
+            found |= {f"{site.parameter}.{name}": bits for name, bits in parts.items()}
+    return found
+
+
+def integers_of(tensors: Mapping[str, Tensor], views: Mapping[str, Packed | None]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that the integer coder takes, packed ones as their codes."""
+    for name, tensor in tensors.items():
+        view = views.get(name)
+        if view is not None:
+            yield name, view.codes(tensor)
+        elif Integers().takes(tensor.dtype) and tensor.numel():
+            yield name, tensor
+
+
+def coded(name: str, tensor: Tensor, view: Packed | None, plan: Plan | None, shared: bool) -> tuple[Entry, Pieces]:
+    """A tensor by the codec that takes the fewest bytes, the chunk index counted."""
+    choices: list[tuple[str, Packed | None, Pieces, int]] = []
+    for codec in ROWS:
+        if codec.name == "integers" and plan is not None:
+            numbers = as_matrix(tensor if view is None else view.codes(tensor))
+            pieces = pieces_of(numbers, plan, shared)
+        elif codec.name != "integers" and codec.takes(tensor.dtype) and (tensor.numel() or codec.name == "raw"):
+            pieces = codec.encode(tensor)
+        else:
+            continue
+        choices.append((codec.name, view if codec.name == "integers" else None, pieces, codec.has_head))
+    codec_name, view, pieces, heads = min(
+        choices, key=lambda c: c[2].num_bytes + INDEX_BYTES * (len(c[2].chunks) + c[3])
+    )
+    num_chunks = len(pieces.chunks) + heads
+    dtype = DTYPE_NAMES[tensor.dtype]
+    entry = Entry(name=name, dtype=dtype, shape=list(tensor.shape), codec=codec_name, chunks=num_chunks, packed=view)
+    return entry, pieces
+
+
+def tables_as_bytes(tables: TableSet) -> bytes:
+    """The first chunk of a file whose tensors share tables."""
+    out = BitWriter()
+    write_tables(tables, out)
+    return bytes(out)
+
+
+def assemble(file: BinaryIO, spool: BinaryIO, header: Header, index: list[tuple[int, int]]) -> None:
+    """Header, chunks in their places, and the hash."""
+    text = header.model_dump_json(exclude_defaults=True).encode()
+    stored = zlib.compress(text, 9)
+    chunk_index = b"".join(length.to_bytes(4, "little") + crc.to_bytes(4, "little") for length, crc in index)
+    codecs = [""] * header.tables + [entry.codec for entry in header.tensors for _ in range(entry.chunks)]
+    first = FIXED.size + len(stored) + len(chunk_index)
+    paddings, end = [], first
+    for (length, _), codec in zip(index, codecs, strict=True):
+        paddings.append(-end % ALIGNMENT if is_aligned(codec, length) else 0)
+        end += paddings[-1] + length
+    fixed = FIXED.pack(MAGIC, VERSION, end + 32, len(stored), len(text), len(index), 0)[:-4]
+    crc = zlib.crc32(chunk_index, zlib.crc32(stored, zlib.crc32(fixed)))
+    digest = hashlib.sha256()
+
+    def put(data: bytes) -> None:
+        file.write(data)
+        digest.update(data)
+
+    put(fixed + crc.to_bytes(4, "little") + stored + chunk_index)
+    spool.seek(0)
+    for (length, _), padding in zip(index, paddings, strict=True):
+        put(bytes(padding))
+        put(spool.read(length))
+    file.write(digest.digest())
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file beside `path` that takes its place when the block ends well."""
+    handle, working = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(working, 0o666 & ~umask)
+        os.replace(working, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(working)
+        raise

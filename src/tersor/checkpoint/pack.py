@@ -1,0 +1,223 @@
+"""`tersor pack` and `tersor unpack`: checkpoints to `model.tersor` and back, bit for bit."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.checkpoint.artifact import atomic_folder, check_output, copy_side_files
+from tersor.checkpoint.container import Container
+from tersor.checkpoint.container_write import write
+from tersor.checkpoint.layout import CODED, DTYPE_NAMES
+from tersor.checkpoint.manifest import (
+    MANIFEST,
+    WEIGHTS,
+    check_files,
+    read_manifest,
+    weights_path,
+    write_manifest,
+)
+from tersor.checkpoint.source import sha256, weight_files
+from tersor.checkpoint.views import Packing
+from tersor.checkpoint.weights import opened, write_weights
+from tersor.encoded import Encoded
+from tersor.errors import ArtifactError, FormatError, InputError, ModelError
+from tersor.formats import format_named
+from tersor.formats.contract import PackedParts
+from tersor.modules import Fold
+
+FILES = "files"  # in the container's metadata: the name of each file that was packed, and the tensors it held
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: the folder, and the bytes of the weights before and after."""
+
+    output: Path
+    before: int
+    after: int
+
+
+class Shelved(Mapping[str, Tensor]):
+    """The tensors of safetensors files, each read when it is asked for."""
+
+    def __init__(self, files: list[Path]):
+        self.places: dict[str, Path] = {}
+        for file in files:
+            with opened(file) as content:
+                for name in content.keys():  # noqa: SIM118
+                    if name in self.places:
+                        raise ModelError(f"{file}: the tensor {name} is in {self.places[name].name} as well")
+                    self.places[name] = file
+
+    def __getitem__(self, name: str) -> Tensor:
+        with opened(self.places[name]) as content:
+            tensor = content.get_tensor(name)
+        if tensor.dtype not in DTYPE_NAMES:
+            raise ModelError(f"{self.places[name]}: {name} is {tensor.dtype}, which tersor does not store")
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def pack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
+    """Write the tensors of a checkpoint folder, a safetensors file or an artifact as `model.tersor` into a new folder,
+    beside the other files as they came. `unpack` gives the same tensors back, bit for bit.
+
+    Raises:
+        InputError, ModelError: the source is no checkpoint, is packed already, or the output is in the way.
+    """
+    check_output(output, overwrite, CODED)
+    manifest: dict[str, Any] | None = None
+    if (source / MANIFEST).exists():
+        manifest = read_manifest(source)
+        check_files(source, manifest)
+        files = [weights_path(source, manifest)]
+    else:
+        files = weight_files(source) if source.is_dir() else [source]
+    if (source / CODED).exists() or source.name == CODED:
+        raise InputError(f"{source}: packed already; `tersor unpack` gives it back")
+    if not files:
+        raise ModelError(f"{source}: no *.safetensors file in the folder")
+    tensors = Shelved(files)
+    metadata = {FILES: json.dumps({file.name: names_in(tensors, file) for file in files})} if len(files) > 1 else {}
+    with atomic_folder(output, overwrite, CODED) as folder:
+        write(tensors, folder / CODED, packing_of(manifest, tensors), metadata)
+        copy_others(source, folder)
+        if manifest is not None:
+            write_manifest(folder, with_file(manifest, folder / CODED))
+    return Written(output, sum(file.stat().st_size for file in files), (output / CODED).stat().st_size)
+
+
+def unpack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
+    """Write what is in a `model.tersor`, or in its folder, as plain safetensors into a new folder, in as many files as
+    were packed. The sites of an artifact are decoded to weights, under the names and in the types they had before, so
+    that transformers loads the folder.
+
+    Raises:
+        InputError: the source is not packed, or the output is in the way.
+        ArtifactError: the source is damaged.
+    """
+    check_output(output, overwrite, WEIGHTS)
+    file = source / CODED if source.is_dir() else source
+    if not file.is_file():
+        raise InputError(f"{source}: has no {CODED}; `tersor pack` makes one")
+    container = Container(file)
+    tensors = container.tensors()
+    if source.is_dir() and (source / MANIFEST).exists():
+        manifest = read_manifest(source)
+        check_files(source, manifest)
+        tensors = decoded(tensors, manifest)
+    with atomic_folder(output, overwrite, WEIGHTS) as folder:
+        shards = shards_of(container, tensors, file)
+        for name, names in shards.items():
+            write_weights({each: tensors[each] for each in names}, folder / name)
+        if len(shards) > 1 or WEIGHTS not in shards:
+            index = {each: name for name, names in shards.items() for each in names}
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2, sort_keys=True)
+            (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+        if source.is_dir():
+            copy_side_files(source, folder)
+            (folder / "recipe.yaml").unlink(missing_ok=True)
+            (folder / CODED).unlink(missing_ok=True)
+        after = sum((folder / name).stat().st_size for name in shards)
+    return Written(output, file.stat().st_size, after)
+
+
+def names_in(tensors: Shelved, file: Path) -> list[str]:
+    """The tensors of one file."""
+    return [name for name, place in tensors.places.items() if place == file]
+
+
+def shards_of(container: Container, tensors: Mapping[str, Tensor], path: Path) -> dict[str, list[str]]:
+    """The files to write, with the names of their tensors. Raises ArtifactError for a list that does not fit."""
+    text = container.header.metadata.get(FILES)
+    if text is None:
+        return {WEIGHTS: list(tensors)}
+    try:
+        shards = json.loads(text)
+        plain = all(Path(name).name == name and name.endswith(".safetensors") for name in shards)
+        whole = sorted(each for names in shards.values() for each in names) == sorted(tensors)
+    except (ValueError, AttributeError, TypeError):
+        plain = whole = False
+    if not (plain and whole):
+        raise ArtifactError(f"{path}: the files it says it was packed from do not hold its tensors")
+    return shards
+
+
+def packing_of(manifest: dict[str, Any] | None, tensors: Mapping[str, Tensor]) -> Packing:
+    """Which tensors of an artifact hold codes of a few bits."""
+    found: dict[str, tuple[int, int]] = {}
+    for parameter, entry in sites_of(manifest, tensors).items():
+        format = format_named(entry["format"])
+        if isinstance(format, PackedParts):
+            parts = {part: tensors[f"{parameter}.{part}"] for part in format.layout(tuple(entry["shape"]))}
+            packing = format.packing(parts, tuple(entry["shape"]))
+            found |= {f"{parameter}.{part}": bits for part, bits in packing.items()}
+    return found
+
+
+def sites_of(manifest: dict[str, Any] | None, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """The manifest's sites by the name of their parameter. Raises ArtifactError where the file does not hold one."""
+    found = {}
+    for name, entry in (manifest or {"sites": {}})["sites"].items():
+        parts = list(format_named(entry["format"]).layout(tuple(entry["shape"])))
+        parameter = next((p for p in (f"{name}.weight", name) if all(f"{p}.{part}" in tensors for part in parts)), None)
+        if parameter is None:
+            raise ArtifactError(f"{name}: the file does not hold its parts {', '.join(parts)}")
+        found[parameter] = entry
+    return found
+
+
+def decoded(tensors: dict[str, Tensor], manifest: dict[str, Any]) -> dict[str, Tensor]:
+    """An artifact's tensors with every site as an ordinary weight; what quantizes inputs is left out."""
+    rest = dict(tensors)
+    for parameter, entry in sites_of(manifest, tensors).items():
+        format, shape = format_named(entry["format"]), (entry["shape"][0], entry["shape"][1])
+        parts = {}
+        for part, (dtype, sides) in format.layout(shape).items():
+            tensor = rest.pop(f"{parameter}.{part}")
+            fits = tensor.dim() == len(sides) and all(s in (None, n) for s, n in zip(sides, tensor.shape, strict=True))
+            if tensor.dtype != dtype or not fits:
+                raise ArtifactError(
+                    f"{format.name} at {parameter}: part {part} should be {dtype} {sides}, and the file has "
+                    f"{tensor.dtype} {tuple(tensor.shape)}"
+                )
+            parts[part] = tensor
+        fold = Fold(tuple(entry["weight_shape"]), entry["view"])
+        if fold.shape != shape:
+            raise ArtifactError(f"{parameter}: a matrix {shape} does not fold into {fold.weight_shape}")
+        try:
+            weight = Encoded(format, shape, parts).decode(getattr(torch, entry["dtype"]))
+        except FormatError as error:
+            raise ArtifactError(f"{parameter}: {error}") from None
+        rest[parameter] = fold.unfold(weight).contiguous()
+        for name in [name for name in rest if name.startswith(f"{parameter}.input.")]:
+            del rest[name]
+    return rest
+
+
+def copy_others(source: Path, folder: Path) -> None:
+    """Everything but the weights, as it came."""
+    if not source.is_dir():
+        return
+    copy_side_files(source, folder)
+    for name in ("README.md", MANIFEST):
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+
+
+def with_file(manifest: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The manifest with another weights file."""
+    return {**manifest, "files": {file.name: {"sha256": sha256(file), "bytes": file.stat().st_size}}}

@@ -1,0 +1,136 @@
+"""`tersor explain MODEL`: where the time of a run goes, what bounds it, and what a change could give at most."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tersor.analysis.explain import KINDS, Explanation, growth
+from tersor.analysis.explain import explain as explain_session
+from tersor.analysis.roofline import Peaks, machine_peaks
+from tersor.cli import options
+from tersor.cli.bench import Length, Shape, example_shape
+from tersor.cli.console import out, print_json, print_table, progress_bars
+from tersor.measure.bench import candidates_of
+from tersor.measure.scorecard import machine
+from tersor.runtimes import open_session
+from tersor.runtimes.feeds import LENGTH, synthetic_feeds
+
+
+def explain(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, artifact, .onnx, .xml or package.module:factory.")],
+    against: Annotated[
+        str | None, typer.Option(help="The float model it should be faster than, in the same runtime or another.")
+    ] = None,
+    runtime: Annotated[
+        list[str] | None, typer.Option(help="As for bench: for both, or for each; the file decides if not given.")
+    ] = None,
+    weights: Annotated[
+        list[Path] | None, typer.Option(help="State dicts or artifact folders of the factories, in this order.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Batch size.", min=1)] = 1,
+    length: Length = None,
+    shape: Shape = None,
+    threads: options.Threads = 1,
+    seconds: Annotated[float, typer.Option(help="About how long to profile.")] = 2.0,
+    rows: Annotated[int, typer.Option(help="Slowest layers that are listed; --json holds all.")] = 12,
+    remeasure: Annotated[
+        bool, typer.Option("--remeasure", help="Measure this machine's peaks again rather than take the kept ones.")
+    ] = False,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> None:
+    """Say why a model is not faster: its time by kind of work, by layer, and against this machine's roofline."""
+    candidates = candidates_of([model, against] if against else [model], runtime or [], weights or [])
+    num_threads, sizes = options.checked_threads(threads), example_shape(shape)
+    found: list[Explanation] = []
+    shapes = ""
+    with progress_bars(json) as progress:
+        progress("profiling", 0, 1 + len(candidates))
+        peaks = machine_peaks(num_threads, remeasure=remeasure)
+        for done, candidate in enumerate(candidates, start=1):
+            progress("profiling", done, 1 + len(candidates))
+            session = open_session(
+                candidate.model, candidate.runtime, num_threads=num_threads, weights=candidate.weights
+            )
+            feeds = synthetic_feeds(session.inputs, batch_size=batch, length=length or LENGTH, shape=sizes, seed=seed)
+            shapes = shapes or ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+            found.append(explain_session(session, feeds, peaks, runtime=candidate.runtime, seconds=seconds))
+        progress("profiling", 1 + len(candidates), 1 + len(candidates))
+    if json:
+        named = {"explanation": found[0].to_dict(), "against": found[1].to_dict() if against else None}
+        print_json(named | {"peaks": peaks.__dict__, "measured_on": machine()})
+        return
+    out.print(f"{model} in {candidates[0].runtime}: {shapes}, threads: {num_threads}", markup=False, highlight=False)
+    show(found, [c.model for c in candidates], peaks, rows)
+
+
+def show(found: list[Explanation], names: list[str], peaks: Peaks, rows: int) -> None:
+    """The kinds of work, the slowest layers, and the advice."""
+    first = found[0]
+    heads = ["ms", "share"] if len(found) == 1 else ["ms", "share", "against: ms", "share"]
+    rows_of_kinds = [
+        (kind, *(cell for each in found for cell in (ms(each.kinds[kind]), part(each, kind))))
+        for kind in KINDS
+        if any(each.kinds[kind] for each in found)
+    ]
+    whole = ("whole run", *(cell for each in found for cell in (ms(each.seconds), "100%")))
+    print_table("where a run's time goes", ["", *heads], [*rows_of_kinds, whole])
+    slowest = sorted(first.layers, key=lambda layer: -layer.time.seconds)[:rows]
+    print_table(
+        f"the {len(slowest)} slowest of {len(first.layers)} layers",
+        ["layer", "kernel", "ms", "share", "MACs/byte", "bound", "of bound"],
+        [
+            (
+                layer.time.name,
+                layer.time.kernel,
+                ms(layer.time.seconds),
+                f"{layer.time.seconds / first.seconds:.1%}",
+                f"{layer.bound.intensity:.1f}" if layer.bound else "-",
+                layer.bound.by if layer.bound else "-",
+                f"{layer.bound.seconds / layer.time.seconds:.0%}" if layer.bound and layer.time.seconds else "-",
+            )
+            for layer in slowest
+        ],
+    )
+    rates = ", ".join(
+        f"{precision} {rate / 1e9:.0f} (ridge {peaks.ridge(precision, first.working_set):.1f})"
+        for precision, rate in peaks.macs.items()
+    )
+    bandwidth = peaks.bandwidth_of(first.working_set) / 1e9
+    out.print(
+        f"this machine: {rates} billion MACs/s; {bandwidth:.0f} GB/s for the {first.working_set / 1e6:.1f} MB that the "
+        f"products go through; {first.num_calls} operators per run",
+        markup=False,
+        highlight=False,
+    )
+    for line in conclusions(found, names):
+        out.print(line, style="bold", markup=False, highlight=False)
+
+
+def conclusions(found: list[Explanation], names: list[str]) -> list[str]:
+    """The verdict against the float model, and the advice."""
+    first, lines = found[0], []
+    if len(found) == 2:
+        ratio = found[1].seconds / first.seconds
+        kind, more = growth(found[1], first)[0]
+        lines.append(
+            f"{ms(first.seconds)} ms against {ms(found[1].seconds)} ms of {names[1]}: "
+            + (f"{ratio:.2f}x as fast" if ratio > 1 else f"{1 / ratio:.2f}x slower")
+            + (f"; {kind} grew most, by {ms(more)} ms" if more > 0 else "")
+        )
+    for each in first.advice:
+        lines.append(f"{each.share:.0%} of the run, at most {each.at_most:.2f}x from it: {each.change}")
+    if not first.advice:
+        lines.append("nothing stands out: the run is spread over many small parts")
+    return lines
+
+
+def ms(seconds: float) -> str:
+    """Milliseconds."""
+    return f"{seconds * 1e3:.3f}"
+
+
+def part(found: Explanation, kind: str) -> str:
+    """The share of a kind of work."""
+    return f"{found.kinds[kind] / found.seconds:.1%}" if found.seconds else "-"

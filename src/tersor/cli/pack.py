@@ -1,0 +1,31 @@
+"""`tersor pack MODEL -o OUT`: any safetensors checkpoint or artifact, entropy-coded without loss."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tersor.checkpoint.pack import Written
+from tersor.checkpoint.pack import pack as pack_folder
+from tersor.cli import options
+from tersor.cli.console import out, print_json
+from tersor.report.card import megabytes
+
+
+def pack(
+    model: Annotated[Path, typer.Argument(help="Hugging Face folder, .safetensors file, or artifact.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a packed folder.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Make a checkpoint smaller without changing a bit: its tensors as model.tersor, everything else as it came."""
+    show(pack_folder(model, output, overwrite=overwrite), json)
+
+
+def show(written: Written, json: bool) -> None:
+    """The two sizes."""
+    if json:
+        print_json({"output": str(written.output), "bytes_before": written.before, "bytes": written.after})
+        return
+    share = f"{megabytes(written.after)}, {written.after / max(1, written.before):.1%} of {megabytes(written.before)}"
+    out.print(f"{written.output}: {share}", markup=False, highlight=False)

@@ -1,0 +1,50 @@
+"""`tersor targets`: the table of clients that `tersor export --to` writes for."""
+
+import importlib.util
+
+from tersor.cli import options
+from tersor.cli.console import out, print_json, print_table
+from tersor.export import ROWS
+from tersor.export.contract import Runnable
+
+PACKAGES = {"gguf": ["gguf"], "onnx": ["onnx", "onnxruntime", "onnxscript"]}
+PACKAGES["openvino"] = ["openvino", *PACKAGES["onnx"]]
+
+
+def targets(json: options.Json = False) -> None:
+    """List what `tersor export --to` writes, who reads it, what it can hold, and which extra it needs."""
+    rows = [
+        {
+            "to": export.name,
+            "writes": f"*{export.suffix}" if export.suffix else "folder",
+            "readers": export.readers,
+            "holds": export.holds,
+            "models": "any" if isinstance(export, Runnable) else "artifacts of Hugging Face models",
+            "checked": export.runtime if isinstance(export, Runnable) else None,
+            "extra": export.extra,
+            "installed": installed(export.extra),
+        }
+        for export in ROWS
+    ]
+    if json:
+        print_json({"targets": rows})
+        return
+    print_table(
+        "targets: tersor export ARTIFACT --to TARGET -o OUT",
+        ["target", "writes", "read by", "holds", "needs"],
+        [(r["to"], r["writes"], r["readers"], r["holds"], needed(r["extra"], r["installed"])) for r in rows],
+    )
+    run = ", ".join(str(r["to"]) for r in rows if r["checked"])
+    out.print(f"{run}: any model; what is written is run here, compared and timed before it is kept")
+
+
+def installed(extra: str | None) -> bool:
+    """Whether the packages that writing needs are there."""
+    return all(importlib.util.find_spec(package) is not None for package in PACKAGES.get(extra or "", []))
+
+
+def needed(extra: object, is_installed: object) -> str:
+    """What to install, where it is not."""
+    if not extra:
+        return "-"
+    return f"{extra} (installed)" if is_installed else f"pip install 'tersor[{extra}]'"

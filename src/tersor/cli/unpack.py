@@ -1,0 +1,20 @@
+"""`tersor unpack PACKED -o OUT`: back to plain safetensors."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tersor.checkpoint.pack import unpack as unpack_folder
+from tersor.cli import options
+from tersor.cli.pack import show
+
+
+def unpack(
+    packed: Annotated[Path, typer.Argument(help="Folder with a model.tersor, or the file itself.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds model.safetensors.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Write plain safetensors that transformers loads; an artifact's packed weights are decoded."""
+    show(unpack_folder(packed, output, overwrite=overwrite), json)

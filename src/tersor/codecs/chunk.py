@@ -1,0 +1,73 @@
+"""One chunk of coded integers: some rows of a matrix.
+
+number of escapes   varint
+escapes             one varint each, as `zigzag` has them, without the low bits, in the order they are met
+low bits            of all values, row by row, if the head says that some are kept as they are
+words               16 bits each, little-endian: two for every lane's state, and what the lanes take in turns
+"""
+
+import numpy as np
+from jaxtyping import Int
+from numpy import ndarray
+
+from tersor.codecs.bits import read_varint, unzigzag, write_varint, zigzag
+from tersor.codecs.head import Head
+from tersor.codecs.plan import Plan, lanes_and_rows, symbols_of
+from tersor.codecs.rans import decode as decode_words
+from tersor.codecs.rans import encode as encode_words
+from tersor.errors import ArtifactError
+
+
+def encode_chunk(plan: Plan, values: Int[ndarray, "rows in"], rows: slice) -> bytes:
+    """The values of some rows of the plan's matrix."""
+    symbols = symbols_of(values, plan.tables.low, plan.num_low_bits)
+    row_class = np.ascontiguousarray(plan.classes.row[rows])
+    num_lanes = lanes_and_rows(plan.shape)[0]
+    words, places = encode_words(symbols, plan.tables, row_class, plan.classes.column, num_lanes)
+    high = (values.reshape(-1)[places] >> plan.num_low_bits).tolist()
+    written = [write_varint(len(high)), *(write_varint(zigzag(value)) for value in high)]
+    return b"".join([*written, pack_low_bits(values, plan.num_low_bits), words.astype("<u2").tobytes()])
+
+
+def pack_low_bits(values: Int[ndarray, "rows in"], num_bits: int) -> bytes:
+    """The lowest bits of all values, one value after another, each lowest bit first."""
+    if not num_bits:
+        return b""
+    bits = (values.reshape(-1, 1) >> np.arange(num_bits, dtype=values.dtype)) & 1
+    return np.packbits(bits.astype(np.uint8), bitorder="little").tobytes()
+
+
+def unpack_low_bits(data: memoryview, num_values: int, num_bits: int) -> Int[ndarray, " values"]:
+    """The inverse of `pack_low_bits`."""
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), count=num_values * num_bits, bitorder="little")
+    return (bits.reshape(num_values, num_bits).astype(np.int32) << np.arange(num_bits, dtype=np.int32)).sum(axis=1)
+
+
+def decode_chunk(head: Head, data: memoryview, rows: slice, values: Int[ndarray, "rows in"]) -> None:
+    """Fill some rows. Raises ArtifactError for damaged bytes."""
+    num_escapes, place = read_varint(data, 0)
+    if num_escapes > min(len(data), values.size):
+        raise ArtifactError(f"{num_escapes} values written out in {len(data)} bytes")
+    written = []
+    for _ in range(num_escapes):
+        number, place = read_varint(data, place)
+        written.append(unzigzag(number))
+    num_packed = -(-values.size * head.num_low_bits // 8)
+    low, words = data[place : place + num_packed], data[place + num_packed :]
+    if len(low) < num_packed or len(words) % 2:
+        raise ArtifactError(f"{len(data)} bytes, cut in the middle of a value")
+    high = values if not head.num_low_bits else np.empty(values.shape, np.int32)
+    places = np.empty(num_escapes, np.int64)
+    row_class = np.ascontiguousarray(head.classes.row[rows])
+    stream = np.frombuffer(words, "<u2").astype(np.uint16, copy=False)
+    unsigned = high.view(np.uint8) if high.dtype == np.int8 else high  # the same bits
+    found = decode_words(stream, head.tables, row_class, head.classes.column, head.num_lanes, unsigned, places)
+    if found != num_escapes:
+        raise ArtifactError("the coded values do not end where they should")
+    reach, shift = np.iinfo(values.dtype), head.num_low_bits
+    if num_escapes and not reach.min >> shift <= min(written) <= max(written) <= reach.max >> shift:
+        raise ArtifactError(f"a value between {min(written)} and {max(written)} is too large for {values.dtype}")
+    high.reshape(-1)[places] = written
+    if head.num_low_bits:
+        bits = unpack_low_bits(low, values.size, head.num_low_bits).reshape(values.shape)
+        values[:] = (high << head.num_low_bits) | bits

@@ -1,0 +1,102 @@
+"""Interleaved rANS (Duda 2013, https://arxiv.org/abs/1311.2540; Giesen 2014, https://arxiv.org/abs/1402.3392): numbers
+to bits, each at the cost of its own probability, thirty-two streams side by side.
+
+A chunk is some rows of a matrix of symbols. Lane l codes the rows l, l + lanes, l + 2 * lanes, ... from left to right,
+and all lanes take turns, column by column, so that one sequence of 16-bit words serves them all. A state has 32 bits;
+it starts at 65536 and takes a word from the sequence whenever it falls below that. A decoder that does not end with
+every state at 65536, exactly at the last word, has read a damaged chunk.
+
+This file chooses who does the work: numba's compiled loops, or numpy's where numba is not installed.
+"""
+
+from functools import cache
+from types import ModuleType
+
+import numpy as np
+from jaxtyping import Float32, Int, Int32, Int64, UInt8, UInt16
+from numpy import ndarray
+
+from tersor.codecs import rans_numpy
+from tersor.codecs.tables import BITS, TableSet
+
+
+@cache
+def loops() -> ModuleType:
+    """The module with the loops: compiled where numba is there."""
+    try:
+        from tersor.codecs import rans_numba
+    except ImportError:
+        return rans_numpy
+    return rans_numba
+
+
+def encode(
+    symbols: UInt8[ndarray, "rows in"],
+    tables: TableSet,
+    row_class: Int32[ndarray, " rows"],
+    column_class: Int32[ndarray, " in"],
+    num_lanes: int,
+) -> tuple[UInt16[ndarray, " words"], Int64[ndarray, " escapes"]]:
+    """The words of a chunk, and the places `row * in + column` of its escapes: of symbol 0, and of every symbol that
+    the table leaves out."""
+    words, places = np.empty(symbols.size + 2 * num_lanes, np.uint16), np.empty(symbols.size, np.int64)
+    word, place = loops().encode(
+        symbols, num_lanes, BITS, tables.counts, tables.starts, tables.table_of, row_class, column_class, words, places
+    )
+    return words[word:].copy(), places[place:].copy()
+
+
+def decode(
+    words: UInt16[ndarray, " words"],
+    tables: TableSet,
+    row_class: Int32[ndarray, " rows"],
+    column_class: Int32[ndarray, " in"],
+    num_lanes: int,
+    values: Int[ndarray, "rows in"],
+    escapes: Int64[ndarray, " escapes"],
+) -> int:
+    """Fill `values`, and `escapes` with the places `row * in + column` of those that are written out elsewhere.
+
+    Returns:
+        How many escapes there were, or -1 for a damaged chunk: bad words, or more escapes than there is place for.
+    """
+    padded = np.concatenate([words, np.zeros(num_lanes, np.uint16)])
+    return loops().decode(
+        padded,
+        len(words),
+        num_lanes,
+        tables.symbols,
+        tables.spans,
+        tables.low,
+        tables.table_of,
+        row_class,
+        column_class,
+        values,
+        escapes,
+    )
+
+
+def count(
+    symbols: UInt8[ndarray, "out in"],
+    row_class: Int32[ndarray, " out"],
+    column_class: Int32[ndarray, " in"],
+    counts: Int64[ndarray, "class symbol"],
+) -> None:
+    """Add up how often every symbol stands in every class."""
+    loops().count(symbols, row_class, column_class, counts)
+
+
+def assign(
+    symbols: UInt8[ndarray, "out in"],
+    column_class: Int32[ndarray, " in"],
+    costs: Float32[ndarray, "class symbol"],
+    rates: Float32[ndarray, " class"],
+    reach: int,
+    row_class: Int32[ndarray, " out"],
+) -> None:
+    """Move every row to the class, at most `reach` away, that codes it in the fewest bits, as the compiled loop says.
+    Classes beyond `costs` cost as much as the last."""
+    num_needed = len(rates) + int(column_class.max())
+    if len(costs) < num_needed:
+        costs = np.concatenate([costs, np.repeat(costs[-1:], num_needed - len(costs), axis=0)])
+    loops().assign(symbols, column_class, np.ascontiguousarray(costs), rates, reach, row_class)

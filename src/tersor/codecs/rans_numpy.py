@@ -1,0 +1,133 @@
+"""The loops of the entropy coder in numpy, for places without numba: one step for all lanes at a time.
+
+About a hundred times slower than `rans_numba.py`, with the same bytes in and out, so that a file can be read wherever
+numpy runs.
+"""
+
+import numpy as np
+from jaxtyping import Float32, Int, Int32, Int64, UInt8, UInt16, UInt32
+from numpy import ndarray
+
+START = 65536
+
+
+def decode(
+    words: UInt16[ndarray, " padded"],
+    num_words: int,
+    num_lanes: int,
+    symbols: UInt8[ndarray, "table slot"],
+    spans: UInt32[ndarray, "table symbol"],
+    low: int,
+    table_of: Int32[ndarray, " class"],
+    row_class: Int32[ndarray, " rows"],
+    column_class: Int32[ndarray, " in"],
+    values: Int[ndarray, "rows in"],
+    escapes: Int64[ndarray, " escapes"],
+) -> int:
+    """Fill `values` and the places of escapes; how many there were, or -1 for a damaged stream."""
+    num_rows, num_columns = values.shape
+    mask, bits = symbols.shape[1] - 1, symbols.shape[1].bit_length() - 1
+    if num_words < 2 * num_lanes:
+        return -1
+    first_words = words[: 2 * num_lanes].astype(np.int64)
+    states, rest = (first_words[::2] << 16) | first_words[1::2], words.astype(np.int64)
+    place, found = 2 * num_lanes, []
+    for first in range(0, num_rows, num_lanes):
+        active = min(num_lanes, num_rows - first)
+        classes, x = row_class[first : first + active], states[:active].copy()
+        for column in range(num_columns):
+            if place > num_words:
+                return -1
+            table = table_of[classes + column_class[column]]
+            slot = x & mask
+            symbol = symbols[table, slot]
+            span = spans[table, symbol].astype(np.int64)
+            x = (span & 65535) * (x >> bits) + slot - (span >> 16)
+            short = np.flatnonzero(x < START)
+            x[short] = (x[short] << 16) | rest[place : place + len(short)]
+            place += len(short)
+            values[first : first + active, column] = (symbol.astype(np.int32) + low).astype(values.dtype)
+            if not symbol.all():
+                found += [(first + int(lane)) * num_columns + column for lane in np.flatnonzero(symbol == 0)]
+        states[:active] = x
+    if place != num_words or (states != START).any() or len(found) > len(escapes):
+        return -1
+    escapes[: len(found)] = found
+    return len(found)
+
+
+def encode(
+    symbols: UInt8[ndarray, "rows in"],
+    num_lanes: int,
+    bits: int,
+    counts: UInt32[ndarray, "table symbol"],
+    starts: UInt32[ndarray, "table symbol"],
+    table_of: Int32[ndarray, " class"],
+    row_class: Int32[ndarray, " rows"],
+    column_class: Int32[ndarray, " in"],
+    words: UInt16[ndarray, " words"],
+    escapes: Int64[ndarray, " escapes"],
+) -> tuple[int, int]:
+    """Fill the ends of `words` and `escapes` with what `decode` reads; where each begins."""
+    num_rows, num_columns = symbols.shape
+    place, escape, states = len(words), len(escapes), np.full(num_lanes, START, np.int64)
+    for first in reversed(range(0, num_rows, num_lanes)):
+        active = min(num_lanes, num_rows - first)
+        classes, x = row_class[first : first + active], states[:active].copy()
+        for column in reversed(range(num_columns)):
+            table = table_of[classes + column_class[column]]
+            symbol = symbols[first : first + active, column]
+            symbol = np.where(counts[table, symbol] == 0, np.uint8(0), symbol)
+            out = (first + np.flatnonzero(symbol == 0)) * num_columns + column
+            escapes[escape - len(out) : escape] = out
+            escape -= len(out)
+            count = counts[table, symbol].astype(np.int64)
+            full = np.flatnonzero(x >= count << (32 - bits))
+            words[place - len(full) : place] = x[full] & 65535
+            place -= len(full)
+            x[full] >>= 16
+            x = (x // count << bits) + x % count + starts[table, symbol]
+        states[:active] = x
+    place -= 2 * num_lanes
+    words[place : place + 2 * num_lanes] = np.stack([states >> 16, states & 65535], axis=1).reshape(-1)
+    return place, escape
+
+
+def count(
+    symbols: UInt8[ndarray, "out in"],
+    row_class: Int32[ndarray, " out"],
+    column_class: Int32[ndarray, " in"],
+    counts: Int64[ndarray, "class symbol"],
+) -> None:
+    """Add up how often every symbol stands in every class: `counts [class, symbol]`."""
+    num_symbols = counts.shape[1]
+    for row, row_symbols in zip(row_class, symbols, strict=True):
+        index = (int(row) + column_class) * num_symbols + row_symbols
+        counts.reshape(-1)[:] += np.bincount(index, minlength=counts.size)
+
+
+def assign(
+    symbols: UInt8[ndarray, "out in"],
+    column_class: Int32[ndarray, " in"],
+    costs: Float32[ndarray, "class symbol"],
+    rates: Float32[ndarray, " class"],
+    reach: int,
+    row_class: Int32[ndarray, " out"],
+) -> None:
+    """Move every row to the class, at most `reach` away, that codes it in the fewest bits."""
+    for row, row_symbols in enumerate(symbols):
+        near = range(max(0, row_class[row] - reach), min(len(rates), row_class[row] + reach + 1))
+        bits = [rates[each] + costs[each + column_class, row_symbols].sum(dtype=np.float64) for each in near]
+        row_class[row] = near[int(np.argmin(bits))]
+
+
+def join16(symbols: UInt8[ndarray, " n"], planes: UInt8[ndarray, "1 n"], numbers: UInt16[ndarray, " n"]) -> None:
+    """Numbers from eight bits above the lowest seven, those seven, and the sign above them."""
+    rest = planes[0].astype(np.uint16)
+    numbers[:] = rest & 127 | symbols.astype(np.uint16) << 7 | (rest & 128) << 8
+
+
+def join32(symbols: UInt8[ndarray, " n"], planes: UInt8[ndarray, "3 n"], numbers: UInt32[ndarray, " n"]) -> None:
+    """Numbers from eight bits above the lowest 23, those, and the sign above them, its byte the last of three."""
+    low, middle, high = planes.astype(np.uint32)
+    numbers[:] = low | middle << 8 | (high & 127) << 16 | symbols.astype(np.uint32) << 23 | (high & 128) << 24

@@ -1,0 +1,224 @@
+"""Frequency tables: how probable every symbol is, in whole numbers that both sides compute alike.
+
+A table gives each of 256 symbols a count; all counts add up to `2**BITS`. Symbol 0 is the escape, after which a value
+is written out. In the file a count is the logarithm of a weight in steps of an eighth of an octave, which costs about
+0.0005 bits per coded value against exact counts; neighbouring symbols and neighbouring tables have similar ones, and
+only differences are written (Rice codes).
+
+The classes of a set are numbered upwards from 0, and neighbouring ones share a table where the values it saves are not
+worth its own bytes.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Float, Float32, Int, UInt8, UInt32
+from numpy import ndarray
+
+from tersor.codecs.bits import LONGEST, BitReader, BitWriter, unzigzag, zigzag
+from tersor.errors import ArtifactError
+
+BITS = 14  # the counts of a table add up to two to this
+TOTAL = 1 << BITS
+NUM_SYMBOLS = 256
+# No symbol is so likely that a value takes less than 1/128 bits: a file cannot ask for more than 1024 values per byte.
+MOST = TOTAL - TOTAL * 23 // 4096
+STEPS = 8  # per octave of a stored logarithm
+LARGEST = STEPS * BITS + 1
+POWERS = [4096, 4467, 4871, 5312, 5793, 6317, 6889, 7512]  # 4096 * 2 ** (step / 8)
+TABLE_BITS, SYMBOL_BITS = 24, 4.5  # of a stored table, about
+ESCAPE_BITS = 12  # of a value that is written out, about
+MAX_TABLES, MAX_CLASSES = 256, 1024
+
+
+@dataclass(frozen=True, eq=False)
+class TableSet:
+    """Tables, and which classes share them.
+
+    Attributes:
+        low: the value of symbol 1 is `low + 1`.
+        logs: of each table's weights, as they are stored: 0 for a symbol it leaves out, else 1 plus eighths of an
+            octave, `[table, symbol]`.
+        table_of: of each class.
+    """
+
+    low: int
+    logs: Int[ndarray, "table symbol"]
+    table_of: Int[ndarray, " class"]
+
+    @cached_property
+    def counts(self) -> UInt32[ndarray, "table symbol"]:
+        """Out of `TOTAL`."""
+        return np.array([normalized(row) for row in self.logs], np.uint32)
+
+    @cached_property
+    def starts(self) -> UInt32[ndarray, "table symbol"]:
+        """Counts of all symbols before each one."""
+        return (np.cumsum(self.counts, axis=1) - self.counts).astype(np.uint32)
+
+    @cached_property
+    def spans(self) -> UInt32[ndarray, "table symbol"]:
+        """Count and start in one number, as a decoder wants them."""
+        return self.counts | (self.starts << np.uint32(16))
+
+    @cached_property
+    def symbols(self) -> UInt8[ndarray, "table slot"]:
+        """The symbol at each of `TOTAL` slots."""
+        symbols = np.arange(NUM_SYMBOLS, dtype=np.uint8)
+        return np.stack([np.repeat(symbols, row) for row in self.counts])
+
+    @cached_property
+    def costs(self) -> Float32[ndarray, "class symbol"]:
+        """Bits of every symbol in every class; an escape with the value after it."""
+        bits = BITS - np.log2(np.maximum(self.counts, 1))
+        bits[:, 0] += ESCAPE_BITS
+        return np.where(self.counts == 0, bits[:, :1], bits)[self.table_of].astype(np.float32)
+
+
+def make_tables(counts: Int[ndarray, "class symbol"], low: int) -> TableSet:
+    """The set that codes values as often as counted in the fewest bits, its own included."""
+    groups = merged(counts)
+    logs = np.stack([stored_logs(counts[first:end].sum(axis=0)) for first, end in groups])
+    table_of = np.concatenate([np.full(end - first, i, np.int32) for i, (first, end) in enumerate(groups)])
+    return TableSet(low, logs, table_of)
+
+
+def merged(counts: Int[ndarray, "class symbol"]) -> list[tuple[int, int]]:
+    """Runs of neighbouring classes that share a table, `(first, end)`."""
+    runs = [(i, i + 1) for i in range(len(counts))]
+    sums = [counts[i].astype(np.float64) for i in range(len(counts))]
+    bits = [run_bits(total) for total in sums]
+    gains = [bits[i] + bits[i + 1] - run_bits(sums[i] + sums[i + 1]) for i in range(len(runs) - 1)]
+    while gains and (max(gains) >= 0 or len(runs) > MAX_TABLES):
+        i = int(np.argmax(gains))
+        sums[i] = sums[i] + sums[i + 1]
+        runs[i] = (runs[i][0], runs[i + 1][1])
+        bits[i] = run_bits(sums[i])
+        del sums[i + 1], runs[i + 1], bits[i + 1], gains[i]
+        for near in (i - 1, i):
+            if 0 <= near < len(gains):
+                gains[near] = bits[near] + bits[near + 1] - run_bits(sums[near] + sums[near + 1])
+    return runs
+
+
+def run_bits(counts: Float[ndarray, " symbol"]) -> float:
+    """Bits of values counted so, under a table of their own, and of that table."""
+    total, present = counts.sum(), np.flatnonzero(counts)
+    if total == 0:
+        return 0.0
+    entropy = total * np.log2(total) - (counts[present] * np.log2(counts[present])).sum()
+    return float(entropy) + TABLE_BITS + SYMBOL_BITS * (present[-1] - present[0] + 1)
+
+
+def stored_logs(counts: Int[ndarray, " symbol"]) -> Int[ndarray, " symbol"]:
+    """The logarithms by which a table is stored: 0 for a symbol left out, else 1 plus eighths of an octave."""
+    total = max(1, int(counts.sum()))
+    share = counts * (TOTAL / total)
+    # A symbol of its own takes a slot from all others, 1.44 bits in total per slot and turn; an escape costs its value.
+    kept = (counts > 0) & (share * ESCAPE_BITS > 1.5)
+    kept[0] = True
+    escapes = counts[0] + counts[~kept].sum()
+    share = np.where(kept, share, 0)
+    share[0] = escapes * (TOTAL / total)
+    logs = 1 + np.rint(STEPS * np.log2(np.maximum(share, 1))).astype(np.int64)
+    return np.where(kept, np.minimum(logs, LARGEST), 0)
+
+
+def normalized(logs: Int[ndarray, " symbol"]) -> UInt32[ndarray, " symbol"]:
+    """Counts that add up to `TOTAL`, in whole numbers only. The most frequent symbol takes what rounding leaves.
+
+    >>> counts = normalized(np.array([1, 90, 98] + 253 * [0]))
+    >>> counts[:4].tolist(), int(counts.sum())
+    ([4, 5460, 10920, 0], 16384)
+    """
+    weights = [POWERS[(log - 1) % STEPS] << ((log - 1) // STEPS) if log else 0 for log in logs.tolist()]
+    total, free = sum(weights), TOTAL - sum(weight > 0 for weight in weights)
+    counts = [1 + weight * free // total if weight else 0 for weight in weights]
+    largest = counts.index(max(counts))
+    counts[largest] += TOTAL - sum(counts)
+    if largest != 0 and counts[largest] > MOST:
+        counts[0] += counts[largest] - MOST
+        counts[largest] = MOST
+    return np.array(counts, np.uint32)
+
+
+def write_tables(tables: TableSet, out: BitWriter) -> None:
+    """Append a set: its lowest value, how many classes each table serves, and each table."""
+    out.gamma(zigzag(tables.low))
+    out.gamma(len(tables.logs) - 1)
+    before = np.zeros(NUM_SYMBOLS, np.int64)
+    for i, logs in enumerate(tables.logs):
+        out.gamma(int((tables.table_of == i).sum()) - 1)
+        write_table(logs, before, out)
+        before = logs
+
+
+def write_table(logs: Int[ndarray, " symbol"], before: Int[ndarray, " symbol"], out: BitWriter) -> None:
+    """Append one table: the escape's logarithm, the symbols it spans, and each one's difference to what is expected."""
+    present = np.flatnonzero(logs[1:]) + 1
+    first, end = (int(present[0]), int(present[-1]) + 1) if len(present) else (1, 1)
+    out.raw(int(logs[0]), 7)
+    out.raw(first - 1, 8)
+    out.raw(end - first, 8)
+    choices = []
+    for follow in (0, 1):
+        expected = guesses(logs, before, first, end, follow)
+        steps = [zigzag(log - guess) for log, guess in zip(logs[first:end].tolist(), expected, strict=True)]
+        usable = [k for k in range(8) if max(steps, default=0) >> k < LONGEST]
+        choices += [(sum((step >> k) + 1 + k for step in steps), follow, k, steps) for k in usable]
+    _, follow, k, steps = min(choices)
+    out.raw(follow, 1)
+    out.raw(k, 3)
+    for step in steps:
+        out.rice(step, k)
+
+
+def guesses(logs: Int[ndarray, " symbol"], before: Int[ndarray, " symbol"], first: int, end: int, follow: int) -> list:
+    """What each logarithm is expected to be, from those already known: that of the symbol before, and with `follow`
+    the step between the two in the table before."""
+    return [guess(int(logs[i - 1]) if i > first else 0, before, i, first, follow) for i in range(first, end)]
+
+
+def guess(latest: int, before: Int[ndarray, " symbol"], i: int, first: int, follow: int) -> int:
+    """As `guesses`, for one symbol."""
+    if not follow:
+        return latest
+    if i == first:
+        return int(before[i])
+    return max(0, latest + int(before[i]) - int(before[i - 1]))
+
+
+def read_tables(source: BitReader) -> TableSet:
+    """The inverse of `write_tables`. Raises ArtifactError for what no writer makes."""
+    low = unzigzag(source.gamma())
+    num_tables = source.gamma() + 1
+    if num_tables > MAX_TABLES or not -(2**31) <= low < 2**31 - NUM_SYMBOLS:
+        raise ArtifactError(f"{num_tables} tables from the value {low} on; at most {MAX_TABLES} can be")
+    table_of: list[int] = []
+    rows, before = [], np.zeros(NUM_SYMBOLS, np.int64)
+    for i in range(num_tables):
+        num_classes = source.gamma() + 1
+        if len(table_of) + num_classes > MAX_CLASSES:
+            raise ArtifactError(f"more than {MAX_CLASSES} classes")
+        table_of += [i] * num_classes
+        before = read_table(before, source)
+        rows.append(before)
+    return TableSet(low, np.stack(rows), np.array(table_of, np.int32))
+
+
+def read_table(before: Int[ndarray, " symbol"], source: BitReader) -> Int[ndarray, " symbol"]:
+    """The inverse of `write_table`."""
+    logs = np.zeros(NUM_SYMBOLS, np.int64)
+    logs[0] = source.raw(7)
+    first = source.raw(8) + 1
+    end = first + source.raw(8)
+    follow, k, latest = source.raw(1), source.raw(3), 0
+    if end > NUM_SYMBOLS or not 1 <= logs[0] <= LARGEST:
+        raise ArtifactError(f"a table of the symbols {first} to {end - 1}, its escape at {logs[0]}")
+    for i in range(first, end):
+        latest = guess(latest, before, i, first, follow) + unzigzag(source.rice(k))
+        if not 0 <= latest <= LARGEST:
+            raise ArtifactError(f"the logarithm {latest} of a count; 0 to {LARGEST} can be")
+        logs[i] = latest
+    return logs

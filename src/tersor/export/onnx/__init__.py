@@ -1,0 +1,101 @@
+"""ONNX files (https://onnx.ai), as ONNX Runtime runs them: `--to onnx`.
+
+The graph comes from `torch.export` (trace.py), the weights from the artifact: every site's own codes and scales, in the
+operators that layers.py lists. The file says its opset, and holds any number of rows; texts may have any length.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tersor.errors import FormatError, InputError, MissingExtra
+from tersor.export.check import DTYPES
+from tersor.export.contract import Checkpoint, Misfit, PackedSite, Written
+
+
+@dataclass(frozen=True)
+class Onnx:
+    """An `.onnx` file, with its weights beside it where they exceed 2 GB.
+
+    Attributes:
+        dtype: what the graph computes in where nothing is quantized, and keeps other tensors in: `fp32` or `fp16`.
+        per_token: give every token of an int8-dynamic input its own scale, as the artifact does; without it, one scale
+            serves the whole input, which ONNX Runtime has faster kernels for.
+        float_outputs: leave the outputs of int8 convolutions float, as in the artifact, where nothing quantizes them;
+            without it they are rounded to int8 by their range on calibration data (convolutions.py).
+        decode: write weights in formats that ONNX has no operators for as fp16, instead of refusing them.
+    """
+
+    dtype: str = "fp32"
+    per_token: bool = False
+    float_outputs: bool = False
+    decode: bool = False
+    name = "onnx"
+    suffix = ".onnx"
+    readers = "ONNX Runtime, OpenVINO"
+    runtime = "onnx"
+    extra = "onnx"
+    holds = (
+        "integer grids of any bits, by row or group, in any layer; int8 with int8-dynamic or int8-static inputs; "
+        "16-bit formats; models that are not quantized"
+    )
+
+    def misfit(self, packed: PackedSite) -> Misfit | None:
+        from tersor.export.onnx.layers import holds
+
+        return None if self.decode or holds(packed) else Misfit(self.holds, nearby(packed))
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raises InputError for an unknown dtype, FormatError where fp16 meets int8 inputs, MissingExtra."""
+        if self.dtype not in DTYPES:
+            raise InputError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}")
+        quantized = next((p for p in checkpoint.sites if p.activation is not None and not self.decode), None)
+        if self.dtype == "fp16" and quantized is not None:
+            raise FormatError(
+                f"--dtype fp16 needs float inputs; {quantized.site.name} is {quantized.scheme}; leave --dtype out"
+            )
+        require()
+
+    def write(self, checkpoint: Checkpoint, output: Path, scratch: Path) -> Written:
+        """Raises ModelError for what ONNX cannot express, with the layer."""
+        from tersor.export.onnx.convolutions import float_results, measured, quantize_outputs
+        from tersor.export.onnx.file import describe, save
+        from tersor.export.onnx.layers import Lowering, inexact
+        from tersor.export.onnx.model import TracedModel
+
+        traced = TracedModel.of(checkpoint, DTYPES[self.dtype])
+        choice = Lowering(DTYPES[self.dtype], self.per_token)
+        lowered = traced.lower(choice)
+        save(traced.as_float(choice), scratch / "float.onnx")
+        notes = [*traced.notes]
+        if rounded := inexact(lowered):
+            notes.append(rounded)
+        if not self.float_outputs:
+            ranges = measured(lowered, checkpoint.need_examples(), scratch)
+            num_rounded = quantize_outputs(lowered, ranges)
+            if num_rounded:
+                rounded = f"{num_rounded} outputs of convolutions are int8 too, for speed (--float-outputs leaves them)"
+                notes.append(rounded)
+        if slow := len(float_results(lowered)):
+            notes.append(f"{slow} int8 convolutions run in float: give --data to find the range of their outputs")
+        save(lowered, output)
+        exact = scratch / "exact.onnx" if rounded else None
+        if exact:
+            save(traced.lower(replace(choice, per_token=True, accuracy_level=0)), exact)
+        notes.insert(0, describe(lowered))
+        return Written(tuple(notes), scratch / "float.onnx", exact)
+
+
+def require() -> None:
+    """Raises MissingExtra where a package that writes or runs ONNX is not installed."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise MissingExtra("onnx", "writing ONNX files") from None
+
+
+def nearby(packed: PackedSite) -> str:
+    """A scheme that ONNX holds in this place."""
+    inputs = packed.activation.format if packed.activation else ""
+    return f"int8/{inputs}" if inputs in ("int8-dynamic", "int8-static") else "int8"

@@ -1,0 +1,260 @@
+"""A model as an ONNX graph in which every packed weight is a single node of our own, to be written out later.
+
+`torch.export` follows the model (with `torch.onnx`); where it meets a packed module, the graph gets a node of the
+domain `tersor` that names the site and nothing else. lower.py then puts the site's codes and scales in its place, so
+that no tool in between ever sees a weight, let alone rounds it.
+
+    tersor::Linear(x, bias?)    x @ W.T + bias, the input quantized as the site says
+    tersor::Embedding(index)    rows of W
+    tersor::Weight()            W in its own shape (convolutions, LSTM, attention, stacked experts)
+    tersor::Quantized(x)        x through the input quantizer of a convolution
+"""
+
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from tersor.errors import InputError, ModelError
+from tersor.export.contract import PackedSite
+from tersor.export.examples import Examples, outputs_of
+from tersor.modules import InputQuantizer, PackedEmbedding, PackedLinear, PackedWeight
+from tersor.sites import packed_weight
+
+OPSET = 21  # the first whose DequantizeLinear takes groups
+DOMAIN = "tersor"
+
+
+def trace(model: nn.Module, examples: Examples, sites: Iterable[PackedSite]) -> ir.Model:
+    """The graph, with its inputs, outputs and axes named.
+
+    Raises:
+        ModelError: an operator that ONNX does not have, with the layer; a model that cannot be followed, or whose
+            axes are not of any size.
+    """
+    made = examples.run(model)
+    names = list(examples.inputs)
+    with quiet(), placeholders(model, sites), plain_attention(model), torch.no_grad(), slow_attention():
+        try:
+            program: Any = torch.onnx.export(
+                Called(model, examples).eval(),
+                tuple(examples.inputs.values()),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=names,
+                output_names=list(made),
+                dynamic_shapes=(tuple(examples.axes[name] or None for name in names),),
+                verbose=False,
+            )
+        except Exception as error:  # whatever the model, torch.export or the translation trips over
+            raise refused(error, model, examples) from error
+    check_axes(program.model.graph, examples)
+    return program.model
+
+
+def sites_in(model: ir.Model) -> frozenset[str]:
+    """The sites that a traced graph names."""
+    return frozenset(node.attributes["site"].as_string() for node in model.graph if node.domain == DOMAIN)
+
+
+class Called(nn.Module):
+    """A model as a function of tensors in a fixed order."""
+
+    def __init__(self, model: nn.Module, examples: Examples):
+        super().__init__()
+        self.model, self.examples = model, examples
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs = dict(zip(self.examples.inputs, tensors, strict=True))
+        return tuple(outputs_of(self.examples.call(self.model, inputs)).values())
+
+
+@contextmanager
+def placeholders(model: nn.Module, sites: Iterable[PackedSite]) -> Iterator[None]:
+    """Inside this block packed modules leave a node in a trace instead of computing."""
+    names: dict[int, str] = {}
+    for packed in sites:
+        place = packed.site.places[0]
+        names[id(packed_weight(model.get_submodule(place.module), place.parameter))] = packed.site.name
+    changed: list[tuple[nn.Module, str]] = []
+
+    def put(module: nn.Module, attribute: str, function: Callable[..., Tensor]) -> None:
+        setattr(module, attribute, function)
+        changed.append((module, attribute))
+
+    try:
+        for module in model.modules():
+            name = names.get(id(getattr(module, "packed", None)), "")
+            if isinstance(module, PackedLinear):
+                put(module, "forward", linear_of(module, name))
+            elif isinstance(module, PackedEmbedding):
+                put(module, "forward", embedding_of(module, name))
+            elif isinstance(module, PackedWeight) and id(module) in names:
+                put(module, "forward", weight_of(module, names[id(module)]))
+            if name and isinstance(getattr(module, "input_quantizer", None), InputQuantizer):
+                put(module.input_quantizer, "forward", quantized_at(name))  # type: ignore[arg-type]
+        yield
+    finally:
+        for module, attribute in changed:
+            delattr(module, attribute)
+
+
+def node(kind: str, site: str, inputs: Iterable[Tensor], dtype: torch.dtype, shape: Iterable[Any]) -> Tensor:
+    """One of our nodes, in the trace."""
+    attributes: Any = {"site": site}
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{kind}", tuple(inputs), attributes, dtype=dtype, shape=tuple(shape), version=1
+    )
+
+
+def linear_of(module: PackedLinear, site: str) -> Callable[[Tensor], Tensor]:
+    """The forward of a packed linear layer in a trace."""
+
+    def forward(x: Tensor) -> Tensor:
+        inputs = [x] if module.bias is None else [x, module.bias]
+        return node("Linear", site, inputs, x.dtype, (*x.shape[:-1], module.out_features))
+
+    return forward
+
+
+def embedding_of(module: PackedEmbedding, site: str) -> Callable[[Tensor], Tensor]:
+    """The forward of a packed embedding in a trace."""
+
+    def forward(index: Tensor) -> Tensor:
+        return node("Embedding", site, [index], module.packed.dtype, (*index.shape, module.embedding_dim))
+
+    return forward
+
+
+def weight_of(packed: PackedWeight, site: str) -> Callable[[], Tensor]:
+    """The decoding of a packed weight in a trace."""
+    return lambda: node("Weight", site, [], packed.dtype, packed.fold.weight_shape)
+
+
+def quantized_at(site: str) -> Callable[[Tensor], Tensor]:
+    """The input quantizer of a convolution in a trace."""
+    return lambda x: node("Quantized", site, [x], x.dtype, x.shape)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch.onnx warns of what is no concern of the user's, such as operators of packages that are not installed."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def plain_attention(model: nn.Module) -> Iterator[None]:
+    """Language models compute all positions, and return no keys and values; attention is written out, which runtimes
+    fuse better than what becomes of the operator."""
+    config = getattr(model, "config", None)
+    wanted = {"use_cache": False, "_attn_implementation": "eager", "_experts_implementation": "batched_mm"}
+    before = {name: getattr(config, name) for name in wanted if getattr(config, name, None) is not None}
+    for name in before:
+        setattr(config, name, wanted[name])
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+@contextmanager
+def slow_attention() -> Iterator[None]:
+    """nn.TransformerEncoder and nn.MultiheadAttention leave their fused inference path, which ONNX does not have."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def refused(error: Exception, model: nn.Module, examples: Examples) -> ModelError:
+    """What stopped the export, and where."""
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    told = next((found for each in chain if (found := TRANSLATING.search(str(each)))), None)
+    what = type(model).__name__
+    if told:
+        operator = told["operator"]
+        return ModelError(
+            f"{what}: ONNX opset {OPSET} has no operator for {operator}, which {layer_of(operator, model, examples)} "
+            f"calls; rewrite the layer with other operators, or leave it out of the exported model"
+        )
+    reason = " ".join(str(chain[-1]).split())[:300]
+    static = STATIC.search(reason)
+    if static:
+        name = list(examples.inputs)[int(static["input"])]
+        axis = examples.axes[name][int(static["axis"])]
+        return ModelError(
+            f"{what}: works for {axis} {static['size']} of {name} only, as far as torch.export sees; fix that axis "
+            f"with --fixed {axis}"
+        )
+    return ModelError(f"{what}: torch.export cannot follow the model: {reason}; rewrite what it stumbles over")
+
+
+TRANSLATING = re.compile(r"Error when translating node .*?target=(?:torch\.ops\.)?(?P<operator>[\w.]+)")
+STATIC = re.compile(
+    r"shape of (?P<size>\d+) for dimension inputs\['tensors'\]\[(?P<input>\d+)\]\.shape\[(?P<axis>\d+)\]"
+)
+
+
+def layer_of(operator: str, model: nn.Module, examples: Examples) -> str:
+    """The layers that run an operator, by their path; found by running the model once."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    stack: list[str] = []
+    found: list[str] = []
+    name = operator.split(".")[1]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ == name and stack and stack[-1] not in found:
+                found.append(stack[-1])
+            return func(*args, **(kwargs or {}))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        stack.pop()
+
+    hooks = []
+    for path, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda m, a, path=path: stack.append(path)))
+        hooks.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        with torch.no_grad(), Watch():
+            examples.call(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return " and ".join(path or type(model).__name__ for path in found[:3]) or "the model"
+
+
+def check_axes(graph: ir.Graph, examples: Examples) -> None:
+    """Every axis that was declared of any size is, in the graph. Raises ModelError with the way out."""
+    for value in graph.inputs:
+        for position, axis in examples.axes.get(value.name or "", {}).items():
+            size = value.shape[position] if value.shape is not None else None
+            if isinstance(size, int):
+                raise ModelError(
+                    f"the model works for {axis} {size} of {value.name} only; fix that axis with --fixed {axis}"
+                )
+    missing = examples.inputs.keys() - {value.name for value in graph.inputs}
+    if missing:
+        raise InputError(f"the model does not use its input {', '.join(sorted(missing))}")

@@ -1,0 +1,125 @@
+"""OpenVINO's own files (https://docs.openvino.ai): `--to openvino` writes OUT.xml, and OUT.bin beside it.
+
+OpenVINO reads our ONNX graph and keeps every code and scale; nothing is quantized by its tools. int8-static sites run
+on its int8 kernels. It quantizes the inputs of int8 and int4 weights itself when the model runs, each token in groups
+of columns; the file says how large these are:
+
+    128     where sites are int8-dynamic; no coarser than the scale per token of the artifact
+    32      where only weights are quantized; set DYNAMIC_QUANTIZATION_GROUP_SIZE to 0 for float inputs
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tersor.errors import ArtifactError, MissingExtra
+from tersor.export.contract import Checkpoint, Misfit, PackedSite, Written
+from tersor.export.onnx import nearby, require
+
+SETTING = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
+DYNAMIC, WEIGHT_ONLY, FLOAT = 128, 32, 0  # columns that share a scale
+
+
+@dataclass(frozen=True)
+class OpenVinoIr:
+    """An `.xml` file with its `.bin`.
+
+    Attributes:
+        decode: write weights in formats that it has no operators for as fp16, instead of refusing them.
+    """
+
+    decode: bool = False
+    name = "openvino"
+    suffix = ".xml"
+    readers = "OpenVINO"
+    runtime = "openvino"
+    extra = "openvino"
+    holds = (
+        "integer grids of any bits, by row or group, in any layer; int8 with int8-dynamic or int8-static inputs; "
+        "16-bit formats; models that are not quantized"
+    )
+
+    def misfit(self, packed: PackedSite) -> Misfit | None:
+        from tersor.export.onnx.layers import holds
+
+        return None if self.decode or holds(packed) else Misfit(self.holds, nearby(packed))
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raises MissingExtra."""
+        library()
+        require()
+
+    def write(self, checkpoint: Checkpoint, output: Path, scratch: Path) -> Written:
+        """Raises ModelError for what ONNX cannot express, with the layer."""
+        import torch
+
+        from tersor.export.onnx.file import describe, save
+        from tersor.export.onnx.layers import Lowering
+        from tersor.export.onnx.model import TracedModel
+
+        traced = TracedModel.of(checkpoint, torch.float32)
+        choice = Lowering(rounds_inputs=True)
+        dynamic = any(p.activation and p.activation.format == "int8-dynamic" for p in traced.sites.values())
+        group_size = DYNAMIC if dynamic else WEIGHT_ONLY
+        lowered = traced.lower(choice)
+        save(lowered, scratch / "model.onnx")
+        kernels = convert(scratch / "model.onnx", output, group_size)
+        save(traced.as_float(choice), scratch / "float.onnx")
+        notes, exact = [describe(lowered).replace("ONNX", "from ONNX", 1), *traced.notes], None
+        told = ", ".join(f"{number} products in {kind}" for kind, number in kernels.items())
+        notes.append(f"OpenVINO runs {told} on this machine")
+        if any(weights_alone(packed) for packed in traced.sites.values()):
+            notes.append(f"OpenVINO rounds their inputs to int8, {group_size} columns at a time ({SETTING})")
+            exact = scratch / "exact.xml"
+            save(traced.lower(replace(choice, rounds_inputs=False, per_token=True)), scratch / "exact.onnx")
+            convert(scratch / "exact.onnx", exact, FLOAT)
+        return Written(tuple(notes), scratch / "float.onnx", exact)
+
+
+def weights_alone(packed: PackedSite) -> bool:
+    """Whether a linear site's inputs have no static scale."""
+    is_static = packed.activation is not None and packed.activation.format == "int8-static"
+    return packed.site.kind == "linear" and not packed.is_plain and not is_static
+
+
+def convert(graph: Path, output: Path, group_size: int) -> dict[str, int]:
+    """Write the IR of an ONNX file; which types its matrix products run in on this machine."""
+    openvino = library()
+    try:
+        model = openvino.convert_model(str(graph))
+        model.set_rt_info(str(group_size), ["runtime_options", SETTING])
+        openvino.save_model(model, str(output), compress_to_fp16=False)
+    except Exception as error:  # its errors have no common base of their own
+        raise ArtifactError(f"{output}: OpenVINO cannot convert the model: {error}") from None
+    return products(openvino, output, group_size)
+
+
+def products(openvino: Any, path: Path, group_size: int) -> dict[str, int]:
+    """How many matrix products and convolutions run in which type, as the compiled model says."""
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    counts: Counter[str] = Counter()
+    for node in compiled.get_runtime_model().get_ops():
+        about = {key: node.get_rt_info()[key].value for key in ("layerType", "runtimePrecision", "primitiveType")}
+        if about["layerType"] in ("FullyConnected", "Convolution", "MatMul"):
+            counts[kind_of(about["runtimePrecision"], about["primitiveType"], group_size)] += 1
+    return dict(counts)
+
+
+def kind_of(precision: str, primitive: str, group_size: int) -> str:
+    """`int8`, `int8 weights with inputs rounded by group`, ..."""
+    if precision in ("u8", "i8") and primitive.endswith("I8"):
+        return "int8"
+    weights = {"i8": "int8", "u8": "int8", "u4": "int4", "i4": "int4", "u2": "int2"}.get(precision)
+    if weights:
+        return f"{weights} weights and {'int8' if group_size else 'float'} inputs"
+    return {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}.get(precision, precision)
+
+
+def library() -> Any:
+    """The openvino package."""
+    try:
+        import openvino
+    except ImportError:
+        raise MissingExtra("openvino", "writing OpenVINO files") from None
+    return openvino

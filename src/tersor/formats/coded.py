@@ -1,0 +1,103 @@
+"""Whole numbers with a step for every row and every column, to be entropy-coded: `coded`.
+
+    weight = code * (row_scale * column_scale)
+
+The numbers are not clipped to a few bits: how often each occurs decides what it costs in the file (entropy-coded
+scalar quantization, which at high rate stays within 0.255 bits of the bound: Gish and Pierce 1968,
+https://doi.org/10.1109/TIT.1968.1054193). Scales are powers of two with a fraction, so that a few bits hold one; how
+fine the fraction is, every site says for itself.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tersor.encoded import Encoded
+from tersor.errors import FormatError
+from tersor.formats.contract import Layout, Params, Weight
+
+LARGEST = 2**15 - 1  # of codes and of exponents
+OCTAVE = 1 / 16  # that one in an exponent stands for, where nobody says better: 4 %
+PLAIN_STEP = 1 / 4  # of the root mean square: about 4 bits a weight
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Unclipped integers: in the file each takes as few bits as its probability says.
+
+    Parts:
+        codes: int16 `[out, in]`.
+        row, column: exponents of the scales in fractions of an octave, int16 `[out, 1]` and `[1, in]`.
+        scale: float32 `[1, 3]`: the site's scale, and how many octaves one in `row` and one in `column` stand for. So
+            `row_scale = 2^(row * scale[1])` and `column_scale = scale[0] * 2^(column * scale[2])`.
+
+    >>> params = scales(torch.ones(1), torch.tensor([0.5, 1.0, 0.25, 1.0]))
+    >>> Coded().snap(torch.tensor([[0.6, -2.0, 0.1, 1.6]]), params)
+    tensor([[ 0.5000, -2.0000,  0.0000,  2.0000]])
+    """
+
+    name = "coded"
+    rows_apart = True
+
+    def misfit(self, shape: tuple[int, int]) -> str | None:
+        return None
+
+    def layout(self, shape: tuple[int, int]) -> Layout:
+        return {
+            "codes": (torch.int16, shape),
+            "row": (torch.int16, (shape[0], 1)),
+            "column": (torch.int16, (1, shape[1])),
+            "scale": (torch.float32, (1, 3)),
+        }
+
+    def fit(self, weight: Weight) -> Params:
+        """One step for all weights. Raises FormatError where rounding up would overflow."""
+        largest = weight.abs().max().item()
+        step = max(PLAIN_STEP * weight.double().square().mean().sqrt().item(), largest / LARGEST) or 1.0
+        if largest + step > torch.finfo(torch.float32).max:
+            raise FormatError(
+                f"{self.name}: the largest weight {largest:.3g} overflows when it is rounded; keep this weight as it is"
+            )
+        return scales(torch.ones_like(weight[:, 0]), torch.full_like(weight[0], step))
+
+    def snap(self, weight: Weight, params: Params) -> Weight:
+        return self.decode(self.encode(weight, params))
+
+    def encode(self, weight: Weight, params: Params) -> Encoded:
+        codes = (weight / steps(params)).round_().clamp_(-LARGEST, LARGEST).to(torch.int16)
+        return Encoded(self, (weight.shape[0], weight.shape[1]), {"codes": codes, **params})
+
+    def decode(self, encoded: Encoded) -> Weight:
+        return encoded.parts["codes"] * steps(encoded.parts)
+
+
+def scales(rows: Float[Tensor, " out"], columns: Float[Tensor, " in"], octave: float = OCTAVE) -> Params:
+    """The parameters whose scales come nearest to these, all above zero.
+
+    >>> scales(torch.tensor([1.0, 4.0]), torch.tensor([0.1]), octave=0.5)["row"].flatten().tolist()
+    [-2, 2]
+    """
+    middles = [scale.double().log2().mean() for scale in (rows, columns)]
+    exponents = [
+        ((scale.double().log2() - middle) / octave).round().clamp(-LARGEST, LARGEST).to(torch.int16)
+        for scale, middle in zip((rows, columns), middles, strict=True)
+    ]
+    scale = torch.tensor([[torch.exp2(middles[0] + middles[1]), octave, octave]], dtype=torch.float32)
+    return {"row": exponents[0].unsqueeze(1), "column": exponents[1].unsqueeze(0), "scale": scale.to(rows.device)}
+
+
+def finer(params: Params, factor: int) -> Params:
+    """The same scales, with exponents that count in steps `factor` times as fine."""
+    scale = params["scale"] / torch.tensor([1, factor, factor], device=params["scale"].device)
+    return {**params, "row": params["row"] * factor, "column": params["column"] * factor, "scale": scale}
+
+
+def steps(params: Params) -> Float[Tensor, "out in"]:
+    """The distance of neighbouring values, for every weight; differentiable where exponents are floats."""
+    scale, row_octave, column_octave = params["scale"].double().unsqueeze(-1).unbind(1)
+    # Powers in float64, rounded once: the same bits for a row alone as for all of them.
+    rows = torch.exp2(params["row"].double() * row_octave).float()
+    columns = (scale * torch.exp2(params["column"].double() * column_octave)).float()
+    return rows * columns

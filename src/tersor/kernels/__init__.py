@@ -1,0 +1,22 @@
+"""Fast paths for running an encoded weight without decoding it: the table `ROWS` of choice.py, chosen by measuring.
+
+A kernel is only used where it computes what the reference computes, `F.linear(activation.snap(x), weight.decode())`,
+up to float rounding in the last step. The weight-only kernels multiply in bfloat16, so only a model that runs in
+bfloat16 gets them: `tersor.load(folder, dtype=torch.bfloat16)`. With float32 inputs they are many times slower.
+
+Where several fit, each runs a few times on the first input of its shape, and the fastest is kept for all sites of that
+shape; numbers of tokens are taken together up to the next power of two. One whose result strays from the reference
+beyond rounding is left out. What a kernel needs laid out in another order than it is stored in lies in memory beside
+the weight, only for kernels that were chosen. Under `torch.compile` nothing is measured: int8 inputs take `int_mm`, all
+others are decoded, by code that the compiler fuses.
+
+`reference()` switches all of them off, to judge them and to count operations.
+"""
+
+from tersor.kernels.choice import Choice as Choice
+from tersor.kernels.choice import Memory as Memory
+from tersor.kernels.choice import choices as choices
+from tersor.kernels.choice import fast as fast
+from tersor.kernels.choice import kernel_of as kernel_of
+from tersor.kernels.choice import linear as linear
+from tersor.kernels.choice import reference as reference

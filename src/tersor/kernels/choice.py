@@ -1,0 +1,224 @@
+"""Which kernel runs a site: the table `ROWS`, and the choice by measurement."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tersor.activations import Activation
+from tersor.encoded import Encoded
+from tersor.kernels.bf16 import INT4_PACK, INT8_PACK
+from tersor.kernels.contract import Kernel, Layout
+from tersor.kernels.decode import DECODE, run_decoded
+from tersor.kernels.int8 import INT_MM, ONEDNN, is_int8
+
+ROWS = [INT_MM, ONEDNN, INT8_PACK, INT4_PACK, DECODE]
+_enabled = True
+
+
+@contextmanager
+def reference() -> Iterator[None]:
+    """Run everything by decoding to float, inside this block."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest kernel for a shape, and what each took.
+
+    Attributes:
+        num_tokens: the largest number of tokens it is for.
+        microseconds: the least of a few runs, by kernel; those whose result strayed are left out.
+    """
+
+    kernel: str
+    format: str
+    activation: str | None
+    shape: tuple[int, int]
+    num_tokens: int
+    dtype: str
+    num_threads: int
+    microseconds: dict[str, float]
+
+
+@dataclass
+class Memory:
+    """What one packed weight knows about its kernels: those that fit an input type, those chosen, their layouts."""
+
+    fitting: dict[torch.dtype, list[Kernel]] = field(default_factory=dict)
+    chosen: dict[tuple[int, torch.dtype, int], Kernel] = field(default_factory=dict)
+    layouts: dict[str, Layout] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all layouts."""
+        tensors = [value for layout in self.layouts.values() for value in layout.values() if isinstance(value, Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def kernels(self, encoded: Encoded, activation: Activation | None, dtype: torch.dtype) -> list[Kernel]:
+        """Those that fit."""
+        if dtype not in self.fitting:
+            self.fitting[dtype] = [kernel for kernel in ROWS if kernel.fits(encoded, activation, dtype)]
+        return self.fitting[dtype]
+
+    def layout(self, kernel: Kernel, encoded: Encoded, activation: Activation | None) -> Layout:
+        """A kernel's layout, made once."""
+        if kernel.name not in self.layouts:
+            self.layouts[kernel.name] = kernel.lay_out(encoded, activation)
+        return self.layouts[kernel.name]
+
+
+MOST_TOKENS = 2**12  # more than this are taken together
+NUM_RUNS = 5
+LONG = 0.02  # seconds of one run, after which no other is needed
+CLEAR = 0.9  # of the time that the first kernel in the table takes: what another must need at most
+_choices: dict[tuple[Any, ...], Choice] = {}
+
+
+def choices() -> list[Choice]:
+    """What was chosen in this process, in the order of its first use."""
+    return list(_choices.values())
+
+
+def fast(x: Tensor, *, compiling: bool = False) -> bool:
+    """Whether kernels may run on this input: on the CPU, without gradients, outside of `reference()`, and not while a
+    compiler follows, unless that is `compiling`."""
+    follows = torch.compiler.is_compiling() and not compiling
+    return _enabled and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad) and not follows
+
+
+def linear(
+    x: Float[Tensor, "*batch in"],
+    encoded: Encoded,
+    activation: Activation | None,
+    bias: Float[Tensor, " out"] | None,
+    memory: Memory,
+) -> Float[Tensor, "*batch out"] | None:
+    """Run a site by the fastest kernel. None where only decoding fits: on other devices than the CPU, where gradients
+    flow, or inside `reference()`."""
+    if torch.is_grad_enabled() and any(part.requires_grad for part in encoded.parts.values()):
+        memory.layouts.clear()  # the weight is on its way to change
+        return None
+    if not fast(x, compiling=True) or not x.numel() or encoded.shape[0] == 0:
+        return None
+    tokens = x.reshape(-1, x.shape[-1])
+    if torch.compiler.is_compiling():
+        if not is_int8(encoded, activation, x.dtype):
+            return None
+        kernel = INT_MM
+        layout = kernel.lay_out(encoded, activation)
+    else:
+        fitting = memory.kernels(encoded, activation, x.dtype)
+        if fitting == [DECODE]:
+            return None
+        kernel = choose(tokens, encoded, activation, bias, memory)
+        layout = memory.layout(kernel, encoded, activation)
+    return kernel.run(tokens, encoded, activation, layout, bias).view(*x.shape[:-1], -1)
+
+
+def choose(
+    tokens: Float[Tensor, "token in"],
+    encoded: Encoded,
+    activation: Activation | None,
+    bias: Float[Tensor, " out"] | None,
+    memory: Memory,
+) -> Kernel:
+    """The fastest kernel for this many tokens, measured where it is not known yet."""
+    bucket = min((len(tokens) - 1).bit_length(), MOST_TOKENS.bit_length() - 1)
+    key = (bucket, tokens.dtype, torch.get_num_threads())
+    if key in memory.chosen:
+        return memory.chosen[key]
+    fitting = memory.kernels(encoded, activation, tokens.dtype)
+    whole = (encoded.format.name, activation.format if activation else None, encoded.shape, *key)
+    if len(fitting) > 1 and whole not in _choices:
+        times = measured(fitting, tokens, encoded, activation, bias, memory)
+        _choices[whole] = Choice(
+            kernel=fastest(times),
+            format=encoded.format.name,
+            activation=activation.format if activation else None,
+            shape=encoded.shape,
+            num_tokens=2**bucket,
+            dtype=str(tokens.dtype).removeprefix("torch."),
+            num_threads=key[-1],
+            microseconds={name: round(1e6 * seconds, 1) for name, seconds in times.items()},
+        )
+    name = _choices[whole].kernel if whole in _choices else fitting[0].name
+    memory.chosen[key] = next(kernel for kernel in fitting if kernel.name == name)
+    used = {kernel.name for kernel in memory.chosen.values()}
+    memory.layouts = {name: layout for name, layout in memory.layouts.items() if name in used}
+    return memory.chosen[key]
+
+
+def measured(
+    kernels: list[Kernel],
+    tokens: Tensor,
+    encoded: Encoded,
+    activation: Activation | None,
+    bias: Tensor | None,
+    memory: Memory,
+) -> dict[str, float]:
+    """Seconds that each kernel takes; those that fail or stray from the reference are left out."""
+    expected = run_decoded(tokens, encoded, activation, {}, bias).float()
+    size = expected.abs().max().item()
+    room = 4 * torch.finfo(tokens.dtype).eps * size
+    times: dict[str, float] = {}
+    for kernel in kernels:
+        try:
+            layout = memory.layout(kernel, encoded, activation)
+            y = kernel.run(tokens, encoded, activation, layout, bias)
+        except RuntimeError:  # a CPU or a build that lacks it
+            continue
+        if (y.float() - expected).abs().max().item() > max(room, kernel.rounding * size):
+            continue
+        runs = [timed(kernel, tokens, encoded, activation, layout, bias)]
+        while len(runs) < NUM_RUNS and runs[-1] < LONG:
+            runs.append(timed(kernel, tokens, encoded, activation, layout, bias))
+        times[kernel.name] = min(runs)
+    return times or {kernels[-1].name: 0.0}
+
+
+def timed(
+    kernel: Kernel, x: Tensor, encoded: Encoded, activation: Activation | None, layout: Layout, bias: Tensor | None
+) -> float:
+    """Seconds of one run."""
+    started = time.perf_counter()
+    kernel.run(x, encoded, activation, layout, bias)
+    return time.perf_counter() - started
+
+
+def fastest(times: dict[str, float]) -> str:
+    """The first kernel of the table, or one that is clearly faster: noise should not change results."""
+    first = next(iter(times))
+    best = min(times, key=times.__getitem__)
+    return best if times[best] < CLEAR * times[first] else first
+
+
+def kernel_of(module: torch.nn.Module, num_tokens: int = 1) -> str:
+    """The kernel that a module runs this many tokens with: a name of `ROWS`, or `float` for one that is not packed.
+
+    Measures where nothing is known yet. Convolutions, embeddings and weights inside other modules are decoded.
+    """
+    packed = getattr(module, "packed", None)
+    if packed is None:
+        inside = [child for name, child in module.named_children() if name.startswith("packed_")]
+        return (getattr(module, "kernel", DECODE.name) if _enabled else DECODE.name) if inside else "float"
+    if getattr(module, "in_features", None) is None:
+        return DECODE.name
+    quantizer = getattr(module, "input_quantizer", None)
+    activation, encoded = (quantizer.activation if quantizer is not None else None), packed.encoded
+    fitting = packed.memory.kernels(encoded, activation, packed.dtype)
+    if not _enabled or fitting == [DECODE]:
+        return DECODE.name
+    x = torch.randn(num_tokens, encoded.shape[1]).to(packed.dtype)
+    with torch.no_grad():
+        return choose(x, encoded, activation, getattr(module, "bias", None), packed.memory).name

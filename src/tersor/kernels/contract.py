@@ -1,0 +1,39 @@
+"""The contract of a kernel: a way to run a linear map on an encoded weight."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.activations import Activation
+from tersor.encoded import Encoded
+
+Layout = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A way to run a linear map.
+
+    Attributes:
+        fits: whether it computes what a site asks for, of its weight, its input's quantizer and the type of the input.
+        lay_out: what `run` takes besides the stored parts.
+        run: `[token in]` to `[token out]`; the last argument is the bias.
+        rounding: of its result, relative to the largest output.
+    """
+
+    name: str
+    fits: Callable[[Encoded, Activation | None, torch.dtype], bool]
+    lay_out: Callable[[Encoded, Activation | None], Layout]
+    run: Callable[[Tensor, Encoded, Activation | None, Layout, Tensor | None], Tensor]
+    rounding: float
+
+
+def scaled(sums: Tensor, scale: Tensor, encoded: Encoded, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The sums of products times both scales, and the bias."""
+    y = sums.float().mul_(scale)
+    weight_scale = encoded.parts["scale"].float().view(1, -1)
+    y = y.mul_(weight_scale) if bias is None else torch.addcmul(bias.float(), y, weight_scale)
+    return y.to(dtype)

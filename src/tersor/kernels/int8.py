@@ -1,0 +1,95 @@
+"""int8 inputs times int8 weights.
+
+The products are summed exactly in int32, and the scales come after, in the same order for both kernels: the result is
+the same for every batch, thread count and choice.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.activations import Activation, Int8Dynamic, IntStatic
+from tersor.encoded import Encoded
+from tersor.formats.int_group import IntGroup
+from tersor.kernels.contract import Kernel, Layout, scaled
+
+MOST_COLUMNS = 2**31 // (256 * 127)  # whose sums, zero points included, cannot overflow int32
+LARGE = 2**20  # weights, from which on oneDNN's own order can pay
+QLINEAR = "qlinear_pointwise"
+
+
+def is_int8(encoded: Encoded, activation: Activation | None, dtype: torch.dtype) -> bool:
+    """int8 codes with one scale per row, and inputs in int8."""
+    return (
+        activation is not None
+        and activation.format in ("int8-dynamic", "int8-static")
+        and isinstance(encoded.format, IntGroup)
+        and encoded.format.plain_int8
+        and encoded.shape[1] <= MOST_COLUMNS
+    )
+
+
+def quantized(x: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """Codes of the inputs, and their scale."""
+    if activation.format == "int8-dynamic":
+        return Int8Dynamic().quantize(x)
+    return IntStatic(8).quantize(x, activation.params), activation.params["scale"]
+
+
+def offsets(encoded: Encoded, activation: Activation | None) -> Layout:
+    """What the zero point of a static input adds to every sum."""
+    if activation is None or "zero_point" not in activation.params:
+        return {}
+    row_sums = encoded.parts["codes"].sum(1, dtype=torch.int32)
+    return {"offset": row_sums * activation.params["zero_point"].int()}
+
+
+def run_int_mm(
+    x: Tensor, encoded: Encoded, activation: Activation | None, layout: Layout, bias: Tensor | None
+) -> Tensor:
+    """`torch._int_mm` (oneDNN; VNNI where the CPU has it)."""
+    assert activation is not None
+    codes, scale = quantized(x, activation)
+    sums = torch._int_mm(codes, encoded.parts["codes"].t())
+    if layout:
+        sums -= layout["offset"]
+    return scaled(sums, scale, encoded, bias, x.dtype)
+
+
+def has_qlinear(encoded: Encoded, activation: Activation | None, dtype: torch.dtype) -> bool:
+    """Whether this PyTorch has oneDNN's linear layer for quantized inputs, on a weight worth a second copy."""
+    return (
+        is_int8(encoded, activation, dtype)
+        and encoded.parts["codes"].numel() >= LARGE
+        and hasattr(torch.ops.onednn, QLINEAR)
+    )
+
+
+def qlinear_layout(encoded: Encoded, activation: Activation | None) -> Layout:
+    """The weight in oneDNN's blocked order, a second copy; and scales of one, for ours come after."""
+    num_rows = encoded.shape[0]
+    zero_point = int(activation.params["zero_point"]) if activation and activation.params else 0
+    return {
+        "weight": torch.ops.onednn.qlinear_prepack(encoded.parts["codes"], None),
+        "scales": torch.ones(num_rows),
+        "zeros": torch.zeros(num_rows, dtype=torch.int64),
+        "zero_point": zero_point + 128,
+    }
+
+
+def run_qlinear(
+    x: Tensor, encoded: Encoded, activation: Activation | None, layout: Layout, bias: Tensor | None
+) -> Tensor:
+    """oneDNN's `qlinear_pointwise`, whose inputs are unsigned."""
+    assert activation is not None
+    codes, scale = quantized(x, activation)
+    unsigned = codes.view(torch.uint8).bitwise_xor_(128)  # code + 128
+    weight, scales, zeros, zero = layout["weight"], layout["scales"], layout["zeros"], layout["zero_point"]
+    after: Any = (1.0, 0, torch.float32, "none", [], "")
+    sums = torch.ops.onednn.qlinear_pointwise(unsigned, 1.0, zero, weight, scales, zeros, None, *after)
+    return scaled(sums, scale, encoded, bias, x.dtype)
+
+
+INT_MM = Kernel("int_mm", is_int8, offsets, run_int_mm, 1e-4)
+ONEDNN = Kernel("onednn", has_qlinear, qlinear_layout, run_qlinear, 1e-4)

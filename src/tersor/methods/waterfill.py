@@ -1,0 +1,247 @@
+"""Reverse water-filling: one noise level for every weight of the model, to be entropy-coded.
+
+A weight `ij` rounded with step s costs about `-log2 s` bits and adds `g_i L_jj^2 s^2 / 24` to the loss, where `g_i` is
+the curvature of the loss in the site's output i and L the Cholesky factor of its inputs' second moment: what is left of
+input j when the columns still free have made up for all they can (solver.py). At a given size of the file the sum is
+least where every weight adds the same:
+
+    step_ij = level / (sqrt(g_i) L_jj)
+
+One number for the whole model then decides what every site, row and column gets (Shannon 1959; over the columns of a
+layer: WaterSIC, Lifar et al. 2026, https://arxiv.org/abs/2603.04956). Half the level is about one bit more per weight,
+and the predicted loss is `level^2 / 24` for every weight.
+
+Where few bits are left, rounding to nearest is no longer best: a code nearer to zero takes fewer bits, and is chosen
+where these are worth more than the error (in a codec for weights: DeepCABAC, Wiedemann et al. 2019,
+https://arxiv.org/abs/1907.11900). A column's scale then becomes what its codes stand for on average.
+
+Weights that are exactly zero, such as pruned ones, stay zero, and the others make up for them.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from math import e, log, pi
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tersor.encoded import Encoded
+from tersor.errors import InputError
+from tersor.formats.coded import LARGEST, Coded, scales
+from tersor.formats.contract import Format, Weight
+from tersor.methods.solver import Problem, polish, pose, sweep
+from tersor.stats import Stats
+
+ROW_DAMPING = 0.02  # of the rows' mean curvature, added to each: calibration shows it with much noise
+LEAST_DAMPING, STEPS_DAMPING, DRIFT_DAMPING = 0.01, 0.25, 1.0  # of the inputs' mean energy (see `damping_of`)
+UNREACHED = 0.01  # a site that the data never reaches counts as if its output were this share of the loss
+BIT = log(2) / 6  # squared error, in steps, that a bit is worth where each weight adds `level^2 / 24` to the loss
+FEW_BITS = 2.2  # a weight; below it the loudest inputs are solved last
+PER_OCTAVE = 8  # deviations that are told apart
+REACH = 60  # octaves around 1 in which rows and columns deviate
+
+
+@dataclass(frozen=True)
+class Waterfill:
+    """Round with steps that make every weight's share of the loss the same.
+
+    Attributes:
+        level: of the noise. Every weight may add `level^2 / 24` to the loss, in the unit of the task's output (nats of
+            divergence, 1 - cosine of embeddings). Without data the loss is half a site's squared error relative to its
+            output.
+        damping: added to the diagonal of `E[x x']`, as a fraction of its mean; without a number, 0.01 and more where
+            there are few tokens for a column (see `damping_of`).
+        drift: how much of the error made earlier in the model each site repairs, 0 to 1.
+        rate: how much bits count when a weight is rounded: 0 rounds to nearest, 1 is what the level says.
+        num_rounds: of coordinate descent after the sweep.
+    """
+
+    level: float = 2e-4
+    damping: float | None = None
+    drift: float = 0.6
+    rate: float = 0.0
+    num_rounds: int = 0
+
+    name = "waterfill"
+    needs = frozenset({"second_moment", "cross_moment", "row_weight", "column_weight"})
+
+    def __post_init__(self) -> None:
+        if not (0 < self.level < float("inf") and self.rate >= 0 and self.num_rounds >= 0):
+            raise InputError(f"{self}: level must be above 0, and rate and num_rounds 0 or more")
+        if not ((self.damping or 0) >= 0 and 0 <= self.drift <= 1):
+            raise InputError(f"{self}: damping must be 0 or more, and drift lie in [0, 1]")
+        if not self.drift:  # then the original model need not run beside
+            object.__setattr__(self, "needs", self.needs - {"cross_moment"})
+
+    def accepts(self, format: Format) -> str | None:
+        if isinstance(format, Coded):
+            return None
+        return f"waterfill chooses the steps of codes without bounds, and {format.name} has none; use coded"
+
+    def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
+        assert isinstance(format, Coded)
+        damping = damping_of(weight, stats, STEPS_DAMPING) if self.damping is None else self.damping
+        target, alone = weight, replace(stats, cross_moment=None)
+        if self.drift and stats.cross_moment is not None:
+            repair = damping_of(weight, stats, DRIFT_DAMPING) if self.damping is None else self.damping
+            target = pose(weight, stats, repair, self.drift).target
+        problem = pose(target, alone, damping, drift=0.0)
+        rows = row_curvature(weight, problem, stats).rsqrt()
+        level = self.level
+        if bits_at(deviations(problem, rows), level) < FEW_BITS * weight.numel():
+            problem = pose(target, alone, damping, drift=0.0, quiet_first=True)
+        while True:
+            filling = Filling.of(problem, rows, level, self.rate, weight != 0)
+            values = sweep(problem, filling)
+            if values.any() or not weight.any():
+                break
+            level /= 2  # whatever it is worth, no site becomes zero as a whole
+        values = polish(problem, values, filling, self.num_rounds)
+        return format.encode(values, filling.params)
+
+
+class Filling:
+    """Rounds column after column, as a solver asks for them; a column's scale follows the codes that it gets.
+
+    Args:
+        params: of the format; the exponents of the columns are changed.
+        bit: squared error, in steps, that a bit is worth.
+        kept: False where the weight stays zero.
+    """
+
+    def __init__(self, problem: Problem, params: dict[str, Tensor], bit: float, kept: Bool[Tensor, "out in"]):
+        self.params, self.bit = params, bit
+        self.kept = None if kept.all() else kept
+        scale, row_octave, self.octave = (value.item() for value in params["scale"][0])
+        self.rows = torch.exp2(params["row"][:, 0].double() * row_octave).float()
+        self.columns = (scale * torch.exp2(params["column"][0].double() * self.octave)).tolist()
+        self.row_spread, spread = spreads(problem, self.rows)
+        self.column_spread = spread.tolist()
+
+    @classmethod
+    def of(
+        cls, problem: Problem, rows: Float[Tensor, " out"], level: float, rate: float, kept: Bool[Tensor, "out in"]
+    ) -> "Filling":
+        """With the steps that `level` asks for, larger ones where codes would leave their range."""
+        columns = columns_at(problem, level)
+        largest = (problem.target.abs() / rows.unsqueeze(1)).amax(0)
+        return cls(problem, scales(rows, columns.maximum(2 * largest / LARGEST)), rate * BIT, kept)
+
+    def __call__(self, values: Float[Tensor, " out"], j: int) -> Float[Tensor, " out"]:
+        exact = values / (self.rows * self.columns[j])
+        codes = cheapest(exact, self.row_spread * (self.column_spread[j] / self.columns[j]), self.bit)
+        if self.kept is not None:
+            codes *= self.kept[:, j]
+        energy = codes.dot(codes).item()
+        gain = exact.dot(codes).item() / energy if energy else 1.0
+        shift = round(log(gain, 2) / self.octave) if gain > 0 else 0
+        if shift:
+            self.params["column"][0, j] += shift
+            self.columns[j] *= 2 ** (shift * self.octave)
+        return codes * (self.rows * self.columns[j])
+
+
+def damping_of(weight: Weight, stats: Stats, each: float) -> float:
+    """More where the moments are those of few tokens, and say little about others: `each` for every column a token."""
+    return LEAST_DAMPING + each * weight.shape[1] / max(1, stats.num_tokens) if stats.num_tokens else LEAST_DAMPING
+
+
+def columns_at(problem: Problem, level: float) -> Float[Tensor, " in"]:
+    """The columns' part of the steps."""
+    return level / problem.factor.diagonal()[problem.order.argsort()]
+
+
+def spreads(problem: Problem, rows: Float[Tensor, " out"]) -> tuple[Float[Tensor, " out"], Float[Tensor, " in"]]:
+    """The deviation of a weight over its row's step, as a product of its row's and its column's."""
+    squares = (problem.target / rows.unsqueeze(1)).square()
+    return squares.mean(1).sqrt(), (squares.mean(0) / squares.mean().clamp_min(1e-30)).sqrt()
+
+
+def deviations(problem: Problem, rows: Float[Tensor, " out"]) -> Float[Tensor, " bin"]:
+    """How many codes have which deviation at level 1, in eighths of an octave; at half the level they have twice it."""
+    row, column = spreads(problem, rows)
+    products = np.convolve(histogram(row), histogram(column / columns_at(problem, 1.0)))
+    return torch.from_numpy(products)
+
+
+def histogram(values: Float[Tensor, " n"]) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    """How many lie in which eighth of an octave, from `2^-REACH` to `2^REACH`."""
+    octaves = values.clamp_min(1e-30).log2().clamp(-REACH, REACH) + REACH
+    bins = (octaves * PER_OCTAVE).round().long().cpu()
+    return np.bincount(bins.numpy(), minlength=2 * REACH * PER_OCTAVE + 1).astype(np.float64)
+
+
+def bits_at(counts: Float[Tensor, " bin"], level: float) -> float:
+    """About how many bits codes of these deviations (at level 1) take, as if they were normal numbers."""
+    octaves = torch.arange(len(counts), dtype=torch.float64) / PER_OCTAVE - 2 * REACH - log(level, 2)
+    return counts.dot(entropy(octaves.exp2())).item()
+
+
+def bound_at(counts: Float[Tensor, " bin"], level: float) -> float:
+    """Bits that no code can do without, at the error of this level, were the weights normal numbers: their
+    rate-distortion function (Shannon 1959)."""
+    octaves = torch.arange(len(counts), dtype=torch.float64) / PER_OCTAVE - 2 * REACH - log(level, 2)
+    return counts.dot((octaves + log(12, 2) / 2).clamp_min(0)).item()
+
+
+def entropy(deviation: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Bits of rounded normal numbers."""
+    mass = code_masses(deviation.clamp(1e-3, 2.0))
+    sides = mass[:, 1:]
+    low = -(mass[:, 0] * mass[:, 0].log2()) - 2 * (sides * sides.clamp_min(1e-300).log2()).sum(1)
+    return torch.where(deviation > 2, deviation.log2() + log(2 * pi * e, 2) / 2, low)
+
+
+def row_curvature(weight: Weight, problem: Problem, stats: Stats) -> Float[Tensor, " out"]:
+    """The curvature of the loss in every output of the site, above zero."""
+    if stats.row_weight is not None and stats.row_weight.any():
+        damping = max(ROW_DAMPING * stats.row_weight.mean().item(), unseen(stats.row_weight))
+        return (stats.row_weight.to(weight.device) + damping) / problem.moment.diagonal().mean()
+    energy = ((weight @ problem.moment) * weight).sum().item() or 1.0
+    share = 1.0 if stats.row_weight is None else UNREACHED
+    return torch.full_like(weight[:, 0], share / energy)
+
+
+def unseen(row_weight: Float[Tensor, " out"]) -> float:
+    """What a row that the data never used may be worth, such as the embedding of a rare word.
+
+    All such rows together are used about as often as those that were seen once (Good 1953,
+    https://doi.org/10.1093/biomet/40.3-4.237); of the words of a text, half are seen once.
+    """
+    seen = row_weight[row_weight > 0]
+    num_unseen = len(row_weight) - len(seen)
+    return seen.quantile(0.25).item() * len(seen) / 2 / num_unseen if num_unseen else 0.0
+
+
+def code_masses(deviation: Float[Tensor, " n"]) -> Float[Tensor, "n code"]:
+    """How probable the codes 0 to 15 of rounded normal numbers are."""
+    edges = (torch.arange(NUM_CODES + 1, dtype=torch.float64) - 0.5) / deviation.double().unsqueeze(1)
+    tails = torch.special.erfc(edges / 2**0.5) / 2
+    return tails[:, :-1] - tails[:, 1:]
+
+
+NUM_CODES = 16
+FINEST, NUM_SPREADS = -3, 64
+
+
+@cache
+def saved_bits() -> Float[Tensor, " spread_code"]:
+    """How many bits a code takes more than the next one towards zero, for the codes 0 to 15 at each of 64 deviations
+    from 2^-3 steps on."""
+    deviation = torch.exp2(FINEST + torch.arange(NUM_SPREADS, dtype=torch.float64) / PER_OCTAVE)
+    bits = -code_masses(deviation).clamp_min(1e-12).log2()
+    return bits.diff(dim=1, prepend=bits[:, :1]).float().flatten()
+
+
+def cheapest(exact: Float[Tensor, " n"], deviation: Float[Tensor, " n"], bit: float) -> Float[Tensor, " n"]:
+    """The nearest code or the next one towards zero, whichever has the least `error^2 + bit * bits`."""
+    size = exact.abs()
+    near = size.round().clamp_(max=LARGEST)
+    if bit:
+        spread = (deviation.clamp_min(1e-30).log2() - FINEST).mul_(PER_OCTAVE).round_().clamp_(0, NUM_SPREADS - 1)
+        saved = saved_bits().to(exact.device)[(spread * NUM_CODES + near.clamp(max=NUM_CODES - 1)).long()]
+        # (size - near + 1)^2 - (size - near)^2 = 2 (size - near) + 1
+        near -= (2 * (size - near) + 1 < bit * saved).float()
+    return near.copysign(exact)

@@ -1,0 +1,76 @@
+"""Runtimes: what runs the files that tersor writes, each opened and fed in the same way.
+
+`RUNTIMES` is the whole list. A new runtime is a file with a class that keeps the contract (contract.py) and a line in
+`ROWS`.
+"""
+
+from pathlib import Path
+
+from tersor.errors import InputError, UnknownName
+from tersor.runtimes.contract import Feeds, Input, LayerTime, Profile, Runtime, Session
+from tersor.runtimes.onnx import OnnxRuntime
+from tersor.runtimes.openvino import OpenVino
+from tersor.runtimes.torch import Torch
+
+__all__ = [
+    "RUNTIMES",
+    "Feeds",
+    "Input",
+    "LayerTime",
+    "Profile",
+    "Runtime",
+    "Session",
+    "open_session",
+    "runtime_for",
+    "runtime_named",
+]
+
+ROWS: list[Runtime] = [
+    Torch(),
+    OnnxRuntime(),
+    OpenVino(),
+    OpenVino("openvino-bf16", precision="bf16"),
+]
+RUNTIMES = {runtime.name: runtime for runtime in ROWS}
+
+
+def open_session(
+    model: str, runtime: str | None = None, *, num_threads: int = 1, weights: Path | None = None
+) -> Session:
+    """Open a model in the runtime named, or in the first that opens such a file.
+
+    Args:
+        weights: the state dict, or the artifact, of a model given as `package.module:factory`.
+    """
+    found = runtime_for(model, runtime)
+    if isinstance(found, Torch):
+        return found.open(model, num_threads=num_threads, weights=weights)
+    if weights is not None:
+        raise InputError(f"--weights goes with a model given as 'package.module:factory', and {model} is a file")
+    return found.open(model, num_threads=num_threads)
+
+
+def runtime_named(name: str) -> Runtime:
+    """The runtime that `--runtime` names."""
+    if name not in RUNTIMES:
+        raise UnknownName("runtime", name, RUNTIMES)
+    return RUNTIMES[name]
+
+
+def runtime_for(model: str, name: str | None = None) -> Runtime:
+    """The runtime of a model: the one named, or the first that opens such a file; folders and factories are torch's.
+
+    Raises InputError where the named runtime does not open such a file.
+    """
+    suffix = Path(model).suffix if Path(model).is_file() or Path(model).suffix in (".onnx", ".xml") else ""
+    if name is not None:
+        runtime = runtime_named(name)
+        if suffix not in runtime.suffixes:
+            opened = ", ".join(each or "folders" for each in runtime.suffixes)
+            raise InputError(f"{model}: {name} opens {opened}; export the model first: tersor export MODEL --to onnx")
+        return runtime
+    found = next((runtime for runtime in ROWS if suffix in runtime.suffixes), None)
+    if found is None:
+        known = sorted({each for runtime in ROWS for each in runtime.suffixes if each})
+        raise InputError(f"{model}: no runtime opens *{suffix}; known are folders, {', '.join(known)}")
+    return found

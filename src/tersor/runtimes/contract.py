@@ -1,0 +1,127 @@
+"""The contract of a runtime: what runs a model's file, and the session that one file becomes.
+
+Everything goes in and comes out as named NumPy arrays, so that the same numbers can be fed to every runtime and what
+they give can be compared.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from tersor.errors import InputError
+
+Feeds = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input that a model declares; `shape` holds None where any size will do."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """What one layer of a model took, per run.
+
+    Attributes:
+        name: of the layer, as the runtime or the model names it.
+        kind: what the runtime runs there: an operator's name.
+        part: `product` (matrix products, convolutions, attention), `decode` (a packed weight made float), `quantize`
+            (a quantized input or output made, or made float again) or `other`.
+        seconds: median over the runs.
+        kernel: which implementation ran, in the runtime's words.
+        precision: what is multiplied: `fp32`, `bf16`, `int8`, ...; empty for what is no product.
+        weights: how those of a product are stored, `float` or `packed`; empty where it has none.
+        macs: multiply-accumulates; 0 where there are none or they are not known.
+        num_bytes: of the inputs, the weights as they are stored, and the outputs; 0 where not known.
+    """
+
+    name: str
+    kind: str
+    part: str
+    seconds: float
+    kernel: str = ""
+    precision: str = ""
+    weights: str = ""
+    macs: int = 0
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where the time of a run goes: its layers in the order they ran, and the whole run.
+
+    Attributes:
+        seconds: median of whole runs; what it has beyond the layers is time between them. On one thread these are
+            seconds of the processor, which other work on the machine cannot stretch.
+        num_calls: operators started in one run.
+    """
+
+    layers: tuple[LayerTime, ...]
+    seconds: float
+    num_calls: int
+
+
+@runtime_checkable
+class Session(Protocol):
+    """A model, opened and ready to run."""
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """What `run` must be fed."""
+
+    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
+        """All outputs by name. Raises InputError where `feeds` are not the declared inputs."""
+
+    def profile(self, feeds: Feeds, num_runs: int = 10) -> Profile:
+        """Time every layer over `num_runs` runs, by the runtime's own profiler where it has one."""
+
+
+@runtime_checkable
+class Runtime(Protocol):
+    """Something that runs model files."""
+
+    @property
+    def name(self) -> str:
+        """What `--runtime` takes."""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the files it opens; an empty one is a folder."""
+
+    def version(self) -> str:
+        """Of the library. Raises MissingExtra where it is not installed."""
+
+    def open(self, path: str | Path, *, num_threads: int = 1) -> Session:
+        """Raises MissingExtra where the library is not installed, ModelError for a file it cannot open."""
+
+
+def run_clock(num_threads: int) -> Callable[[], float]:
+    """What whole runs are timed with: the process's own time on one thread, else the clock on the wall."""
+    return time.process_time if num_threads == 1 else time.perf_counter
+
+
+def check_feeds(feeds: Feeds, inputs: tuple[Input, ...], place: str) -> None:
+    """Raises InputError for inputs that are missing, unknown, or of another type or shape than declared."""
+    names = {each.name for each in inputs}
+    for word, wrong in (("lacks", names - feeds.keys()), ("does not take", feeds.keys() - names)):
+        if wrong:
+            of = "its inputs" if word == "lacks" else "the inputs"
+            raise InputError(f"{place}: the feed {word} {', '.join(sorted(wrong))}; {of} are {', '.join(names)}")
+    for each in inputs:
+        array = feeds[each.name]
+        fits = len(array.shape) == len(each.shape) and all(
+            declared in (None, given) for declared, given in zip(each.shape, array.shape, strict=True)
+        )
+        if array.dtype != each.dtype or not fits:
+            declared = [size if size is not None else "any" for size in each.shape]
+            raise InputError(
+                f"{place}: input {each.name} is {array.dtype} {list(array.shape)}; declared: {each.dtype} {declared}"
+            )

@@ -1,0 +1,187 @@
+"""One noise level meets a budget: the finished file lies just below the limit, in few models."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+import tersor
+from tersor.budget.choices import Budget, check_choices
+from tersor.budget.correct import measured_factors
+from tersor.budget.level import (
+    COARSEST,
+    FINEST,
+    NEAR,
+    NUM_MODELS,
+    Forecast,
+    Found,
+    Searching,
+    defend,
+    fit,
+    recipe_at,
+)
+from tersor.budget.limit import Limit
+from tersor.budget.search import NUM_TRIALS
+from tersor.checkpoint.layout import CODED, size_of
+from tersor.errors import BudgetError, InputError
+from tersor.measure.verdict import Verdict
+from tersor.recipe import Recipe
+from tersor.schemes import KEEP
+
+KEEP_STEP = Recipe.of(KEEP).weights[0]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(500, 64)
+        self.layers = nn.ModuleList([nn.Linear(64, 256), nn.Linear(256, 256), nn.Linear(256, 64)])
+        self.norm = nn.LayerNorm(64)
+
+
+@cache
+def net():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+class Fake:
+    """Files as real ones behave: off from the forecast by a few percent, and not exactly even in the level."""
+
+    def __init__(self, forecast, kept=5000, off=1.07):
+        self.forecast, self.kept, self.off = forecast, kept, off
+        self.levels = []
+
+    def __call__(self, level):
+        self.levels.append(level)
+        num_bytes = self.kept + self.off * self.forecast.num_bytes(level) ** 0.99 * 1.1
+        return Found(Recipe.of(f"waterfill(level={level:.5g}):coded"), None, int(num_bytes))
+
+
+@cache
+def forecast():
+    counts = torch.zeros(961, dtype=torch.float64)
+    counts[400:520] = 10_000 * torch.exp(-torch.linspace(-2, 2, 120, dtype=torch.float64).square())
+    return Forecast(counts)
+
+
+@pytest.mark.parametrize("bits", [0.3, 1.0, 2.0, 3.3, 6.0, 10.0])
+@pytest.mark.parametrize("off", [0.9, 1.0, 1.15])
+def test_a_limit_is_met_in_a_few_models(bits, off):
+    limit = Limit(5000 + int(forecast().num_weights * bits / 8), "size")
+    fake = Fake(forecast(), off=off)
+    found = fit(limit, forecast(), fake)
+    assert NEAR * limit.num_bytes <= found.num_bytes <= limit.num_bytes
+    assert len(fake.levels) <= 4
+
+
+def test_a_limit_beyond_the_finest_level_gives_the_finest():
+    fake = Fake(forecast())
+    found = fit(Limit(10**9, "size"), forecast(), fake)
+    assert fake.levels == [pytest.approx(forecast().level_of(FINEST), rel=1e-3)]
+    assert found.num_bytes < 10**9
+
+
+def test_a_limit_below_the_coarsest_level_names_the_nearest_file():
+    with pytest.raises(BudgetError, match=r"size 4KB \(4,000 bytes\) is below .* the nearest file is [\d,]+ bytes"):
+        fit(Limit(4000, "size 4KB"), forecast(), Fake(forecast()))
+
+
+def test_files_that_jump_end_the_search():
+    """However the bytes behave, no more models than promised are made, and the result lies below the limit."""
+
+    def make(level):
+        made.append(level)
+        return Found(Recipe.of(KEEP), None, 900 if len(made) % 2 else 1100)
+
+    made = []
+    assert fit(Limit(1000, "size"), forecast(), make).num_bytes == 900
+    assert len(made) == NUM_MODELS
+
+
+@pytest.mark.parametrize("worst", [0.1, 1.0, 2.7, 5.0, 6.5])
+def test_a_drop_is_bisected(worst):
+    """All files of at least `worst` bits are within: the search ends close above."""
+    fake, trials = Fake(forecast(), kept=0, off=1.0), []
+
+    def judged(found, number):
+        within = found.num_bytes >= Fake(forecast(), kept=0, off=1.0)(forecast().level_of(worst)).num_bytes
+        verdict = Verdict.__new__(Verdict)
+        object.__setattr__(verdict, "outcome", "within" if within else "exceeds")
+        trials.append(found)
+        return type("T", (), {"verdict": verdict, "num_bytes": found.num_bytes})()
+
+    found = defend(forecast(), fake, judged)
+    least = min(t.num_bytes for t in trials if t.num_bytes >= fake(forecast().level_of(worst)).num_bytes)
+    assert found.num_bytes == least
+    assert found.num_bytes <= 1.12 * fake(forecast().level_of(max(worst, COARSEST))).num_bytes or worst < 0.5
+    assert len(trials) <= NUM_TRIALS
+
+
+def test_the_forecast_is_close_to_the_file():
+    searching = Searching(net(), None, KEEP_STEP, {})
+    forecast = searching.foresee()
+    assert forecast.num_weights == sum(p.numel() for n, p in net().named_parameters() if p.ndim > 1)
+    for bits in (2.0, 4.0):
+        found = searching.make(forecast.level_of(bits))
+        assert found.num_bytes == pytest.approx(forecast.num_weights * bits / 8, rel=0.15)  # side information included
+
+
+@pytest.mark.parametrize("size", ["40KB", "70KB"])
+def test_the_finished_file_meets_the_limit(size, tmp_path):
+    limit = Limit.of(original_bytes=1, num_parameters=1, size=size)
+    found = Searching(net(), None, KEEP_STEP, {}).within(limit)
+    tersor.save(found.made.model, tmp_path)
+    assert (tmp_path / CODED).stat().st_size == found.num_bytes
+    assert NEAR * limit.num_bytes <= found.num_bytes <= limit.num_bytes
+    in_sites = sum(site.num_bytes for site in found.made.sites)
+    kept = sum(p.nbytes for p in net().parameters() if p.ndim < 2)
+    assert in_sites + kept == pytest.approx(found.num_bytes, rel=0.04), "the report counts as the file does"
+    again = tersor.compress(net(), found.recipe)
+    assert size_of(again.model) == found.num_bytes
+
+
+def test_rules_and_excludes_fix_their_sites():
+    step = Recipe.of(KEEP, {"*embed": "int8"}, ["layers.0"]).weights[0]
+    found = Searching(net(), None, step, {}).within(Limit(200_000, "size"))
+    schemes = {site.name: site.scheme for site in found.made.sites}
+    assert schemes["embed"] == "mse:int8"
+    assert "layers.0" not in schemes
+    assert schemes["layers.1"].startswith("waterfill(level=")
+
+
+@pytest.mark.parametrize(
+    ("budget", "formats"),
+    [(Budget(coded=True), []), (Budget(size="1MB", coded=True), ["int4-g64"])],
+)
+def test_coded_wants_a_budget_and_no_format(budget, formats):
+    with pytest.raises(InputError, match="--coded needs a budget and no --format"):
+        check_choices(budget, None, formats, None, [], [], 0)
+
+
+class Values:
+    """A task whose outputs are plain numbers."""
+
+    output = "values"
+
+    def batches(self, split, batch_size=None):
+        yield torch.randn(64, 32, generator=torch.Generator().manual_seed(3))
+
+    def forward(self, model, batch):
+        return model(batch)
+
+
+def test_a_site_that_costs_more_than_predicted_gets_a_smaller_level():
+    """Made at ten times the level that is said, it costs a hundred times as much: a tenth is right."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 64)).eval()
+    level, step = 2e-3, KEEP_STEP
+    even = tersor.compress(model, recipe_at(level, step, 0)).model
+    loud = tersor.compress(model, recipe_at(level, step, 0, {"1": 10.0})).model
+    levels = dict.fromkeys("012", level)
+    before, after = (measured_factors(model, made, levels, Values()) for made in (even, loud))
+    assert after["1"] / after["0"] == pytest.approx(before["1"] / before["0"] / 10, rel=0.15)
+    assert after["2"] / after["0"] == pytest.approx(before["2"] / before["0"], rel=0.02)
+    middle = sum(torch.tensor(factor).log() for factor in before.values()) / 3
+    assert abs(middle) < 0.02

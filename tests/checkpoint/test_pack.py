@@ -1,0 +1,206 @@
+"""pack, unpack, verify, info, and artifacts whose weights are entropy-coded."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import tersor
+from cli_runner import tersor as run
+from tersor.analysis.coding import info, water_filling
+from tersor.checkpoint.layout import CODED, size_of
+from tersor.checkpoint.pack import pack, unpack
+from tersor.checkpoint.source import sha256
+from tersor.checkpoint.weights import write_weights
+from tersor.errors import ArtifactError, InputError, ModelError
+from tersor.recipe import Recipe
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 16))
+
+
+RULES = {"0": "codebook16", "1": "int4-g32-asym", "3": "bitmask"}
+IDS = torch.arange(12).view(3, 4)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A folder as transformers saves large models: two files, an index and a config."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    first = {"a.weight": torch.randn(60, 50).bfloat16(), "a.bias": torch.zeros(60).bfloat16()}
+    second = {"b.weight": torch.randn(40, 60).half(), "steps": torch.tensor(3)}
+    save_file(first, folder / "model-00001-of-00002.safetensors", {"format": "pt"})
+    save_file(second, folder / "model-00002-of-00002.safetensors", {"format": "pt"})
+    names = dict.fromkeys(first, "model-00001-of-00002.safetensors")
+    names |= dict.fromkeys(second, "model-00002-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("[1]")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    """An artifact with sites of three formats, coded."""
+    folder = tmp_path_factory.mktemp("artifact")
+    torch.manual_seed(0)
+    tersor.save(tersor.compress(net(), Recipe.of("keep", RULES)).model, folder, coded=True)
+    return folder
+
+
+def test_a_checkpoint_there_and_back(checkpoint, tmp_path):
+    """The very same files, by their hashes."""
+    written = pack(checkpoint, tmp_path / "packed")
+    assert sorted(p.name for p in written.output.iterdir()) == ["config.json", CODED, "tokenizer.json"]
+    assert written.after < 0.9 * written.before
+    unpack(written.output, tmp_path / "plain")
+    for path in checkpoint.iterdir():
+        if path.suffix == ".safetensors":
+            assert sha256(tmp_path / "plain" / path.name) == sha256(path), path.name
+    index = json.loads((tmp_path / "plain" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"]["steps"] == "model-00002-of-00002.safetensors"
+    assert (tmp_path / "plain" / "tokenizer.json").read_text() == "[1]"
+
+
+def test_a_single_file(tmp_path):
+    write_weights({"a": torch.randn(30, 30)}, tmp_path / "weights.safetensors")
+    pack(tmp_path / "weights.safetensors", tmp_path / "packed")
+    unpack(tmp_path / "packed" / CODED, tmp_path / "plain")
+    assert sha256(tmp_path / "plain" / "model.safetensors") == sha256(tmp_path / "weights.safetensors")
+
+
+def test_a_model_that_transformers_loads(tmp_path):
+    from transformers import AutoModel, BertConfig, BertModel
+
+    config = BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    model = BertModel(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    pack(tmp_path / "model", tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "plain")
+    loaded = AutoModel.from_pretrained(tmp_path / "plain")
+    assert torch.equal(loaded(IDS).last_hidden_state, model(IDS).last_hidden_state)
+    tersor.save(tersor.compress(model, Recipe.of("int4-g32")).model, tmp_path / "artifact", coded=True)
+    unpack(tmp_path / "artifact", tmp_path / "decoded")
+    decoded = AutoModel.from_pretrained(tmp_path / "decoded").eval()
+    found = tersor.load(tmp_path / "artifact", packed=False)(IDS).last_hidden_state
+    assert torch.equal(decoded(IDS).last_hidden_state, found)
+
+
+def test_an_artifact_computes_the_same(artifact, tmp_path):
+    torch.manual_seed(0)
+    made = tersor.compress(net(), Recipe.of("keep", RULES)).model.eval()
+    tersor.save(made, tmp_path / "plain", coded=False)
+    expected = made(IDS)
+    assert torch.equal(tersor.load(artifact, model=net())(IDS), expected)
+    assert torch.equal(tersor.load(artifact, model=net(), packed=False)(IDS), expected)
+    assert (artifact / CODED).stat().st_size < (tmp_path / "plain" / "model.safetensors").stat().st_size
+    pack(tmp_path / "plain", tmp_path / "packed")
+    assert (tmp_path / "packed" / CODED).stat().st_size == pytest.approx((artifact / CODED).stat().st_size, abs=60)
+    assert torch.equal(tersor.load(tmp_path / "packed", model=net())(IDS), expected)
+
+
+def test_left_in_the_file(artifact):
+    """Sites are decoded when they run, and only one is kept."""
+    lazy, whole = tersor.load(artifact, model=net(), lazy=True), tersor.load(artifact, model=net())
+    sites = [lazy[0].packed, lazy[1].packed, lazy[3].packed]
+    assert not any(site._buffers for site in sites)
+    assert torch.equal(lazy(IDS), whole(IDS))
+    assert not any(site._buffers for site in sites)
+    shelf = sites[0].fetch.func.__self__
+    assert shelf.latest[0] == "3.weight"
+    assert size_of(lazy) == size_of(whole)
+    assert torch.equal(lazy.to(torch.float64)(IDS), whole.to(torch.float64)(IDS))
+
+
+def test_what_cannot_be_left_in_the_file(artifact, tmp_path):
+    tersor.save(tersor.compress(net(), Recipe.of("int8")).model, tmp_path)
+    with pytest.raises(InputError, match="only entropy-coded weights"):
+        tersor.load(tmp_path, model=net(), lazy=True)
+    with pytest.raises(InputError, match="stay packed"):
+        tersor.load(artifact, model=net(), lazy=True, packed=False)
+
+
+def test_coded_sites_are_saved_coded(tmp_path):
+    made = tersor.compress(net(), Recipe.of("coded")).model
+    tersor.save(made, tmp_path)
+    assert (tmp_path / CODED).stat().st_size == size_of(made)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert torch.equal(tersor.load(tmp_path, model=net())(IDS), made.eval()(IDS))
+
+
+def test_damage(artifact, tmp_path, capsys):
+    import shutil
+
+    folder = shutil.copytree(artifact, tmp_path / "damaged")
+    content = bytearray((folder / CODED).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / CODED).write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"model\.tersor: the sha256 differs"):
+        tersor.load(folder, model=net())
+    result = run(capsys, "verify", str(folder))
+    assert result.status == 2
+    result = run(capsys, "verify", str(folder / CODED))
+    assert result.status == 2
+
+
+def test_refusals(checkpoint, artifact, tmp_path):
+    with pytest.raises(InputError, match="packed already"):
+        pack(artifact, tmp_path / "out")
+    with pytest.raises(InputError, match="tersor pack"):
+        unpack(checkpoint, tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="no \\*\\.safetensors file"):
+        pack(tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(ModelError, match="pickle"):
+        pack(tmp_path / "pytorch_model.bin", tmp_path / "out")
+    with pytest.raises(InputError, match="exists"):
+        pack(checkpoint, tmp_path / "empty")
+    assert not (tmp_path / "out").exists()
+
+
+def test_info(artifact, tmp_path):
+    found = info(artifact)
+    assert [site.name for site in found.sites] == ["0.weight", "1.weight", "3.weight"]
+    inside = sum(site.bits * site.num_weights for site in found.sites) / 8
+    assert inside < found.num_bytes - found.header_bytes - found.other_bytes
+    coded = [site for site in found.sites if site.class_entropy is not None]
+    assert coded
+    for site in coded:
+        assert site.class_entropy <= site.entropy + 1e-9
+        assert site.overhead == pytest.approx(site.bits - site.class_entropy)
+
+
+def test_the_bound_of_normal_weights(tmp_path):
+    """Codes of normal weights, one step: an ideal entropy code is 0.255 bits above the bound, ours a little more."""
+    model = nn.Sequential(nn.Linear(400, 500), nn.ReLU())
+    nn.init.normal_(model[0].weight)
+    tersor.save(tersor.compress(model, Recipe.of("coded")).model, tmp_path)
+    (site,) = info(tmp_path).sites
+    assert site.gap == pytest.approx(0.255, abs=0.03)
+
+
+def test_water_filling_by_hand():
+    import numpy as np
+
+    variance, share = np.array([1.0, 0.25, 0.01]), np.array([0.2, 0.3, 0.5])
+    level = 0.05
+    error = float((share * np.minimum(level, variance)).sum())
+    bits = 0.2 * np.log2(1 / level) / 2 + 0.3 * np.log2(0.25 / level) / 2
+    assert water_filling(variance, share, error) == pytest.approx(bits)
+
+
+def test_verbs(checkpoint, tmp_path, capsys):
+    result = run(capsys, "pack", str(checkpoint), "-o", str(tmp_path / "packed"), "--json")
+    assert result.json["bytes"] == (tmp_path / "packed" / CODED).stat().st_size
+    result = run(capsys, "verify", str(tmp_path / "packed"), "--json")
+    assert result.json["tensors"] == 4
+    result = run(capsys, "info", str(tmp_path / "packed"), "--json")
+    rows = {row["name"]: row for row in result.json["sites"]}
+    assert 10 < rows["a.weight"]["bits"] < 11.5
+    result = run(capsys, "unpack", str(tmp_path / "packed"), "-o", str(tmp_path / "plain"), "--json")
+    assert result.json["output"] == str(tmp_path / "plain")
+    assert load_file(tmp_path / "plain" / "model-00002-of-00002.safetensors")["steps"] == 3

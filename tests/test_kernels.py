@@ -1,0 +1,282 @@
+"""Kernels: they compute what the reference computes, are chosen by measurement, and say so."""
+
+import copy
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import nn
+
+import tersor
+from laws import random
+from tersor.activations import ACTIVATIONS, Activation
+from tersor.errors import InputError
+from tersor.formats import format_named
+from tersor.kernels import choice, choices, kernel_of, reference
+from tersor.kernels.int8 import ONEDNN
+from tersor.measure.size import measure_size
+from tersor.modules import Fold, PackedLinear, PackedWeight
+from tersor.sites import find_sites
+from tersor.stats import Stats
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch):
+    """Every test measures for itself."""
+    monkeypatch.setattr(choice, "_choices", {})
+
+
+def layer(format, activation=None, shape=(64, 128), dtype=torch.float32, bias=True):
+    weight = random(*shape, seed=1)
+    encoded = format_named(format).encode(weight, format_named(format).fit(weight))
+    quantizer = None
+    if activation:
+        quantizer = Activation(activation, ACTIVATIONS[activation].fit(Stats(sample=random(64, shape[1]) + 0.5)))
+    offset = nn.Parameter(random(shape[0], seed=2).to(dtype)) if bias else None
+    return PackedLinear(PackedWeight(encoded, Fold(shape), dtype), offset, quantizer).eval()
+
+
+def only(monkeypatch, name):
+    """Have a kernel be the fastest."""
+    monkeypatch.setattr(choice, "fastest", lambda times: name)
+
+
+@torch.no_grad()
+def both(module, x):
+    with reference():
+        slow = module(x)
+    return module(x), slow
+
+
+BF16 = {
+    "int8pack": ["int8"],
+    "int4pack": ["int4-g32", "int4-g64", "int4-g128", "int4-g32-asym", "int4-g128-asym"],
+}
+
+
+@pytest.mark.parametrize(("kernel", "format"), [(kernel, f) for kernel, formats in BF16.items() for f in formats])
+@pytest.mark.parametrize("num_tokens", [1, 5, 33])
+def test_weights_times_bfloat16(monkeypatch, kernel, format, num_tokens):
+    """About as far from the exact result as decoding to bfloat16 is, whose scales are not rounded, but weights are."""
+    only(monkeypatch, kernel)
+    module, x = layer(format, dtype=torch.bfloat16), random(num_tokens, 128).bfloat16()
+    fast, slow = both(module, x)
+    assert kernel_of(module, num_tokens) == kernel
+    exact = x.double() @ module.packed.encoded.decode().double().t() + module.bias.double()
+    assert fast.dtype is torch.bfloat16
+    spread = (slow.double() - exact).square().mean().sqrt()
+    assert (fast.double() - exact).square().mean().sqrt() <= 2.5 * spread
+    assert (fast.double() - exact).abs().max() <= 2**-5 * exact.abs().max()
+
+
+def test_only_models_in_bfloat16_get_them():
+    for format in ("int8", "int4-g32"):
+        assert kernel_of(layer(format, dtype=torch.float32)) == "decode"
+        assert kernel_of(layer(format, dtype=torch.float16)) == "decode"
+
+
+@pytest.mark.parametrize("shape", [(24, 128), (64, 100), (17, 70), (1, 32), (3, 3)])
+@pytest.mark.parametrize("format", ["int8", "int4-g32", "int4-g64", "int4"])
+def test_shapes_the_kernels_cannot_take_are_decoded(format, shape):
+    """Some of them would end the process."""
+    module = layer(format, dtype=torch.bfloat16, shape=shape)
+    fast, slow = both(module, random(4, shape[1]).bfloat16())
+    assert torch.equal(fast, slow)
+    assert kernel_of(module, 4) == "decode"
+
+
+@pytest.mark.parametrize("activation", ["int8-dynamic", "int8-static"])
+@pytest.mark.parametrize("num_tokens", [1, 7, 64])
+def test_the_int8_kernels_agree_to_the_last_bit(monkeypatch, activation, num_tokens):
+    """So what is chosen does not change a result."""
+    if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        pytest.skip("this PyTorch has no qlinear_pointwise")
+    monkeypatch.setattr("tersor.kernels.int8.LARGE", 0)
+    module, x = layer("int8", activation), random(num_tokens, 128)
+    made = {}
+    for kernel in ("int_mm", "onednn"):
+        only(monkeypatch, kernel)
+        again = copy.deepcopy(module)
+        with torch.no_grad():
+            made[kernel] = again(x)
+        assert kernel_of(again, num_tokens) == kernel
+        choice._choices.clear()
+    assert torch.equal(made["int_mm"], made["onednn"])
+
+
+def test_a_choice_is_measured_once_for_all_sites_of_a_shape(monkeypatch):
+    calls, timed = [], choice.timed
+    monkeypatch.setattr(choice, "timed", lambda *args: calls.append(args[0].name) or timed(*args))
+    first, second = (layer("int4-g32", dtype=torch.bfloat16) for _ in range(2))
+    with torch.no_grad():
+        first(random(5, 128).bfloat16())
+        assert set(calls) == {"int4pack", "decode"}
+        num_calls = len(calls)
+        first(random(8, 128).bfloat16())
+        second(random(7, 128).bfloat16())
+        assert len(calls) == num_calls, "5 to 8 tokens are taken together"
+        second(random(9, 128).bfloat16())
+        assert len(calls) > num_calls
+    rows = [asdict(each) for each in choices()]
+    assert [row["num_tokens"] for row in rows] == [8, 16]
+    assert all(set(row["microseconds"]) == {"int4pack", "decode"} for row in rows)
+    assert all(row["kernel"] in row["microseconds"] for row in rows)
+    assert json.loads(json.dumps(rows))
+
+
+def test_the_faster_one_is_taken_where_the_difference_is_clear():
+    assert choice.fastest({"int8pack": 1.0, "decode": 0.5}) == "decode"
+    assert choice.fastest({"int8pack": 1.0, "decode": 0.95}) == "int8pack"
+    assert choice.fastest({"int8pack": 0.5, "decode": 1.0}) == "int8pack"
+
+
+def test_a_kernel_that_strays_or_fails_is_left_out(monkeypatch):
+    """Such as one that saturates on a CPU without the right instructions."""
+    x = random(4, 128).bfloat16()
+    for broken in (lambda x, *rest: torch.zeros(4, 64).bfloat16(), fails):
+        kernel = next(kernel for kernel in choice.ROWS if kernel.name == "int8pack")
+        wrong = [copy.copy(kernel), choice.DECODE]
+        object.__setattr__(wrong[0], "run", broken)
+        monkeypatch.setattr(choice, "ROWS", wrong)
+        choice._choices.clear()
+        module = layer("int8", dtype=torch.bfloat16)
+        fast, slow = both(module, x)
+        assert torch.equal(fast, slow)
+        assert kernel_of(module, 4) == "decode"
+        assert "int8pack" not in choices()[0].microseconds
+
+
+def fails(*args):
+    raise RuntimeError("not on this CPU")
+
+
+def test_what_a_kernel_lays_out_counts_as_memory(monkeypatch):
+    model = nn.Sequential(layer("int4-g32", dtype=torch.bfloat16))
+    before = measure_size(model).num_bytes
+    only(monkeypatch, "int4pack")
+    with torch.no_grad():
+        model(random(1, 128).bfloat16())
+    laid_out = 64 * 128 // 2 + 64 * (128 // 32) * 2 * 2  # codes, and pairs of bfloat16
+    assert measure_size(model).num_bytes == before + laid_out
+    assert not any("memory" in name for name in model.state_dict()), "and is not stored"
+    only(monkeypatch, "decode")
+    choice._choices.clear()
+    other = nn.Sequential(layer("int4-g32", dtype=torch.bfloat16))
+    with torch.no_grad():
+        other(random(1, 128).bfloat16())
+    assert measure_size(other).num_bytes == before, "kernels that were not chosen leave nothing behind"
+
+
+def test_casting_and_moving_forgets_the_choice(monkeypatch):
+    only(monkeypatch, "int4pack")
+    module = layer("int4-g32", dtype=torch.bfloat16, bias=False)
+    with torch.no_grad():
+        module(random(1, 128).bfloat16())
+        module.float()
+        assert not module.packed.memory.layouts
+        fast, slow = both(module, random(1, 128))
+    assert torch.equal(fast, slow)
+
+
+def test_a_weight_that_was_trained_is_laid_out_anew(monkeypatch):
+    only(monkeypatch, "int4pack")
+    module, x = layer("int4-g32", dtype=torch.bfloat16, bias=False), random(2, 128).bfloat16()
+    with torch.no_grad():
+        before = module(x)
+    scale = module.packed._buffers["scale"]
+    scale.requires_grad_(True)
+    module(x)
+    scale.requires_grad_(False)
+    scale.mul_(2)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), 2 * before, rtol=2**-6, atol=2**-6)
+
+
+def test_gradients_flow_through_a_model_in_bfloat16():
+    module, x = layer("int4-g32", dtype=torch.bfloat16), random(2, 128).bfloat16().requires_grad_()
+    module(x).float().sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+COMPILED = """
+import sys, torch
+from torch import nn
+import tersor
+from tersor.kernels import reference
+
+def forward(model, x):
+    return model(x)
+
+class Task:
+    name, output, description, fingerprint = "toy", "values", "toy", "0"
+    prepare = score = None
+    batches = lambda self, split, batch_size=None: iter([torch.randn(64, 64)])
+    forward = lambda self, model, batch: model(batch)
+
+torch.manual_seed(0)
+model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)).eval(), torch.randn(4, 64)
+for backend in sys.argv[2:]:
+    for scheme in sys.argv[1].split(","):
+        for dtype in (torch.float32, torch.bfloat16):
+            small = tersor.compress(model, tersor.Recipe.of(scheme), Task()).model.to(dtype)
+            torch._dynamo.reset()
+            with torch.no_grad():
+                made = torch.compile(small, backend=backend, fullgraph=True)(x.to(dtype))
+                with reference():
+                    expected = small(x.to(dtype))
+            room = 0.05 if dtype is torch.bfloat16 else 1e-4
+            torch.testing.assert_close(made, expected, rtol=room, atol=room)
+print("all agree")
+"""
+
+
+def compile_all(schemes, *backends):
+    """In a process of its own: what checks shapes in tests is no code that Dynamo can follow."""
+    command = [sys.executable, "-c", COMPILED, schemes, *backends]
+    child = subprocess.run(command, capture_output=True, text=True)
+    assert "all agree" in child.stdout, child.stderr
+
+
+def test_packed_models_compile_whole():
+    compile_all("int8-dynamic,int8/int8-static,int4-g32,int8", "aot_eager")
+
+
+@pytest.mark.slow
+def test_packed_models_compile_with_inductor():
+    compile_all("int8-dynamic,int8/int8-static,int4-g32", "inductor")
+
+
+def test_loading_in_bfloat16_runs_on_packed_weights(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 64)).eval()
+    tersor.save(tersor.compress(model, tersor.Recipe.of("int4-g32")).model, tmp_path)
+    only(monkeypatch, "int4pack")
+    loaded = tersor.load(tmp_path, model=copy.deepcopy(model), dtype=torch.bfloat16)
+    x = random(2, 128)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x.bfloat16()).float(), model(x), rtol=0.2, atol=0.1)
+    assert kernel_of(loaded[0], 2) == "int4pack"
+    assert loaded[0].bias.dtype is torch.bfloat16
+    with pytest.raises(InputError, match=r"torch\.int8 is no floating-point type"):
+        tersor.load(tmp_path, model=model, dtype=torch.int8)
+
+
+def test_kernel_of_names_what_is_not_linear():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 8), nn.LSTM(8, 8))
+    assert [kernel_of(module) for module in model] == ["float"] * 3
+    packed = tersor.compress(model, tersor.Recipe.of("int8-dynamic")).model
+    assert kernel_of(packed[0]) == "decode"
+    assert kernel_of(packed[1]) == "int_mm"
+    with reference():
+        assert kernel_of(packed[1]) == "decode"
+    assert len(find_sites(packed)) == 4
+
+
+def test_onednn_is_for_large_weights():
+    """A second copy of a small weight gains nothing."""
+    encoded = layer("int8", "int8-dynamic").packed.encoded
+    assert not ONEDNN.fits(encoded, Activation("int8-dynamic"), torch.float32)
