@@ -49,7 +49,7 @@ PRUNING: dict[str, dict[str, Any]] = {
 TUNING = {**TAUGHT, "epochs": 1}
 ROWS = [
     *(f"lenet-300-100 95% {level}" for level in ("2e-3", "5e-3", "8e-3")),
-    *(f"lenet-5 97% {level}" for level in ("2e-3", "5e-3", "8e-3")),
+    *(f"lenet-5 97% {level}" for level in ("1e-3", "2e-3", "5e-3")),
     "resnet-20 0% 3e-3",
     *(f"resnet-20 0% {size}" for size in ("150kB", "110kB", "95kB", "75kB")),
 ]

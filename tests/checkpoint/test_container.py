@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from golden.container.write import GOLDEN, PACKING, bell, tensors
+from golden.container.write_container import GOLDEN, PACKING, bell, tensors
 from tersor.checkpoint.container import FIXED, TRAILER, Container, read
 from tersor.checkpoint.container_write import write
 from tersor.errors import ArtifactError

@@ -1,6 +1,6 @@
 """The golden container: bytes that version 1 of `model.tersor` wrote, to be read forever.
 
-    python tests/golden/container/write.py
+    python tests/golden/container/write_container.py
 
 writes `v1.tersor` if there is none; it never touches one that exists. What the file holds is made by whole numbers
 alone, so that any machine can say what must come out of it.
