@@ -8,7 +8,7 @@ every level, then the levels that make all weights cost the same again are `1 / 
 """
 
 import copy
-from math import exp, log
+from math import exp, inf, log
 
 import torch
 from torch import nn
@@ -47,7 +47,17 @@ def measured_factors(
         weight.data = kept
         ratios[site.name] = loss / (site.num_weights * levels[site.name] ** 2 / 24)
         weights[site.name] = site.num_weights
-    logs = {name: log(max(ratio, 1e-30)) for name, ratio in ratios.items()}
-    middle = sum(weights[name] * value for name, value in logs.items()) / max(1, sum(weights.values()))
+    return factors(ratios, weights)
+
+
+def factors(ratios: dict[str, float], weights: dict[str, int]) -> dict[str, float]:
+    """`1 / sqrt(ratio)`, around 1 over the weights of all sites that cost anything at all.
+
+    >>> factors({"a": 4.0, "b": 1.0, "never used": 0.0}, {"a": 10, "b": 10, "never used": 90})
+    {'a': 0.707, 'b': 1.41, 'never used': 8.0}
+    """
+    logs = {name: log(ratio) if ratio > 0 else -inf for name, ratio in ratios.items()}
+    used = [name for name in logs if logs[name] > -inf]
+    middle = sum(weights[name] * logs[name] for name in used) / max(1, sum(weights[name] for name in used))
     reach = log(WIDEST)
     return {name: float(f"{exp(-max(-reach, min(reach, value - middle)) / 2):.3g}") for name, value in logs.items()}

@@ -130,7 +130,7 @@ def normalized(logs: Int[ndarray, " symbol"]) -> UInt32[ndarray, " symbol"]:
 
     >>> counts = normalized(np.array([1, 90, 98] + 253 * [0]))
     >>> counts[:4].tolist(), int(counts.sum())
-    ([4, 5460, 10920, 0], 16384)
+    ([3, 5460, 10921, 0], 16384)
     """
     weights = [POWERS[(log - 1) % STEPS] << ((log - 1) // STEPS) if log else 0 for log in logs.tolist()]
     total, free = sum(weights), TOTAL - sum(weight > 0 for weight in weights)
@@ -193,7 +193,7 @@ def read_tables(source: BitReader) -> TableSet:
     """The inverse of `write_tables`. Raises ArtifactError for what no writer makes."""
     low = unzigzag(source.gamma())
     num_tables = source.gamma() + 1
-    if num_tables > MAX_TABLES or not -(2**31) <= low < 2**31 - NUM_SYMBOLS:
+    if num_tables > MAX_TABLES or not -(2**31) <= low <= 2**31 - NUM_SYMBOLS:
         raise ArtifactError(f"{num_tables} tables from the value {low} on; at most {MAX_TABLES} can be")
     table_of: list[int] = []
     rows, before = [], np.zeros(NUM_SYMBOLS, np.int64)

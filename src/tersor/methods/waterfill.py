@@ -35,6 +35,7 @@ from tersor.methods.solver import Problem, polish, pose, sweep
 from tersor.stats import Stats
 
 ROW_DAMPING = 0.02  # of the rows' mean curvature, added to each: calibration shows it with much noise
+RARE = 8  # what a rare word counts: it says more than a common one, and a row of zeros costs more than it bends
 LEAST_DAMPING, STEPS_DAMPING, DRIFT_DAMPING = 0.01, 0.25, 1.0  # of the inputs' mean energy (see `damping_of`)
 UNREACHED = 0.01  # a site that the data never reaches counts as if its output were this share of the loss
 BIT = log(2) / 6  # squared error, in steps, that a bit is worth where each weight adds `level^2 / 24` to the loss
@@ -197,7 +198,7 @@ def entropy(deviation: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
 def row_curvature(weight: Weight, problem: Problem, stats: Stats) -> Float[Tensor, " out"]:
     """The curvature of the loss in every output of the site, above zero."""
     if stats.row_weight is not None and stats.row_weight.any():
-        damping = max(ROW_DAMPING * stats.row_weight.mean().item(), unseen(stats.row_weight))
+        damping = max(ROW_DAMPING * stats.row_weight.mean().item(), RARE * unseen(stats.row_weight))
         return (stats.row_weight.to(weight.device) + damping) / problem.moment.diagonal().mean()
     energy = ((weight @ problem.moment) * weight).sum().item() or 1.0
     share = 1.0 if stats.row_weight is None else UNREACHED
