@@ -55,6 +55,8 @@ LITE: dict[str, dict[str, Any]] = {
     **{f"Lite0 {name}": {"scheme": f"int8/{name}:int8-static", **FOLD} for name in OBSERVERS},
     "Lite0 cubed-error, batch norms not folded": {"scheme": "int8/int8-static"},
     "Lite0 cubed-error, bias correction": {"scheme": "int8/int8-static", "bias_correction": True, **FOLD},
+    "Lite0 int8 weights, float inputs": {"scheme": "int8", **FOLD},
+    "Lite0 cubed-error, gptq, bias correction": {"scheme": "gptq:int8/int8-static", "bias_correction": True, **FOLD},
     "Lite0 cubed-error, keep-float auto": {"scheme": "int8/int8-static", "keep_float": "auto", **FOLD},
 }
 BERT = {"rules": {"*embeddings*": "int8"}, "exclude": ["*pooler*"]}  # the pooler takes no part

@@ -10,12 +10,15 @@ from torch import nn
 import tersor
 from cli_runner import tersor as run
 from tersor.analysis.coding import info, water_filling
+from tersor.checkpoint.container import Container
 from tersor.checkpoint.layout import CODED, size_of
 from tersor.checkpoint.pack import pack, unpack
+from tersor.checkpoint.restore import read_decoded
 from tersor.checkpoint.source import sha256
 from tersor.checkpoint.weights import write_weights
 from tersor.errors import ArtifactError, InputError, ModelError
 from tersor.recipe import Recipe
+from tersor.sites import find_sites
 
 
 def net() -> nn.Module:
@@ -130,6 +133,28 @@ def test_coded_sites_are_saved_coded(tmp_path):
     assert (tmp_path / CODED).stat().st_size == size_of(made)
     assert not (tmp_path / "model.safetensors").exists()
     assert torch.equal(tersor.load(tmp_path, model=net())(IDS), made.eval()(IDS))
+
+
+def test_coded_sites_into_float(tmp_path):
+    """Decoded and scaled in one pass: the weights that decoding the codes gives, and damage is noticed as well."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(700, 32), nn.Linear(32, 64), nn.Linear(64, 1).bfloat16())
+    with torch.no_grad():
+        model[0].weight[3, 5] = 70.0
+    made = tersor.compress(model, Recipe.of("coded")).model
+    tersor.save(made, tmp_path)
+    found = tersor.load(tmp_path, model=model, packed=False)
+    for site in find_sites(made):
+        assert torch.equal(found.get_parameter(f"{site.name}.weight").data, site.weight(made).detach())
+    container = Container(tmp_path / CODED)
+    for name in ("0.weight.codes", "1.weight.codes", "1.weight.row", "2.weight.scale"):
+        content = bytearray((tmp_path / CODED).read_bytes())
+        content[container.chunks[name][-1].first] ^= 1
+        (tmp_path / "damaged.tersor").write_bytes(content)
+        with pytest.raises(ArtifactError, match=f"{name}, .*checksum differs"):
+            read_decoded(
+                tmp_path / "damaged.tersor", {"0.weight": (700, 32), "1.weight": (64, 32), "2.weight": (1, 64)}
+            )
 
 
 def test_damage(artifact, tmp_path, capsys):

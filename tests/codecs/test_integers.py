@@ -115,6 +115,26 @@ def test_the_same_bytes_from_numpy(monkeypatch):
         assert same(decode(encode(codes)), codes)  # by numpy alone
 
 
+@pytest.mark.parametrize("loops", [rans_numba, rans_numpy])
+@pytest.mark.parametrize(
+    ("shape", "sigma"), [((70, 150), 1.5), ((1, 90), 2.0), ((40, 1), 2.0), ((130, 64), 40.0), ((33, 20), 3000.0)]
+)
+def test_scaled_on_the_way(shape, sigma, loops, monkeypatch):
+    """With scales the very bits that decoding and then scaling in torch gives: for escapes, low bits, single rows."""
+    monkeypatch.setattr(rans, "loops", lambda: loops)
+    torch.manual_seed(0)
+    codes = normal(*shape, sigma=sigma)
+    codes[0, 0], codes[-1, -1] = 3000, -700
+    rows, columns = torch.rand(shape[0]) + 1e-3, torch.rand(shape[1]) - 0.5
+    pieces = integers.Integers().encode(codes)
+    parts = [memoryview(part) for part in (pieces.head, *pieces.chunks)]
+    scaled = integers.Integers(scales=(rows.numpy(), columns.numpy()))
+    decoding = scaled.decode(parts[0], parts[1:], torch.int16, shape)
+    for task in decoding.tasks:
+        task()
+    assert same(decoding.tensor, codes * (rows[:, None] * columns))
+
+
 def test_without_numba(monkeypatch):
     """Where numba cannot be imported numpy takes over."""
     import sys

@@ -78,9 +78,23 @@ def test_bits(numbers):
         out.gamma(value) if kind == "gamma" else out.raw(value, 21) if kind == "raw" else out.rice(value, k)
     source = BitReader(bytes(out))
     for kind, value, k in numbers:
-        assert value == (source.gamma() if kind == "gamma" else source.raw(21) if kind == "raw" else source.rice(k))
+        read = {"gamma": source.gamma, "raw": lambda: source.raw(21), "rice": lambda k=k: source.rices(k, 1)[0]}
+        assert read[kind]() == value
     with pytest.raises(ArtifactError, match="in the middle of a number"):
         source.raw(8)
+
+
+@given(st.lists(st.integers(0, 300)), st.integers(3, 7))
+def test_many_numbers_at_once(numbers, k):
+    out = BitWriter()
+    out.raw(5, 3)
+    for number in numbers:
+        out.rice(number, k)
+    source = BitReader(bytes(out))
+    assert source.raw(3) == 5
+    assert source.rices(k, len(numbers)) == numbers
+    with pytest.raises(ArtifactError, match=r"in the middle of a number|more than 40 bits"):
+        source.rices(k, 8)
 
 
 @given(st.integers(-(2**40), 2**40))

@@ -1,11 +1,13 @@
 """ONNX files: run by ONNX Runtime, they compute what the model computes, with exactly its codes and scales."""
 
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
@@ -222,6 +224,36 @@ def test_int8_convolutions_of_residual_blocks(tmp_path):
     assert difference(run(exact, examples), examples.run(model)) < 5e-3
     left, _ = write(model, whole, tmp_path, float_outputs=True)
     assert convolutions(left) == [(True, False), (True, False), (False, False)]
+
+
+class Shrinking(Residual):
+    """A shortcut that drops pixels and adds channels, then a pool: what a ResNet for CIFAR-10 is made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = torch.relu(super().forward(x))
+        short = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
+        x = torch.relu(self.wide(x) + short)
+        return self.head(nn.functional.avg_pool2d(x, x.shape[-1]).flatten(1))
+
+
+def test_the_whole_residual_chain_runs_on_codes(tmp_path):
+    x = torch.randn(4, 8, 9, 9)
+    examples = Examples({"x": x}, {"x": {0: "batch"}}, keywords=False, calibration=({"x": x},))
+    model = tersor.compress(Shrinking().eval(), Recipe.of("int8/int8-static"), Calibration(examples)).model
+    written, _ = write(model, examples, tmp_path)
+    assert difference(run(written, examples), examples.run(model)) < 0.05
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(written, options, providers=["CPUExecutionProvider"])
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert (kinds["QLinearConv"], kinds["QLinearAdd"], kinds["QLinearAveragePool"]) == (4, 2, 1)
+    assert not {"Conv", "Relu", "AveragePool", "FusedConv"} & set(kinds)
+    assert kinds["QuantizeLinear"] == 1  # of the input
 
 
 class Strange(nn.Module):

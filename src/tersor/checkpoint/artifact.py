@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tersor.checkpoint.container_write import holds_codes, write_coded
 from tersor.checkpoint.layout import CODED, other_tensors, packed_sites, tensors_of
@@ -33,7 +33,7 @@ from tersor.checkpoint.manifest import (
     weights_path,
     write_manifest,
 )
-from tersor.checkpoint.restore import read_tensors, restore_rest, restore_site
+from tersor.checkpoint.restore import read_decoded, read_tensors, restore_rest, restore_site
 from tersor.checkpoint.source import first_line, quiet_transformers, sha256, transformers_class
 from tersor.checkpoint.weights import write_weights
 from tersor.codecs.integers import EXPANSION
@@ -171,14 +171,21 @@ def load(
         if weights.name != CODED or not packed:
             raise InputError(f"{weights}: only entropy-coded weights that stay packed can be left in the file")
         shelf = Shelf(weights)
-    tensors = shelf.tensors() if shelf is not None else read_tensors(weights)
     sites = {site.name: site for site in find_sites(model)}
+    matrices: dict[str, Tensor] = {}
+    if shelf is not None:
+        tensors = shelf.tensors()
+    elif weights.name == CODED and not packed:
+        coded = [site for name, site in sites.items() if manifest["sites"].get(name, {}).get("format") == "coded"]
+        tensors, matrices = read_decoded(weights, {site.parameter: site.shape for site in coded})
+    else:
+        tensors = read_tensors(weights)
     for name, entry in manifest["sites"].items():
         if name not in sites:
             raise ArtifactError(
                 f"{folder}: the manifest names the site {name}, which {type(model).__name__} does not have"
             )
-        restore_site(model, sites[name], entry, tensors, packed)
+        restore_site(model, sites[name], entry, tensors, packed, matrices.pop(sites[name].parameter, None))
         if shelf is not None:
             shelf.serve(model, sites[name])
     decoded = [] if packed else [sites[name] for name in manifest["sites"]]

@@ -20,7 +20,7 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -125,12 +125,22 @@ class Container:
         """One tensor, decoded."""
         return self.tensors([name])[name]
 
-    def tensors(self, names: Sequence[str] | None = None, num_threads: int | None = None) -> dict[str, Tensor]:
-        """Tensors by name, all of them by default, their chunks decoded side by side."""
+    def tensors(
+        self,
+        names: Sequence[str] | None = None,
+        num_threads: int | None = None,
+        scales: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    ) -> dict[str, Tensor]:
+        """Tensors by name, all of them by default, their chunks decoded side by side.
+
+        Args:
+            scales: of the rows `[out]` and the columns `[in]` of some integer matrices, by name: those come back as
+                float32, each value times the product of its two scales, without integers in between.
+        """
         decodings: dict[str, Decoding] = {}
         tasks: list[Task] = []
         for name in self.entries if names is None else names:
-            decodings[name] = self.decoding(name)
+            decodings[name] = self.decoding(name, (scales or {}).get(name))
             tasks += decodings[name].tasks
         if num_threads == 1 or len(tasks) < 2:
             for task in tasks:
@@ -158,14 +168,15 @@ class Container:
         if digest != bytes(self.data[-TRAILER:]):
             raise ArtifactError(f"{self.path}: the SHA-256 at its end differs; the file was changed or damaged")
 
-    def decoding(self, name: str) -> Decoding:
+    def decoding(self, name: str, scales: tuple[Tensor, Tensor] | None = None) -> Decoding:
         """A tensor to be filled. Raises ArtifactError for a name that is not there."""
         if name not in self.entries:
             raise ArtifactError(f"{self.path}: has no tensor {name}")
         entry, chunks = self.entries[name], self.chunks[name]
         codec = CODECS[entry.codec]
         if isinstance(codec, Integers):
-            codec = Integers(self.tables)
+            rows_and_columns = None if scales is None else (scales[0].numpy(), scales[1].numpy())
+            codec = Integers(self.tables, rows_and_columns)
         head, blocks = memoryview(b""), list(chunks)
         if codec.has_head:
             head = self.checked(blocks.pop(0), f"{name}, its head")

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from tersor.activations import Activation, activation_named
-from tersor.checkpoint.container import Container
+from tersor.checkpoint.container import DTYPES, Container
 from tersor.checkpoint.layout import CODED
 from tersor.checkpoint.weights import read_weights
 from tersor.encoded import Encoded
 from tersor.errors import ArtifactError, FormatError, ModelError, UnknownName
 from tersor.formats import format_named
+from tersor.formats.coded import Coded, row_and_column_scales
 from tersor.sites import Site
 
 
@@ -28,10 +29,49 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ArtifactError(str(error)) from None
 
 
+def read_decoded(
+    path: Path, shapes: Mapping[str, tuple[int, int]], num_threads: int | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All tensors of a `model.tersor`, and the float32 matrices that its `coded` sites stand for, decoded at once.
+
+    Args:
+        shapes: of the matrices of those sites, by parameter.
+
+    Returns:
+        The tensors by name, codes that were decoded to matrices on the meta device; and those matrices by parameter. A
+        site whose parts are not those of its layout is left to `restore_site`, which says so.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    container = Container(path)
+    codes = {}
+    for parameter, shape in shapes.items():
+        layout = {f"{parameter}.{part}": expected for part, expected in Coded().layout(shape).items()}
+        entries = [container.entries[name] for name in layout if name in container.entries]
+        stored = {entry.name: (DTYPES[entry.dtype], tuple(entry.shape)) for entry in entries}
+        if stored == layout and container.entries[f"{parameter}.codes"].codec == "integers":
+            codes[f"{parameter}.codes"] = parameter
+    tensors = container.tensors([name for name in container.entries if name not in codes], num_threads)
+    scales = {}
+    for name, parameter in codes.items():
+        rows, columns = row_and_column_scales({p: tensors[f"{parameter}.{p}"] for p in ("row", "column", "scale")})
+        scales[name] = (rows.flatten(), columns.flatten())
+        tensors[name] = torch.empty(shapes[parameter], dtype=torch.int16, device="meta")
+    decoded = container.tensors(list(codes), num_threads, scales)
+    return tensors, {codes[name]: matrix for name, matrix in decoded.items()}
+
+
 def restore_site(
-    model: nn.Module, site: Site, entry: Mapping[str, Any], tensors: dict[str, Tensor], packed: bool
+    model: nn.Module,
+    site: Site,
+    entry: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    packed: bool,
+    matrix: Tensor | None = None,
 ) -> None:
-    """Check one site's parts against its format's layout, and put them in place."""
+    """Check one site's parts against its format's layout, and put them in place; `matrix` is what they decode to, if
+    that is known and they are not to stay packed."""
     try:
         format, dtype = format_named(entry["format"]), getattr(torch, entry["dtype"])
         input_format = activation_named(entry["activation"]) if entry["activation"] else None
@@ -56,7 +96,7 @@ def restore_site(
     encoded = Encoded(format, site.shape, parts)
     check_values(site, encoded)
     if not packed:
-        site.weight(model).data = site.fold.unfold(encoded.decode()).to(dtype)
+        site.weight(model).data = site.fold.unfold(encoded.decode() if matrix is None else matrix).to(dtype)
         return
     activation = None
     if input_format:

@@ -28,16 +28,20 @@ def export(
     fixed: Annotated[
         list[str] | None, typer.Option(help="Axis that keeps the examples' size: batch or sequence. Repeatable.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="What onnx computes in besides int8: fp32 or fp16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="What onnx and web compute in besides int8: fp32 or fp16.")] = None,
     per_token: Annotated[
-        bool, typer.Option("--per-token", help="onnx: a scale per token for int8-dynamic, as in the artifact.")
+        bool, typer.Option("--per-token", help="onnx, web: a scale per token for int8-dynamic, as in the artifact.")
     ] = False,
     float_outputs: Annotated[
-        bool, typer.Option("--float-outputs", help="onnx: never round the outputs of int8 convolutions.")
+        bool, typer.Option("--float-outputs", help="onnx, openvino, web: never round the outputs of int8 convolutions.")
     ] = False,
     decode: Annotated[
-        bool, typer.Option("--decode", help="onnx: write formats it cannot hold as decoded fp16 weights.")
+        bool, typer.Option("--decode", help="onnx, web: write formats it cannot hold as decoded fp16 weights.")
     ] = False,
+    runtime_path: Annotated[
+        Path | None,
+        typer.Option(help="web: folder of the npm package onnxruntime-web; default: of ./node_modules."),
+    ] = None,
     threads: options.Threads = 1,
     json: options.Json = False,
 ) -> None:
@@ -45,7 +49,8 @@ def export(
 
     Runtimes that run here load the result at once; it is compared with the model and timed before it is kept.
     """
-    given = {"dtype": dtype, "per_token": per_token, "float_outputs": float_outputs, "decode": decode}
+    flags = {"per_token": per_token, "float_outputs": float_outputs, "decode": decode}
+    given = {"dtype": dtype, "runtime_path": runtime_path, **flags}
     choice = options.task_choice(task, data, None, task_option)
     made = export_model(
         model,

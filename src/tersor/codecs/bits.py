@@ -51,25 +51,31 @@ class BitReader:
         part = int.from_bytes(self.data[first // 8 : -(-end // 8)], "little")
         return (part >> (first % 8)) & ((1 << num_bits) - 1)
 
-    def run(self, bit: int) -> int:
-        """How many bits like this come before the first other one, which is read as well."""
-        first = self.place // 8
-        part = int.from_bytes(self.data[first : first + 8], "little") >> (self.place % 8)
-        others = part if bit == 0 else ~part  # beyond the end there are only zeros
-        length = (others & -others).bit_length() - 1 if others else LONGEST + 1
-        if length > LONGEST:
-            raise ArtifactError(f"a number of more than {LONGEST} bits")
-        self.raw(length + 1)
-        return length
-
-    def rice(self, k: int) -> int:
-        """A number written by `BitWriter.rice`."""
-        high = self.run(1)
-        return (high << k) | self.raw(k)
+    def rices(self, k: int, count: int) -> list[int]:
+        """Numbers written by `BitWriter.rice`, one after another; k is at most 16."""
+        data, place, end, lowest = self.data, self.place, 8 * len(self.data), (1 << k) - 1
+        numbers = []
+        for _ in range(count):
+            first = place >> 3
+            part = int.from_bytes(data[first : first + 8], "little") >> (place & 7)  # beyond the end there are zeros
+            high = (~part & (part + 1)).bit_length() - 1
+            if high > LONGEST:
+                raise ArtifactError(f"a number of more than {LONGEST} bits")
+            place += high + 1 + k
+            if place > end:
+                raise ArtifactError(f"ends after {len(data)} bytes, in the middle of a number")
+            numbers.append((high << k) | (part >> (high + 1) & lowest))
+        self.place = place
+        return numbers
 
     def gamma(self) -> int:
         """A number written by `BitWriter.gamma`."""
-        length = self.run(0)
+        first = self.place // 8
+        part = int.from_bytes(self.data[first : first + 8], "little") >> (self.place % 8)
+        length = (part & -part).bit_length() - 1 if part else LONGEST + 1
+        if length > LONGEST:
+            raise ArtifactError(f"a number of more than {LONGEST} bits")
+        self.raw(length + 1)
         return ((1 << length) | self.raw(length)) - 1
 
 

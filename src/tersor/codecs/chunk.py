@@ -7,12 +7,13 @@ words               16 bits each, little-endian: two for every lane's state, and
 """
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float32, Int
 from numpy import ndarray
 
 from tersor.codecs.bits import read_varint, unzigzag, write_varint, zigzag
 from tersor.codecs.head import Head
 from tersor.codecs.plan import Plan, lanes_and_rows, symbols_of
+from tersor.codecs.rans import Scales
 from tersor.codecs.rans import decode as decode_words
 from tersor.codecs.rans import encode as encode_words
 from tersor.errors import ArtifactError
@@ -43,8 +44,24 @@ def unpack_low_bits(data: memoryview, num_values: int, num_bits: int) -> Int[nda
     return (bits.reshape(num_values, num_bits).astype(np.int32) << np.arange(num_bits, dtype=np.int32)).sum(axis=1)
 
 
-def decode_chunk(head: Head, data: memoryview, rows: slice, values: Int[ndarray, "rows in"]) -> None:
-    """Fill some rows. Raises ArtifactError for damaged bytes."""
+@np.errstate(over="ignore", invalid="ignore")  # scales of a damaged file: inf and NaN, as torch has them
+def decode_chunk(
+    head: Head,
+    data: memoryview,
+    rows: slice,
+    values: Int[ndarray, "rows in"] | Float32[ndarray, "rows in"],
+    kind: type[np.integer],
+    scales: Scales | None = None,
+) -> None:
+    """Fill some rows.
+
+    Args:
+        kind: of the integers that were coded; those of `values` too, unless it is float32.
+        scales: of these rows and of all columns, for values in float32: `value * (row scale * column scale)`.
+
+    Raises:
+        ArtifactError: the bytes are damaged.
+    """
     num_escapes, place = read_varint(data, 0)
     if num_escapes > min(len(data), values.size):
         raise ArtifactError(f"{num_escapes} values written out in {len(data)} bytes")
@@ -61,13 +78,19 @@ def decode_chunk(head: Head, data: memoryview, rows: slice, values: Int[ndarray,
     row_class = np.ascontiguousarray(head.classes.row[rows])
     stream = np.frombuffer(words, "<u2").astype(np.uint16, copy=False)
     unsigned = high.view(np.uint8) if high.dtype == np.int8 else high  # the same bits
-    found = decode_words(stream, head.tables, row_class, head.classes.column, head.num_lanes, unsigned, places)
+    factors = None if head.num_low_bits else scales
+    found = decode_words(stream, head.tables, row_class, head.classes.column, head.num_lanes, unsigned, places, factors)
     if found != num_escapes:
         raise ArtifactError("the coded values do not end where they should")
-    reach, shift = np.iinfo(values.dtype), head.num_low_bits
+    reach, shift = np.iinfo(kind), head.num_low_bits
     if num_escapes and not reach.min >> shift <= min(written) <= max(written) <= reach.max >> shift:
-        raise ArtifactError(f"a value between {min(written)} and {max(written)} is too large for {values.dtype}")
-    high.reshape(-1)[places] = written
+        raise ArtifactError(f"a value between {min(written)} and {max(written)} is too large for {np.dtype(kind)}")
+    if factors is None:
+        high.reshape(-1)[places] = written
+    elif num_escapes:
+        row, column = np.divmod(places, values.shape[1])
+        values[row, column] = np.array(written, np.float32) * (factors[0][row] * factors[1][column])
     if head.num_low_bits:
         bits = unpack_low_bits(low, values.size, head.num_low_bits).reshape(values.shape)
-        values[:] = (high << head.num_low_bits) | bits
+        whole = (high << head.num_low_bits) | bits
+        values[:] = whole if scales is None else whole.astype(np.float32) * np.multiply.outer(*scales)

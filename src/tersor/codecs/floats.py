@@ -138,7 +138,7 @@ def fill(head: Head, data: memoryview, block: slice, values: ndarray, kept: Sequ
     if place + length + per_plane * len(kept) != len(data):
         raise ArtifactError(f"{len(data)} bytes for {length} of exponents and {len(kept)} planes of {per_plane}")
     symbols = np.empty(values.shape, np.uint8)
-    decode_chunk(head, data[place : place + length], block, symbols)
+    decode_chunk(head, data[place : place + length], block, symbols, np.uint8)
     place += length
     planes = np.zeros((num_planes(split), values.size), np.uint8)
     for plane in kept:

@@ -83,10 +83,9 @@ def read_head(data: bytes, shape: tuple[int, int], dtype: torch.dtype, shared: T
 
 def check_symbols(tables: TableSet, dtype: torch.dtype, num_low_bits: int) -> None:
     """Raises ArtifactError if a table holds a value that the type does not."""
-    present = np.flatnonzero(tables.logs[:, 1:].any(axis=0)) + 1 + tables.low
-    reach = torch.iinfo(dtype)
-    if len(present) and not reach.min >> num_low_bits <= present[0] <= present[-1] <= reach.max >> num_low_bits:
-        raise ArtifactError(f"tables of the values {present[0]} to {present[-1]} for {dtype}")
+    reach, span = torch.iinfo(dtype), tables.span
+    if span and not reach.min >> num_low_bits <= span[0] <= span[1] <= reach.max >> num_low_bits:
+        raise ArtifactError(f"tables of the values {span[0]} to {span[1]} for {dtype}")
 
 
 def read_sequence(length: int, source: BitReader) -> Int32[ndarray, " n"]:

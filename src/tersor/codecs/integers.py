@@ -25,21 +25,33 @@ from tersor.codecs.chunk import decode_chunk, encode_chunk
 from tersor.codecs.contract import Decoding, Pieces
 from tersor.codecs.head import read_head, write_head
 from tersor.codecs.plan import Plan, lanes_and_rows, make_plan, plan_bits
+from tersor.codecs.rans import Scales
 from tersor.codecs.tables import TableSet
 from tersor.errors import ArtifactError
 
 EXPANSION = 1024  # values a byte can stand for, at most
-KINDS = {torch.uint8: np.uint8, torch.int8: np.int8, torch.int16: np.int16, torch.int32: np.int32}
+KINDS: dict[torch.dtype, type[np.integer]] = {
+    torch.uint8: np.uint8,
+    torch.int8: np.int8,
+    torch.int16: np.int16,
+    torch.int32: np.int32,
+}
 
 
 class Integers:
-    """The codec `integers`. With `tables`, a set that several tensors share."""
+    """The codec `integers`.
+
+    Args:
+        tables: a set that several tensors share.
+        scales: of the rows and the columns of a matrix, float32: it is decoded to float32, every integer times the
+            product of its two scales, which is rounded to float32 before.
+    """
 
     name = "integers"
     has_head = True
 
-    def __init__(self, tables: TableSet | None = None):
-        self.tables = tables
+    def __init__(self, tables: TableSet | None = None, scales: Scales | None = None):
+        self.tables, self.scales = tables, scales
 
     def takes(self, dtype: torch.dtype) -> bool:
         return dtype in KINDS
@@ -51,14 +63,20 @@ class Integers:
     def decode(
         self, head: memoryview, chunks: Sequence[memoryview], dtype: torch.dtype, shape: tuple[int, ...]
     ) -> Decoding:
+        scales = self.scales
         check_size(shape, len(head) + sum(map(len, chunks)))
         known = read_head(bytes(head), matrix_shape(shape), dtype, self.tables)
-        values = np.empty(known.shape, KINDS[dtype])
+        # torch's memory: numpy asks for huge pages, and can wait long for the system to clear some.
+        values = torch.empty(known.shape, dtype=dtype if scales is None else torch.float32).numpy()
         rows = row_blocks(known.shape[0], known.chunk_rows)
         if len(rows) != len(chunks):
             raise ArtifactError(f"{len(chunks)} chunks for {len(rows)} blocks of rows")
+        if scales is not None and shape[0] == 1:  # a single row is coded as a column
+            scales = (scales[1], scales[0])
+        parts = [None if scales is None else (scales[0][block], scales[1]) for block in rows]
         tasks = [
-            partial(decode_chunk, known, part, block, values[block]) for part, block in zip(chunks, rows, strict=True)
+            partial(decode_chunk, known, chunk, block, values[block], KINDS[dtype], part)
+            for chunk, block, part in zip(chunks, rows, parts, strict=True)
         ]
         return Decoding(torch.from_numpy(values).view(shape), tasks, rows)
 

@@ -19,6 +19,8 @@ from numpy import ndarray
 from tersor.codecs import rans_numpy
 from tersor.codecs.tables import BITS, TableSet
 
+Scales = tuple[Float32[ndarray, " rows"], Float32[ndarray, " in"]]  # what rows and columns of integers are times
+
 
 @cache
 def loops() -> ModuleType:
@@ -52,15 +54,20 @@ def decode(
     row_class: Int32[ndarray, " rows"],
     column_class: Int32[ndarray, " in"],
     num_lanes: int,
-    values: Int[ndarray, "rows in"],
+    values: Int[ndarray, "rows in"] | Float32[ndarray, "rows in"],
     escapes: Int64[ndarray, " escapes"],
+    scales: Scales | None = None,
 ) -> int:
     """Fill `values`, and `escapes` with the places `row * in + column` of those that are written out elsewhere.
+
+    Args:
+        scales: of the rows and of the columns, for values in float32: each is multiplied by the product of its two.
 
     Returns:
         How many escapes there were, or -1 for a damaged chunk: bad words, or more escapes than there is place for.
     """
     padded = np.concatenate([words, np.zeros(num_lanes, np.uint16)])
+    rows, columns = scales or tuple(np.ones(length, np.int32) for length in values.shape)
     return loops().decode(
         padded,
         len(words),
@@ -73,6 +80,8 @@ def decode(
         column_class,
         values,
         escapes,
+        rows,
+        columns,
     )
 
 

@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from tersor.codecs.tables import BITS, TOTAL
+
 START = np.uint32(65536)  # the state of every lane before the first symbol is coded
-KINDS = ("uint8", "int16", "int32")
+KINDS = {"uint8": "int32", "int16": "int32", "int32": "int32", "float32": "float32"}  # of values, and their scales
+WIDTH = 64  # columns decoded together
 
 
 def compiled(*signatures: str) -> Callable[[Any], Any]:
@@ -28,63 +31,106 @@ def compiled(*signatures: str) -> Callable[[Any], Any]:
 
 
 @compiled(
+    "Tuple((int64, int64))(uint16[::1], int64, int64, uint32[::1], int64, uint8[::1], uint32[::1], uint32[:, ::1], "
+    "int32[::1], uint8[:, ::1])"
+)
+def decode_block(words, num_words, place, states, active, by_slot, by_symbol, offsets, kinds, block):
+    """Symbols of some columns of one tile into `block [column, lane]`: the place of the next word, or -1 beyond the
+    end; and how many escapes there are. Indices are unsigned, so that nothing asks whether they are negative."""
+    mask, bits, half = np.uint32(TOTAL - 1), np.uint32(BITS), np.uint32(65535)
+    at, num_lanes, num_escapes = np.uint64(place), np.uint64(active), np.uint64(0)
+    for column in range(np.uint64(len(kinds))):
+        if at > np.uint64(num_words):
+            return -1, 0
+        kind = np.uint64(kinds[column])
+        for lane in range(num_lanes):
+            x, table = states[lane], offsets[kind, lane]
+            symbol = by_slot[np.uint64((table << bits) + (x & mask))]
+            span = by_symbol[np.uint64((table << np.uint32(8)) + np.uint32(symbol))]
+            x = np.uint32(np.uint32(span & half) * np.uint32(x >> bits) + (x & mask) - (span >> np.uint32(16)))
+            short = x < START
+            filled = np.uint32((x << np.uint32(16)) | np.uint32(words[at]))  # in any case: no branch to guess
+            states[lane] = filled if short else x
+            at += np.uint64(short)
+            block[column, lane] = symbol
+            num_escapes += np.uint64(symbol == 0)
+    return np.int64(at), np.int64(num_escapes)
+
+
+@compiled("Tuple((int32[::1], int32[::1]))(int32[::1])")
+def kinds_of(column_class):
+    """The different classes, ascending, and for every column which of them it has."""
+    number = np.zeros((column_class.max() if len(column_class) else 0) + 1, np.int32)
+    for at in column_class:
+        number[at] = 1
+    levels = np.flatnonzero(number).astype(np.int32)
+    for kind in range(len(levels)):
+        number[levels[kind]] = kind
+    return levels, number[column_class]
+
+
+@compiled("int64(uint8[:, ::1], int64, int64, int64, int64, int64[::1], int64)")
+def note_escapes(block, active, width, first, row_length, escapes, num_escapes):
+    """Append the places of a block's escapes in the order in which they are met: how many there are now, or -1 for more
+    than there is place for. `first` is the place of its first value."""
+    for step in range(width):
+        for lane in range(active):
+            if block[step, lane] == 0:
+                if num_escapes == len(escapes):
+                    return -1
+                escapes[num_escapes] = first + lane * row_length + step
+                num_escapes += 1
+    return num_escapes
+
+
+@compiled(
     *(
         f"int64(uint16[::1], int64, int64, uint8[:, ::1], uint32[:, ::1], int32, int32[::1], int32[::1], int32[::1], "
-        f"{kind}[:, ::1], int64[::1])"
-        for kind in KINDS
+        f"{kind}[:, ::1], int64[::1], {scale}[::1], {scale}[::1])"
+        for kind, scale in KINDS.items()
     )
 )
-def decode(words, num_words, num_lanes, symbols, spans, low, table_of, row_class, column_class, values, escapes):
-    """Fill `values` and the places of escapes; how many there were, or -1 for a damaged stream.
+def decode(
+    words, num_words, num_lanes, symbols, spans, low, table_of, row_class, column_class, values, escapes, rows, columns
+):
+    """Fill `values`, each times that of its row and that of its column, and the places of escapes; how many there were,
+    or -1 for a damaged stream.
 
     `words` holds `num_lanes` words more than `num_words`, so that no read is outside.
     """
     num_rows, num_columns = values.shape
-    mask = np.uint32(symbols.shape[1] - 1)
-    bits = np.uint32(0)
-    while (1 << bits) < symbols.shape[1]:
-        bits += np.uint32(1)
     if num_words < 2 * num_lanes:
         return -1
-    by_slot, by_symbol = symbols.reshape(-1), spans.reshape(-1)
-    states, tables = np.empty(num_lanes, np.uint32), np.empty(num_lanes, np.int32)
-    latest, block = np.empty(num_lanes, np.int32), np.empty((64, num_lanes), np.uint8)
+    states, block = np.empty(num_lanes, np.uint32), np.empty((WIDTH, num_lanes), np.uint8)
     for lane in range(num_lanes):
         states[lane] = (np.uint32(words[2 * lane]) << np.uint32(16)) | np.uint32(words[2 * lane + 1])
+    levels, kinds = kinds_of(column_class)
+    offsets = np.empty((len(levels), num_lanes), np.uint32)
+    by_slot, by_symbol, number = symbols.reshape(-1), spans.reshape(-1), rows.dtype.type
     place, num_escapes = 2 * num_lanes, 0
     for first in range(0, num_rows, num_lanes):
         active = min(num_lanes, num_rows - first)
-        for column in range(num_columns):
-            if place > num_words:
+        for kind in range(len(levels)):
+            for lane in range(active):
+                offsets[kind, lane] = table_of[row_class[first + lane] + levels[kind]]
+        for column in range(0, num_columns, WIDTH):  # rows far apart in memory are filled in turns
+            width = min(WIDTH, num_columns - column)
+            near = kinds[column : column + width]
+            place, found = decode_block(
+                words, num_words, place, states, active, by_slot, by_symbol, offsets, near, block
+            )
+            if place < 0:
                 return -1
-            at, within, escaped = column_class[column], column & 63, False
-            for lane in range(active):  # short loops, each of which the compiler makes a few wide instructions
-                tables[lane] = table_of[row_class[first + lane] + at]
             for lane in range(active):
-                latest[lane] = by_slot[(tables[lane] << np.int32(bits)) + np.int32(states[lane] & mask)]
-            for lane in range(active):
-                x, span = states[lane], by_symbol[(tables[lane] << 8) + latest[lane]]
-                high = np.uint32(np.uint32(span & np.uint32(65535)) * np.uint32(x >> bits))
-                states[lane] = np.uint32(high + np.uint32(x & mask) - np.uint32(span >> np.uint32(16)))
-            for lane in range(active):
-                x = states[lane]
-                short = x < START
-                states[lane] = np.uint32((x << np.uint32(16)) | np.uint32(words[place])) if short else x
-                place += short
-            for lane in range(active):
-                block[within, lane] = latest[lane]
-                escaped |= latest[lane] == 0
-            if within == 63 or column == num_columns - 1:  # rows far apart in memory are filled in turns
-                for lane in range(active):
-                    for step in range(within + 1):
-                        values[first + lane, column - within + step] = low + np.int32(block[step, lane])
-            if escaped:
-                for lane in range(active):
-                    if latest[lane] == 0:
-                        if num_escapes == len(escapes):
-                            return -1
-                        escapes[num_escapes] = (first + lane) * num_columns + column
-                        num_escapes += 1
+                row = rows[first + lane]
+                for step in range(width):
+                    value = number(low + np.int32(block[step, lane]))
+                    values[first + lane, column + step] = value * (row * columns[column + step])
+            if found:
+                start = first * num_columns + column
+                num_escapes = note_escapes(block, active, width, start, num_columns, escapes, num_escapes)
+                if num_escapes < 0:
+                    return -1
     whole = place == num_words
     for lane in range(num_lanes):
         whole &= states[lane] == START

@@ -21,10 +21,13 @@ def decode(
     table_of: Int32[ndarray, " class"],
     row_class: Int32[ndarray, " rows"],
     column_class: Int32[ndarray, " in"],
-    values: Int[ndarray, "rows in"],
+    values: Int[ndarray, "rows in"] | Float32[ndarray, "rows in"],
     escapes: Int64[ndarray, " escapes"],
+    rows: Int32[ndarray, " rows"] | Float32[ndarray, " rows"],
+    columns: Int32[ndarray, " in"] | Float32[ndarray, " in"],
 ) -> int:
-    """Fill `values` and the places of escapes; how many there were, or -1 for a damaged stream."""
+    """Fill `values`, each times that of its row and that of its column, and the places of escapes; how many there were,
+    or -1 for a damaged stream."""
     num_rows, num_columns = values.shape
     mask, bits = symbols.shape[1] - 1, symbols.shape[1].bit_length() - 1
     if num_words < 2 * num_lanes:
@@ -46,7 +49,9 @@ def decode(
             short = np.flatnonzero(x < START)
             x[short] = (x[short] << 16) | rest[place : place + len(short)]
             place += len(short)
-            values[first : first + active, column] = (symbol.astype(np.int32) + low).astype(values.dtype)
+            number = (symbol.astype(np.int32) + low).astype(rows.dtype)
+            scale = rows[first : first + active] * columns[column]
+            values[first : first + active, column] = (number * scale).astype(values.dtype)
             if not symbol.all():
                 found += [(first + int(lane)) * num_columns + column for lane in np.flatnonzero(symbol == 0)]
         states[:active] = x

@@ -9,6 +9,7 @@ The classes of a set are numbered upwards from 0, and neighbouring ones share a 
 worth its own bytes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,7 +27,7 @@ NUM_SYMBOLS = 256
 MOST = TOTAL - TOTAL * 23 // 4096
 STEPS = 8  # per octave of a stored logarithm
 LARGEST = STEPS * BITS + 1
-POWERS = [4096, 4467, 4871, 5312, 5793, 6317, 6889, 7512]  # 4096 * 2 ** (step / 8)
+POWERS = np.array([4096, 4467, 4871, 5312, 5793, 6317, 6889, 7512])  # 4096 * 2 ** (step / 8)
 TABLE_BITS, SYMBOL_BITS = 24, 4.5  # of a stored table, about
 ESCAPE_BITS = 12  # of a value that is written out, about
 MAX_TABLES, MAX_CLASSES = 256, 1024
@@ -50,7 +51,13 @@ class TableSet:
     @cached_property
     def counts(self) -> UInt32[ndarray, "table symbol"]:
         """Out of `TOTAL`."""
-        return np.array([normalized(row) for row in self.logs], np.uint32)
+        return normalized(self.logs)
+
+    @cached_property
+    def span(self) -> tuple[int, int] | None:
+        """The lowest and the highest value that some table holds, without escapes; None if there is none."""
+        present = np.flatnonzero(self.logs[:, 1:].any(axis=0)) + 1 + self.low
+        return (int(present[0]), int(present[-1])) if len(present) else None
 
     @cached_property
     def starts(self) -> UInt32[ndarray, "table symbol"]:
@@ -125,22 +132,24 @@ def stored_logs(counts: Int[ndarray, " symbol"]) -> Int[ndarray, " symbol"]:
     return np.where(kept, np.minimum(logs, LARGEST), 0)
 
 
-def normalized(logs: Int[ndarray, " symbol"]) -> UInt32[ndarray, " symbol"]:
+def normalized(logs: Int[ndarray, "*table symbol"]) -> UInt32[ndarray, "*table symbol"]:
     """Counts that add up to `TOTAL`, in whole numbers only. The most frequent symbol takes what rounding leaves.
 
     >>> counts = normalized(np.array([1, 90, 98] + 253 * [0]))
     >>> counts[:4].tolist(), int(counts.sum())
     ([3, 5460, 10921, 0], 16384)
     """
-    weights = [POWERS[(log - 1) % STEPS] << ((log - 1) // STEPS) if log else 0 for log in logs.tolist()]
-    total, free = sum(weights), TOTAL - sum(weight > 0 for weight in weights)
-    counts = [1 + weight * free // total if weight else 0 for weight in weights]
-    largest = counts.index(max(counts))
-    counts[largest] += TOTAL - sum(counts)
-    if largest != 0 and counts[largest] > MOST:
-        counts[0] += counts[largest] - MOST
-        counts[largest] = MOST
-    return np.array(counts, np.uint32)
+    steps = np.maximum(logs.reshape(-1, logs.shape[-1]).astype(np.int64) - 1, 0)
+    present = (logs > 0).reshape(steps.shape)
+    weights = np.where(present, POWERS[steps % STEPS] << (steps // STEPS), 0)
+    free = TOTAL - present.sum(axis=1, keepdims=True)
+    counts = np.where(present, 1 + weights * free // weights.sum(axis=1, keepdims=True), 0)
+    table, largest = np.arange(len(counts)), counts.argmax(axis=1)
+    counts[table, largest] += TOTAL - counts.sum(axis=1)
+    beyond = np.where(largest > 0, np.maximum(counts[table, largest] - MOST, 0), 0)
+    counts[table, largest] -= beyond
+    counts[:, 0] += beyond
+    return counts.astype(np.uint32).reshape(logs.shape)
 
 
 def write_tables(tables: TableSet, out: BitWriter) -> None:
@@ -180,7 +189,7 @@ def guesses(logs: Int[ndarray, " symbol"], before: Int[ndarray, " symbol"], firs
     return [guess(int(logs[i - 1]) if i > first else 0, before, i, first, follow) for i in range(first, end)]
 
 
-def guess(latest: int, before: Int[ndarray, " symbol"], i: int, first: int, follow: int) -> int:
+def guess(latest: int, before: Sequence[int] | Int[ndarray, " symbol"], i: int, first: int, follow: int) -> int:
     """As `guesses`, for one symbol."""
     if not follow:
         return latest
@@ -196,7 +205,7 @@ def read_tables(source: BitReader) -> TableSet:
     if num_tables > MAX_TABLES or not -(2**31) <= low <= 2**31 - NUM_SYMBOLS:
         raise ArtifactError(f"{num_tables} tables from the value {low} on; at most {MAX_TABLES} can be")
     table_of: list[int] = []
-    rows, before = [], np.zeros(NUM_SYMBOLS, np.int64)
+    rows, before = [], [0] * NUM_SYMBOLS
     for i in range(num_tables):
         num_classes = source.gamma() + 1
         if len(table_of) + num_classes > MAX_CLASSES:
@@ -204,20 +213,19 @@ def read_tables(source: BitReader) -> TableSet:
         table_of += [i] * num_classes
         before = read_table(before, source)
         rows.append(before)
-    return TableSet(low, np.stack(rows), np.array(table_of, np.int32))
+    return TableSet(low, np.array(rows, np.int64), np.array(table_of, np.int32))
 
 
-def read_table(before: Int[ndarray, " symbol"], source: BitReader) -> Int[ndarray, " symbol"]:
-    """The inverse of `write_table`."""
-    logs = np.zeros(NUM_SYMBOLS, np.int64)
-    logs[0] = source.raw(7)
+def read_table(before: Sequence[int], source: BitReader) -> list[int]:
+    """The inverse of `write_table`: the logarithms of all symbols."""
+    logs = [source.raw(7)] + [0] * (NUM_SYMBOLS - 1)
     first = source.raw(8) + 1
     end = first + source.raw(8)
     follow, k, latest = source.raw(1), source.raw(3), 0
     if end > NUM_SYMBOLS or not 1 <= logs[0] <= LARGEST:
         raise ArtifactError(f"a table of the symbols {first} to {end - 1}, its escape at {logs[0]}")
-    for i in range(first, end):
-        latest = guess(latest, before, i, first, follow) + unzigzag(source.rice(k))
+    for i, step in enumerate(source.rices(k, end - first), first):
+        latest = (guess(latest, before, i, first, follow) if follow else latest) + unzigzag(step)
         if not 0 <= latest <= LARGEST:
             raise ArtifactError(f"the logarithm {latest} of a count; 0 to {LARGEST} can be")
         logs[i] = latest

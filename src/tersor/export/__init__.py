@@ -9,8 +9,18 @@ from tersor.export.gguf import Gguf
 from tersor.export.gptq import Gptq
 from tersor.export.onnx import Onnx
 from tersor.export.openvino import OpenVinoIr
+from tersor.export.web import Web
 
-ROWS: list[Export | Runnable] = [Gguf(), CompressedTensors(), Gptq(), Awq(), BitsAndBytes(), Onnx(), OpenVinoIr()]
+ROWS: list[Export | Runnable] = [
+    Gguf(),
+    CompressedTensors(),
+    Gptq(),
+    Awq(),
+    BitsAndBytes(),
+    Onnx(),
+    OpenVinoIr(),
+    Web(),
+]
 EXPORTS = {export.name: export for export in ROWS}
 
 

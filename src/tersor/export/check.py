@@ -67,7 +67,8 @@ def run_and_compare(
     dtype = getattr(export, "dtype", "fp32")
     model = examples.run(checkpoint.model.float())
     feeds = as_arrays(examples.cast(DTYPES[dtype]))
-    session, as_float = (runtime.open(path, num_threads=num_threads) for path in (output, written.as_float))
+    files = (written.file or output, written.as_float)
+    session, as_float = (runtime.open(path, num_threads=num_threads) for path in files)
     made = session.run(feeds)
     input_rounding = difference(as_float.run(feeds), model)
     limit = FLOAT[dtype] + CHAOS * input_rounding

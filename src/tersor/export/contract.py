@@ -148,11 +148,13 @@ class Written(NamedTuple):
         notes: what the user should know.
         as_float: a file of the same model with decoded weights and float inputs, to measure against.
         exact: a file that rounds inputs exactly as the artifact does, where the one that was written does not.
+        file: what the runtime opens, where the output is a folder.
     """
 
     notes: tuple[str, ...]
     as_float: Path
     exact: Path | None
+    file: Path | None = None
 
 
 @runtime_checkable
@@ -164,4 +166,4 @@ class Runnable(Layout, Protocol):
         """Its name in `RUNTIMES`."""
 
     def write(self, checkpoint: Checkpoint, output: Path, scratch: Path) -> Written:
-        """Write the file `output`, and others for the check into the folder `scratch`."""
+        """Write the file, or fill the empty folder, `output`, and others for the check into the folder `scratch`."""

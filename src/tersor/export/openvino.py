@@ -26,9 +26,11 @@ class OpenVinoIr:
     """An `.xml` file with its `.bin`.
 
     Attributes:
+        float_outputs: leave what lies between int8 convolutions float, as in the artifact, where nothing quantizes it.
         decode: write weights in formats that it has no operators for as fp16, instead of refusing them.
     """
 
+    float_outputs: bool = False
     decode: bool = False
     name = "openvino"
     suffix = ".xml"
@@ -54,6 +56,7 @@ class OpenVinoIr:
         """Raises ModelError for what ONNX cannot express, with the layer."""
         import torch
 
+        from tersor.export.onnx.convolutions import measured, quantize_outputs
         from tersor.export.onnx.file import describe, save
         from tersor.export.onnx.layers import Lowering
         from tersor.export.onnx.model import TracedModel
@@ -63,14 +66,21 @@ class OpenVinoIr:
         dynamic = any(p.activation and p.activation.format == "int8-dynamic" for p in traced.sites.values())
         group_size = DYNAMIC if dynamic else WEIGHT_ONLY
         lowered = traced.lower(choice)
+        rounded = 0
+        if not self.float_outputs:
+            rounded = quantize_outputs(lowered, measured(lowered, checkpoint.need_examples(), scratch))
         save(lowered, scratch / "model.onnx")
         kernels = convert(scratch / "model.onnx", output, group_size)
         save(traced.as_float(choice), scratch / "float.onnx")
         notes, exact = [describe(lowered).replace("ONNX", "from ONNX", 1), *traced.notes], None
         told = ", ".join(f"{number} products in {kind}" for kind, number in kernels.items())
         notes.append(f"OpenVINO runs {told} on this machine")
-        if any(weights_alone(packed) for packed in traced.sites.values()):
+        if rounded:
+            notes.append(f"{rounded} values between convolutions are int8 too (--float-outputs leaves them)")
+        own = any(weights_alone(packed) for packed in traced.sites.values())
+        if own:
             notes.append(f"OpenVINO rounds their inputs to int8, {group_size} columns at a time ({SETTING})")
+        if own or rounded:
             exact = scratch / "exact.xml"
             save(traced.lower(replace(choice, rounds_inputs=False, per_token=True)), scratch / "exact.onnx")
             convert(scratch / "exact.onnx", exact, FLOAT)

@@ -96,8 +96,14 @@ def finer(params: Params, factor: int) -> Params:
 
 def steps(params: Params) -> Float[Tensor, "out in"]:
     """The distance of neighbouring values, for every weight; differentiable where exponents are floats."""
+    rows, columns = row_and_column_scales(params)
+    return rows * columns
+
+
+def row_and_column_scales(params: Params) -> tuple[Float[Tensor, "out 1"], Float[Tensor, "1 in"]]:
+    """The two factors of `steps`."""
     scale, row_octave, column_octave = params["scale"].double().unsqueeze(-1).unbind(1)
     # Powers in float64, rounded once: the same bits for a row alone as for all of them.
     rows = torch.exp2(params["row"].double() * row_octave).float()
     columns = (scale * torch.exp2(params["column"].double() * column_octave)).float()
-    return rows * columns
+    return rows, columns

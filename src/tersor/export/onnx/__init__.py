@@ -20,7 +20,7 @@ class Onnx:
         dtype: what the graph computes in where nothing is quantized, and keeps other tensors in: `fp32` or `fp16`.
         per_token: give every token of an int8-dynamic input its own scale, as the artifact does; without it, one scale
             serves the whole input, which ONNX Runtime has faster kernels for.
-        float_outputs: leave the outputs of int8 convolutions float, as in the artifact, where nothing quantizes them;
+        float_outputs: leave what lies between int8 convolutions float, as in the artifact, where nothing quantizes it;
             without it they are rounded to int8 by their range on calibration data (convolutions.py).
         decode: write weights in formats that ONNX has no operators for as fp16, instead of refusing them.
     """
@@ -57,7 +57,7 @@ class Onnx:
 
     def write(self, checkpoint: Checkpoint, output: Path, scratch: Path) -> Written:
         """Raises ModelError for what ONNX cannot express, with the layer."""
-        from tersor.export.onnx.convolutions import float_results, measured, quantize_outputs
+        from tersor.export.onnx.convolutions import float_convolutions, measured, quantize_outputs
         from tersor.export.onnx.file import describe, save
         from tersor.export.onnx.layers import Lowering, inexact
         from tersor.export.onnx.model import TracedModel
@@ -73,9 +73,11 @@ class Onnx:
             ranges = measured(lowered, checkpoint.need_examples(), scratch)
             num_rounded = quantize_outputs(lowered, ranges)
             if num_rounded:
-                rounded = f"{num_rounded} outputs of convolutions are int8 too, for speed (--float-outputs leaves them)"
+                rounded = (
+                    f"{num_rounded} values between convolutions are int8 too, for speed (--float-outputs leaves them)"
+                )
                 notes.append(rounded)
-        if slow := len(float_results(lowered)):
+        if slow := float_convolutions(lowered):
             notes.append(f"{slow} int8 convolutions run in float: give --data to find the range of their outputs")
         save(lowered, output)
         exact = scratch / "exact.onnx" if rounded else None
