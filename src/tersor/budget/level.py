@@ -35,7 +35,7 @@ from tersor.walk import Walk
 
 AIM = 0.9975  # of the limit
 NEAR = 0.995  # of the limit, from where on a file is as good as it gets
-NUM_MODELS = 6  # made at most; two or three do
+NUM_MODELS = 8  # made at most; two or three do but for the smallest files
 FINEST, COARSEST = 13.0, 0.02  # bits a weight, between which levels are sought
 FEW_BITS = 3.0  # a weight, below which the loss is no longer what its curvature says
 MOST_SITES = 64  # whose loss is measured one by one
@@ -213,7 +213,9 @@ def fit(limit: Limit, forecast: Forecast, make: Make) -> Found:
             raise BudgetError(why_too_small(limit, found.num_bytes))
         else:
             over = level
-        level = min(max(next_level(measured, AIM * limit.num_bytes, forecast), over), under)
+        proposed = min(max(next_level(measured, AIM * limit.num_bytes, forecast), finest), coarsest)
+        tried = {each for each, _ in measured}
+        level = (over * under) ** 0.5 if proposed in tried or not over <= proposed <= under else proposed
     if best is None:
         raise BudgetError(why_too_small(limit, min(num_bytes for _, num_bytes in measured)))
     return best
