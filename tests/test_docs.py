@@ -171,12 +171,14 @@ def load(path: Path):
 
 
 @pytest.fixture(scope="module")
-def reader():
+def reader(tmp_path_factory):
     """The pure Python reader of docs/formats.md."""
     namespace: dict = {}
-    for language, code in blocks(HOME / "docs/formats.md"):
-        if language == "python":
-            exec(code, namespace)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("reader"))
+        for language, code in blocks(HOME / "docs/formats.md"):
+            if language == "python":
+                exec(code, namespace)
     return namespace
 
 
