@@ -11,7 +11,6 @@ into coded_minilm.md.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from rows import Results
 from torch import nn
 
 import tersor
@@ -60,20 +60,16 @@ def main() -> int:
     if not data.exists() or not (folder / "config.json").exists():
         print(f"needs {data} and {folder}: give --assets FOLDER", file=sys.stderr)
         return 2
-    lines = args.results.read_text().splitlines() if args.results.exists() else []
-    done = {result["row"]: result for result in map(json.loads, lines)}
-    left = [row for row in args.rows if row not in done]
+    results = Results(args.results)
+    left = [row for row in args.rows if row not in results]
     if left:
         source = open_model(str(folder))
         task = open_task_for(source, TaskChoice("similarity", data))
         original, stats = task.score(source.model), gather(source.model, task)
     for row in left:
-        done[row] = measure(row, source.model, folder, task, original, stats)
-        with args.results.open("a") as file:
-            file.write(json.dumps(done[row]) + "\n")
-        print(line(done[row]), flush=True)
+        print(line(results.add(row, measure(row, source.model, folder, task, original, stats))), flush=True)
     if args.write:
-        Path(__file__).with_suffix(".md").write_text(page([done[row] for row in ROWS if row in done]))
+        Path(__file__).with_suffix(".md").write_text(page(results.among(ROWS)))
     return 0
 
 

@@ -24,12 +24,11 @@ from protocol import (
     Assets,
     Meter,
     add_asset_options,
-    child_environment,
     evaluate,
-    last_line,
     open_original,
     open_protocol,
 )
+from rows import Results, child_environment, last_line
 
 ROWS = ["linear 4", "linear 3", "linear 2.5", "linear 2", "whole 4", "whole 3"]
 
@@ -46,7 +45,7 @@ def main() -> int:
     if args.run:
         measure(args.rows, assets, args.results)
         return 0
-    left = [row for row in args.rows if row not in read_results(args.results)]
+    left = [row for row in args.rows if row not in Results(args.results)]
     failed = 0
     if left:
         command = [sys.executable, __file__, *assets.options, "--run", "--results", str(args.results), "--rows", *left]
@@ -55,15 +54,8 @@ def main() -> int:
         if failed:
             print(last_line(child.stderr), file=sys.stderr)
     if args.write:
-        done = read_results(args.results)
-        Path(__file__).with_suffix(".md").write_text(page([done[row] for row in ROWS if row in done]))
+        Path(__file__).with_suffix(".md").write_text(page(Results(args.results).among(ROWS)))
     return int(failed != 0)
-
-
-def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Rows measured before, by name."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {result["row"]: result for result in map(json.loads, lines)}
 
 
 def measure(rows: list[str], assets: Assets, results: Path) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from protocol import child_environment, last_line
+from rows import Results, run_rows
 
 LENGTH = 32
 
@@ -109,24 +108,12 @@ def main() -> int:
     if args.run:
         print(json.dumps(measure(args.run, args.assets, args.work, args.seconds)))
         return 0
-    results = args.results or args.work / "results.jsonl"
-    done = {r["row"]: r for r in map(json.loads, results.read_text().splitlines())} if results.exists() else {}
-    for row in args.rows:
-        if row in done:
-            continue
-        command = [sys.executable, __file__, "--assets", str(args.assets), "--work", str(args.work)]
-        command += ["--seconds", str(args.seconds), "--run", row]
-        child = subprocess.run(command, env=child_environment(1), capture_output=True)
-        if child.returncode:
-            print(f"{row}: exit {child.returncode}: {last_line(child.stderr)}", file=sys.stderr, flush=True)
-            return 1
-        done[row] = json.loads(child.stdout.splitlines()[-1]) | {"row": row}
-        with results.open("a") as file:
-            file.write(json.dumps(done[row]) + "\n")
-        print(line(done[row]), flush=True)
+    results = Results(args.results or args.work / "results.jsonl")
+    options = ["--assets", args.assets, "--work", args.work, "--seconds", args.seconds]
+    complete = run_rows(args.rows, results, options, show=line)
     if args.write:
-        Path(__file__).with_suffix(".md").write_text(page(done))
-    return 0
+        Path(__file__).with_suffix(".md").write_text(page(results))
+    return int(not complete)
 
 
 # Models.

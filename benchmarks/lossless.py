@@ -25,6 +25,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from rows import Results
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -57,16 +58,13 @@ def main() -> int:
         print(f"needs {folder / 'model.safetensors'}: give --assets FOLDER", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
-    lines = args.results.read_text().splitlines() if args.results.exists() else []
-    done = {result["row"]: result for result in map(json.loads, lines)}
+    results = Results(args.results)
     for row in args.rows:
-        if row not in done:
-            done[row] = loading(folder, args.repeat) if row == "load" else packing(folder, row, args.repeat)
-            with args.results.open("a") as file:
-                file.write(json.dumps(done[row]) + "\n")
-            print(json.dumps(done[row]), flush=True)
+        if row not in results:
+            found = loading(folder, args.repeat) if row == "load" else packing(folder, row, args.repeat)
+            print(json.dumps(results.add(row, found)), flush=True)
     if args.write:
-        Path(__file__).with_suffix(".md").write_text(page([done[row] for row in ROWS if row in done]))
+        Path(__file__).with_suffix(".md").write_text(page(results.among(ROWS)))
     return 0
 
 

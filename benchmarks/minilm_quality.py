@@ -9,7 +9,6 @@ that a run that was stopped goes on where it was; `--write` puts everything in F
 
 import argparse
 import importlib.util
-import json
 import os
 import re
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from rows import Results
 from torch import nn
 
 import tersor
@@ -52,20 +52,16 @@ def main() -> int:
     if not data.exists() or package is None or not package.submodule_search_locations:
         print(f"needs {data} (give --assets FOLDER) and pip install 'tersor[demo]'", file=sys.stderr)
         return 2
-    lines = args.results.read_text().splitlines() if args.results.exists() else []
-    done = {result["row"]: result for result in map(json.loads, lines)}
+    results = Results(args.results)
     source = open_model(str(Path(package.submodule_search_locations[0]) / "model"))
     task = open_task_for(source, TaskChoice("similarity", data))
     original = None
     for row in args.rows:
-        if row not in done:
+        if row not in results:
             original = original or task.score(source.model)
-            done[row] = measure(row, source.model, task, original)
-            with args.results.open("a") as file:
-                file.write(json.dumps(done[row]) + "\n")
-            print(line(done[row]), flush=True)
+            print(line(results.add(row, measure(row, source.model, task, original))), flush=True)
     if args.write:
-        Path(__file__).with_suffix(".md").write_text(page([done[row] for row in ROWS if row in done]))
+        Path(__file__).with_suffix(".md").write_text(page(results.among(ROWS)))
     return 0
 
 

@@ -25,12 +25,11 @@ from protocol import (
     Assets,
     Meter,
     add_asset_options,
-    child_environment,
     evaluate,
-    last_line,
     open_original,
     open_protocol,
 )
+from rows import child_environment, last_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

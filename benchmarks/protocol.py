@@ -146,19 +146,3 @@ def resident(field: str, process: int | str = "self") -> int:
     if not match:
         raise ValueError(f"/proc/{process}/status has no {field}")
     return int(match[1]) * 1024
-
-
-def child_environment(num_threads: int) -> dict[str, str]:
-    """For a process that is measured: sleeping OpenMP threads (spinning ones burn CPU seconds), and no network."""
-    return os.environ | {
-        "OMP_NUM_THREADS": str(num_threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-
-
-def last_line(output: bytes) -> str:
-    """Where a failed process says what went wrong."""
-    return (output.decode(errors="replace").strip().splitlines() or ["no message"])[-1]

@@ -9,7 +9,6 @@ goes on where it was; `--write` puts everything in FILE into prune.md.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -21,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from models import LeNet5, LeNet300100, ResNetCifar, fresh, open_cifar, open_mnist, open_resnet, resnet_file
+from rows import Results
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -60,22 +60,14 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    done = read_results(args.results)
+    results = Results(args.results)
     for row in args.rows:
-        if row in done:
-            continue
-        done[row] = measure(row, args.assets, args.epochs, args.results.with_suffix(".models"))
-        with args.results.open("a") as file:
-            file.write(json.dumps(done[row]) + "\n")
-        print("\n".join(lines(done[row])), flush=True)
+        if row not in results:
+            found = measure(row, args.assets, args.epochs, args.results.with_suffix(".models"))
+            print("\n".join(lines(results.add(row, found))), flush=True)
     if args.write:
-        Path(__file__).with_suffix(".md").write_text(page([done[row] for row in ROWS if row in done]))
+        Path(__file__).with_suffix(".md").write_text(page(results.among(ROWS)))
     return 0
-
-
-def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    entries = path.read_text().splitlines() if path.exists() else []
-    return {result["row"]: result for result in map(json.loads, entries)}
 
 
 def measure(row: str, assets: Path, epochs: float | None, folder: Path) -> dict[str, Any]:

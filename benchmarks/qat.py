@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from protocol import KEPT, Assets, Meter, add_asset_options, child_environment, evaluate, last_line
+from protocol import KEPT, Assets, Meter, add_asset_options, evaluate
+from rows import Results, run_rows
 
 NUM_SENTENCES = 512  # whose embeddings are compared with the original's
 ENDS = {"conv1": "int8/int8-static", "linear": "int8/int8-static"}  # first and last layer of the ResNet
@@ -78,30 +78,12 @@ def main() -> int:
     if args.run:
         print(json.dumps(measure(args.run, assets, args.share, args.results)))
         return 0
-    done, failed = read_results(args.results), False
-    for row in args.rows:
-        if row in done:
-            continue
-        options = [*assets.options, "--share", str(args.share), "--results", str(args.results)]
-        command = [sys.executable, __file__, *options, "--run", row]
-        child = subprocess.run(command, env=child_environment(1), capture_output=True)
-        if child.returncode:
-            print(f"{row}: {last_line(child.stderr)}", file=sys.stderr, flush=True)
-            failed = True
-            continue
-        done[row] = json.loads(child.stdout.splitlines()[-1])
-        with args.results.open("a") as file:
-            file.write(json.dumps(done[row]) + "\n")
-        print(done[row], flush=True)
+    results = Results(args.results)
+    options = [*assets.options, "--share", args.share, "--results", args.results]
+    complete = run_rows(args.rows, results, options)
     if args.write:
-        Path(__file__).with_suffix(".md").write_text(page(done))
-    return int(failed)
-
-
-def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Rows measured before, by name; of a row measured twice, the later."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {result["row"]: result for result in map(json.loads, lines)}
+        Path(__file__).with_suffix(".md").write_text(page(results))
+    return int(not complete)
 
 
 def measure(row: str, assets: Assets, share: float, results: Path) -> dict[str, Any]:

@@ -12,14 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from protocol import child_environment, last_line, resident
+from protocol import resident
+from rows import Results, run_rows
 
 BASE = "nearest:nf4"  # as the paper has it
 BATCH, CONTEXT, HELD_OUT, CALIBRATION = 4, 256, 16, 32
@@ -54,31 +54,13 @@ def main() -> int:
         print(json.dumps({"row": args.run, **run(args.run, root, args)}))
         return 0
     args.work.mkdir(parents=True, exist_ok=True)
-    done, failed = read_results(args.results), False
-    for row in args.rows:
-        if row in done:
-            continue
-        options = ["--assets", root, "--work", args.work, "--steps", args.steps, "--examples", args.examples]
-        environment = child_environment(args.threads) | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-        command = [sys.executable, __file__, *map(str, options), "--run", row]
-        child = subprocess.run(command, env=environment, capture_output=True)
-        if child.returncode:
-            print(f"{row}: {last_line(child.stderr)}", file=sys.stderr, flush=True)
-            failed = True
-            continue
-        done[row] = json.loads(child.stdout.splitlines()[-1])
-        with args.results.open("a") as file:
-            file.write(json.dumps(done[row]) + "\n")
-        print(json.dumps(done[row]), flush=True)
+    results = Results(args.results)
+    options = ["--assets", root, "--work", args.work, "--steps", args.steps, "--examples", args.examples]
+    malloc = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    complete = run_rows(args.rows, results, options, num_threads=args.threads, environment=malloc)
     if args.write:
-        Path(__file__).with_suffix(".md").write_text(page(done))
-    return int(failed)
-
-
-def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Rows measured before, by name; of a row measured twice, the later."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {result["row"]: result for result in map(json.loads, lines)}
+        Path(__file__).with_suffix(".md").write_text(page(results))
+    return int(not complete)
 
 
 def run(row: str, root: Path, args: argparse.Namespace) -> dict[str, Any]:

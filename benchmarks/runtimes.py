@@ -11,7 +11,6 @@ everything in FILE into runtimes.md.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import torch
+from rows import Results, run_rows
 from torch import nn
 
 import tersor
@@ -55,33 +55,21 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path(tempfile.gettempdir()) / "tersor-runtimes.jsonl")
     parser.add_argument("--seconds", type=float, default=8.0, help="of timing at each shape, at least 8 rounds")
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--run", help=argparse.SUPPRESS)
     args = parser.parse_args()
     assets = Path(args.assets or ".")
     if not (assets / "text" / "stsb-dev.csv").exists():
         print(f"needs {assets / 'text' / 'stsb-dev.csv'}: give --assets FOLDER", file=sys.stderr)
         return 2
-    if args.one:
-        print(json.dumps(measure(args.one, assets, args.seconds)))
+    if args.run:
+        print(json.dumps(measure(args.run, assets, args.seconds)))
         return 0
-    done = read(args.results)
-    for row in args.rows:
-        if row not in done:
-            command = [sys.executable, __file__, "--assets", str(assets), "--one", row, "--seconds", str(args.seconds)]
-            made = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            with args.results.open("a") as file:
-                file.write(made.stdout.splitlines()[-1] + "\n")
-            done = read(args.results)
-            print(row, *lines(done[row]), sep="\n", flush=True)
+    results = Results(args.results)
+    options = ["--assets", assets, "--seconds", args.seconds]
+    complete = run_rows(args.rows, results, options, show=lambda result: "\n".join(lines(result)))
     if args.write:
-        Path(__file__).with_suffix(".md").write_text(page([done[row] for row in ROWS if row in done]))
-    return 0
-
-
-def read(results: Path) -> dict[str, dict[str, Any]]:
-    """What was measured, by row."""
-    text = results.read_text().splitlines() if results.exists() else []
-    return {result["row"]: result for result in map(json.loads, text)}
+        Path(__file__).with_suffix(".md").write_text(page(results.among(ROWS)))
+    return int(not complete)
 
 
 class Running(nn.Module):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from models import MEAN, STD, open_cifar, open_resnet
-from protocol import child_environment, last_line
+from rows import Results, run_rows
 
 RECIPE: dict[str, Any] = {"scheme": "int8/int8-static", "transforms": ["fold-bn"]}
 ROWS: dict[str, tuple[int, bool]] = {  # depth, float outputs
@@ -46,30 +45,12 @@ def main() -> int:
     if args.run:
         print(json.dumps(measure(args.run, args.assets, args.pictures, args.seconds)))
         return 0
-    done, failed = read(args.results), False
-    for row in args.rows:
-        if row in done:
-            continue
-        command = [sys.executable, __file__, "--assets", str(args.assets), "--run", row]
-        command += ["--pictures", str(args.pictures), "--seconds", str(args.seconds)]
-        child = subprocess.run(command, env=child_environment(1), capture_output=True)
-        if child.returncode:
-            print(f"{row}: {last_line(child.stderr)}", file=sys.stderr, flush=True)
-            failed = True
-            continue
-        done[row] = json.loads(child.stdout.splitlines()[-1])
-        with args.results.open("a") as file:
-            file.write(json.dumps(done[row]) + "\n")
-        print(*lines(done[row]), sep="\n", flush=True)
-    if args.write and done:
-        Path(__file__).with_suffix(".md").write_text(page([done[row] for row in ROWS if row in done]))
-    return int(failed)
-
-
-def read(results: Path) -> dict[str, dict[str, Any]]:
-    """What was measured, by row."""
-    text = results.read_text().splitlines() if results.exists() else []
-    return {result["row"]: result for result in map(json.loads, text)}
+    results = Results(args.results)
+    options = ["--assets", args.assets, "--pictures", args.pictures, "--seconds", args.seconds]
+    complete = run_rows(args.rows, results, options, show=lambda result: "\n".join(lines(result)))
+    if args.write and results:
+        Path(__file__).with_suffix(".md").write_text(page(results.among(ROWS)))
+    return int(not complete)
 
 
 def measure(row: str, assets: Path, num_pictures: int, seconds: float) -> dict[str, Any]:

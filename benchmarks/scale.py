@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from protocol import child_environment, resident
+from protocol import resident
+from rows import child_environment
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor

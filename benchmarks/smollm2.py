@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
@@ -25,12 +24,11 @@ from protocol import (
     Assets,
     Meter,
     add_asset_options,
-    child_environment,
     evaluate,
-    last_line,
     open_original,
     open_protocol,
 )
+from rows import Results, run_rows
 
 GPTQS = ["gptq(drift=0,num_rounds=0)", "gptq(num_rounds=0)", "gptq(num_rounds=2)"]
 LADDER = ["nearest", "mse", *GPTQS, "autoround(rate=1)"]
@@ -68,30 +66,11 @@ def main() -> int:
     if args.run:
         print(json.dumps(measure(args.run, assets)))
         return 0
-    done = read_results(args.results)
-    failed = False
-    for row in args.rows:
-        if row in done:
-            continue
-        command = [sys.executable, __file__, *assets.options, "--run", row]
-        child = subprocess.run(command, env=child_environment(args.threads), capture_output=True)
-        if child.returncode:
-            print(f"{row}: {last_line(child.stderr)}", file=sys.stderr, flush=True)
-            failed = True
-            continue
-        done[row] = json.loads(child.stdout.splitlines()[-1]) | {"threads": args.threads}
-        with args.results.open("a") as file:
-            file.write(json.dumps(done[row]) + "\n")
-        print(line(done[row]), flush=True)
+    results = Results(args.results)
+    complete = run_rows(args.rows, results, assets.options, show=line, num_threads=args.threads)
     if args.write:
-        Path(__file__).with_suffix(".md").write_text(page(done))
-    return int(failed)
-
-
-def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Rows measured before, by name; of a row measured twice, the later."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {result["row"]: result for result in map(json.loads, lines)}
+        Path(__file__).with_suffix(".md").write_text(page(results))
+    return int(not complete)
 
 
 def measure(row: str, assets: Assets) -> dict[str, Any]:

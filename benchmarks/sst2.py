@@ -15,13 +15,13 @@ import csv
 import json
 import os
 import re
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from protocol import Meter, child_environment, last_line
+from protocol import Meter
+from rows import Results, run_rows
 
 TOLERANCE = "0.02"  # two points of accuracy
 MAX_LENGTH = 64
@@ -131,28 +131,17 @@ def main() -> int:
         print(json.dumps(train(args.run, place) if args.run in STAGES else measure(args.run, place)))
         return 0
     place.work.mkdir(parents=True, exist_ok=True)
-    results = args.results or place.work / "results.jsonl"
-    done = {r["row"]: r for r in map(json.loads, results.read_text().splitlines())} if results.exists() else {}
+    results = Results(args.results or place.work / "results.jsonl")
     needed = {row.split(" | ")[0] for row in args.rows}
     models = [
         name for name in STAGES if {name, *(s for s in needed if STAGES[s].start == name)} & needed or name == "teacher"
     ]
-    for row in [*models, *args.rows]:
-        if row in done:
-            continue
-        command = [sys.executable, __file__, "--assets", str(place.assets), "--work", str(place.work), "--run", row]
-        command += ["--steps", str(args.steps)] if args.steps else []
-        child = subprocess.run(command, env=child_environment(args.threads), capture_output=True)
-        if child.returncode:
-            print(f"{row}: exit {child.returncode}: {last_line(child.stderr)}", file=sys.stderr, flush=True)
-            return 1
-        done[row] = json.loads(child.stdout.splitlines()[-1]) | {"row": row}
-        with results.open("a") as file:
-            file.write(json.dumps(done[row]) + "\n")
-        print(json.dumps(done[row]) if row in models else line(done[row]), flush=True)
+    options = ["--assets", place.assets, "--work", place.work, *(["--steps", args.steps] if args.steps else [])]
+    complete = run_rows(models, results, options, num_threads=args.threads)
+    complete = complete and run_rows(args.rows, results, options, show=line, num_threads=args.threads)
     if args.write:
-        Path(__file__).with_suffix(".md").write_text(page(done))
-    return 0
+        Path(__file__).with_suffix(".md").write_text(page(results))
+    return int(not complete)
 
 
 # Training.

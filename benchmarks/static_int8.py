@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from protocol import Meter, child_environment, last_line
+from protocol import Meter
+from rows import Results, run_rows
 
 OBSERVERS = ("cubed-error", "mse", "min-max", "moving-average", "percentile", "entropy")
 ENDS = {"conv1": "int8/int8-static", "linear": "int8/int8-static"}  # first and last layer of the ResNets
@@ -82,29 +82,11 @@ def main() -> int:
     if args.run:
         print(json.dumps(measure(args.run, args.assets, args.results)))
         return 0
-    done, failed = read_results(args.results), False
-    for row in args.rows:
-        if row in done:
-            continue
-        command = [sys.executable, __file__, "--assets", str(args.assets), "--results", str(args.results), "--run", row]
-        child = subprocess.run(command, env=child_environment(1), capture_output=True)
-        if child.returncode:
-            print(f"{row}: {last_line(child.stderr)}", file=sys.stderr, flush=True)
-            failed = True
-            continue
-        done[row] = json.loads(child.stdout.splitlines()[-1])
-        with args.results.open("a") as file:
-            file.write(json.dumps(done[row]) + "\n")
-        print(done[row], flush=True)
+    results = Results(args.results)
+    complete = run_rows(args.rows, results, ["--assets", args.assets, "--results", args.results])
     if args.write:
-        Path(__file__).with_suffix(".md").write_text(page(done))
-    return int(failed)
-
-
-def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Rows measured before, by name; of a row measured twice, the later."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {result["row"]: result for result in map(json.loads, lines)}
+        Path(__file__).with_suffix(".md").write_text(page(results))
+    return int(not complete)
 
 
 def measure(row: str, assets: Path, results: Path) -> dict[str, Any]:
