@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tersor.budget.choices import Budget, check_choices
-from tersor.budget.level import Searching
+from tersor.budget.level import Searching, check_codable
 from tersor.budget.limit import Limit
 from tersor.budget.plan import CANDIDATES, check_reachable, measure_menus, plan_size
 from tersor.budget.search import ALPHA, Trial, nearest_points, search_drop, smallest_within
@@ -118,6 +118,8 @@ def compress_to_folder(
     preflight_all(source.model, recipe or given)
     if recipe is None and given is None and not budget.coded:
         check_reachable(source.model, step, formats or CANDIDATES, limit)
+    if budget.coded and limit is not None:
+        check_codable(source.model, step, limit)
     task = open_task_for(source, task_choice)
     if recipe is not None and recipe.trains:
         check_trainable(task, "the recipe")

@@ -17,6 +17,7 @@ from tersor.budget.level import (
     Forecast,
     Found,
     Searching,
+    check_codable,
     defend,
     fit,
     recipe_at,
@@ -140,6 +141,15 @@ def test_the_finished_file_meets_the_limit(size, tmp_path):
     assert in_sites + kept == pytest.approx(found.num_bytes, rel=0.04), "the report counts as the file does"
     again = tersor.compress(net(), found.recipe)
     assert size_of(again.model) == found.num_bytes
+
+
+def test_a_limit_below_what_is_kept_is_refused_at_once():
+    with pytest.raises(BudgetError, match=r"size 500 \(500 bytes\) is below what is kept .* take [\d,]+ bytes"):
+        check_codable(net(), KEEP_STEP, Limit(500, "size 500"))
+    check_codable(net(), KEEP_STEP, Limit(10_000, "size 10KB"))
+    kept = Recipe.of(KEEP, {}, ["embed"]).weights[0]
+    with pytest.raises(BudgetError, match="excluded sites"):
+        check_codable(net(), kept, Limit(10_000, "size 10KB"))
 
 
 def test_rules_and_excludes_fix_their_sites():

@@ -14,7 +14,8 @@ from tersor.checkpoint.container import Container
 from tersor.checkpoint.layout import CODED, size_of
 from tersor.checkpoint.pack import pack, unpack
 from tersor.checkpoint.restore import read_decoded
-from tersor.checkpoint.source import sha256
+from tersor.checkpoint.source import open_model, sha256
+from tersor.checkpoint.streaming import StreamedModel, no_lines
 from tersor.checkpoint.weights import write_weights
 from tersor.errors import ArtifactError, InputError, ModelError
 from tersor.recipe import Recipe
@@ -74,6 +75,48 @@ def test_a_single_file(tmp_path):
     pack(tmp_path / "weights.safetensors", tmp_path / "packed")
     unpack(tmp_path / "packed" / CODED, tmp_path / "plain")
     assert sha256(tmp_path / "plain" / "model.safetensors") == sha256(tmp_path / "weights.safetensors")
+
+
+def test_a_file_to_a_file(tmp_path, checkpoint):
+    plain, packed = tmp_path / "weights.safetensors", tmp_path / "weights.tersor"
+    write_weights({"a": torch.randn(30, 30)}, plain)
+    pack(plain, packed)
+    unpack(packed, tmp_path / "again.safetensors")
+    assert sha256(tmp_path / "again.safetensors") == sha256(plain)
+    with pytest.raises(InputError, match="exists"):
+        pack(plain, packed)
+    pack(plain, packed, overwrite=True)
+    with pytest.raises(InputError, match="is a folder, so the output is one"):
+        pack(checkpoint, tmp_path / "out.tersor")
+    with pytest.raises(InputError, match="packed already"):
+        pack(packed, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.safetensors", "weights.safetensors", "weights.tersor"]
+
+
+def test_packed_models_open_as_models(tmp_path):
+    """Where a model is named, its packed folder will do; of one's own class, as `model`, or as --weights."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    model = BertForSequenceClassification(config).eval().half()
+    model.save_pretrained(tmp_path / "model")
+    packed = pack(tmp_path / "model", tmp_path / "packed").output
+    for loaded in (tersor.load(packed), open_model(str(packed)).model):
+        assert type(loaded) is type(model)
+        assert loaded.dtype == torch.float16
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert tersor.load(packed, dtype=torch.bfloat16).dtype == torch.bfloat16
+    own = net()
+    write_weights(own.state_dict(), tmp_path / "own.safetensors")
+    pack(tmp_path / "own.safetensors", tmp_path / "own")
+    assert torch.equal(tersor.load(tmp_path / "own", model=net())(IDS), own.eval()(IDS))
+    with pytest.raises(ArtifactError, match="does not fit Linear"):
+        tersor.load(tmp_path / "own", model=nn.Linear(2, 2))
+    with pytest.raises(InputError, match="lazy=True is for"):
+        tersor.load(packed, lazy=True)
+    assert torch.equal(open_model(f"{__name__}:net", weights=tmp_path / "own" / CODED).model(IDS), own(IDS))
+    with pytest.raises(InputError, match="tersor unpack"):
+        StreamedModel(str(packed), tmp_path, no_lines)
 
 
 def test_a_model_that_transformers_loads(tmp_path):

@@ -8,9 +8,11 @@ Where few bits are left, the first model also tells what each site really costs,
 (correct.py).
 """
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import log2
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 from tersor.budget.correct import measured_factors
 from tersor.budget.limit import Limit
 from tersor.budget.search import ALPHA, NUM_TRIALS, Trial
-from tersor.checkpoint.layout import size_of
+from tersor.checkpoint.container_write import write
+from tersor.checkpoint.layout import CODED, other_tensors, size_of
 from tersor.compress import Compressed, Progress, compress, silent
 from tersor.errors import BudgetError
 from tersor.measure.verdict import Tolerance, judge
@@ -178,6 +181,20 @@ class Searching:
             Walk(self.model, self.model, self.task, sites, look, needs, seed=self.seed).run()
         self.progress("measuring what levels cost", len(sites), len(sites))
         return Forecast(torch.stack(counts).sum(0) if counts else torch.zeros(1, dtype=torch.float64))
+
+
+def check_codable(model: nn.Module, step: WeightsStep, limit: Limit) -> None:
+    """Before anything is measured: raises BudgetError where already what is not coded takes more than the limit."""
+    assigned = recipe_at(1.0, step, 0).weights[0].assign(find_sites(model))
+    kept = other_tensors(model, [site for site, scheme in assigned if scheme])
+    with tempfile.TemporaryDirectory() as folder:
+        write({name: tensor.detach() for name, tensor in kept.items()}, Path(folder) / CODED)
+        num_bytes = (Path(folder) / CODED).stat().st_size
+    if num_bytes > limit.num_bytes:
+        raise BudgetError(
+            f"{limit.text} ({limit.num_bytes:,} bytes) is below what is kept as it is: biases, norms and excluded sites"
+            f" take {num_bytes:,} bytes; ask for more"
+        )
 
 
 def recipe_at(level: float, step: WeightsStep, seed: int, factors: Mapping[str, float] = {}) -> Recipe:

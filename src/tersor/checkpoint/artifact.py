@@ -34,7 +34,14 @@ from tersor.checkpoint.manifest import (
     write_manifest,
 )
 from tersor.checkpoint.restore import read_decoded, read_tensors, restore_rest, restore_site
-from tersor.checkpoint.source import first_line, quiet_transformers, sha256, transformers_class
+from tersor.checkpoint.source import (
+    first_line,
+    open_model,
+    quiet_transformers,
+    read_state,
+    sha256,
+    transformers_class,
+)
 from tersor.checkpoint.weights import write_weights
 from tersor.codecs.integers import EXPANSION
 from tersor.errors import ArtifactError, InputError
@@ -140,7 +147,8 @@ def load(
     dtype: torch.dtype | None = None,
     lazy: bool = False,
 ) -> nn.Module:
-    """The model of an artifact, in eval mode. A Hugging Face model comes back as its own class.
+    """The model of an artifact, in eval mode. A Hugging Face model comes back as its own class; so does one that
+    `tersor pack` made smaller, with the weights it had.
 
     Args:
         model: for an artifact of a custom model: a fresh instance to fill (its weights are replaced); it stays on its
@@ -159,6 +167,10 @@ def load(
     if dtype is not None and not dtype.is_floating_point:
         raise InputError(f"dtype={dtype} is no floating-point type; give for example torch.bfloat16")
     folder = Path(folder)
+    if (folder / CODED).exists() and not (folder / MANIFEST).exists():
+        if lazy:
+            raise InputError(f"{folder}: packed without loss; lazy=True is for the packed sites of an artifact")
+        return unpacked(folder, model).to(dtype=dtype)
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     if model is None:
@@ -192,6 +204,22 @@ def load(
     rest = other_tensors(model, decoded)
     restore_rest(model, tensors if shelf is None else shelf.decoded(tensors), rest, folder)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def unpacked(folder: Path, model: nn.Module | None) -> nn.Module:
+    """A checkpoint that `tersor pack` made, as a model; `model` is a fresh instance of one that is no transformers'.
+
+    Raises:
+        ArtifactError, ModelError: it is damaged, or does not fit the model.
+    """
+    if model is None:
+        return open_model(str(folder)).model
+    try:
+        model.load_state_dict(read_state(folder / CODED))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ArtifactError(f"{folder}: does not fit {type(model).__name__}: {reason}") from None
+    return model.eval()
 
 
 def skeleton(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:

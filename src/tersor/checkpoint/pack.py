@@ -1,7 +1,9 @@
 """`tersor pack` and `tersor unpack`: checkpoints to `model.tersor` and back, bit for bit."""
 
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,12 +74,15 @@ class Shelved(Mapping[str, Tensor]):
 
 def pack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
     """Write the tensors of a checkpoint folder, a safetensors file or an artifact as `model.tersor` into a new folder,
-    beside the other files as they came. `unpack` gives the same tensors back, bit for bit.
+    beside the other files as they came. `unpack` gives the same tensors back, bit for bit. A safetensors file alone can
+    become one file: an output that ends in .tersor.
 
     Raises:
         InputError, ModelError: the source is no checkpoint, is packed already, or the output is in the way.
     """
-    check_output(output, overwrite, CODED)
+    as_file = names_file(source, output, Path(CODED).suffix, overwrite)
+    if not as_file:
+        check_output(output, overwrite, CODED)
     manifest: dict[str, Any] | None = None
     if (source / MANIFEST).exists():
         manifest = read_manifest(source)
@@ -85,30 +90,36 @@ def pack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
         files = [weights_path(source, manifest)]
     else:
         files = weight_files(source) if source.is_dir() else [source]
-    if (source / CODED).exists() or source.name == CODED:
+    if (source / CODED).exists() or source.suffix == Path(CODED).suffix:
         raise InputError(f"{source}: packed already; `tersor unpack` gives it back")
     if not files:
         raise ModelError(f"{source}: no *.safetensors file in the folder")
     tensors = Shelved(files)
     metadata = {FILES: json.dumps({file.name: names_in(tensors, file) for file in files})} if len(files) > 1 else {}
+    before = sum(file.stat().st_size for file in files)
+    if as_file:
+        write(tensors, output, packing_of(manifest, tensors), metadata)
+        return Written(output, before, output.stat().st_size)
     with atomic_folder(output, overwrite, CODED) as folder:
         write(tensors, folder / CODED, packing_of(manifest, tensors), metadata)
         copy_others(source, folder)
         if manifest is not None:
             write_manifest(folder, with_file(manifest, folder / CODED))
-    return Written(output, sum(file.stat().st_size for file in files), (output / CODED).stat().st_size)
+    return Written(output, before, (output / CODED).stat().st_size)
 
 
 def unpack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
     """Write what is in a `model.tersor`, or in its folder, as plain safetensors into a new folder, in as many files as
     were packed. The sites of an artifact are decoded to weights, under the names and in the types they had before, so
-    that transformers loads the folder.
+    that transformers loads the folder. A file alone can become one file: an output that ends in .safetensors.
 
     Raises:
         InputError: the source is not packed, or the output is in the way.
         ArtifactError: the source is damaged.
     """
-    check_output(output, overwrite, WEIGHTS)
+    as_file = names_file(source, output, Path(WEIGHTS).suffix, overwrite)
+    if not as_file:
+        check_output(output, overwrite, WEIGHTS)
     file = source / CODED if source.is_dir() else source
     if not file.is_file():
         raise InputError(f"{source}: has no {CODED}; `tersor pack` makes one")
@@ -118,6 +129,11 @@ def unpack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
         manifest = read_manifest(source)
         check_files(source, manifest)
         tensors = decoded(tensors, manifest)
+    if as_file:
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as scratch:
+            write_weights(tensors, Path(scratch) / output.name)
+            os.replace(Path(scratch) / output.name, output)
+        return Written(output, file.stat().st_size, output.stat().st_size)
     with atomic_folder(output, overwrite, WEIGHTS) as folder:
         shards = shards_of(container, tensors, file)
         for name, names in shards.items():
@@ -133,6 +149,21 @@ def unpack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
             (folder / CODED).unlink(missing_ok=True)
         after = sum((folder / name).stat().st_size for name in shards)
     return Written(output, file.stat().st_size, after)
+
+
+def names_file(source: Path, output: Path, suffix: str, overwrite: bool) -> bool:
+    """Whether the output is a single file, by its name. Raises InputError where it cannot be one, or is in the way."""
+    if output.suffix != suffix:
+        return False
+    if source.is_dir():
+        raise InputError(
+            f"{output}: {source} is a folder, so the output is one, too; write -o {output.with_suffix('')}"
+        )
+    if output.is_dir() or (output.exists() and not overwrite):
+        raise InputError(f"{output} exists; choose another --output, or --overwrite it")
+    if not output.absolute().parent.is_dir():
+        raise InputError(f"{output}: the folder {output.absolute().parent} does not exist")
+    return True
 
 
 def names_in(tensors: Shelved, file: Path) -> list[str]:

@@ -1,4 +1,7 @@
-"""Models in: a Hugging Face folder or hub id, a tersor artifact, or `package.module:factory` with a state dict."""
+"""Models in: a Hugging Face folder or hub id, a tersor artifact, or `package.module:factory` with a state dict.
+
+Weights that `tersor pack` made smaller open like those they came from.
+"""
 
 import hashlib
 import importlib
@@ -14,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.checkpoint.layout import tensors_of
+from tersor.checkpoint.layout import CODED, tensors_of
 from tersor.checkpoint.weights import PICKLES, check_file, check_finite, read_weights, refuse_pickle
 from tersor.errors import InputError, ModelError
 
@@ -67,12 +70,17 @@ def open_model(name: str, *, weights: Path | None = None) -> Source:
 
 def open_transformers(name: str, folder: Path) -> Source:
     """A Hugging Face folder. Raises ModelError for pickles, damaged files, NaN, and models quantized already."""
-    _, model_class, files = look_into(name, folder)
-    for file in files:
-        check_file(file)
+    config, model_class, files = look_into(name, folder)
+    packed = files[0].name == CODED
+    if packed:
+        weights: dict[str, Any] = {"config": config, "state_dict": read_state(files[0])}
+    else:
+        for file in files:
+            check_file(file)
+        weights = {"use_safetensors": True}
     try:
         model, info = model_class.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, output_loading_info=True, trust_remote_code=False
+            None if packed else folder, **weights, dtype="auto", output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:  # a config whose numbers do not go together can trip over anything
         raise ModelError(
@@ -92,7 +100,7 @@ def open_transformers(name: str, folder: Path) -> Source:
         architecture=type(model).__name__,
         folder=folder,
         # zero: counted from the model itself
-        num_bytes=0 if unused else sum(file.stat().st_size for file in files),
+        num_bytes=0 if unused or packed else sum(file.stat().st_size for file in files),
         hashes={file.name: sha256(file) for file in files},
         notes=notes,
     )
@@ -129,9 +137,11 @@ def few(names: list[str]) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files transformers loads: the single one, or the shards its index names, or whatever is there."""
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
+    """The files transformers loads: the single one, or the shards its index names, or whatever is there; where they
+    were packed, the one that holds them all."""
+    for name in ("model.safetensors", CODED):
+        if (folder / name).exists():
+            return [folder / name]
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return sorted(folder.glob("*.safetensors"))
@@ -162,8 +172,7 @@ def open_custom(name: str, weights: Path | None) -> Source:
     notes: tuple[str, ...] = ("no --weights given: the factory's own weights are used",)
     num_bytes, hashes = 0, {"state": state_hash(model)} if weights is None else {}
     if weights is not None:
-        state = read_weights(weights)
-        check_finite(state, str(weights))
+        state = read_state(weights)
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
@@ -190,6 +199,15 @@ def open_artifact(name: str, folder: Path, model: nn.Module | None = None) -> So
     file = weights_path(folder, manifest)
     hashes, num_bytes = {file.name: manifest["files"][file.name]["sha256"]}, file.stat().st_size
     return Source(model, name, "artifact", manifest["model"]["class"], folder, num_bytes, hashes)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """All tensors of a safetensors file, or of a `model.tersor`. Raises ModelError for NaN, too."""
+    from tersor.checkpoint.container import read
+
+    state = read(path) if path.suffix == Path(CODED).suffix else read_weights(path)
+    check_finite(state, str(path))
+    return state
 
 
 def call_factory(name: str) -> nn.Module:

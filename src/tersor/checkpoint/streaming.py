@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from tersor.checkpoint.artifact import copy_side_files, describe
 from tersor.checkpoint.extents import Extent, Scratch, read_extents, write_extents
-from tersor.checkpoint.layout import kept_tensors, stored_parts, tensors_of
+from tersor.checkpoint.layout import CODED, kept_tensors, stored_parts, tensors_of
 from tersor.checkpoint.manifest import WEIGHTS
 from tersor.checkpoint.source import Source, few, first_line, from_hub, look_into, sha256
 from tersor.checkpoint.weights import check_finite
@@ -61,6 +61,8 @@ class StreamedModel:
         self.output, self.scratch, self.on_block = output, Scratch(output / "scratch"), on_block
         folder = folder_of(name)
         config, model_class, files = look_into(name, folder)
+        if files[0].name == CODED:
+            raise InputError(f"{name}: packed; --stream reads plain safetensors: `tersor unpack {name} -o plain`")
         stored = {tensor: extent for file in files for tensor, extent in read_extents(file).items()}
         dtype = config.dtype or next((e.dtype for e in stored.values() if e.dtype.is_floating_point), torch.float32)
         try:

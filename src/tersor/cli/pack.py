@@ -14,8 +14,10 @@ from tersor.report.card import megabytes
 
 def pack(
     model: Annotated[Path, typer.Argument(help="Hugging Face folder, .safetensors file, or artifact.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a packed folder.")] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to create; FILE.tersor for a .safetensors file alone.")
+    ],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is packed.")] = False,
     json: options.Json = False,
 ) -> None:
     """Make a checkpoint smaller without changing a bit: its tensors as model.tersor, everything else as it came."""

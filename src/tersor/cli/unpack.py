@@ -12,7 +12,9 @@ from tersor.cli.pack import show
 
 def unpack(
     packed: Annotated[Path, typer.Argument(help="Folder with a model.tersor, or the file itself.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to create; FILE.safetensors for a .tersor file alone.")
+    ],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds model.safetensors.")] = False,
     json: options.Json = False,
 ) -> None:
