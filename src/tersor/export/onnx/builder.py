@@ -7,6 +7,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from tersor.export.onnx.names import name_in, path_of
+
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 TYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
 
@@ -18,16 +20,18 @@ class Builder:
         graph: what is added to.
         dtype: the type that the graph computes in, float32 or float16.
         made: constants and shared nodes, by what they are.
+        path: the layer that new nodes are named after.
     """
 
     def __init__(self, graph: ir.Graph, dtype: torch.dtype):
         self.graph, self.dtype = graph, dtype
         self.made: dict[Any, Any] = {}
         self.place: ir.Node | None = None
+        self.path = ""
 
-    def at(self, place: ir.Node) -> "Builder":
-        """From here on nodes are added before `place`."""
-        self.place = place
+    def at(self, place: ir.Node, path: str | None = None) -> "Builder":
+        """From here on nodes are added before `place`, in its layer or the one given."""
+        self.place, self.path = place, path_of(place) if path is None else path
         return self
 
     def node(
@@ -36,10 +40,11 @@ class Builder:
         """A new node; its output, or a list of them where there are more."""
         assert self.place is not None
         added = ir.node(kind, inputs, attributes or None, domain=domain, num_outputs=num_outputs)
-        added.name = f"{kind}_{len(self.made)}_{self.place.outputs[0].name}"
-        self.made[added.name] = added
+        added.name = name_in(self.path, kind)
+        made = f"{kind}_{len(self.made)}_{self.place.outputs[0].name}"
+        self.made[made] = added
         for i, output in enumerate(added.outputs):
-            output.name = f"{added.name}_{i}"
+            output.name = f"{made}_{i}"
         self.graph.insert_before(self.place, added)
         if domain:
             self.graph.opset_imports[domain] = 1

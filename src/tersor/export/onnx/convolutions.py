@@ -25,6 +25,7 @@ from tersor.activations import IntStatic
 from tersor.export.examples import Examples
 from tersor.export.onnx.builder import Builder
 from tersor.export.onnx.file import save
+from tersor.export.onnx.names import name_in, path_of
 from tersor.observers.min_max import MinMax
 from tersor.runtimes import runtime_named
 from tersor.stats import Stats
@@ -55,7 +56,7 @@ def fold_norms(model: ir.Model) -> None:
         b = Builder(graph, torch.float32).at(conv)
         name = conv.outputs[0].name
         scale = b.constant(f"{name}.folded_scale", (constant(weight.inputs[1]) * factor).astype(np.float32))
-        scaled = b.node("DequantizeLinear", weight.inputs[0], scale, axis=0)
+        scaled = b.node("DequantizeLinear", weight.inputs[0], scale, *weight.inputs[2:], axis=0)
         shift = b.constant(f"{name}.folded_bias", (offset + (bias - mean) * factor).astype(np.float32))
         folded = b.node("Conv", conv.inputs[0], scaled, shift, **settings(conv))
         old = norm.outputs[0]
@@ -110,7 +111,7 @@ def quantize_outputs(model: ir.Model, ranges: Ranges) -> int:
             step, zero_point = ranges[value.name or ""]
             scale = b.constant(f"{value.name}.output_scale", np.array(step, dtype=np.float32))
             zero = b.constant(f"{value.name}.output_zero_point", np.array(zero_point, dtype=np.uint8))
-        quantize = ir.node("QuantizeLinear", [value, scale, zero])
+        quantize = ir.node("QuantizeLinear", [value, scale, zero], name=beside(value, "QuantizeLinear"))
         quantize.outputs[0].name = f"{value.name}.codes"
         graph.append(quantize)
         read_codes(graph, value, quantize.outputs[0], quantize)
@@ -134,7 +135,7 @@ def read_codes(graph: ir.Graph, value: ir.Value, codes: ir.Value, quantize: ir.N
             inputs = [codes, *node.inputs[1:]]
             if node.op_type == "Pad":
                 inputs = [codes, node.inputs[1], zero, *node.inputs[3:]]
-            moved = ir.node(node.op_type, inputs, settings(node))
+            moved = ir.node(node.op_type, inputs, settings(node), name=node.name)
             moved.outputs[0].name = f"{node.outputs[0].name}.codes"
             moved.outputs[0].type, moved.outputs[0].shape = ir.TensorType(ir.DataType.UINT8), node.outputs[0].shape
             graph.append(moved)
@@ -142,7 +143,7 @@ def read_codes(graph: ir.Graph, value: ir.Value, codes: ir.Value, quantize: ir.N
             graph.remove(node, safe=True)
         else:
             if back is None:
-                dequantize = ir.node("DequantizeLinear", [codes, scale, zero])
+                dequantize = ir.node("DequantizeLinear", [codes, scale, zero], name=beside(value, "DequantizeLinear"))
                 dequantize.outputs[0].name = f"{value.name}.rounded"
                 graph.append(dequantize)
                 back = dequantize.outputs[0]
@@ -165,7 +166,9 @@ def slices_as_pools(model: ir.Model) -> None:
             strides = [mine * other for mine, other in zip(strides, before.attributes["strides"].value, strict=True)]
             assert before.inputs[0] is not None
             read = before.inputs[0]
-        pool = ir.node("MaxPool", [read], {"kernel_shape": [1, 1], "strides": strides})
+        pool = ir.node(
+            "MaxPool", [read], {"kernel_shape": [1, 1], "strides": strides}, name=beside(node.outputs[0], "MaxPool")
+        )
         old, made = node.outputs[0], pool.outputs[0]
         made.name, made.type, made.shape = f"{old.name}.pixels", old.type, old.shape
         model.graph.insert_before(node, pool)
@@ -258,6 +261,11 @@ def is_int8(node: ir.Node) -> bool:
     """Whether a node is a convolution of a quantized input and a quantized weight."""
     producers = [value.producer() if value is not None else None for value in node.inputs[:2]]
     return node.op_type == "Conv" and all(p is not None and p.op_type == "DequantizeLinear" for p in producers)
+
+
+def beside(value: ir.Value, kind: str) -> str:
+    """The name of an operator in the layer that makes a value."""
+    return name_in(path_of(value.producer()), kind)
 
 
 def settings(node: ir.Node) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 
 from tersor.errors import ArtifactError
+from tersor.export.onnx.names import make_unique
 
 LARGEST = 2**31 - 2**24  # bytes of weights that one protobuf file holds, with some room for the graph
 
@@ -15,6 +16,7 @@ def save(model: ir.Model, path: Path) -> None:
     """Write the model; weights beyond 2 GB go to a file beside it, named `PATH.data`."""
     clean(model)
     ir.passes.common.RemoveUnusedNodesPass()(model)
+    make_unique(model.graph)
     num_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     try:
         ir.save(model, path, external_data=f"{path.name}.data" if num_bytes > LARGEST else None)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tersor.errors import InputError, ModelError
 from tersor.export.contract import PackedSite
 from tersor.export.examples import Examples, outputs_of
+from tersor.export.onnx.names import name_by_layer
 from tersor.modules import InputQuantizer, PackedEmbedding, PackedLinear, PackedWeight
 from tersor.sites import packed_weight
 
@@ -32,7 +33,7 @@ DOMAIN = "tersor"
 
 
 def trace(model: nn.Module, examples: Examples, sites: Iterable[PackedSite]) -> ir.Model:
-    """The graph, with its inputs, outputs and axes named.
+    """The graph, with its inputs, outputs and axes named, and every node after its layer.
 
     Raises:
         ModelError: an operator that ONNX does not have, with the layer; a model that cannot be followed, or whose
@@ -55,6 +56,7 @@ def trace(model: nn.Module, examples: Examples, sites: Iterable[PackedSite]) -> 
         except Exception as error:  # whatever the model, torch.export or the translation trips over
             raise refused(error, model, examples) from error
     check_axes(program.model.graph, examples)
+    name_by_layer(program.model.graph)
     return program.model
 
 
