@@ -256,6 +256,53 @@ def test_the_whole_residual_chain_runs_on_codes(tmp_path):
     assert kinds["QuantizeLinear"] == 1  # of the input
 
 
+def optimized(path: Path) -> onnx.GraphProto:
+    """The graph that ONNX Runtime makes of a file."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(path.with_suffix(".optimized"))
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnx.load(path.with_suffix(".optimized")).graph
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "products", "num_others"),
+    [
+        ("linear", "int8-dynamic", {"DynamicQuantizeMatMul"}, 0),
+        ("linear", "int8/int8-static", {"QGemm", "MatMulIntegerToFloat"}, 0),
+        ("linear", "int4-g32", {"MatMulNBits"}, 0),
+        ("depthwise", "int8/int8-static", {"QLinearConv"}, 1),  # the last, whose result is float
+        ("bert", "int8-dynamic", {"DynamicQuantizeMatMul", "MatMulIntegerToFloat"}, 0),
+    ],
+)
+def test_what_runs_in_the_place_of_a_site_is_named_after_it(name, scheme, products, num_others, tmp_path):
+    model, examples = packed(name, scheme)
+    examples = replace(examples, calibration=(examples.inputs,))
+    kept, _ = write(model, examples, tmp_path)
+    names = [node.name for node in onnx.load(kept).graph.node]
+    assert all(names)
+    assert len(set(names)) == len(names)
+    graph = optimized(kept)
+    sites = {site.name: site for site, _, _ in packed_sites(model)}
+    found = [node.name.split("/")[0] for node in graph.node if node.op_type in products]
+    assert len(found) == len(set(found))
+    assert set(found) <= sites.keys()
+    assert len(found) == sum(site.kind in ("linear", "conv") for site in sites.values()) - num_others
+
+
+def test_norms_and_small_tables_run_on_their_fast_kernels(tmp_path):
+    """A sum and a norm apart, a table of positions decoded when the file is loaded."""
+    model, examples = packed("bert", "int8")
+    kept, exact = write(model, examples, tmp_path)
+    assert difference(run(exact, examples), examples.run(model)) < 1e-5
+    graph = optimized(kept)
+    kinds = Counter(node.op_type for node in graph.node)
+    assert kinds["LayerNormalization"] == sum(isinstance(m, nn.LayerNorm) for m in model.modules())
+    assert kinds["Sum"] == kinds["LayerNormalization"]
+    assert not kinds["SkipLayerNormalization"]
+    assert [n.op_type for n in graph.node if "embeddings.position_embeddings/" in n.name] == ["Gather"]
+
+
 class Strange(nn.Module):
     """An operator that ONNX does not have."""
 

@@ -118,7 +118,7 @@ def products(openvino: Any, path: Path, group_size: int) -> dict[str, int]:
 
 def kind_of(precision: str, primitive: str, group_size: int) -> str:
     """`int8`, `int8 weights with inputs rounded by group`, ..."""
-    if precision in ("u8", "i8") and primitive.endswith("I8"):
+    if precision in ("u8", "i8") and primitive.lower().endswith("i8"):  # signed where the zero point is 128
         return "int8"
     weights = {"i8": "int8", "u8": "int8", "u4": "int4", "i4": "int4", "u2": "int2"}.get(precision)
     if weights:

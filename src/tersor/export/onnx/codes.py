@@ -1,13 +1,14 @@
 """Packed weights of integer grids as constants and ONNX operators that decode them.
 
 Codes are unsigned and packed as they are in the artifact: 2, 4 or 8 bits each, the first of a byte in its low bits.
-Grids of 3 bits are held in 4, of 5 and 6 bits in 8.
+Grids of 3 bits are held in 4, of 5 and 6 bits in 8. Where a byte is one code of a symmetric grid, it is signed, so that
+zero stands for zero.
 """
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 from tersor.export.contract import PackedSite
@@ -29,6 +30,11 @@ def grid(packed: PackedSite) -> IntGroup:
 def stored_codes(packed: PackedSite) -> UInt8[Tensor, "out width"]:
     """The codes of each row, packed."""
     return pack(unsigned_codes(packed.encoded), HELD_BITS[grid(packed).bits])
+
+
+def signed_codes(packed: PackedSite) -> Int8[Tensor, "out in"]:
+    """The codes of each row of a symmetric grid, one in a byte."""
+    return (unsigned_codes(packed.encoded).short() - 2 ** (grid(packed).bits - 1)).to(torch.int8)
 
 
 LARGEST_BLOCK = 128  # of columns that share a scale; a scale for the whole row is repeated
@@ -71,30 +77,31 @@ def decoded_rows(b: Builder, packed: PackedSite, index: ir.Value | None) -> ir.V
         return b.float(rows("values", packed.encoded.parts["values"]))
     format = grid(packed)
     bits = HELD_BITS[format.bits]
-    if index is not None and is_shared(packed):
+    is_looked_up = index is not None and is_shared(packed)  # in the blocks of MatMulNBits, which are unsigned
+    signed = format.symmetric and bits == 8 and not is_looked_up
+    if is_looked_up:
         stored = blocks(packed)
+        assert index is not None
         found = b.node("Gather", b.constant(f"{name}.blocks", stored), index, axis=0)
         codes = unpacked(b, flattened(b, found), bits, num_columns, stored[0].numel())
+    elif signed:
+        codes = b.float(rows("codes", signed_codes(packed)))
     else:
         stored = stored_codes(packed)
         codes = unpacked(b, rows("codes", stored), bits, num_columns, stored.shape[1])
     scale = b.float(rows("scale", packed.encoded.parts["scale"]))
-    if format.symmetric:
-        zero: ir.Value = b.constant(f"zero_{format.bits}_{b.dtype}", np.array(2.0 ** (format.bits - 1), dtype=kind(b)))
-    else:
-        zero = b.float(rows("zero_point", packed.encoded.parts["zero_point"]))
-        zero = b.node(
-            "Mul", zero, b.constant(f"step_{format.bits}_{b.dtype}", np.array(2.0**format.bits / 256, kind(b)))
-        )
-    num_groups = packed.encoded.parts["scale"].shape[1]
-    if num_groups == 1:
-        return b.node("Mul", b.node("Sub", codes, zero), scale)
     group_size = format.group_size or num_columns
-    spread = [
-        each if each is zero and format.symmetric else by_column(b, each, group_size, num_columns)
-        for each in (zero, scale)
-    ]
-    return b.node("Mul", b.node("Sub", codes, spread[0]), spread[1])
+    has_groups = packed.encoded.parts["scale"].shape[1] > 1
+    scale = by_column(b, scale, group_size, num_columns) if has_groups else scale
+    if signed:
+        return b.node("Mul", codes, scale)
+    if format.symmetric:
+        zero = b.constant(f"zero_{format.bits}_{b.dtype}", np.array(2.0 ** (format.bits - 1), dtype=kind(b)))
+    else:
+        step = b.constant(f"step_{format.bits}_{b.dtype}", np.array(2.0**format.bits / 256, kind(b)))
+        zero = b.node("Mul", b.float(rows("zero_point", packed.encoded.parts["zero_point"])), step)
+        zero = by_column(b, zero, group_size, num_columns) if has_groups else zero
+    return b.node("Mul", b.node("Sub", codes, zero), scale)
 
 
 def by_column(b: Builder, values: ir.Value, group_size: int, num_columns: int) -> ir.Value:

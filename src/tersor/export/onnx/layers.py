@@ -12,6 +12,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -57,7 +58,7 @@ def lower(traced: ir.Model, sites: Mapping[str, PackedSite], choice: Lowering) -
         if node.domain != DOMAIN:
             continue
         packed = sites[node.attributes["site"].as_string()]
-        builder.at(node)
+        builder.at(node, packed.site.name)
         made = EMIT[node.op_type](builder, node, packed, choice)
         old = node.outputs[0]
         if any(made is each for each in node.inputs):  # nothing to compute
@@ -82,10 +83,15 @@ def emit_linear(b: Builder, node: ir.Node, packed: PackedSite, choice: Lowering)
     return b.node("Add", y, node.inputs[1]) if len(node.inputs) > 1 else y
 
 
+SMALL = 2**18  # values of a table, such as of positions: a megabyte when it is decoded
+
+
 def emit_embedding(b: Builder, node: ir.Node, packed: PackedSite, choice: Lowering) -> ir.Value:
-    """Rows of the table, decoded after they are looked up."""
+    """Rows of the table, decoded after they are looked up; a small table is decoded when the file is loaded."""
     if packed.site.name in choice.decoded:
         return b.node("Gather", decoded_constant(b, packed, choice.dtype), node.inputs[0], axis=0)
+    if prod(packed.site.shape) <= SMALL and not is_shared(packed):
+        return b.node("Gather", folded_matrix(b, packed), node.inputs[0], axis=0)
     return decoded_rows(b, packed, node.inputs[0])
 
 
@@ -97,7 +103,7 @@ def emit_weight(b: Builder, node: ir.Node, packed: PackedSite, choice: Lowering)
         return signed_weight(b, packed, transposed=False)
     key = ("weight", packed.site.name)
     if key not in b.made:
-        b.made[key] = unfolded(b, packed, decoded_rows(b, packed, None))
+        b.made[key] = unfolded(b, packed, folded_matrix(b, packed))
     return b.made[key]
 
 
@@ -195,10 +201,15 @@ def decoded_product(b: Builder, x: ir.Value, packed: PackedSite, choice: Lowerin
 
 def folded_product(b: Builder, x: ir.Value, packed: PackedSite, choice: Lowering) -> ir.Value:
     """A float product with a weight that is decoded in the graph, once, when the file is loaded."""
+    return b.node("MatMul", x, b.shared("Transpose", folded_matrix(b, packed), perm=(1, 0)))
+
+
+def folded_matrix(b: Builder, packed: PackedSite) -> ir.Value:
+    """The weight matrix `[out, in]`, decoded in the graph, once, when the file is loaded."""
     key = ("matrix", packed.site.name)
     if key not in b.made:
-        b.made[key] = b.node("Transpose", decoded_rows(b, packed, None), perm=[1, 0])
-    return b.node("MatMul", x, b.made[key])
+        b.made[key] = decoded_rows(b, packed, None)
+    return b.made[key]
 
 
 def quantized_input(b: Builder, x: ir.Value, packed: PackedSite) -> ir.Value:
@@ -211,11 +222,14 @@ def quantized_input(b: Builder, x: ir.Value, packed: PackedSite) -> ir.Value:
 
 
 def signed_weight(b: Builder, packed: PackedSite, *, transposed: bool) -> ir.Value:
-    """Signed codes and one scale per output channel, dequantized."""
+    """Signed codes and one scale per output channel, dequantized. The zero points are all 0 and could be left out, but
+    then ONNX Runtime (1.31) multiplies in float where the input is a matrix."""
     name, codes = packed.site.name, packed.encoded.parts["codes"]
     shaped = codes.t() if transposed else packed.site.fold.unfold(codes)
     scale = b.constant(f"{name}.scale", packed.encoded.parts["scale"].float().flatten())
-    return b.shared("DequantizeLinear", b.constant(f"{name}.codes", shaped), scale, axis=1 if transposed else 0)
+    num_rows = packed.site.shape[0]
+    zero = b.constant(f"zeros_{num_rows}", np.zeros(num_rows, dtype=np.int8))
+    return b.shared("DequantizeLinear", b.constant(f"{name}.codes", shaped), scale, zero, axis=1 if transposed else 0)
 
 
 def decoded_constant(b: Builder, packed: PackedSite, dtype: torch.dtype) -> ir.Value:

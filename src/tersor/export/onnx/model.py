@@ -8,6 +8,7 @@ import torch
 
 from tersor.export.contract import Checkpoint, PackedSite
 from tersor.export.onnx.convolutions import fold_norms
+from tersor.export.onnx.fusions import sums_before_norms
 from tersor.export.onnx.layers import Lowering, holds, lower
 from tersor.export.onnx.trace import sites_in, trace
 from tersor.formats.float_cast import FloatCast
@@ -43,6 +44,7 @@ class TracedModel:
         """The model written out."""
         model = lower(self.graph, self.sites, choice)
         fold_norms(model)
+        sums_before_norms(model)
         return model
 
     def as_float(self, choice: Lowering) -> ir.Model:
