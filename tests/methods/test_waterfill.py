@@ -1,5 +1,7 @@
 """One noise level: the loss it promises, the bits it takes, and the slow way to the same codes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -173,6 +175,16 @@ def test_rare_words_keep_a_share():
     truth = 4000 * frequency[counts == 0].mean().item()
     assert truth / 2 < unseen(counts) < truth * 2
     assert unseen(torch.ones(4)) == 0
+
+
+def test_a_row_without_effect_costs_the_others_nothing():
+    """A dead channel is no rare word: it was seen, and takes fewer bits than it did before."""
+    weight, stats = problem()
+    row_weight = stats.row_weight.clone()
+    row_weight[0] = 0
+    method = Waterfill(level=1e-3, drift=0)
+    dead = method.compress(weight, Coded(), replace(stats, row_weight=row_weight))
+    assert bits(dead) <= bits(method.compress(weight, Coded(), stats))
 
 
 def test_without_data_the_loss_is_relative_to_the_output():

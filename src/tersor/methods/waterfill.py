@@ -198,7 +198,9 @@ def entropy(deviation: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
 def row_curvature(weight: Weight, problem: Problem, stats: Stats) -> Float[Tensor, " out"]:
     """The curvature of the loss in every output of the site, above zero."""
     if stats.row_weight is not None and stats.row_weight.any():
-        damping = max(ROW_DAMPING * stats.row_weight.mean().item(), RARE * unseen(stats.row_weight))
+        damping = ROW_DAMPING * stats.row_weight.mean().item()
+        if stats.second_moment is None:  # an embedding; a row of any other site was seen, even if nothing came of it
+            damping = max(damping, RARE * unseen(stats.row_weight))
         return (stats.row_weight.to(weight.device) + damping) / problem.moment.diagonal().mean()
     energy = ((weight @ problem.moment) * weight).sum().item() or 1.0
     share = 1.0 if stats.row_weight is None else UNREACHED
