@@ -18,6 +18,7 @@ from tersor.formats.codebook import Codebook
 from tersor.formats.float_cast import FloatCast
 from tersor.formats.mx import Mxfp4
 from tersor.formats.semi_structured import SemiStructured
+from tersor.methods import Kmeans
 from tersor.modules import Fold, PackedWeight
 from tersor.recipe import Recipe
 from tersor.schemes import Scheme
@@ -88,6 +89,20 @@ def test_what_is_stored_is_what_was_trained(name):
     assert not torch.equal(trained, Encoded(encoded.format, encoded.shape, before).decode())
     if isinstance(encoded.format, Codebook):
         assert (packed.tensors["codebook"].diff(dim=-1) >= 0).all()
+
+
+def test_zero_in_a_codebook_stays_and_nothing_crosses_it():
+    """What shares it was pruned."""
+    weight = random(4, 64)
+    encoded = Kmeans().compress(torch.where(weight.abs() > 1, weight, 0.0), Codebook(8), Stats())
+    before = encoded.decode()
+    packed, leftovers = leftovers_of(encoded)
+    with torch.no_grad():
+        leftovers.shifts[0].add_(3 * random(*leftovers.shifts[0].shape))
+    leftovers.settle()
+    assert (packed()[before == 0] == 0).all()
+    assert (packed() * before >= 0).all()
+    assert not torch.equal(packed(), before)
 
 
 def test_every_format_is_in_the_table_or_has_nothing_continuous_but_weights():

@@ -3,6 +3,8 @@
 Deep Compression (Han et al. 2016, https://arxiv.org/abs/1510.00149); weighted by sensitivity in SqueezeLLM (Kim et al.
 2023, https://arxiv.org/abs/2306.07629). A weight counts as much as the loss's curvature there: that of its row times
 that of its column. Without data all weights count the same, and the codebook is the format's plain one.
+
+Of pruned weights, what is zero stays zero: one of the values is 0, and the others are the means of what is left.
 """
 
 from dataclasses import dataclass
@@ -36,7 +38,28 @@ class Kmeans:
 
 
 def weighted_codebook(weight: Weight, format: Codebook, importance: Float[Tensor, "out in"]) -> Params:
-    """For every row, or for the tensor: the better one of the weighted and the plain codebook."""
+    """For every row, or for the tensor: the better one of the weighted and the plain codebook; where zeros are more
+    than one of its values serves on average, one with zero among them."""
+    zeros = format.grouped(weight == 0).float().mean(-1)
+    pruned = zeros > 1 / format.num_values
+    if not pruned.any():
+        return dense_codebook(weight, format, importance)
+    sparse = sparse_codebook(weight, format, importance)
+    if pruned.all():
+        return sparse
+    dense = dense_codebook(weight, format, importance)
+    return {"codebook": torch.where(pruned, sparse["codebook"], dense["codebook"])}
+
+
+def sparse_codebook(weight: Weight, format: Codebook, importance: Float[Tensor, "out in"]) -> Params:
+    """The weighted means of the weights that are not zero, and zero."""
+    w_rn, importance_rn = format.grouped(weight).squeeze(1), format.grouped(importance).squeeze(1)
+    others = clustered(w_rn, importance_rn * (w_rn != 0), format.num_values - 1)
+    return format.params(torch.nn.functional.pad(others, (1, 0)).sort(dim=-1).values)
+
+
+def dense_codebook(weight: Weight, format: Codebook, importance: Float[Tensor, "out in"]) -> Params:
+    """The better one of the weighted and the plain codebook."""
     plain = format.fit(weight)
     if (importance == importance[0, 0]).all():
         return plain

@@ -191,9 +191,14 @@ class Leftovers(nn.Module):
         return x
 
     def values(self, number: int) -> Tensor:
-        """One part as it is now, before it is rounded to be stored."""
+        """One part as it is now, before it is rounded to be stored. Zero in a codebook is what pruned weights share: it
+        stays, and the other values stay on their side of it."""
         start, size = self.get_buffer(f"start{number}"), self.get_buffer(f"size{number}")
-        return start + self.shifts[number] * size
+        values = start + self.shifts[number] * size
+        if not isinstance(self.parts[number].packed.format, Codebook):
+            return values
+        pruned = (start == 0).any(-1, keepdim=True)
+        return torch.where(pruned & (values * start <= 0), torch.zeros_like(start), values)
 
     def install(self, *_: object) -> None:
         """Have the packed weights decode with the parts as they would be stored, in float32."""
