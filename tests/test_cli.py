@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from cli_runner import tersor
+from tersor.checkpoint.container import Container
 from tersor.cli import app
 from tersor.recipe import Recipe
 
@@ -132,6 +133,40 @@ def test_coded_weights_end_just_below_the_budget_and_the_recipe_makes_the_same_b
     again = tersor(capsys, *start, "--recipe", "a/recipe.yaml", "-o", "b", "--json")
     assert again.status == 0, again.stdout
     assert Path("a/model.tersor").read_bytes() == Path("b/model.tersor").read_bytes()
+
+
+DEEP_COMPRESSION = """
+steps:
+- {step: prune, sparsity: 0.9, epochs: 8, batch_size: 64, learning_rate: 2.0e-3, alpha: 0.5, num_evaluations: 0}
+- {step: weights, scheme: 'kmeans:codebook16-tensor'}
+- {step: tune-scales, num_steps: 20, batch_size: 64, alpha: 0.5, num_evaluations: 0}
+"""
+
+
+def test_deep_compression_is_a_recipe(digits, inside, capsys):
+    """Prune, retrain, share, retrain what is shared, code: as few values a site as were asked for, zeros that cost
+    what their share says, and still the model."""
+    images, labels = load_digits(return_X_y=True)
+    train = np.random.default_rng(0).permutation(len(images))[:900]
+    np.savez("train.npz", x=(images[train].reshape(-1, 1, 8, 8) / 16).astype(np.float32), y=labels[train])
+    Path("deep.yaml").write_text(DEEP_COMPRESSION)
+    made = tersor(
+        capsys, "compress", *digits_arguments(digits), *labelled(digits), "--train", "train.npz", "--recipe",
+        "deep.yaml", "-o", "shared", "--json",
+    )  # fmt: skip
+    assert made.status == 0, made.stdout
+    assert made.json["verdict"]["drop"] < 0.05
+    packed = tersor(capsys, "pack", "shared", "-o", "coded", "--json")
+    assert packed.status == 0, packed.stdout
+    back = tersor(capsys, "unpack", "coded", "-o", "plain", "--json")
+    assert back.status == 0, back.stdout
+    weights = {name: w for name, w in load_file("plain/model.safetensors").items() if w.ndim > 1}
+    num_weights, num_kept = sum(w.numel() for w in weights.values()), sum(int((w != 0).sum()) for w in weights.values())
+    assert num_kept <= 0.1 * num_weights + len(weights)
+    assert all(len(w.unique()) <= 16 for w in weights.values())
+    container = Container(inside / "coded" / "model.tersor")
+    codes = sum(container.stored_bytes(name) for name in container.entries if name.endswith(".codes"))
+    assert codes < 9 / 8 * num_kept  # Han et al. before Huffman: 4 bits for the value, 5 for the gap to the next
 
 
 def test_coded_weights_are_searched_for_a_drop(digits, inside, capsys):
