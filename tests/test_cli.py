@@ -475,7 +475,7 @@ FLAGS = {
     "--precision --gradient-checkpointing --evaluations --patience --dtype --drop --seed --overwrite --json",
     "merge": "--output -o --task --data --calibration --train --task-option --seed --overwrite --json",
     "export": "--to --output -o --weights --task --data --task-option --shape --fixed --dtype --per-token "
-    "--float-outputs --decode --runtime-path --threads --overwrite --json",
+    "--float-outputs --decode --no-cache --runtime-path --threads --overwrite --json",
     "formats": "--json",
     "methods": "--json",
     "targets": "--json",

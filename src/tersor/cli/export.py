@@ -38,6 +38,9 @@ def export(
     decode: Annotated[
         bool, typer.Option("--decode", help="onnx, web: write formats it cannot hold as decoded fp16 weights.")
     ] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="onnx, openvino: a language model reads whole texts, and keeps nothing.")
+    ] = False,
     runtime_path: Annotated[
         Path | None,
         typer.Option(help="web: folder of the npm package onnxruntime-web; default: of ./node_modules."),
@@ -56,7 +59,7 @@ def export(
         model,
         output,
         to=to,
-        options={name: value for name, value in given.items() if value},
+        options={name: value for name, value in given.items() if value} | ({"cache": False} if no_cache else {}),
         weights=weights,
         task_choice=choice if task or data or task_option else None,
         shape=sizes(shape),

@@ -21,7 +21,8 @@ from tersor.errors import ArtifactError, FormatError, InputError, ModelError
 from tersor.export import export_named
 from tersor.export.check import Check, check
 from tersor.export.contract import Checkpoint, Layout, PackedSite, Runnable
-from tersor.export.examples import Examples, examples_of
+from tersor.export.decoder import has_cache
+from tersor.export.examples import Examples, examples_of, with_cache
 from tersor.export.folder import PROVENANCE
 from tersor.workflow import TaskChoice, open_task_for
 
@@ -82,7 +83,12 @@ def export_model(
     check_place(output, export, overwrite)
     if isinstance(export, Runnable):
         checkpoint = open_any(
-            str(model), Path(weights) if weights else None, task_choice=task_choice, shape=shape, fixed=fixed
+            str(model),
+            Path(weights) if weights else None,
+            task_choice=task_choice,
+            shape=shape,
+            fixed=fixed,
+            cache=getattr(export, "cache", False),
         )
     else:
         for what, given in (("--weights", weights), ("--data", task_choice), ("--shape", shape), ("--fixed", fixed)):
@@ -124,8 +130,9 @@ def open_any(
     task_choice: TaskChoice | None = None,
     shape: Sequence[int] | None = None,
     fixed: Sequence[str] = (),
+    cache: bool = False,
 ) -> Checkpoint:
-    """Open an artifact or any model, with example inputs."""
+    """Open an artifact or any model, with example inputs: those of a language model with its `cache`, if asked for."""
     source = open_model(name, weights=weights)
     if shape is not None and task_choice is not None:
         raise InputError("--shape and --data both give example inputs; leave one out")
@@ -133,7 +140,12 @@ def open_any(
     task = None
     if task_choice is not None or (has_tokenizer and shape is None):
         task = open_task_for(source, task_choice or TaskChoice())
-    examples: Examples = examples_of(source, task, shape).fixed(fixed)
+    examples: Examples = examples_of(source, task, shape)
+    if cache and shape is None and has_cache(source.model):
+        if fixed:
+            raise InputError(f"--fixed {fixed[0]} goes with --no-cache: a cache grows with every token")
+        examples = with_cache(source.model, examples)
+    examples = examples.fixed(fixed)
     return checkpoint_of(source.folder or Path(name), source.model, examples)
 
 

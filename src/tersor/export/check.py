@@ -1,19 +1,26 @@
-"""Is what was written the model? It is opened in its own runtime, run on the examples, compared, and timed."""
+"""Is what was written the model? It is opened in its own runtime, run on the examples, compared, and timed.
+
+A language model with a cache reads the beginnings of some texts at once and the rest token by token; its logits are
+held against those of the model that reads whole texts.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tersor.checkpoint.source import first_line
 from tersor.errors import ModelError, TersorError
 from tersor.export.contract import Checkpoint, Runnable, Written
+from tersor.export.decoder import NUM_NEW
 from tersor.export.examples import Examples
 from tersor.measure.latency import Latency, measure_calls, threads
-from tersor.runtimes import runtime_named
+from tersor.runtimes import Decoder, Decodes, runtime_named
+from tersor.runtimes.torch_decoder import TorchDecoder
 from tersor.tasks.inputs import scoring
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -64,6 +71,8 @@ def run_and_compare(
 ) -> Check:
     """As `check`, with the runtime's own errors."""
     runtime, examples = runtime_named(export.runtime), checkpoint.need_examples()
+    if examples.texts is not None:
+        return decode_and_compare(export, checkpoint, written.file or output, written, num_threads)
     dtype = getattr(export, "dtype", "fp32")
     model = examples.run(checkpoint.model.float())
     feeds = as_arrays(examples.cast(DTYPES[dtype]))
@@ -95,6 +104,58 @@ def run_and_compare(
     shape = "x".join(map(str, next(iter(one.values())).shape))
     row = f"one input of {shape}"
     return Check(runtime.version(), found, input_rounding, latency, float_latency, against, row)
+
+
+def decode_and_compare(
+    export: Runnable, checkpoint: Checkpoint, file: Path, written: Written, num_threads: int
+) -> Check:
+    """As `run_and_compare`, for a language model with a cache; a token is what is timed."""
+    runtime, examples = runtime_named(export.runtime), checkpoint.need_examples()
+    assert isinstance(runtime, Decodes)
+    assert examples.texts is not None
+    ids, mask = (tensor.numpy() for tensor in examples.texts)
+    dtype = getattr(export, "dtype", "fp32")
+    model = read_whole(checkpoint.model.float(), ids, mask)
+
+    def found_by(path: Path) -> tuple[Decoder, float]:
+        decoder = runtime.open_decoder(path, num_threads=num_threads)
+        return decoder, difference({"logits": read_in_steps(decoder, ids, mask)}, {"logits": model})
+
+    as_float, input_rounding = found_by(written.as_float)
+    if not any(packed.activation for packed in checkpoint.sites):  # nothing rounds inputs
+        hold(input_rounding, FLOAT[dtype], f"{export.name}, with decoded weights")
+    limit = FLOAT[dtype] + CHAOS * input_rounding
+    if written.exact is not None:
+        hold(found_by(written.exact)[1], limit, f"{export.name}, with inputs rounded as in the artifact")
+        limit = max(limit, ROUNDED)
+    decoder, found = found_by(file)
+    hold(found, limit, export.name)
+    in_torch: Decoder = TorchDecoder(checkpoint.model.to(DTYPES[dtype]), "model", num_threads)
+    as_it_was, against = (as_float, "decoded to float") if checkpoint.sites else (in_torch, "in PyTorch")
+    longest = ids[mask.sum(1).argmax()][None]
+    for each in (as_it_was, decoder):
+        each.reset()
+        each.feed(longest)
+    calls = [partial(each.feed, longest[:, -1:]) for each in (as_it_was, decoder)]
+    with threads(num_threads):
+        float_latency, latency = measure_calls(calls, batch_size=1, num_threads=num_threads, seconds=SECONDS)
+    row = f"one token after {longest.shape[1]} others"
+    return Check(runtime.version(), found, input_rounding, latency, float_latency, against, row)
+
+
+def read_whole(model: nn.Module, ids: np.ndarray, mask: np.ndarray) -> Tensor:
+    """The model's logits, without a cache; zero at padding."""
+    decoder = TorchDecoder(model, "model", torch.get_num_threads())
+    return torch.from_numpy(decoder.feed(ids, mask) * mask[:, :, None])
+
+
+def read_in_steps(decoder: Decoder, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """As `read_whole`, the last tokens one by one."""
+    decoder.reset()
+    first = ids.shape[1] - NUM_NEW
+    made = [decoder.feed(ids[:, :first], mask[:, :first])]
+    made += [decoder.feed(ids[:, i : i + 1], mask[:, i : i + 1]) for i in range(first, ids.shape[1])]
+    return np.concatenate(made, axis=1) * mask[:, :, None]
 
 
 def hold(found: float, limit: float, what: str) -> None:

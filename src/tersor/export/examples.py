@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tersor.checkpoint.source import Source
 from tersor.errors import InputError
+from tersor.export.decoder import NUM_NEW, Decoded, axes_of, cached_inputs, call_cached
 from tersor.tasks.contract import Task
 from tersor.tasks.inputs import float_type_of, scoring
 
@@ -29,16 +30,26 @@ class Examples:
         axes: of each input, the axes of any size, by position; all others have the examples' size for good.
         keywords: whether the model takes the inputs by name; else by position.
         calibration: more such inputs, real ones; none where the examples are random numbers or texts.
+        texts: whole texts, tokens and mask `[row, token]`, padded on the left, where the inputs are the last tokens of
+            them together with the cache of those before (decoder.py); None for all other inputs.
     """
 
     inputs: dict[str, Tensor]
     axes: dict[str, dict[int, str]]
     keywords: bool
     calibration: tuple[dict[str, Tensor], ...] = ()
+    texts: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def cached(self) -> bool:
+        """Whether a language model's cache is among the inputs."""
+        return self.texts is not None
 
     def call(self, model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Any:
         """What the model returns for these inputs, the examples' own unless others are given."""
         given = self.inputs if inputs is None else inputs
+        if self.cached:
+            return call_cached(model, given)
         return model(**given) if self.keywords else model(*given.values())
 
     def run(self, model: nn.Module) -> dict[str, Tensor]:
@@ -66,6 +77,8 @@ def outputs_of(made: Any) -> dict[str, Tensor]:
     >>> list(outputs_of((torch.zeros(1), torch.ones(1))))
     ['output_0', 'output_1']
     """
+    if isinstance(made, Decoded):
+        return made.outputs
     if isinstance(made, Tensor):
         return {"output": made}
     if isinstance(made, Mapping):
@@ -114,6 +127,21 @@ def from_task(source: Source, task: Task) -> Examples:
 
     calibration = tuple(cast(b.inputs) for b in islice(task.batches("calibration", CALIBRATION_ROWS), NUM_CALIBRATION))
     return Examples(cast(inputs), {name: {0: "batch"} for name in inputs}, keywords=False, calibration=calibration)
+
+
+def with_cache(model: nn.Module, examples: Examples) -> Examples:
+    """Texts as a language model reads them when it writes: their last tokens, with the cache of those before. They are
+    padded on the left instead of the right, by turning each row's tokens round its padding."""
+    ids, mask = examples.inputs["input_ids"], examples.inputs["attention_mask"]
+    order = mask.argsort(dim=1, stable=True)
+    ids, mask = ids.gather(1, order)[:, -LONGEST:], mask.gather(1, order)[:, -LONGEST:]
+    if ids.shape[1] < NUM_NEW + 2:
+        raise InputError(f"the examples have {ids.shape[1]} tokens; a model with a cache is traced with {NUM_NEW + 2}")
+    inputs = cached_inputs(model, ids, mask)
+    return Examples(inputs, axes_of(inputs), keywords=True, texts=(ids, mask))
+
+
+LONGEST = 64  # tokens of a text that a language model is traced and checked with
 
 
 def accepted(model: nn.Module, names: Mapping[str, Tensor]) -> list[str]:

@@ -64,7 +64,7 @@ class Web:
     @property
     def onnx(self) -> Onnx:
         """What writes the ONNX file."""
-        return Onnx(self.dtype, self.per_token, self.float_outputs, self.decode)
+        return Onnx(self.dtype, self.per_token, self.float_outputs, self.decode, cache=False)
 
     def misfit(self, packed: PackedSite) -> Misfit | None:
         return self.onnx.misfit(packed)

@@ -7,19 +7,22 @@
 from pathlib import Path
 
 from tersor.errors import InputError, UnknownName
-from tersor.runtimes.contract import Feeds, Input, LayerTime, Profile, Runtime, Session
+from tersor.runtimes.contract import Decoder, Decodes, Feeds, Input, LayerTime, Profile, Runtime, Session
 from tersor.runtimes.onnx import OnnxRuntime
 from tersor.runtimes.openvino import OpenVino
 from tersor.runtimes.torch import Torch
 
 __all__ = [
     "RUNTIMES",
+    "Decoder",
+    "Decodes",
     "Feeds",
     "Input",
     "LayerTime",
     "Profile",
     "Runtime",
     "Session",
+    "open_decoder",
     "open_session",
     "runtime_for",
     "runtime_named",
@@ -48,6 +51,16 @@ def open_session(
     if weights is not None:
         raise InputError(f"--weights goes with a model given as 'package.module:factory', and {model} is a file")
     return found.open(model, num_threads=num_threads)
+
+
+def open_decoder(model: str, runtime: str | None = None, *, num_threads: int = 1) -> Decoder:
+    """Open a language model to read and write token by token, in the runtime named, or in the first that opens such a
+    file. Raises InputError for a runtime that does not do that."""
+    found = runtime_for(model, runtime)
+    if not isinstance(found, Decodes):
+        able = ", ".join(runtime.name for runtime in ROWS if isinstance(runtime, Decodes))
+        raise InputError(f"{model}: {found.name} does not run language models token by token; these do: {able}")
+    return found.open_decoder(model, num_threads=num_threads)
 
 
 def runtime_named(name: str) -> Runtime:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Float32, Int64
 
 from tersor.errors import InputError
 
@@ -125,3 +126,50 @@ def check_feeds(feeds: Feeds, inputs: tuple[Input, ...], place: str) -> None:
             raise InputError(
                 f"{place}: input {each.name} is {array.dtype} {list(array.shape)}; declared: {each.dtype} {declared}"
             )
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """A language model that keeps the keys and values of the tokens it has read."""
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+
+    def feed(
+        self, ids: Int64[np.ndarray, "row new"], mask: Int64[np.ndarray, "row new"] | None = None
+    ) -> Float32[np.ndarray, "row new vocabulary"]:
+        """Read some more tokens of every row; the logits after each. Texts of different lengths are padded on the left:
+        `mask` is 0 there, and all tokens count without it."""
+
+
+@runtime_checkable
+class Decodes(Protocol):
+    """A runtime that runs language models token by token."""
+
+    def open_decoder(self, path: str | Path, *, num_threads: int = 1) -> Decoder:
+        """Raises as `open`, and ModelError for a file without a cache."""
+
+
+@dataclass
+class Reading:
+    """What every decoder counts: which of the tokens fed so far are no padding, `[row, token]`."""
+
+    mask: Int64[np.ndarray, "row token"] | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row, padding included."""
+        return 0 if self.mask is None else self.mask.shape[1]
+
+    def add(
+        self, ids: Int64[np.ndarray, "row new"], mask: Int64[np.ndarray, "row new"] | None
+    ) -> tuple[Int64[np.ndarray, "row token"], Int64[np.ndarray, "row new"]]:
+        """Count some more. Returns the whole mask, and the position of every new token in its text.
+
+        >>> Reading().add(np.array([[5, 7, 9]]), np.array([[0, 1, 1]]))
+        (array([[0, 1, 1]]), array([[0, 0, 1]]))
+        """
+        new = np.ones_like(ids) if mask is None else mask
+        self.mask = new if self.mask is None else np.concatenate([self.mask, new], axis=1)
+        positions = np.maximum(self.mask.cumsum(axis=1) - 1, 0)
+        return self.mask, np.ascontiguousarray(positions[:, -ids.shape[1] :])

@@ -10,7 +10,8 @@ import numpy as np
 
 from tersor.checkpoint.source import first_line
 from tersor.errors import MissingExtra, ModelError
-from tersor.runtimes.contract import Feeds, Input, Profile, Session, check_feeds, run_clock
+from tersor.runtimes.contract import Decoder, Feeds, Input, Profile, Session, check_feeds, run_clock
+from tersor.runtimes.onnx_decoder import OnnxDecoder
 from tersor.runtimes.onnx_profile import read_graph, read_profile
 
 TYPES = {
@@ -37,6 +38,9 @@ class OnnxRuntime:
 
     def open(self, path: str | Path, *, num_threads: int = 1) -> Session:
         return OnnxSession(Path(path), num_threads)
+
+    def open_decoder(self, path: str | Path, *, num_threads: int = 1) -> Decoder:
+        return OnnxDecoder(Path(path), open_session(Path(path), num_threads), library())
 
 
 class OnnxSession:

@@ -10,7 +10,8 @@ import numpy as np
 
 from tersor.checkpoint.source import first_line
 from tersor.errors import MissingExtra, ModelError
-from tersor.runtimes.contract import Feeds, Input, Profile, Session, check_feeds, run_clock
+from tersor.runtimes.contract import Decoder, Feeds, Input, Profile, Session, check_feeds, run_clock
+from tersor.runtimes.openvino_decoder import OpenVinoDecoder
 from tersor.runtimes.openvino_profile import averages, read_profile
 
 NUM_WARM = 3
@@ -36,6 +37,14 @@ class OpenVino:
         return f"openvino {library().__version__}"
 
     def open(self, path: str | Path, *, num_threads: int = 1) -> Session:
+        return OpenVinoSession(Path(path), self.settings(num_threads))
+
+    def open_decoder(self, path: str | Path, *, num_threads: int = 1) -> Decoder:
+        compiled = compile_model(read_model(Path(path)), Path(path), self.settings(num_threads))
+        return OpenVinoDecoder(Path(path), compiled)
+
+    def settings(self, num_threads: int) -> dict[str, Any]:
+        """What a model is compiled with."""
         settings: dict[str, Any] = {
             "INFERENCE_NUM_THREADS": num_threads,
             "NUM_STREAMS": 1,
@@ -45,7 +54,7 @@ class OpenVino:
         }
         if self.dynamic_group_size is not None:
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = self.dynamic_group_size
-        return OpenVinoSession(Path(path), settings)
+        return settings
 
 
 class OpenVinoSession:

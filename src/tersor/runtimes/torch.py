@@ -14,7 +14,8 @@ from tersor.checkpoint.source import Source, open_model
 from tersor.errors import InputError
 from tersor.measure.latency import threads
 from tersor.modules import PackedConv, PackedEmbedding, PackedLinear
-from tersor.runtimes.contract import Feeds, Input, Profile, Session, check_feeds
+from tersor.runtimes.contract import Decoder, Feeds, Input, Profile, Session, check_feeds
+from tersor.runtimes.torch_decoder import TorchDecoder
 
 TEXT = ("input_ids", "attention_mask")  # of a Hugging Face model that reads tokens
 
@@ -33,6 +34,9 @@ class Torch:
         """`weights` is the state dict, or the artifact, of a model given as `package.module:factory`."""
         source = open_model(str(path), weights=weights)
         return TorchSession(source.model, str(path), num_threads, source)
+
+    def open_decoder(self, path: str | Path, *, num_threads: int = 1) -> Decoder:
+        return TorchDecoder(open_model(str(path)).model, str(path), num_threads)
 
 
 class TorchSession:

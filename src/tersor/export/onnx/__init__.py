@@ -23,12 +23,15 @@ class Onnx:
         float_outputs: leave what lies between int8 convolutions float, as in the artifact, where nothing quantizes it;
             without it they are rounded to int8 by their range on calibration data (convolutions.py).
         decode: write weights in formats that ONNX has no operators for as fp16, instead of refusing them.
+        cache: give a language model its cache of keys and values as inputs and outputs, where it keeps such a one;
+            without it, the graph reads whole texts.
     """
 
     dtype: str = "fp32"
     per_token: bool = False
     float_outputs: bool = False
     decode: bool = False
+    cache: bool = True
     name = "onnx"
     suffix = ".onnx"
     readers = "ONNX Runtime, OpenVINO"
@@ -83,8 +86,16 @@ class Onnx:
         exact = scratch / "exact.onnx" if rounded else None
         if exact:
             save(traced.lower(replace(choice, per_token=True, accuracy_level=0)), exact)
+        if checkpoint.need_examples().cached:
+            notes.append(CACHED)
         notes.insert(0, describe(lowered))
         return Written(tuple(notes), scratch / "float.onnx", exact)
+
+
+CACHED = (
+    "a language model with its cache: past_key_values in, present out, which may be the same memory; where it reads "
+    "several rows at a time, it goes on one token at a time (--no-cache leaves the cache out)"
+)
 
 
 def require() -> None:

@@ -8,6 +8,7 @@ import onnx_ir.passes.common
 
 from tersor.errors import ArtifactError
 from tersor.export.onnx.names import make_unique
+from tersor.runtimes.onnx_decoder import CACHE, IN_PLACE
 
 LARGEST = 2**31 - 2**24  # bytes of weights that one protobuf file holds, with some room for the graph
 
@@ -29,6 +30,8 @@ def clean(model: ir.Model) -> None:
     model.producer_name, model.producer_version = "tersor", None
     model.doc_string = None
     model.metadata_props.clear()
+    if any(node.op_type == "GroupQueryAttention" for node in model.graph):
+        model.metadata_props[CACHE] = IN_PLACE
     model.graph.metadata_props.clear()
     values = [*model.graph.inputs, *model.graph.initializers.values()]
     for node in model.graph:

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from tersor.export.contract import PackedSite
+from tersor.export.onnx.blocks import DOMAIN
 from tersor.export.onnx.builder import MICROSOFT, Builder
 from tersor.export.onnx.codes import HELD_BITS, block_size, blocks, decoded_rows, grid, is_shared, unfolded, zero_points
-from tersor.export.onnx.trace import DOMAIN
+from tersor.export.onnx.language import lower_blocks
 from tersor.formats.float_cast import FloatCast
 from tersor.formats.int_group import IntGroup
 from tersor.formats.packing import pack
@@ -54,6 +55,7 @@ def lower(traced: ir.Model, sites: Mapping[str, PackedSite], choice: Lowering) -
     model = traced.clone()
     graph = model.graph
     builder = Builder(graph, choice.dtype)
+    lower_blocks(graph, builder)
     for node in list(graph):
         if node.domain != DOMAIN:
             continue

@@ -8,13 +8,15 @@ that no tool in between ever sees a weight, let alone rounds it.
     tersor::Embedding(index)    rows of W
     tersor::Weight()            W in its own shape (convolutions, LSTM, attention, stacked experts)
     tersor::Quantized(x)        x through the input quantizer of a convolution
+
+Language models with a cache get more such nodes, of whole blocks: see blocks.py.
 """
 
 import logging
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import onnx_ir as ir
@@ -24,12 +26,12 @@ from torch import Tensor, nn
 from tersor.errors import InputError, ModelError
 from tersor.export.contract import PackedSite
 from tersor.export.examples import Examples, outputs_of
+from tersor.export.onnx.blocks import DOMAIN, Kept, blocks, traced_call
 from tersor.export.onnx.names import name_by_layer
 from tersor.modules import InputQuantizer, PackedEmbedding, PackedLinear, PackedWeight
 from tersor.sites import packed_weight
 
 OPSET = 21  # the first whose DequantizeLinear takes groups
-DOMAIN = "tersor"
 
 
 def trace(model: nn.Module, examples: Examples, sites: Iterable[PackedSite]) -> ir.Model:
@@ -41,10 +43,11 @@ def trace(model: nn.Module, examples: Examples, sites: Iterable[PackedSite]) -> 
     """
     made = examples.run(model)
     names = list(examples.inputs)
-    with quiet(), placeholders(model, sites), plain_attention(model), torch.no_grad(), slow_attention():
+    attention: AbstractContextManager[Kept | None] = blocks(model) if examples.cached else plain_attention(model)
+    with quiet(), placeholders(model, sites), torch.no_grad(), slow_attention(), attention as kept:
         try:
             program: Any = torch.onnx.export(
-                Called(model, examples).eval(),
+                Called(model, examples, kept).eval(),
                 tuple(examples.inputs.values()),
                 dynamo=True,
                 opset_version=OPSET,
@@ -62,18 +65,20 @@ def trace(model: nn.Module, examples: Examples, sites: Iterable[PackedSite]) -> 
 
 def sites_in(model: ir.Model) -> frozenset[str]:
     """The sites that a traced graph names."""
-    return frozenset(node.attributes["site"].as_string() for node in model.graph if node.domain == DOMAIN)
+    return frozenset(node.attributes["site"].as_string() for node in model.graph if "site" in node.attributes)
 
 
 class Called(nn.Module):
     """A model as a function of tensors in a fixed order."""
 
-    def __init__(self, model: nn.Module, examples: Examples):
+    def __init__(self, model: nn.Module, examples: Examples, kept: Kept | None):
         super().__init__()
-        self.model, self.examples = model, examples
+        self.model, self.examples, self.kept = model, examples, kept
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs = dict(zip(self.examples.inputs, tensors, strict=True))
+        if self.kept is not None:
+            return tuple(traced_call(self.model, inputs, self.kept).values())
         return tuple(outputs_of(self.examples.call(self.model, inputs)).values())
 
 
@@ -192,6 +197,9 @@ def refused(error: Exception, model: nn.Module, examples: Examples) -> ModelErro
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
+    ours = next((each for each in chain if isinstance(each, ModelError)), None)
+    if ours is not None:
+        return ours
     told = next((found for each in chain if (found := TRANSLATING.search(str(each)))), None)
     what = type(model).__name__
     if told:

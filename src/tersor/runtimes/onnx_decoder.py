@@ -1,0 +1,82 @@
+"""ONNX files of language models with a cache, token by token, in ONNX Runtime; ours and those of other exporters.
+
+A file that says so (`tersor.cache` in its metadata) appends to its past where it lies: past and present are then one
+memory with room for more tokens. In any other file the present of a call is the past of the next.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tersor.errors import ModelError
+from tersor.runtimes.contract import Reading
+
+CACHE, IN_PLACE = "tersor.cache", "in place"  # what the metadata of a file says
+PAST, PRESENT = "past_key_values", "present"
+ROOM = 256  # tokens, to begin with
+
+
+class OnnxDecoder:
+    """An open session of such a file.
+
+    Attributes:
+        session: an onnxruntime.InferenceSession.
+    """
+
+    def __init__(self, path: Path, session: Any, library: Any):
+        self.session, self.library = session, library
+        self.inputs = {each.name: each for each in session.get_inputs()}
+        self.past = [name for name in self.inputs if name.startswith(PAST)]
+        if not self.past or "logits" not in {each.name for each in session.get_outputs()}:
+            raise ModelError(f"{path}: takes no cache of keys and values; export the model again without --no-cache")
+        self.in_place = session.get_modelmeta().custom_metadata_map.get(CACHE) == IN_PLACE
+        self.dtype = np.float16 if "float16" in self.inputs[self.past[0]].type else np.float32
+        self.reset()
+
+    def reset(self) -> None:
+        self.reading, self.kept = Reading(), dict[str, Any]()
+
+    def feed(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        had = self.reading.length
+        whole, positions = self.reading.add(ids, mask)
+        values = {"input_ids": ids, "attention_mask": whole, "position_ids": positions}
+        binding = self.session.io_binding()
+        for name, array in values.items():
+            if name in self.inputs:
+                binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype=np.int64))
+        binding.bind_output("logits", "cpu")
+        if self.in_place:
+            self.make_room(len(ids), had, whole.shape[1])
+        elif not self.kept:
+            self.kept = {name: self.empty(name, len(ids), 0) for name in self.past}
+        for name in self.past:
+            binding.bind_ortvalue_input(name, self.kept[name])
+            if self.in_place:
+                binding.bind_ortvalue_output(name.replace(PAST, PRESENT, 1), self.kept[name])
+            else:
+                binding.bind_output(name.replace(PAST, PRESENT, 1), "cpu")
+        self.session.run_with_iobinding(binding)
+        logits, *present = binding.get_outputs()
+        if not self.in_place:
+            self.kept = dict(zip(self.past, present, strict=True))
+        return logits.numpy().astype(np.float32, copy=False)
+
+    def make_room(self, num_rows: int, had: int, needed: int) -> None:
+        """Memory for as many tokens; twice what is needed where it must be more than there is."""
+        room = self.kept[self.past[0]].shape()[2] if self.kept else 0
+        if needed <= room:
+            return
+        kept = self.kept
+        self.kept = {
+            name: self.empty(name, num_rows, max(ROOM, 2 * needed), kept[name].numpy()[:, :, :had] if kept else None)
+            for name in self.past
+        }
+
+    def empty(self, name: str, num_rows: int, num_tokens: int, before: np.ndarray | None = None) -> Any:
+        """Memory for an input, `[row, head, token, size]`: what there was before, then zeros."""
+        _, num_heads, _, size = self.inputs[name].shape
+        zeros = np.zeros((num_rows, num_heads, num_tokens, size), self.dtype)
+        if before is not None:
+            zeros[:, :, : before.shape[2]] = before
+        return self.library.OrtValue.ortvalue_from_numpy(zeros)

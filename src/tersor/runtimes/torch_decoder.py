@@ -1,0 +1,38 @@
+"""Language models in PyTorch, token by token, with transformers' own cache."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tersor.errors import ModelError
+from tersor.measure.latency import threads
+from tersor.runtimes.contract import Reading
+
+
+class TorchDecoder:
+    """A Hugging Face language model in memory."""
+
+    def __init__(self, model: nn.Module, name: str, num_threads: int = 1):
+        can_generate = getattr(model, "can_generate", None)
+        if can_generate is None or not can_generate():
+            raise ModelError(f"{name}: {type(model).__name__} writes no text; give a causal language model")
+        self.model, self.num_threads = model.eval(), num_threads
+        self.reset()
+
+    def reset(self) -> None:
+        self.reading, self.cache = Reading(), None
+
+    def feed(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        whole, positions = self.reading.add(ids, mask)
+        with torch.inference_mode(), threads(self.num_threads):
+            made: Any = self.model(
+                torch.from_numpy(ids),
+                attention_mask=torch.from_numpy(whole),
+                position_ids=torch.from_numpy(positions),
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        self.cache = made.past_key_values
+        return made.logits.float().numpy()

@@ -1,0 +1,203 @@
+"""Language models with a cache: run token by token in the real runtime, they say what the model says of whole texts."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import tersor
+import tersor.export.check
+from tersor import Recipe, export_model
+from tersor.errors import InputError, ModelError
+from tersor.export.check import read_in_steps
+from tersor.export.onnx import language
+from tersor.runtimes import open_decoder
+from tersor.runtimes.onnx_decoder import ROOM, OnnxDecoder
+from zoo import ZOO
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch, one_thread):
+    """Latencies are not judged here."""
+    monkeypatch.setattr(tersor.export.check, "SECONDS", 0.0)
+
+
+def llama() -> nn.Module:
+    return ZOO["llama"].model()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """A small Llama as it is, and packed."""
+    folder = tmp_path_factory.mktemp("llama")
+    llama().save_pretrained(folder / "float")
+    recipe = Recipe.of("int4-g32", {"model.embed_tokens": "int8"})
+    tersor.save(tersor.compress(llama(), recipe).model, folder / "packed")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(folders) -> Path:
+    """The file of the float model."""
+    return export_model(folders / "float", folders / "float.onnx", to="onnx").output
+
+
+def texts() -> tuple[np.ndarray, np.ndarray]:
+    """Three texts of different lengths, padded on the left."""
+    ids = torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(1)).numpy()
+    mask = np.ones_like(ids)
+    mask[1, :4] = 0
+    mask[2, :7] = 0
+    return ids, mask
+
+
+def whole(model: nn.Module, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Logits without a cache; zero at padding."""
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    with torch.no_grad():
+        made = model(
+            torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), position_ids=torch.from_numpy(positions)
+        )
+    return made.logits.numpy() * mask[:, :, None]
+
+
+def test_token_by_token_says_what_the_whole_text_says(exported):
+    ids, mask = texts()
+    expected = whole(llama(), ids, mask)
+    decoder = open_decoder(str(exported))
+    np.testing.assert_allclose(read_in_steps(decoder, ids, mask), expected, atol=1e-5 * np.abs(expected).max())
+    alone = read_in_steps(decoder, ids[:1], mask[:1])  # as if nothing had been read before
+    np.testing.assert_allclose(alone, expected[:1], atol=1e-5 * np.abs(expected).max())
+
+
+def test_writes_what_transformers_writes(exported):
+    prompt = texts()[0][:1]
+    ids = torch.from_numpy(prompt)
+    expected = llama().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+    decoder, tokens, new = open_decoder(str(exported)), prompt, prompt
+    while tokens.shape[1] < expected.shape[1]:
+        new = decoder.feed(new)[:, -1:].argmax(-1)
+        tokens = np.concatenate([tokens, new], axis=1)
+    np.testing.assert_array_equal(tokens, expected.numpy())
+
+
+def test_other_clients_hand_the_present_on(exported):
+    """As optimum and transformers.js do: names and shapes of theirs, and every present in memory of its own."""
+    session = onnxruntime.InferenceSession(str(exported), providers=["CPUExecutionProvider"])
+    shapes = {each.name: each.shape for each in session.get_inputs()}
+    assert shapes == {
+        "input_ids": ["batch", "sequence"],
+        "attention_mask": ["batch", "total_sequence"],
+        "position_ids": ["batch", "sequence"],
+        **{
+            f"past_key_values.{layer}.{kind}": ["batch", 2, "past_sequence", 8]
+            for layer in range(2)
+            for kind in ("key", "value")
+        },
+    }
+    names = [each.name for each in session.get_outputs()]
+    assert names == ["logits", *(f"present.{layer}.{kind}" for layer in range(2) for kind in ("key", "value"))]
+    ids, mask = texts()
+    expected = whole(llama(), ids, mask)
+    past = {name: np.zeros((3, 2, 0, 8), np.float32) for name in shapes if name.startswith("past")}
+    for start, end in ((0, 8), (8, 9), (9, 10)):
+        positions = np.maximum(mask.cumsum(1) - 1, 0)[:, start:end]
+        new = {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end], "position_ids": positions}
+        made = dict(zip(names, session.run(None, {n: a.copy() for n, a in new.items()} | past), strict=True))
+        past = {name: made[name.replace("past_key_values", "present")] for name in past}
+        assert past["past_key_values.0.key"].shape == (3, 2, end, 8)
+        found = made["logits"] * mask[:, start:end, None]
+        np.testing.assert_allclose(found, expected[:, start:end], atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_cache_grows_beyond_the_memory_it_began_with(exported, monkeypatch):
+    monkeypatch.setattr("tersor.runtimes.onnx_decoder.ROOM", 4)
+    assert ROOM > 4
+    ids, mask = texts()
+    expected = whole(llama(), ids, mask)
+    decoder = open_decoder(str(exported))
+    assert isinstance(decoder, OnnxDecoder)
+    assert decoder.in_place
+    made = [decoder.feed(ids[:, :1], mask[:, :1])]
+    made += [decoder.feed(ids[:, i : i + 1], mask[:, i : i + 1]) for i in range(1, 12)]
+    found = np.concatenate(made, axis=1) * mask[:, :, None]
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_packed_weights(folders, dtype):
+    made = export_model(
+        folders / "packed", folders / f"{dtype}.onnx", to="onnx", options={"dtype": dtype} if dtype != "fp32" else {}
+    )
+    assert made.check.row == "one token after 16 others"
+    assert 0 < made.check.difference < 0.1
+    assert any("GroupQueryAttention" in note for note in made.notes)
+    assert any("past_key_values in, present out" in note for note in made.notes)
+
+
+def test_a_mixup_of_the_cache_is_never_kept(folders, monkeypatch, tmp_path):
+    """Past keys for past values."""
+    right = language.EMIT["Attention"]
+
+    def wrong(b, node):
+        inputs = list(node.inputs)
+        node.replace_input_with(3, inputs[4])
+        node.replace_input_with(4, inputs[3])
+        return right(b, node)
+
+    monkeypatch.setitem(language.EMIT, "Attention", wrong)
+    with pytest.raises(ModelError, match="outputs differ from the model's"):
+        export_model(folders / "float", tmp_path / "o.onnx", to="onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_cache(folders, exported, tmp_path):
+    made = export_model(folders / "float", tmp_path / "o.onnx", to="onnx", options={"cache": False})
+    session = onnxruntime.InferenceSession(str(made.output), providers=["CPUExecutionProvider"])
+    assert [each.name for each in session.get_inputs()] == ["input_ids", "attention_mask"]
+    with pytest.raises(ModelError, match=r"takes no cache of keys and values; export the model again"):
+        open_decoder(str(made.output))
+    with pytest.raises(InputError, match=r"--fixed batch goes with --no-cache"):
+        export_model(folders / "float", tmp_path / "p.onnx", to="onnx", fixed=["batch"])
+
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+WIDE = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+FAMILIES = {  # positions learned, a window, norms of heads, capped scores, sinks, one product for keys and values, ...
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "mistral": lambda: transformers.MistralConfig(**WIDE, sliding_window=6),
+    "qwen3": lambda: transformers.Qwen3Config(**WIDE),
+    "gemma2": lambda: transformers.Gemma2Config(**WIDE, sliding_window=6, query_pre_attn_scalar=8),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**WIDE, sliding_window=6),
+    "phi3": lambda: transformers.Phi3Config(**WIDE),
+    "glm": lambda: transformers.GlmConfig(**WIDE),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES, intermediate_size=48),
+}
+
+
+@pytest.mark.parametrize(
+    "family", ["mistral", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "mistral")]
+)
+def test_families(family, tmp_path):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "model")
+    made = export_model(tmp_path / "model", tmp_path / "o.onnx", to="onnx")
+    assert made.check.row.startswith("one token")
+    assert made.check.difference < 1e-5
+
+
+@pytest.mark.slow
+def test_a_cache_of_another_kind_is_left_out(tmp_path):
+    """Bloom's attention is its own; it reads whole texts."""
+    config = transformers.BloomConfig(vocab_size=96, hidden_size=32, n_layer=1, n_head=4)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    made = export_model(tmp_path / "model", tmp_path / "o.onnx", to="onnx")
+    assert made.check.row == "one input of 1x16"
