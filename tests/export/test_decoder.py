@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+import openvino
 import pytest
 import torch
 import transformers
@@ -42,8 +43,17 @@ def folders(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(folders) -> Path:
-    """The file of the float model."""
+    """The ONNX file of the float model."""
     return export_model(folders / "float", folders / "float.onnx", to="onnx").output
+
+
+@pytest.fixture(scope="module")
+def stateful(folders) -> Path:
+    """Its OpenVINO file."""
+    return export_model(folders / "float", folders / "float.xml", to="openvino").output
+
+
+FILES = ["exported", "stateful"]
 
 
 def texts() -> tuple[np.ndarray, np.ndarray]:
@@ -65,20 +75,22 @@ def whole(model: nn.Module, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return made.logits.numpy() * mask[:, :, None]
 
 
-def test_token_by_token_says_what_the_whole_text_says(exported):
+@pytest.mark.parametrize("file", FILES)
+def test_token_by_token_says_what_the_whole_text_says(file, request):
     ids, mask = texts()
     expected = whole(llama(), ids, mask)
-    decoder = open_decoder(str(exported))
+    decoder = open_decoder(str(request.getfixturevalue(file)))
     np.testing.assert_allclose(read_in_steps(decoder, ids, mask), expected, atol=1e-5 * np.abs(expected).max())
     alone = read_in_steps(decoder, ids[:1], mask[:1])  # as if nothing had been read before
     np.testing.assert_allclose(alone, expected[:1], atol=1e-5 * np.abs(expected).max())
 
 
-def test_writes_what_transformers_writes(exported):
+@pytest.mark.parametrize("file", FILES)
+def test_writes_what_transformers_writes(file, request):
     prompt = texts()[0][:1]
     ids = torch.from_numpy(prompt)
     expected = llama().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
-    decoder, tokens, new = open_decoder(str(exported)), prompt, prompt
+    decoder, tokens, new = open_decoder(str(request.getfixturevalue(file))), prompt, prompt
     while tokens.shape[1] < expected.shape[1]:
         new = decoder.feed(new)[:, -1:].argmax(-1)
         tokens = np.concatenate([tokens, new], axis=1)
@@ -139,6 +151,35 @@ def test_packed_weights(folders, dtype):
     assert any("past_key_values in, present out" in note for note in made.notes)
 
 
+def test_openvino_keeps_its_cache_inside_and_packed_weights_packed(folders, stateful):
+    """Inputs are those that openvino-genai and optimum-intel feed."""
+    made = export_model(folders / "packed", folders / "packed.xml", to="openvino")
+    assert made.check.difference < 0.1
+    assert any("int4 weights and int8 inputs" in note for note in made.notes)
+    core = openvino.Core()
+    for path in (stateful, made.output):
+        model = core.read_model(path)
+        names = {min(port.get_names()) for port in model.inputs}
+        assert names == {"input_ids", "attention_mask", "position_ids", "beam_idx"}
+        assert [port.get_names() for port in model.outputs] == [{"logits"}]
+        assert sum(node.get_type_name() == "ScaledDotProductAttention" for node in model.get_ops()) == 2
+
+
+def test_openvino_follows_another_row(stateful):
+    """What beam search does: `beam_idx` names the row whose cache each row goes on with."""
+    ids, mask = texts()
+    ids[1:], mask[1:] = ids[:1], 1
+    ids[1, 4] = (ids[1, 4] + 1) % 60  # the second row has read something else
+    decoder = open_decoder(str(stateful))
+    decoder.feed(ids[:, :8])
+    request = decoder.request
+    positions = np.full((3, 1), 8)
+    feeds = {"input_ids": ids[:1, 8:9].repeat(3, 0), "attention_mask": mask[:, :9], "position_ids": positions}
+    rows = request.infer({**feeds, "beam_idx": np.array([1, 0, 0], np.int32)}, share_inputs=True)["logits"]
+    expected = whole(llama(), np.concatenate([ids[:, :8], feeds["input_ids"]], 1)[[1, 0, 0]], mask[:, :9])[:, -1:]
+    np.testing.assert_allclose(rows, expected, atol=1e-5 * np.abs(expected).max())
+
+
 def test_a_mixup_of_the_cache_is_never_kept(folders, monkeypatch, tmp_path):
     """Past keys for past values."""
     right = language.EMIT["Attention"]
@@ -174,14 +215,14 @@ FAMILIES = {  # positions learned, a window, norms of heads, capped scores, sink
     "gemma2": lambda: transformers.Gemma2Config(**WIDE, sliding_window=6, query_pre_attn_scalar=8),
     "gemma3": lambda: transformers.Gemma3TextConfig(**WIDE, sliding_window=6),
     "phi3": lambda: transformers.Phi3Config(**WIDE),
+    "gpt_oss": lambda: transformers.GptOssConfig(**WIDE, num_local_experts=4),
     "glm": lambda: transformers.GlmConfig(**WIDE),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES, intermediate_size=48),
 }
 
 
-@pytest.mark.parametrize(
-    "family", ["mistral", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "mistral")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_families(family, tmp_path):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
@@ -192,6 +233,7 @@ def test_families(family, tmp_path):
     made = export_model(tmp_path / "model", tmp_path / "o.onnx", to="onnx")
     assert made.check.row.startswith("one token")
     assert made.check.difference < 1e-5
+    assert export_model(tmp_path / "model", tmp_path / "o.xml", to="openvino").check.difference < 1e-5
 
 
 @pytest.mark.slow

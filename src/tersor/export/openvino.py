@@ -15,7 +15,9 @@ from typing import Any
 
 from tersor.errors import ArtifactError, MissingExtra
 from tersor.export.contract import Checkpoint, Misfit, PackedSite, Written
+from tersor.export.decoder import PAST
 from tersor.export.onnx import nearby, require
+from tersor.export.openvino_language import extensions, make_stateful, name_of
 
 SETTING = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 DYNAMIC, WEIGHT_ONLY, FLOAT = 128, 32, 0  # columns that share a scale
@@ -28,10 +30,13 @@ class OpenVinoIr:
     Attributes:
         float_outputs: leave what lies between int8 convolutions float, as in the artifact, where nothing quantizes it.
         decode: write weights in formats that it has no operators for as fp16, instead of refusing them.
+        cache: let a language model keep its keys and values inside, where it keeps such; without it, the file reads
+            whole texts.
     """
 
     float_outputs: bool = False
     decode: bool = False
+    cache: bool = True
     name = "openvino"
     suffix = ".xml"
     readers = "OpenVINO"
@@ -62,7 +67,8 @@ class OpenVinoIr:
         from tersor.export.onnx.model import TracedModel
 
         traced = TracedModel.of(checkpoint, torch.float32)
-        choice = Lowering(rounds_inputs=True)
+        cached = checkpoint.need_examples().cached
+        choice = Lowering(rounds_inputs=True, keep_blocks=cached)
         dynamic = any(p.activation and p.activation.format == "int8-dynamic" for p in traced.sites.values())
         group_size = DYNAMIC if dynamic else WEIGHT_ONLY
         lowered = traced.lower(choice)
@@ -71,7 +77,11 @@ class OpenVinoIr:
             rounded = quantize_outputs(lowered, measured(lowered, checkpoint.need_examples(), scratch))
         save(lowered, scratch / "model.onnx")
         kernels = convert(scratch / "model.onnx", output, group_size)
-        save(traced.as_float(choice), scratch / "float.onnx")
+        as_float = scratch / "float.onnx"
+        save(traced.as_float(choice), as_float)
+        if cached:  # what OpenVINO reads of that file is not all ONNX
+            as_float = scratch / "float.xml"
+            convert(scratch / "float.onnx", as_float, FLOAT)
         notes, exact = [describe(lowered).replace("ONNX", "from ONNX", 1), *traced.notes], None
         told = ", ".join(f"{number} products in {kind}" for kind, number in kernels.items())
         notes.append(f"OpenVINO runs {told} on this machine")
@@ -84,7 +94,12 @@ class OpenVinoIr:
             exact = scratch / "exact.xml"
             save(traced.lower(replace(choice, rounds_inputs=False, per_token=True)), scratch / "exact.onnx")
             convert(scratch / "exact.onnx", exact, FLOAT)
-        return Written(tuple(notes), scratch / "float.onnx", exact)
+        if cached:
+            notes.append(CACHED)
+        return Written(tuple(notes), as_float, exact)
+
+
+CACHED = "a language model that keeps its cache inside: input_ids, attention_mask, position_ids and beam_idx in"
 
 
 def weights_alone(packed: PackedSite) -> bool:
@@ -97,7 +112,9 @@ def convert(graph: Path, output: Path, group_size: int) -> dict[str, int]:
     """Write the IR of an ONNX file; which types its matrix products run in on this machine."""
     openvino = library()
     try:
-        model = openvino.convert_model(str(graph))
+        model = openvino.convert_model(str(graph), extension=extensions(openvino))
+        if any(name_of(port).startswith(PAST) for port in model.inputs):
+            make_stateful(openvino, model)
         model.set_rt_info(str(group_size), ["runtime_options", SETTING])
         openvino.save_model(model, str(output), compress_to_fp16=False)
     except Exception as error:  # its errors have no common base of their own

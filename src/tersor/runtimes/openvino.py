@@ -40,7 +40,8 @@ class OpenVino:
         return OpenVinoSession(Path(path), self.settings(num_threads))
 
     def open_decoder(self, path: str | Path, *, num_threads: int = 1) -> Decoder:
-        compiled = compile_model(read_model(Path(path)), Path(path), self.settings(num_threads))
+        settings = self.settings(num_threads) | {"KV_CACHE_PRECISION": self.precision}  # else it is uint8
+        compiled = compile_model(read_model(Path(path)), Path(path), settings)
         return OpenVinoDecoder(Path(path), compiled)
 
     def settings(self, num_threads: int) -> dict[str, Any]:

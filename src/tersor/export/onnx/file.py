@@ -7,6 +7,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 
 from tersor.errors import ArtifactError
+from tersor.export.onnx.builder import MICROSOFT
 from tersor.export.onnx.names import make_unique
 from tersor.runtimes.onnx_decoder import CACHE, IN_PLACE
 
@@ -51,7 +52,7 @@ def describe(model: ir.Model) -> str:
         )
     )
     sizes = f"{' and '.join(axes)} of any size" if axes else "all sizes fixed"
-    own = Counter(node.op_type for node in model.graph if node.domain)
+    own = Counter(node.op_type for node in model.graph if node.domain == MICROSOFT)
     parts = [f"ONNX opset {model.opset_imports['']}, IR {model.ir_version}", sizes]
     parts += [f"{number} {kind} of com.microsoft" for kind, number in own.items()]
     return "; ".join(parts)

@@ -41,6 +41,7 @@ class Lowering:
         decoded: sites written as their decoded weights.
         rounds_inputs: whether the runtime itself rounds the float inputs of int8 weights to int8, as OpenVINO does;
             such sites are written as dequantized weights and float products, and nothing says so in the file.
+        keep_blocks: leave the blocks of language models (blocks.py) as nodes of ours.
     """
 
     dtype: torch.dtype = torch.float32
@@ -48,6 +49,7 @@ class Lowering:
     accuracy_level: int = 4
     decoded: frozenset[str] = frozenset()
     rounds_inputs: bool = False
+    keep_blocks: bool = False
 
 
 def lower(traced: ir.Model, sites: Mapping[str, PackedSite], choice: Lowering) -> ir.Model:
@@ -55,9 +57,10 @@ def lower(traced: ir.Model, sites: Mapping[str, PackedSite], choice: Lowering) -
     model = traced.clone()
     graph = model.graph
     builder = Builder(graph, choice.dtype)
-    lower_blocks(graph, builder)
+    if not choice.keep_blocks:
+        lower_blocks(graph, builder)
     for node in list(graph):
-        if node.domain != DOMAIN:
+        if node.domain != DOMAIN or node.op_type not in EMIT:
             continue
         packed = sites[node.attributes["site"].as_string()]
         builder.at(node, packed.site.name)
@@ -72,7 +75,8 @@ def lower(traced: ir.Model, sites: Mapping[str, PackedSite], choice: Lowering) -
         name = old.name
         graph.remove(node, safe=True)
         made.name = name
-    graph.opset_imports.pop(DOMAIN, None)
+    if not choice.keep_blocks:
+        graph.opset_imports.pop(DOMAIN, None)
     return model
 
 
