@@ -22,12 +22,12 @@ Shape = Annotated[
 def bench(
     models: Annotated[
         list[str],
-        typer.Argument(help="Folder, hub id, artifact, .onnx, .xml or package.module:factory; the first leads."),
+        typer.Argument(help="Folder, hub id, artifact, .onnx, .xml, .pte or package.module:factory; the first leads."),
     ],
     runtime: Annotated[
         list[str] | None,
         typer.Option(
-            help="torch, onnx, openvino or openvino-bf16, for all or once for each; the file decides if not given."
+            help="torch, onnx, openvino, openvino-bf16, executorch: for all or once for each; else the file decides."
         ),
     ] = None,
     weights: Annotated[

@@ -16,7 +16,7 @@ from tersor.report.card import megabytes
 def export(
     model: Annotated[str, typer.Argument(help="Artifact folder; --to onnx also takes a model that is not compressed.")],
     to: Annotated[str, typer.Option(help="Who reads it: see `tersor targets`.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create; for onnx and gguf, a file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create; for clients of one file, a file.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is an earlier export.")] = False,
     weights: options.Weights = None,
     task: options.TaskName = None,
@@ -36,7 +36,11 @@ def export(
         bool, typer.Option("--float-outputs", help="onnx, openvino, web: never round the outputs of int8 convolutions.")
     ] = False,
     decode: Annotated[
-        bool, typer.Option("--decode", help="onnx, web: write formats it cannot hold as decoded fp16 weights.")
+        bool,
+        typer.Option(
+            "--decode",
+            help="onnx, openvino, web: write formats it cannot hold as decoded fp16 weights; executorch: fp32.",
+        ),
     ] = False,
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="onnx, openvino: a language model reads whole texts, and keeps nothing.")

@@ -8,6 +8,7 @@ from tersor.export import ROWS
 from tersor.export.contract import Runnable
 
 PACKAGES = {"gguf": ["gguf"], "onnx": ["onnx", "onnxruntime", "onnxscript"]}
+PACKAGES["executorch"] = ["executorch"]
 PACKAGES["openvino"] = ["openvino", *PACKAGES["onnx"]]
 
 

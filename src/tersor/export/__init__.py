@@ -5,6 +5,7 @@ from tersor.export.awq import Awq
 from tersor.export.bitsandbytes import BitsAndBytes
 from tersor.export.compressed_tensors import CompressedTensors
 from tersor.export.contract import Export, Runnable
+from tersor.export.executorch import ExecuTorch
 from tersor.export.gguf import Gguf
 from tersor.export.gptq import Gptq
 from tersor.export.onnx import Onnx
@@ -19,6 +20,7 @@ ROWS: list[Export | Runnable] = [
     BitsAndBytes(),
     Onnx(),
     OpenVinoIr(),
+    ExecuTorch(),
     Web(),
 ]
 EXPORTS = {export.name: export for export in ROWS}

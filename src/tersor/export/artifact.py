@@ -174,7 +174,7 @@ def check_sites(checkpoint: Checkpoint, export: Layout) -> None:
     if misfits:
         packed, misfit = misfits[0]
         others = f" ({len(misfits) - 1} more sites do not fit either)" if misfits[1:] else ""
-        decode = ", or write it as decoded fp16 weights with --decode" if isinstance(export, Runnable) else ""
+        decode = ", or write it with decoded weights by --decode" if isinstance(export, Runnable) else ""
         raise FormatError(
             f"{export.name} holds {misfit.holds}; {packed.site.name} is {packed.scheme}{others}; "
             f"compress again with --rule '{packed.site.name}={misfit.instead}'{decode}"

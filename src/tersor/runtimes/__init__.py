@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tersor.errors import InputError, UnknownName
 from tersor.runtimes.contract import Decoder, Decodes, Feeds, Input, LayerTime, Profile, Runtime, Session
+from tersor.runtimes.executorch import ExecuTorchRuntime
 from tersor.runtimes.onnx import OnnxRuntime
 from tersor.runtimes.openvino import OpenVino
 from tersor.runtimes.torch import Torch
@@ -33,7 +34,9 @@ ROWS: list[Runtime] = [
     OnnxRuntime(),
     OpenVino(),
     OpenVino("openvino-bf16", precision="bf16"),
+    ExecuTorchRuntime(),
 ]
+FILES = {suffix for runtime in ROWS for suffix in runtime.suffixes if suffix}
 RUNTIMES = {runtime.name: runtime for runtime in ROWS}
 
 
@@ -75,7 +78,7 @@ def runtime_for(model: str, name: str | None = None) -> Runtime:
 
     Raises InputError where the named runtime does not open such a file.
     """
-    suffix = Path(model).suffix if Path(model).is_file() or Path(model).suffix in (".onnx", ".xml") else ""
+    suffix = Path(model).suffix if Path(model).is_file() or Path(model).suffix in FILES else ""
     if name is not None:
         runtime = runtime_named(name)
         if suffix not in runtime.suffixes:

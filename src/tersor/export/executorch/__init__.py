@@ -1,0 +1,79 @@
+"""ExecuTorch files for phones (https://docs.pytorch.org/executorch): `--to executorch` writes OUT.pte, run by XNNPACK.
+
+The graph comes from `torch.export` (trace.py), the weights from the artifact: every site's own codes and scales, in the
+operators that layers.py lists. Nothing is quantized by ExecuTorch's tools, but for what codes.py says.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tersor.export.contract import Checkpoint, Misfit, PackedSite, Written
+
+
+@dataclass(frozen=True)
+class ExecuTorch:
+    """A `.pte` file.
+
+    Attributes:
+        decode: write weights in formats that it has no operators for as floats, instead of refusing them.
+    """
+
+    decode: bool = False
+    name = "executorch"
+    suffix = ".pte"
+    readers = "ExecuTorch (XNNPACK)"
+    runtime = "executorch"
+    extra = "executorch"
+    holds = (
+        "symmetric integers by row in linear layers, int8-static ones in convolutions, any integers in embeddings; "
+        "models that are not quantized"
+    )
+
+    def misfit(self, packed: PackedSite) -> Misfit | None:
+        from tersor.export.executorch.layers import holds
+
+        if self.decode or holds(packed):
+            return None
+        return Misfit(self.holds, "int8/int8-static" if packed.site.kind == "conv" else "int8")
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raises MissingExtra."""
+        from tersor.export.executorch.program import lowering
+        from tersor.runtimes.executorch import library
+
+        library()
+        lowering()
+
+    def write(self, checkpoint: Checkpoint, output: Path, scratch: Path) -> Written:
+        """Raises ModelError for what ExecuTorch cannot express, with the layer."""
+        from tersor.export.executorch.codes import hand_on
+        from tersor.export.executorch.layers import Rounding, rounded
+        from tersor.export.executorch.pictures import suit_pictures
+        from tersor.export.executorch.program import save
+        from tersor.export.executorch.trace import largest, trace
+
+        model, examples = checkpoint.model.float(), checkpoint.need_examples()
+        traced = trace(model, examples, checkpoint.sites, Rounding.KERNELS)
+        suit_pictures(traced)
+        num_rounded, num_float = hand_on(traced, examples)
+        placed = save(traced, model, examples, output)
+        sizes = ", ".join(f"{axis} up to {size}" for axis, size in largest(model, examples).items())
+        notes = [f"ExecuTorch file, {sizes or 'of one size'}", placed.describe()]
+        if num_rounded:
+            notes.append(f"{num_rounded} results of convolutions and sums are int8 too")
+        if num_float:
+            notes.append(f"{num_float} int8 convolutions run in float: give --data to find the range of their outputs")
+        own = rounded(traced)
+        if own:
+            notes.append(f"XNNPACK rounds the inputs of {own} linear layers to int8, with a scale per token")
+        as_float = output
+        if checkpoint.sites:
+            as_float = scratch / "float.pte"
+            plain = trace(model, examples, checkpoint.sites, Rounding.NONE)
+            suit_pictures(plain)
+            save(plain, model, examples, as_float)
+        exact = None
+        if num_rounded or own:
+            exact = scratch / "exact.pte"
+            save(trace(model, examples, checkpoint.sites, Rounding.ARTIFACT), model, examples, exact)
+        return Written(tuple(notes), as_float, exact)

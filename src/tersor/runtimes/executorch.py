@@ -1,0 +1,132 @@
+"""ExecuTorch on the CPU (https://docs.pytorch.org/executorch): `.pte` files, whose parts for XNNPACK run on its
+kernels, as they do on a phone."""
+
+import json
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tersor.checkpoint.source import first_line
+from tersor.errors import InputError, MissingExtra, ModelError
+from tersor.runtimes.contract import Feeds, Input, Profile, Session, check_feeds
+
+SIGNATURE = "tersor_signature"  # the method of our files that gives the names and shapes of inputs and outputs
+TYPES = {
+    0: "uint8",
+    1: "int8",
+    2: "int16",
+    3: "int32",
+    4: "int64",
+    5: "float16",
+    6: "float32",
+    7: "float64",
+    11: "bool",
+}
+
+
+@dataclass(frozen=True)
+class ExecuTorchRuntime:
+    """Runs `.pte` files."""
+
+    name: str = "executorch"
+    suffixes: tuple[str, ...] = (".pte",)
+
+    def version(self) -> str:
+        from importlib.metadata import version
+
+        library()
+        return f"executorch {version('executorch')}"
+
+    def open(self, path: str | Path, *, num_threads: int = 1) -> Session:
+        return ExecuTorchSession(Path(path), num_threads)
+
+
+class Pool:
+    """The threads of ExecuTorch: one pool for the whole process. A program keeps to the one that it was loaded with, so
+    it is loaded again where the pool has been replaced since."""
+
+    number = 0  # of the pool, counted up with every new one
+
+    @classmethod
+    def of(cls, num_threads: int) -> int:
+        """The number of a pool with so many threads."""
+        if library()._threadpool_get_thread_count() != num_threads:
+            library()._unsafe_reset_threadpool(num_threads)
+            cls.number += 1
+        return cls.number
+
+
+class ExecuTorchSession:
+    """A program, loaded."""
+
+    def __init__(self, path: Path, num_threads: int):
+        self.path, self.num_threads = path, num_threads
+        self.load()
+        self.inputs, self.outputs, self.limits = self.signature()
+
+    def load(self) -> None:
+        """Open the file with a pool of the right size."""
+        if not self.path.is_file():
+            raise ModelError(f"{self.path}: no such file")
+        self.pool = Pool.of(self.num_threads)
+        try:
+            self.program = library()._load_program(str(self.path))
+            self.method = self.program.load_method("forward")
+        except Exception as error:  # RuntimeError, mostly
+            raise ModelError(f"{self.path}: ExecuTorch cannot open it ({first_line(error)})") from None
+
+    def signature(self) -> tuple[tuple[Input, ...], list[str], list[tuple[int, ...]]]:
+        """Inputs, the names of outputs, and the largest shape of each input. Files that are not ours name nothing, and
+        take one size."""
+        meta = self.method.method_meta()
+        tensors = [meta.input_tensor_meta(i) for i in range(meta.num_inputs())]
+        limits = [tuple(each.sizes()) for each in tensors]
+        names = {self.program.get_method_name(i) for i in range(self.program.num_methods())}
+        if SIGNATURE in names:
+            told = json.loads(self.program.load_method(SIGNATURE)(())[0])
+            declared, outputs = [(each["name"], each["shape"]) for each in told["inputs"]], told["outputs"]
+        else:
+            declared = [(f"input_{i}", shape) for i, shape in enumerate(limits)]
+            outputs = [f"output_{i}" for i in range(meta.num_outputs())]
+        for i, each in enumerate(tensors):
+            if each.dtype() not in TYPES:
+                raise ModelError(f"{self.path}: input {declared[i][0]} cannot be fed from NumPy (type {each.dtype()})")
+        inputs = tuple(
+            Input(name, np.dtype(TYPES[each.dtype()]), tuple(shape))
+            for (name, shape), each in zip(declared, tensors, strict=True)
+        )
+        return inputs, outputs, limits
+
+    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
+        check_feeds(feeds, self.inputs, str(self.path))
+        for each, limit in zip(self.inputs, self.limits, strict=True):
+            shape = feeds[each.name].shape
+            if any(size > most for size, most in zip(shape, limit, strict=True)):
+                raise InputError(f"{self.path}: input {each.name} is {list(shape)}; the file holds up to {list(limit)}")
+        if self.pool != Pool.of(self.num_threads):
+            self.load()
+        made = self.method(tuple(torch.from_numpy(np.ascontiguousarray(feeds[each.name])) for each in self.inputs))
+        return {name: np.array(value) for name, value in zip(self.outputs, made, strict=True)}
+
+    def profile(self, feeds: Feeds, num_runs: int = 10) -> Profile:
+        raise InputError(f"{self.path}: ExecuTorch's packages for Python have no profiler; explain the model in torch")
+
+
+def library() -> Any:
+    """The bindings of ExecuTorch's runtime."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from executorch.extension.pybindings import portable_lib
+    except ImportError:
+        raise MissingExtra("executorch", "running ExecuTorch files") from None
+    finally:
+        logging.disable(before)
+    return portable_lib
