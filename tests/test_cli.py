@@ -133,6 +133,11 @@ def test_coded_weights_end_just_below_the_budget_and_the_recipe_makes_the_same_b
     again = tersor(capsys, *start, "--recipe", "a/recipe.yaml", "-o", "b", "--json")
     assert again.status == 0, again.stdout
     assert Path("a/model.tersor").read_bytes() == Path("b/model.tersor").read_bytes()
+    scored = ["evaluate", "digits_factory:digits_net", "--weights", "a", *labelled(digits)]
+    cards = [tersor(capsys, *scored, *lazy, "--json").json["scorecard"] for lazy in ([], ["--lazy"])]
+    assert cards[0]["score"] == cards[1]["score"] == made.json["scorecards"][1]["score"]
+    refusal = refused(capsys, inside, "evaluate", *digits_arguments(digits), *labelled(digits), "--lazy")
+    assert "only an artifact's entropy-coded weights" in refusal
 
 
 DEEP_COMPRESSION = """
@@ -463,7 +468,7 @@ FLAGS = {
     "--no-memory --seed --json",
     "explain": "--against --runtime --weights --batch --length --shape --threads --seconds --rows --remeasure --seed "
     "--json",
-    "evaluate": "--weights --task --data --calibration --task-option --batch --threads --json",
+    "evaluate": "--weights --task --data --calibration --task-option --batch --threads --lazy --json",
     "compare": "--weights --task --data --calibration --task-option --drop --batch --seed --threads --json",
     "pack": "--output -o --overwrite --json",
     "unpack": "--output -o --overwrite --json",

@@ -259,15 +259,18 @@ def evaluate_model(
     task_choice: TaskChoice = TaskChoice(),
     batch_sizes: Sequence[int] = (1, 32),
     num_threads: int = 1,
+    lazy: bool = False,
     progress: Progress = silent,
 ) -> tuple[Scorecard, str]:
-    """The scorecard of one model or artifact, and what it was measured on."""
+    """The scorecard of one model or artifact, and what it was measured on; with `lazy`, entropy-coded sites stay in
+    their file until they run."""
     cards, description, _ = compare_models(
         [model],
         [weights] if weights else [],
         task_choice=task_choice,
         batch_sizes=batch_sizes,
         num_threads=num_threads,
+        lazy=lazy,
         progress=progress,
     )
     return cards[0], description
@@ -282,6 +285,7 @@ def compare_models(
     seed: int = 0,
     batch_sizes: Sequence[int] = (1, 32),
     num_threads: int = 1,
+    lazy: bool = False,
     progress: Progress = silent,
 ) -> tuple[list[Scorecard], str, list[Verdict]]:
     """Scorecards of all models, measured together, and each one's verdict against the first."""
@@ -293,7 +297,7 @@ def compare_models(
             f"{len(weights)} --weights for {len(factories)} models given as package.module:factory; one each"
         )
     files = iter([*weights, *[None] * len(names)])
-    sources = [open_model(name, weights=next(files) if ":" in name else None) for name in names]
+    sources = [open_model(name, weights=next(files) if ":" in name else None, lazy=lazy) for name in names]
     task = open_task_for(sources[0], task_choice)
     task.prepare(sources[0].model)
     scores = [score(task, source.model, progress, f"evaluating {source.name}") for source in sources]

@@ -49,8 +49,9 @@ with torch.no_grad():
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     llm = LLM(model, enforce_eager=True, max_model_len=64, gpu_memory_utilization=0.1, max_logprobs=-1)
-    asked = SamplingParams(max_tokens=1, prompt_logprobs=-1)
+    asked = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, prompt_logprobs=-1)
     answers = llm.generate([{"prompt_token_ids": row} for row in ids], asked)
+    print(json.dumps([list(answer.outputs[0].token_ids) for answer in answers]))
     size = llm.llm_engine.model_config.get_vocab_size()
     np.save(out, np.array([[[at[i].logprob for i in range(size)] for at in a.prompt_logprobs[1:]] for a in answers]))
 """,
@@ -110,10 +111,22 @@ def test_gptqmodel(to, scheme, run, artifact, tmp_path):
 
 
 # The CPU build of vLLM has no kernel for 8-bit weights with float inputs.
-@pytest.mark.parametrize("scheme", ["int4-g32", "int8/int8-dynamic"])
-def test_vllm(scheme, run, artifact, tmp_path):
+@pytest.mark.parametrize(
+    ("to", "scheme"),
+    [
+        ("compressed-tensors", "int4-g32"),
+        ("compressed-tensors", "int8/int8-dynamic"),
+        ("compressed-tensors", "fp8-e4m3/fp8-e4m3-dynamic"),
+        ("gptq", "int4-g32"),
+        ("awq", "int4-g32"),
+    ],
+)
+def test_vllm(to, scheme, run, artifact, tmp_path):
+    """It computes what the artifact does, and writes on from there."""
     folder = artifact(scheme)
-    export_model(folder, tmp_path / "out", to="compressed-tensors")
-    logprobs, _ = run("VLLM", tmp_path / "out")
+    export_model(folder, tmp_path / "out", to=to)
+    logprobs, printed = run("VLLM", tmp_path / "out")
     ours = expected(folder)[:, :-1].log_softmax(-1)
     assert distance(logprobs, ours) < 0.02
+    written = json.loads(printed.strip().splitlines()[-1])
+    assert [len(tokens) for tokens in written] == [8] * len(IDS)

@@ -49,11 +49,17 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def open_model(name: str, *, weights: Path | None = None) -> Source:
-    """Open what the user named. Raises ModelError or InputError, each with the way out."""
+def open_model(name: str, *, weights: Path | None = None, lazy: bool = False) -> Source:
+    """Open what the user named. Raises ModelError or InputError, each with the way out.
+
+    Args:
+        lazy: leave the entropy-coded sites of an artifact in their file until they run.
+    """
     folder = Path(name).expanduser()
+    if lazy and not ((folder if weights is None else weights) / "tersor.json").exists():
+        raise InputError(f"{name}: only an artifact's entropy-coded weights can be left in their file; drop --lazy")
     if ":" in name and not folder.exists():
-        return open_custom(name, weights)
+        return open_custom(name, weights, lazy)
     if folder.is_file():
         refuse_pickle(folder)
         raise ModelError(
@@ -62,7 +68,7 @@ def open_model(name: str, *, weights: Path | None = None) -> Source:
     if not folder.exists():
         folder = from_hub(name)
     if (folder / "tersor.json").exists():
-        return open_artifact(name, folder)
+        return open_artifact(name, folder, lazy=lazy)
     if weights is not None:
         raise InputError(f"--weights goes with a model given as 'package.module:factory', and {name} is a folder")
     return open_transformers(name, folder)
@@ -164,11 +170,11 @@ def transformers_class(config: Any) -> Any:
     return transformers.AutoModel
 
 
-def open_custom(name: str, weights: Path | None) -> Source:
+def open_custom(name: str, weights: Path | None, lazy: bool = False) -> Source:
     """A model made by `package.module:factory`, filled from a state dict or from the artifact folder of its kind."""
     model = call_factory(name)
     if weights is not None and weights.is_dir():
-        return open_artifact(f"{name} from {weights}", weights, model)
+        return open_artifact(f"{name} from {weights}", weights, model, lazy)
     notes: tuple[str, ...] = ("no --weights given: the factory's own weights are used",)
     num_bytes, hashes = 0, {"state": state_hash(model)} if weights is None else {}
     if weights is not None:
@@ -181,7 +187,7 @@ def open_custom(name: str, weights: Path | None) -> Source:
     return Source(model.eval(), name, "custom", name, None, num_bytes, hashes, notes)
 
 
-def open_artifact(name: str, folder: Path, model: nn.Module | None = None) -> Source:
+def open_artifact(name: str, folder: Path, model: nn.Module | None = None, lazy: bool = False) -> Source:
     """A tersor artifact, as an input to measuring and comparing.
 
     An artifact of a custom model needs a fresh `model` to fill: the code that an artifact names is never run.
@@ -195,7 +201,7 @@ def open_artifact(name: str, folder: Path, model: nn.Module | None = None) -> So
             f"{name}: holds a custom model, and tersor runs no code that an artifact names; "
             f"name it yourself: '{factory}' with --weights {name}"
         )
-    model = load(folder, model=model)
+    model = load(folder, model=model, lazy=lazy)
     file = weights_path(folder, manifest)
     hashes, num_bytes = {file.name: manifest["files"][file.name]["sha256"]}, file.stat().st_size
     return Source(model, name, "artifact", manifest["model"]["class"], folder, num_bytes, hashes)

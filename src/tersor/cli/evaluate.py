@@ -21,6 +21,9 @@ def evaluate(
     task_option: options.TaskOption = None,
     batch: options.Batch = "1,32",
     threads: options.Threads = 1,
+    lazy: Annotated[
+        bool, typer.Option("--lazy", help="Leave entropy-coded weights in their file and decode each as it runs.")
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Measure a model: bytes, memory, operations, latency, and its score with an interval."""
@@ -31,6 +34,7 @@ def evaluate(
             task_choice=options.task_choice(task, data, calibration, task_option),
             batch_sizes=options.batch_sizes(batch),
             num_threads=options.checked_threads(threads),
+            lazy=lazy,
             progress=progress,
         )
     if json:
