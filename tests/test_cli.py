@@ -464,8 +464,8 @@ FLAGS = {
     "--seed --threads --overwrite --stream --json",
     "inspect": "--weights --format --sensitivity --measure --training-memory --batch-size --context --lora --base "
     "--optimizer --task --data --calibration --train --task-option --seed --json",
-    "bench": "--runtime --weights --batch --threads --length --shape --task --data --task-option --seconds --cpu-time "
-    "--no-memory --seed --json",
+    "bench": "--runtime --weights --batch --threads --new-tokens --prompt --length --shape --task --data --task-option "
+    "--seconds --cpu-time --no-memory --seed --json",
     "explain": "--against --runtime --weights --batch --length --shape --threads --seconds --rows --remeasure --seed "
     "--json",
     "evaluate": "--weights --task --data --calibration --task-option --batch --threads --lazy --json",

@@ -1,5 +1,6 @@
 """`tersor bench A B ...`: models in their runtimes, timed in turn on the same inputs, and the memory each takes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -8,12 +9,18 @@ import typer
 from tersor.cli import options
 from tersor.cli.console import out, print_json, print_table, progress_bars
 from tersor.errors import InputError
-from tersor.measure.bench import Bench, candidates_of
+from tersor.measure.bench import Bench, Candidate, candidates_of
 from tersor.measure.bench import bench as run_bench
+from tersor.measure.decode import DecodeBench, decode_bench
+from tersor.measure.memory import Memory
 from tersor.measure.scorecard import machine
 from tersor.report.card import megabytes
 
 Length = Annotated[int | None, typer.Option(help="Tokens of a made-up example; 128 if not given.")]
+NewTokens = Annotated[
+    int | None, typer.Option(help="Measure how fast language models write: so many tokens, one by one, at batch 1.")
+]
+Prompt = Annotated[int | None, typer.Option(help="Tokens that a language model reads before it writes; 64.")]
 Shape = Annotated[
     str | None, typer.Option(help="Shape of a made-up example where the model leaves it open: 3,224,224.")
 ]
@@ -22,19 +29,21 @@ Shape = Annotated[
 def bench(
     models: Annotated[
         list[str],
-        typer.Argument(help="Folder, hub id, artifact, .onnx, .xml, .pte or package.module:factory; the first leads."),
+        typer.Argument(help="Folder, hub id, .onnx, .xml, .pte, .gguf or package.module:factory; the first leads."),
     ],
     runtime: Annotated[
         list[str] | None,
         typer.Option(
-            help="torch, onnx, openvino, openvino-bf16, executorch: for all or once for each; else the file decides."
+            help="torch, onnx, openvino, openvino-bf16, executorch, llama.cpp: one for all, or each; else by the file."
         ),
     ] = None,
     weights: Annotated[
         list[Path] | None, typer.Option(help="State dicts or artifact folders of the factories, in this order.")
     ] = None,
-    batch: options.Batch = "1,32",
+    batch: Annotated[str | None, typer.Option(help="Batch sizes, separated by commas; 1,32 if not given.")] = None,
     threads: Annotated[str, typer.Option(help="Numbers of CPU threads, separated by commas.")] = "1",
+    new_tokens: NewTokens = None,
+    prompt: Prompt = None,
     length: Length = None,
     shape: Shape = None,
     task: options.TaskName = None,
@@ -52,10 +61,32 @@ def bench(
 ) -> None:
     """Time models in their runtimes side by side; says so where no difference was measured."""
     from_task = bool(task or data or task_option)
+    if new_tokens is not None or prompt is not None:
+        asked = {"--batch": batch, "--length": length, "--shape": shape, "--task, --data": from_task or None}
+        for flag, value in asked.items():
+            if value is not None and (flag, value) != ("--batch", "1"):
+                raise InputError(f"--new-tokens and --prompt are for made-up tokens at batch 1; leave {flag} out")
+        with progress_bars(json) as progress:
+            decoded = decode_bench(
+                candidates_of(models, runtime or [], weights or []),
+                num_prompt=64 if prompt is None else prompt,
+                num_new=64 if new_tokens is None else new_tokens,
+                thread_counts=thread_counts(threads),
+                seconds=seconds,
+                memory=not no_memory,
+                cpu_time=cpu_time,
+                seed=seed,
+                progress=progress,
+            )
+        if json:
+            print_json(decoded.to_dict() | {"measured_on": machine()})
+        else:
+            show_decoding(decoded, models[0])
+        return
     with progress_bars(json) as progress:
         found = run_bench(
             candidates_of(models, runtime or [], weights or []),
-            batch_sizes=options.batch_sizes(batch),
+            batch_sizes=options.batch_sizes(batch or "1,32"),
             thread_counts=thread_counts(threads),
             length=length,
             shape=example_shape(shape),
@@ -103,19 +134,55 @@ def show(found: Bench, first: str) -> None:
         "difference",
     ]
     print_table(f"latency in turn; speed-up over {first}", columns, rows)
-    if any(found.memory):
+    show_memory(candidates, found.memory)
+    out.print(f"run on {found.inputs}", markup=False, highlight=False)
+    show_noise(first, found.noise, found.versions)
+
+
+def show_decoding(found: DecodeBench, first: str) -> None:
+    """As `show`, of language models that write."""
+    candidates = [timing.candidate for timing in found.timings[: len(found.memory)]]
+    rows = [
+        (
+            timing.candidate.model,
+            timing.candidate.runtime,
+            timing.token.num_threads,
+            f"{timing.prompt.p50:.1f}",
+            f"{timing.token.p50:.2f}",
+            f"{timing.token.p95:.2f}",
+            f"{timing.token.spread:.0%}",
+            f"{timing.tokens_per_second:.1f}",
+            "-" if i % len(candidates) == 0 else f"{timing.token.speedup:.2f}x",
+            "-" if i % len(candidates) == 0 else "{:.2f} to {:.2f}".format(*timing.token.speedup_interval),
+            "-" if i % len(candidates) == 0 else timing.difference,
+        )
+        for i, timing in enumerate(found.timings)
+    ]
+    columns = ["model", "runtime", "threads", "prompt ms", "ms per token", "p95 ms", "spread", "tokens/s"]
+    title = f"writing {found.num_new} tokens after {found.num_prompt}, in turn; speed-up over {first}"
+    print_table(title, [*columns, "speed-up", "95 %", "difference"], rows)
+    show_memory(candidates, found.memory)
+    show_noise(first, found.noise, found.versions)
+
+
+def show_memory(candidates: Sequence[Candidate], memory: Sequence[Memory | None]) -> None:
+    """A table, where anything was measured."""
+    if any(memory):
         print_table(
             "memory, each in a process of its own, without the libraries",
             ["model", "runtime", "loaded", "peak"],
             [
                 (c.model, c.runtime, megabytes(m.loaded if m else None), megabytes(m.peak if m else None))
-                for c, m in zip(candidates, found.memory, strict=True)
+                for c, m in zip(candidates, memory, strict=True)
             ],
         )
-    out.print(f"run on {found.inputs}", markup=False, highlight=False)
-    low, high = min(n[0] for n in found.noise), max(n[1] for n in found.noise)
-    noise = f"{first} against itself: {low:.2f} to {high:.2f}; a ratio within that is no difference"
-    out.print(f"{noise}. {', '.join(found.versions)}", markup=False, highlight=False)
+
+
+def show_noise(first: str, noise: Sequence[tuple[float, float]], versions: Sequence[str]) -> None:
+    """What the first model's ratio to itself says, and what ran."""
+    low, high = min(n[0] for n in noise), max(n[1] for n in noise)
+    told = f"{first} against itself: {low:.2f} to {high:.2f}; a ratio within that is no difference"
+    out.print(f"{told}. {', '.join(versions)}", markup=False, highlight=False)
 
 
 def thread_counts(text: str) -> tuple[int, ...]:

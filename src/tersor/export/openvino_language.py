@@ -65,7 +65,7 @@ def extensions(openvino: Any) -> list[Any]:
         cos, sin = (ops.unsqueeze(each, ops.constant(1)) for each in (cos, sin))
         half = x.get_partial_shape()[3].get_length() // 2
         first, second = ops.variadic_split(x, ops.constant(3), ops.constant([half, half])).outputs()
-        turned = ops.concat([ops.multiply(second, ops.constant(-1.0, dtype=np.float32)), first], axis=3)
+        turned = ops.concat([ops.multiply(second, ops.constant(-1.0, dtype=np.float32)), first], axis=-1)
         return [ops.add(ops.multiply(x, cos), ops.multiply(turned, sin)).output(0)]
 
     def norm(node: Any) -> list[Any]:

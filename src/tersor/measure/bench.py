@@ -23,6 +23,8 @@ from tersor.runtimes.torch import TorchSession
 from tersor.tasks import Batch, open_task
 from tersor.workflow import TaskChoice, open_task_for
 
+CACHE = ("past_key_values", "beam_idx")  # how the inputs of a language model's cache begin
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -121,6 +123,12 @@ def bench(
     done, whole = 0, len(thread_counts) * len(batch_sizes) + memory * len(candidates)
     for num_threads in thread_counts:
         sessions = [open_session(c.model, c.runtime, num_threads=num_threads, weights=c.weights) for c in candidates]
+        for candidate, session in zip(candidates, sessions, strict=True):
+            if any(each.name.startswith(CACHE) for each in session.inputs) or candidate.runtime == "llama.cpp":
+                raise InputError(
+                    f"{candidate.model} is a language model with a cache: measure how fast it writes with "
+                    f"--new-tokens 64, or export it with --no-cache"
+                )
         source = Feeder(sessions, length or LENGTH, shape, task_choice, seed)
         fed = {}
         for batch_size in batch_sizes:

@@ -80,22 +80,27 @@ def measure_calls(
     num_rounds: int = 60,
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
+    before: Sequence[Callable[[], object]] | None = None,
 ) -> list[Latency]:
     """Time anything that can be called, in turn; the arguments are those of `measure_latency`, and `num_threads` is for
     the record alone. In every round the order is drawn anew, so that none always runs in the caches of the same other.
 
     Args:
         clock: `time.process_time` counts what the processor did for this process, whatever else it was busy with.
+        before: what is called, untimed, before every single one of `calls`.
     """
     generator = np.random.default_rng(seed)
-    for call in calls:  # warm-up: caches, first-call set-up
-        call()
-        call()
+    ready = before or [nothing] * len(calls)
+    for each, call in zip(ready, calls, strict=True):  # warm-up: caches, first-call set-up
+        for _ in range(2):
+            each()
+            call()
     rounds: list[list[float]] = []
     started = time.perf_counter()
     while len(rounds) < num_rounds and (len(rounds) < 8 or time.perf_counter() - started < seconds):
         spent = [0.0] * len(calls)
         for i in generator.permutation(len(calls)):
+            ready[i]()
             spent[i] = timed(calls[i], clock)
         rounds.append(spent)
     times = np.array(rounds)
@@ -127,6 +132,10 @@ def threads(num_threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def nothing() -> None:
+    """To be called where there is nothing to do."""
 
 
 def timed(call: Callable[[], object], clock: Callable[[], float]) -> float:

@@ -15,7 +15,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,13 +64,14 @@ def measure_opened(
     *,
     weights: Path | None = None,
     num_threads: int = 1,
+    decode: bool = False,
 ) -> Memory | None:
     """Open `model` in `runtime` and run it twice on `feeds`, in a process of its own; None where the kernel does not
-    tell. Raises ModelError where the process fails."""
+    tell. To `decode` is to read the tokens `input_ids` and then one more. Raises ModelError where the process fails."""
     with tempfile.TemporaryDirectory() as folder:
         np.savez(Path(folder) / "feeds.npz", **feeds)  # type: ignore[arg-type]
         asked = {"model": model, "runtime": runtime, "num_threads": num_threads, "feeds": f"{folder}/feeds.npz"}
-        asked["weights"] = None if weights is None else str(weights)
+        asked |= {"weights": None if weights is None else str(weights), "decode": decode}
         command = [sys.executable, "-m", "tersor.measure.memory", json.dumps(asked)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -79,21 +82,27 @@ def measure_opened(
 
 
 def measure_this_process(
-    model: str, runtime: str, feeds: str, weights: str | None, num_threads: int
+    model: str, runtime: str, feeds: str, weights: str | None, num_threads: int, decode: bool
 ) -> dict[str, int] | None:
     """What `measure_opened` starts: `Memory` as a dictionary."""
-    from tersor.runtimes import open_session
+    from tersor.runtimes import open_decoder, open_session
 
     with np.load(feeds) as file:
         arrays = dict(file)
     try:
         RESET.write_text("5")
-        session = open_session(model, runtime, num_threads=num_threads, weights=Path(weights) if weights else None)
+        opened: Any
+        if decode:
+            opened, ids = open_decoder(model, runtime, num_threads=num_threads), arrays["input_ids"]
+            runs = [partial(opened.feed, ids), partial(opened.feed, ids[:, -1:])]
+        else:
+            opened = open_session(model, runtime, num_threads=num_threads, weights=Path(weights) if weights else None)
+            runs = [partial(opened.run, arrays)] * 2
         loaded = resident("VmRSS")
-        session.run(arrays)
-        session.run(arrays)
+        for run in runs:
+            run()
         peak = resident("VmHWM")
-        del session
+        del opened, runs, run
         gc.collect()
         return_free_memory()
         left = resident("VmRSS")  # the libraries

@@ -9,6 +9,7 @@ from pathlib import Path
 from tersor.errors import InputError, UnknownName
 from tersor.runtimes.contract import Decoder, Decodes, Feeds, Input, LayerTime, Profile, Runtime, Session
 from tersor.runtimes.executorch import ExecuTorchRuntime
+from tersor.runtimes.llama_cpp import LlamaCpp
 from tersor.runtimes.onnx import OnnxRuntime
 from tersor.runtimes.openvino import OpenVino
 from tersor.runtimes.torch import Torch
@@ -35,6 +36,7 @@ ROWS: list[Runtime] = [
     OpenVino(),
     OpenVino("openvino-bf16", precision="bf16"),
     ExecuTorchRuntime(),
+    LlamaCpp(),
 ]
 FILES = {suffix for runtime in ROWS for suffix in runtime.suffixes if suffix}
 RUNTIMES = {runtime.name: runtime for runtime in ROWS}

@@ -22,7 +22,8 @@ def synthetic_feeds(
 ) -> dict[str, np.ndarray]:
     """Inputs that depend on nothing but the arguments: two models with the same inputs get the same numbers.
 
-    Token ids are drawn, masks are all ones, token types and past states zero, positions count up, floats are normal.
+    Token ids are drawn, masks are all ones, token types and past states zero, positions count up, floats are normal. A
+    language model with its cache as inputs gets one token after `length` others.
 
     Args:
         length: of every axis that is left open, but for the first, which is the batch; not of pictures.
@@ -30,7 +31,13 @@ def synthetic_feeds(
 
     Raises InputError for sizes that the model does not take, or that nobody gave.
     """
-    return {each.name: made_up(each, batch_size, length, shape, seed) for each in inputs}
+    found = {each.name: made_up(each, batch_size, length, shape, seed) for each in inputs}
+    if any("past" in each.name for each in inputs):  # a language model: one token after `length` others
+        for name, value in (("input_ids", 1), ("position_ids", length)):
+            if name in found:
+                found[name] = np.full((batch_size, 1), value)
+        found["attention_mask"] = np.ones((batch_size, length + 1), np.int64)
+    return found
 
 
 def made_up(each: Input, batch_size: int, length: int, shape: Sequence[int] | None, seed: int) -> np.ndarray:
@@ -42,7 +49,7 @@ def made_up(each: Input, batch_size: int, length: int, shape: Sequence[int] | No
         return (values * 0 if "past" in each.name else values).astype(each.dtype)
     if "mask" in each.name or each.dtype == bool:
         return np.ones(sizes, each.dtype)
-    if "type" in each.name:
+    if "type" in each.name or each.name == "beam_idx":
         return np.zeros(sizes, each.dtype)
     if "position" in each.name:
         return np.broadcast_to(np.arange(sizes[-1]), sizes).astype(each.dtype)

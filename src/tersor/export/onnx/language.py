@@ -47,7 +47,6 @@ def remove_unused(graph: ir.Graph) -> None:
 def emit_attention(b: Builder, node: ir.Node) -> list[ir.Value]:
     """Every text of a batch is as long as the longest for the operator; the bias hides its padding."""
     query, key, value, past_key, past_value, bias, *sinks = (each for each in node.inputs if each is not None)
-    keep_rows(node.outputs[0])
     total = b.shared("Shape", bias, start=3, end=4)
     length = b.shared("Cast", b.shared("Squeeze", total, b.ints(0)), to=int(ir.DataType.INT32))
     last = b.shared(

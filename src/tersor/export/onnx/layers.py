@@ -24,7 +24,7 @@ from tersor.export.contract import PackedSite
 from tersor.export.onnx.blocks import DOMAIN
 from tersor.export.onnx.builder import MICROSOFT, Builder
 from tersor.export.onnx.codes import HELD_BITS, block_size, blocks, decoded_rows, grid, is_shared, unfolded, zero_points
-from tersor.export.onnx.language import lower_blocks
+from tersor.export.onnx.language import keep_rows, lower_blocks
 from tersor.formats.float_cast import FloatCast
 from tersor.formats.int_group import IntGroup
 from tersor.formats.packing import pack
@@ -57,6 +57,9 @@ def lower(traced: ir.Model, sites: Mapping[str, PackedSite], choice: Lowering) -
     model = traced.clone()
     graph = model.graph
     builder = Builder(graph, choice.dtype)
+    for node in graph:
+        if node.domain == DOMAIN and node.op_type == "Attention":
+            keep_rows(node.outputs[0])
     if not choice.keep_blocks:
         lower_blocks(graph, builder)
     for node in list(graph):
