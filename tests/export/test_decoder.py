@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import openvino
 import pytest
@@ -180,15 +181,34 @@ def test_openvino_follows_another_row(stateful):
     np.testing.assert_allclose(rows, expected, atol=1e-5 * np.abs(expected).max())
 
 
+def test_one_product_for_queries_keys_and_values(tmp_path, monkeypatch):
+    """Turned by tables, with positions that padding counts in, they say the same as three products do."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**WIDE, "hidden_size": 64, "head_dim": 16}))
+    tersor.save(tersor.compress(model.eval(), Recipe.of("int4-g32")).model, tmp_path / "packed")
+    ids, mask = texts()
+    found = []
+    for name, small in (("one", 1), ("three", 10**9)):
+        monkeypatch.setattr("tersor.export.onnx.model.SMALL", small)
+        path = export_model(tmp_path / "packed", tmp_path / f"{name}.onnx", to="onnx").output
+        found.append(read_in_steps(open_decoder(str(path)), ids, mask))
+        nodes = onnx.load(path).graph.node
+        products = [node.name for node in nodes if node.op_type == "MatMulNBits"]
+        assert len(products) == 2 * (5 if name == "one" else 7) + 1
+        assert sum("q_proj+k_proj+v_proj" in product for product in products) == (2 if name == "one" else 0)
+        assert sum(node.op_type == "RotaryEmbedding" for node in nodes) == (0 if name == "one" else 4)
+    np.testing.assert_allclose(*found, atol=1e-4 * np.abs(found[0]).max())
+
+
 def test_a_mixup_of_the_cache_is_never_kept(folders, monkeypatch, tmp_path):
     """Past keys for past values."""
     right = language.EMIT["Attention"]
 
-    def wrong(b, node):
+    def wrong(b, node, parts):
         inputs = list(node.inputs)
         node.replace_input_with(3, inputs[4])
         node.replace_input_with(4, inputs[3])
-        return right(b, node)
+        return right(b, node, parts)
 
     monkeypatch.setitem(language.EMIT, "Attention", wrong)
     with pytest.raises(ModelError, match="outputs differ from the model's"):

@@ -173,6 +173,27 @@ def rotates_halves(function: Callable[..., Any]) -> bool:
     return all(isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, expected, atol=1e-5) for y in made)
 
 
+STATIC = {"default", "linear", "llama3", "yarn"}  # rotary embeddings whose angles depend on the position alone
+
+
+def rotary_tables(model: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines `[position, size / 2]` of all positions that the model was made for; None where its angles
+    depend on more, or differ between layers, and for heads whose size is no multiple of 16, as ONNX Runtime wants."""
+    makers = [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+    length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if len(makers) != 1 or not length or getattr(makers[0], "rope_type", None) not in STATIC:
+        return None
+    try:
+        with torch.no_grad():
+            cos, sin = makers[0](torch.zeros(1, dtype=torch.float32), torch.arange(length)[None])
+    except Exception:  # another signature: another module
+        return None
+    half = cos.shape[-1] // 2
+    if half % 8:
+        return None
+    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+
 def epsilon_of(module: nn.Module) -> float | None:
     """Of an RMS norm over the last axis; None for any other module."""
     weight = getattr(module, "weight", None)

@@ -1,28 +1,60 @@
 """The blocks of a language model (blocks.py) written out in the operators that ONNX Runtime has fast kernels for.
 
 Attention   com.microsoft::GroupQueryAttention, which appends to the cache and multiplies in one go; in place, where
-            past and present are given the same memory
+            past and present are given the same memory. It takes queries, keys and values of one product, where these
+            are packed alike, and turns them by position itself, where the angles are in a table. It counts positions
+            from the first token, padding or not; only their differences matter.
 Rotary      com.microsoft::RotaryEmbedding on rows with heads side by side, as the products before give them
 RmsNorm     SkipSimplifiedLayerNormalization with the sum before it, else SimplifiedLayerNormalization
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import replace as replace_field
+
 import numpy as np
 import onnx_ir as ir
+import torch
+from torch import Tensor
 
+from tersor.encoded import Encoded
+from tersor.export.contract import PackedSite
 from tersor.export.onnx.blocks import DOMAIN
 from tersor.export.onnx.builder import MICROSOFT, Builder
+from tersor.formats.int_group import IntGroup
+from tersor.modules import Fold
 
 HEADS_LAST = [0, 2, 1, 3]  # the transposition between [batch, token, head, size] and [batch, head, token, size]
 
 
-def lower_blocks(graph: ir.Graph, b: Builder) -> None:
+Tables = tuple[Tensor, Tensor] | None
+
+
+@dataclass
+class Parts:
+    """What attention may be made of.
+
+    Attributes:
+        sites: by name; a product of several is added to it.
+        tables: cosines and sines of all positions, `[position, size / 2]`.
+        alone: sites that are no part of a larger product.
+    """
+
+    sites: dict[str, PackedSite]
+    tables: Tables
+    alone: frozenset[str]
+
+
+def lower_blocks(graph: ir.Graph, b: Builder, parts: Parts) -> None:
     """Replace every block's node. Attention comes first, for it takes rotated inputs in another layout."""
     for kind, emit in EMIT.items():
         for node in list(graph):
             if node.domain == DOMAIN and node.op_type == kind:
                 b.at(node)
-                replace(graph, node, emit(b, node))
+                replace(graph, node, emit(b, node, parts))
         remove_unused(graph)
+    for value in [each for each in graph.inputs if each.name == "position_ids" and not each.uses()]:
+        graph.inputs.remove(value)
 
 
 def replace(graph: ir.Graph, node: ir.Node, made: list[ir.Value]) -> None:
@@ -44,7 +76,7 @@ def remove_unused(graph: ir.Graph) -> None:
             graph.remove(node, safe=True)
 
 
-def emit_attention(b: Builder, node: ir.Node) -> list[ir.Value]:
+def emit_attention(b: Builder, node: ir.Node, parts: Parts) -> list[ir.Value]:
     """Every text of a batch is as long as the longest for the operator; the bias hides its padding."""
     query, key, value, past_key, past_value, bias, *sinks = (each for each in node.inputs if each is not None)
     total = b.shared("Shape", bias, start=3, end=4)
@@ -53,22 +85,77 @@ def emit_attention(b: Builder, node: ir.Node) -> list[ir.Value]:
         "Sub", b.shared("Cast", total, to=int(ir.DataType.INT32)), b.constant("one", np.array([1], np.int32))
     )
     lengths = b.shared("Expand", last, b.shared("Shape", bias, start=0, end=1))
+    attributes = {name: node.attributes[name].value for name in ("num_heads", "kv_num_heads", "scale", "softcap")}
+    tables: list[ir.Value | None] = [None, None]
+    straight = [unrotated(query), unrotated(key)]
+    if parts.tables is not None and all(each is not None for each in straight):
+        query, key = straight  # type: ignore[assignment]
+        tables = [
+            b.constant(f"rotary.{kind}", table.to(b.dtype))
+            for kind, table in zip(("cos", "sin"), parts.tables, strict=True)
+        ]
+        attributes["do_rotary"] = 1
+    rows: list[ir.Value | None] = [as_rows(b, each) for each in (query, key, value)]
+    together = one_product(b, rows, parts) if attributes.get("do_rotary") else None
+    if together is not None:
+        rows = [together, None, None]
     return b.node(
         "GroupQueryAttention",
-        *(as_rows(b, each) for each in (query, key, value)),
+        *rows,
         past_key,
         past_value,
         lengths,
         length,
-        None,
-        None,
+        *tables,
         None,
         bias,
         *sinks,
         domain=MICROSOFT,
         num_outputs=3,
-        **{name: node.attributes[name].value for name in ("num_heads", "kv_num_heads", "scale", "softcap")},
+        **attributes,
     )
+
+
+def unrotated(x: ir.Value) -> ir.Value | None:
+    """What a rotary node takes, where one made `x`."""
+    made = x.producer()
+    return made.inputs[0] if made is not None and made.domain == DOMAIN and made.op_type == "Rotary" else None
+
+
+def one_product(b: Builder, rows: list[ir.Value | None], parts: Parts) -> ir.Value | None:
+    """Rows of several products of one input as those of one product; None where their weights differ in more than
+    their codes."""
+    products = [row.producer() if row is not None else None for row in rows]
+    if not all(p is not None and p.domain == DOMAIN and p.op_type == "Linear" for p in products):
+        return None
+    nodes = [product for product in products if product is not None]
+    packed = [parts.sites[node.attributes["site"].as_string()] for node in nodes]
+    kinds = {(each.encoded.format, each.activation is None, each.site.shape[1]) for each in packed}
+    plain = isinstance(packed[0].encoded.format, IntGroup) and packed[0].activation is None
+    apart = any(each.site.name in parts.alone or len(each.site.places) > 1 for each in packed)
+    inputs = {tuple(node.inputs) for node in nodes}
+    if not plain or apart or len(kinds) > 1 or len(inputs) > 1 or len(nodes[0].inputs) > 1:
+        return None
+    merged = stacked(packed)
+    parts.sites[merged.site.name] = merged
+    made = ir.node("Linear", nodes[0].inputs, {"site": merged.site.name}, domain=DOMAIN)
+    nodes[0].graph.insert_after(nodes[0], made)  # type: ignore[union-attr]
+    first, value = rows[0], made.outputs[0]
+    assert first is not None
+    value.name = f"{first.name}_{len(nodes)}"
+    value.type, value.shape = first.type, ir.Shape([*list(first.shape or ())[:2], merged.site.shape[0]])
+    return value
+
+
+def stacked(packed: Sequence[PackedSite]) -> PackedSite:
+    """Weights on top of each other: rows of codes, scales and zero points."""
+    first, names = packed[0], [each.site.name for each in packed]
+    parts = {name: torch.cat([each.encoded.parts[name] for each in packed]) for name in first.encoded.parts}
+    shape = (sum(each.site.shape[0] for each in packed), first.site.shape[1])
+    layer = names[0].rpartition(".")[0]
+    name = "+".join([names[0], *(each.removeprefix(f"{layer}.") for each in names[1:])])
+    site = replace_field(first.site, name=name, fold=Fold(shape))
+    return PackedSite(site, Encoded(first.encoded.format, shape, parts), None)
 
 
 def keep_rows(rows: ir.Value) -> None:
@@ -117,13 +204,13 @@ def rotated(b: Builder, x: ir.Value, cos: ir.Value, sin: ir.Value, num_heads: in
     return b.node("RotaryEmbedding", x, index, *tables, domain=MICROSOFT, **attributes)
 
 
-def emit_rotary(b: Builder, node: ir.Node) -> list[ir.Value]:
+def emit_rotary(b: Builder, node: ir.Node, parts: Parts) -> list[ir.Value]:
     """Where anything but attention takes it, in the layout that it has."""
     x, cos, sin = (each for each in node.inputs if each is not None)
     return [rotated(b, x, cos, sin, 0)]
 
 
-def emit_norm(b: Builder, node: ir.Node) -> list[ir.Value]:
+def emit_norm(b: Builder, node: ir.Node, parts: Parts) -> list[ir.Value]:
     """With the sum that it is taken of, where there is one."""
     x, weight = (each for each in node.inputs if each is not None)
     epsilon = node.attributes["epsilon"].as_float()

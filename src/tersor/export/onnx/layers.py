@@ -24,7 +24,7 @@ from tersor.export.contract import PackedSite
 from tersor.export.onnx.blocks import DOMAIN
 from tersor.export.onnx.builder import MICROSOFT, Builder
 from tersor.export.onnx.codes import HELD_BITS, block_size, blocks, decoded_rows, grid, is_shared, unfolded, zero_points
-from tersor.export.onnx.language import keep_rows, lower_blocks
+from tersor.export.onnx.language import Parts, Tables, keep_rows, lower_blocks
 from tersor.formats.float_cast import FloatCast
 from tersor.formats.int_group import IntGroup
 from tersor.formats.packing import pack
@@ -52,7 +52,7 @@ class Lowering:
     keep_blocks: bool = False
 
 
-def lower(traced: ir.Model, sites: Mapping[str, PackedSite], choice: Lowering) -> ir.Model:
+def lower(traced: ir.Model, sites: Mapping[str, PackedSite], choice: Lowering, tables: Tables = None) -> ir.Model:
     """A copy of the traced model with every node of ours replaced. It shares the tensors of the traced one."""
     model = traced.clone()
     graph = model.graph
@@ -60,12 +60,13 @@ def lower(traced: ir.Model, sites: Mapping[str, PackedSite], choice: Lowering) -
     for node in graph:
         if node.domain == DOMAIN and node.op_type == "Attention":
             keep_rows(node.outputs[0])
+    parts = Parts(dict(sites), tables, choice.decoded)
     if not choice.keep_blocks:
-        lower_blocks(graph, builder)
+        lower_blocks(graph, builder, parts)
     for node in list(graph):
         if node.domain != DOMAIN or node.op_type not in EMIT:
             continue
-        packed = sites[node.attributes["site"].as_string()]
+        packed = parts.sites[node.attributes["site"].as_string()]
         builder.at(node, packed.site.name)
         made = EMIT[node.op_type](builder, node, packed, choice)
         old = node.outputs[0]

@@ -7,11 +7,15 @@ import onnx_ir as ir
 import torch
 
 from tersor.export.contract import Checkpoint, PackedSite
+from tersor.export.onnx.blocks import rotary_tables
 from tersor.export.onnx.convolutions import fold_norms
 from tersor.export.onnx.fusions import sums_before_norms
+from tersor.export.onnx.language import Tables
 from tersor.export.onnx.layers import Lowering, holds, lower
 from tersor.export.onnx.trace import sites_in, trace
 from tersor.formats.float_cast import FloatCast
+
+SMALL = 128  # weights of a model, at least, for each number of a table
 
 
 @dataclass(frozen=True)
@@ -22,11 +26,13 @@ class TracedModel:
         graph: as `trace` made it.
         sites: by name, as they will be written.
         notes: what the user should know of sites that are not written as they are.
+        tables: of a language model's rotary positions (blocks.py), where they are small beside its weights.
     """
 
     graph: ir.Model
     sites: Mapping[str, PackedSite]
     notes: tuple[str, ...]
+    tables: Tables = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, dtype: torch.dtype) -> "TracedModel":
@@ -37,12 +43,17 @@ class TracedModel:
         examples = checkpoint.need_examples().cast(dtype)
         graph = trace(checkpoint.model.to(dtype), examples, sites.values())
         used = sites_in(graph)
+        tables = rotary_tables(checkpoint.model) if examples.cached else None
+        kept = sum(tensor.numel() for tensor in checkpoint.kept.values())
+        num_weights = kept + sum(packed.site.num_weights for packed in checkpoint.sites)
+        if tables is not None and SMALL * tables[0].numel() > num_weights:
+            tables = None
         notes = (*left_out(set(sites) - used), *as_decoded(others))
-        return cls(graph, {name: sites[name] for name in used}, notes)
+        return cls(graph, {name: sites[name] for name in used}, notes, tables)
 
     def lower(self, choice: Lowering) -> ir.Model:
         """The model written out."""
-        model = lower(self.graph, self.sites, choice)
+        model = lower(self.graph, self.sites, choice, self.tables)
         fold_norms(model)
         sums_before_norms(model)
         return model
