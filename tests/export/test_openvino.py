@@ -101,7 +101,7 @@ def test_static_int8_runs_on_int8_kernels(build, tmp_path):
 def test_weights_are_stored_as_small_as_they_are(tmp_path):
     written(linear, "int4-g32", tmp_path)
     num_weights = 128 * 64 + 64 * 32
-    assert (tmp_path / "out.bin").stat().st_size < num_weights * (4 + 32 / 32) / 8 + 4 * (64 + 32) + 1024
+    assert (tmp_path / "out.bin").stat().st_size < num_weights * (4 + 16 / 32) / 8 + 4 * (64 + 32) + 512
 
 
 def test_refused_and_decoded(tmp_path):

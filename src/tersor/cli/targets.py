@@ -6,6 +6,7 @@ from tersor.cli import options
 from tersor.cli.console import out, print_json, print_table
 from tersor.export import ROWS
 from tersor.export.contract import Runnable
+from tersor.runtimes import RUNTIMES, Decodes
 
 PACKAGES = {"gguf": ["gguf"], "onnx": ["onnx", "onnxruntime", "onnxscript"]}
 PACKAGES["executorch"] = ["executorch"]
@@ -22,6 +23,7 @@ def targets(json: options.Json = False) -> None:
             "holds": export.holds,
             "models": "any" if isinstance(export, Runnable) else "artifacts of Hugging Face models",
             "checked": export.runtime if isinstance(export, Runnable) else None,
+            "bench": [each.name for each in RUNTIMES.values() if export.suffix and export.suffix in each.suffixes],
             "extra": export.extra,
             "installed": installed(export.extra),
         }
@@ -37,6 +39,9 @@ def targets(json: options.Json = False) -> None:
     )
     run = ", ".join(str(r["to"]) for r in rows if r["checked"])
     out.print(f"{run}: any model; what is written is run here, compared and timed before it is kept")
+    timed = ", ".join(f"*{export.suffix}" for export, row in zip(ROWS, rows, strict=True) if row["bench"])
+    writers = ", ".join(name for name, each in RUNTIMES.items() if isinstance(each, Decodes))
+    out.print(f"tersor bench: {timed} and folders; --new-tokens for language models, in {writers}", highlight=False)
 
 
 def installed(extra: str | None) -> bool:

@@ -168,7 +168,8 @@ def checkpoint_of(folder: Path, model: Any, examples: Examples | None = None) ->
 
 def check_sites(checkpoint: Checkpoint, export: Layout) -> None:
     """Before anything is written: every site fits, and the model as a whole."""
-    if not checkpoint.quantized and not isinstance(export, Runnable):
+    floats = isinstance(export, Runnable) or (bool(checkpoint.sites) and getattr(export, "holds_floats", False))
+    if not checkpoint.quantized and not floats:
         raise ModelError(f"{checkpoint.folder}: no weight is quantized, so there is nothing to export to {export.name}")
     misfits = [(packed, misfit) for packed in checkpoint.sites if (misfit := export.misfit(packed))]
     if misfits:

@@ -37,6 +37,7 @@ class Gguf:
     readers = "llama.cpp, transformers"
     holds = HOLDS
     extra = "gguf"
+    holds_floats = True  # a model in 16-bit floats is a GGUF model, too
 
     def misfit(self, packed: PackedSite) -> Misfit | None:
         if packed.is_plain or (block_type(packed.encoded) and packed.activation is None):

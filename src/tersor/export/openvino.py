@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tersor.errors import ArtifactError, MissingExtra
 from tersor.export.contract import Checkpoint, Misfit, PackedSite, Written
 from tersor.export.decoder import PAST
@@ -115,11 +117,37 @@ def convert(graph: Path, output: Path, group_size: int) -> dict[str, int]:
         model = openvino.convert_model(str(graph), extension=extensions(openvino))
         if any(name_of(port).startswith(PAST) for port in model.inputs):
             make_stateful(openvino, model)
+        narrow_scales(model)
         model.set_rt_info(str(group_size), ["runtime_options", SETTING])
         openvino.save_model(model, str(output), compress_to_fp16=False)
     except Exception as error:  # its errors have no common base of their own
         raise ArtifactError(f"{output}: OpenVINO cannot convert the model: {error}") from None
     return products(openvino, output, group_size)
+
+
+def narrow_scales(model: Any) -> None:
+    """Keep scales of packed weights as fp16 where that holds them exactly, as the artifact does."""
+    from openvino import opset13 as ops
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Constant" or node.get_element_type().get_type_name() != "f32":
+            continue
+        readers = [target.get_node() for target in node.output(0).get_target_inputs()]
+        others = {each.get_type_name() for reader in readers for each in operands(reader) if each != node}
+        multiplied = all(reader.get_type_name() == "Multiply" for reader in readers)
+        scales = node.get_data()
+        with np.errstate(over="ignore"):
+            half = scales.astype(np.float16)
+        exact = scales.size > 1 and np.array_equal(half.astype(np.float32), scales)
+        if multiplied and others <= {"Convert", "Subtract"} and exact:
+            wide = ops.convert(ops.constant(half), "f32")
+            for target in list(node.output(0).get_target_inputs()):
+                target.replace_source_output(wide.output(0))
+
+
+def operands(node: Any) -> list[Any]:
+    """The nodes that it reads."""
+    return [each.get_source_output().get_node() for each in node.inputs()]
 
 
 def products(openvino: Any, path: Path, group_size: int) -> dict[str, int]:

@@ -1,0 +1,58 @@
+"""llama.cpp: what it makes of a GGUF file token by token is what the model makes of the whole text."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tersor
+from tersor.errors import InputError, ModelError
+from tersor.runtimes import open_decoder, open_session
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "export"))
+from exported import byte_level
+
+from zoo import pretrained
+
+pytest.importorskip("llama_cpp", reason="needs tersor[llama]")
+SIZES = {"vocab_size": 352, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory) -> Path:
+    """An artifact in 8 bits, and its GGUF file."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("gguf")
+    build = pretrained("LlamaForCausalLM", num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1, **SIZES)
+    tersor.save(tersor.compress(build().eval(), tersor.Recipe.of("int8-g32")).model, folder / "packed")
+    byte_level().save_pretrained(folder / "packed")
+    return tersor.export_model(folder / "packed", folder / "model.gguf", to="gguf").output
+
+
+def test_token_by_token(gguf):
+    ids = np.arange(12)[None] * 7 % 256
+    with torch.no_grad():
+        expected = tersor.load(gguf.parent / "packed").float()(torch.from_numpy(ids)).logits.numpy()
+    decoder = open_decoder(str(gguf))
+    made = [decoder.feed(ids[:, :8]), *(decoder.feed(ids[:, i : i + 1]) for i in range(8, 12))]
+    found = np.concatenate(made, axis=1)
+    room = 0.05 * np.abs(expected).max()  # it rounds inputs to 8 bits, and keeps keys and values in 16
+    np.testing.assert_allclose(found, expected, atol=room)
+    np.testing.assert_allclose(open_session(str(gguf)).run({"input_ids": ids})["logits"], expected, atol=room)
+    decoder.reset()
+    np.testing.assert_allclose(decoder.feed(ids[:, :3]), expected[:, :3], atol=room)
+
+
+def test_what_it_refuses(gguf, tmp_path):
+    decoder = open_decoder(str(gguf))
+    with pytest.raises(InputError, match="one text at a time"):
+        decoder.feed(np.zeros((2, 3), np.int64))
+    with pytest.raises(InputError, match="room for 2048"):
+        decoder.feed(np.zeros((1, 3000), np.int64))
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"broken.gguf: llama.cpp cannot open it"):
+        open_decoder(str(tmp_path / "broken.gguf"))
+    with pytest.raises(ModelError, match="no such file"):
+        open_decoder(str(tmp_path / "missing.gguf"))
