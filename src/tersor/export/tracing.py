@@ -1,26 +1,14 @@
-"""What every export by `torch.export` needs: the model as a function of tensors, without caches and fused attention,
-and the layer that an operator belongs to."""
+"""What exports by `torch.export` share: a model without caches and fused attention, and the layer that an operator
+belongs to."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tersor.export.examples import Examples, outputs_of
-
-
-class Called(nn.Module):
-    """A model as a function of tensors in a fixed order."""
-
-    def __init__(self, model: nn.Module, examples: Examples):
-        super().__init__()
-        self.model, self.examples = model, examples
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs = dict(zip(self.examples.inputs, tensors, strict=True))
-        return tuple(outputs_of(self.examples.call(self.model, inputs)).values())
+from tersor.export.examples import Examples
 
 
 @contextmanager

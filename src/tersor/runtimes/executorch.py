@@ -108,7 +108,7 @@ class ExecuTorchSession:
             shape = feeds[each.name].shape
             if any(size > most for size, most in zip(shape, limit, strict=True)):
                 raise InputError(f"{self.path}: input {each.name} is {list(shape)}; the file holds up to {list(limit)}")
-        if self.pool != Pool.of(self.num_threads):
+        if self.pool != Pool.number:
             self.load()
         made = self.method(tuple(torch.from_numpy(np.ascontiguousarray(feeds[each.name])) for each in self.inputs))
         return {name: np.array(value) for name, value in zip(self.outputs, made, strict=True)}

@@ -17,9 +17,9 @@ from torch.fx import GraphModule
 
 from tersor.errors import ModelError
 from tersor.export.contract import PackedSite
-from tersor.export.examples import Examples
+from tersor.export.examples import Examples, outputs_of
 from tersor.export.executorch.layers import Rounding, embedding, linear, quantized, weight
-from tersor.export.tracing import Called, plain_attention, slow_attention
+from tersor.export.tracing import plain_attention, slow_attention
 from tersor.modules import InputQuantizer, PackedEmbedding, PackedLinear, PackedWeight
 from tersor.sites import packed_weight
 
@@ -31,6 +31,18 @@ def trace(model: nn.Module, examples: Examples, sites: Iterable[PackedSite], rou
     with placeholders(model, sites, rounding), plain_attention(model), slow_attention(), quiet():
         program = exported(Called(model, examples).eval(), model, examples)
         return program.run_decompositions({}).module(check_guards=False)
+
+
+class Called(nn.Module):
+    """A model as a function of tensors in a fixed order."""
+
+    def __init__(self, model: nn.Module, examples: Examples):
+        super().__init__()
+        self.model, self.examples = model, examples
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs = dict(zip(self.examples.inputs, tensors, strict=True))
+        return tuple(outputs_of(self.examples.call(self.model, inputs)).values())
 
 
 def exported(callable: nn.Module, model: nn.Module, examples: Examples) -> Any:
