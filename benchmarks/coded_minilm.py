@@ -43,7 +43,10 @@ from tersor.workflow import TaskChoice, open_task_for
 
 ROWS = [
     *(f"encoder {bits}" for bits in (4, 3.5, 3, 2.5, 2, 1.5)),
+    *(f"encoder {bits} 64" for bits in (4, 3.5, 3, 2.5, 2, 1.5)),
+    *(f"encoder 3 {num_states}" for num_states in (4, 8, 16, 256)),
     *(f"whole {bits}" for bits in (8, 4.2, 3, 2, 1.5, 1)),
+    *(f"whole {bits} 64" for bits in (8, 4.2, 3, 2, 1.5, 1)),
 ]
 NUM_SENTENCES = 512  # whose embeddings are compared with the original's
 
@@ -78,9 +81,9 @@ def measure(
 ) -> dict[str, Any]:
     """Forecast, compress, save, load, score."""
     began = time.process_time()
-    kind, bits = row.split()
+    kind, bits, num_states = [*row.split(), "0"][:3]
     step = Recipe.of(KEEP, exclude=["*embeddings*"] if kind == "encoder" else []).weights[0]
-    searching = Searching(model, task, step, stats)
+    searching = Searching(model, task, step, stats, num_states=int(num_states))
     forecast = searching.foresee()
     found = searching.make(forecast.level_of(float(bits)))
     seconds = time.process_time() - began

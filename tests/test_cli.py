@@ -459,9 +459,9 @@ def test_code_that_an_artifact_names_is_not_run(digits, inside, capsys):
 
 
 FLAGS = {
-    "compress": "--output -o --size --ratio --bits --drop --coded --format --method --rule --exclude --transform "
-    "--bias-correction --keep-float --recipe --weights --task --data --calibration --train --task-option --batch "
-    "--seed --threads --overwrite --stream --json",
+    "compress": "--output -o --size --ratio --bits --drop --coded --num-states --format --method --rule --exclude "
+    "--transform --bias-correction --keep-float --recipe --weights --task --data --calibration --train --task-option "
+    "--batch --seed --threads --overwrite --stream --json",
     "inspect": "--weights --format --sensitivity --measure --training-memory --batch-size --context --lora --base "
     "--optimizer --task --data --calibration --train --task-option --seed --json",
     "bench": "--runtime --weights --batch --threads --new-tokens --prompt --length --shape --task --data --task-option "

@@ -18,7 +18,7 @@ SRC = Path(tersor.__file__).parent
 TESTS = Path(__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 FLOORS = {"__init__", "contract"}  # what a table's folder holds beside its entries
-PLUMBING = {"formats": {"packing", "four_bit"}, "methods": {"solver"}}
+PLUMBING = {"formats": {"packing", "four_bit", "trellis"}, "methods": {"solver", "viterbi"}}
 
 
 def module_name(file):
@@ -142,7 +142,7 @@ def all_imports(file):
     return found & MODULES.keys()
 
 
-GROUND = {"tersor.errors", "tersor.encoded", "tersor.stats"}
+GROUND = {"tersor.compiled", "tersor.errors", "tersor.encoded", "tersor.stats"}
 
 
 @pytest.mark.parametrize(("folder", "may"), [("formats", {"formats"}), ("methods", {"formats", "methods"})])

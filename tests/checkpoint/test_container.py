@@ -13,7 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from golden.container.write_container import GOLDEN, PACKING, bell, tensors
+from golden.container.write_container import (
+    GOLDEN,
+    GOLDEN_TRELLIS,
+    PACKING,
+    bell,
+    on_paths,
+    tensors,
+    trellis_tensors,
+)
 from tersor.checkpoint.container import FIXED, TRAILER, Container, read
 from tersor.checkpoint.container_write import write
 from tersor.errors import ArtifactError
@@ -40,7 +48,8 @@ def small(tmp_path_factory) -> Path:
     """A file with every codec, a view, shared tables and an aligned chunk."""
     path = tmp_path_factory.mktemp("small") / "model.tersor"
     chosen = {name: each for name, each in tensors().items() if name not in ("chunks", "wide", "bf16", "fp16")}
-    write(chosen | {"large": torch.arange(700)}, path, PACKING)
+    path_of_8 = on_paths(bell(96, 64, 2), 8)
+    write(chosen | {"large": torch.arange(700), "path": path_of_8}, path, PACKING)
     assert Container(path).header.tables
     return path
 
@@ -52,6 +61,11 @@ def test_golden_files_are_read_forever():
     check_same(read(GOLDEN), tensors())
     assert Container(GOLDEN).header.metadata == {"made": "golden"}
     assert {entry.codec for entry in Container(GOLDEN).header.tensors} == {"raw", "integers", "floats"}
+    check_same(read(GOLDEN_TRELLIS), trellis_tensors())
+    plain = {"no path", "broken path"}
+    codecs = {entry.name: entry.codec for entry in Container(GOLDEN_TRELLIS).header.tensors}
+    assert codecs == {name: "integers" if name in plain else "trellis" for name in codecs}
+    assert Container(GOLDEN_TRELLIS).header.tables
 
 
 def test_round_trip(tmp_path):
@@ -66,7 +80,7 @@ def test_without_numba_the_same_file(tmp_path, monkeypatch):
     from tersor.codecs import rans, rans_numpy
 
     monkeypatch.setattr(rans, "loops", lambda: rans_numpy)
-    chosen = {name: each for name, each in tensors().items() if each.numel() < 3000}
+    chosen = {name: each for name, each in (tensors() | trellis_tensors()).items() if each.numel() < 3000}
     write(chosen, tmp_path / "numpy", PACKING)
     monkeypatch.undo()
     write(chosen, tmp_path / "numba", PACKING)
@@ -222,7 +236,8 @@ def plain(tmp_path_factory) -> bytes:
     """A file without padding, for forgers."""
     path = tmp_path_factory.mktemp("plain") / "model.tersor"
     kinds = ("int8", "escapes", "uint8", "packed3", "fp32 of bf16", "fp8 e4m3", "int64")
-    write({name: tensors()[name] for name in kinds}, path, PACKING)
+    chosen = {name: tensors()[name] for name in kinds}
+    write(chosen | {name: trellis_tensors()[name] for name in ("trellis8", "sparse", "narrow")}, path, PACKING)
     return path.read_bytes()
 
 

@@ -75,6 +75,6 @@ WHOLE = torch.randn(20, 30, generator=torch.Generator().manual_seed(1)).bfloat16
 
 
 def test_the_table():
-    assert list(CODECS) == ["raw", "integers", "floats"]
+    assert list(CODECS) == ["raw", "integers", "trellis", "floats"]
     with pytest.raises(ArtifactError, match="which takes 24"):
         CODECS["raw"].decode(memoryview(b""), [memoryview(bytes(23))], torch.float32, (2, 3))

@@ -31,6 +31,7 @@ from tersor.codecs.head import read_head
 from tersor.codecs.integers import as_matrix, matrix_shape
 from tersor.codecs.plan import symbols_of
 from tersor.errors import InputError
+from tersor.formats.trellis import NOISE
 from tersor.sites import find_sites
 
 AT_ERROR = "bound: for normal weights, at the error of the codes' steps; the gap of steps alone is 0.255 at high rate"
@@ -179,10 +180,10 @@ def site_info(
             class_entropy += 8 * container.stored_bytes(part)
             continue
         known = True
-        entropy += codes.entropy(codes.counts.sum(axis=0, keepdims=True))
+        entropy += codes.entropy(codes.in_one_class)
         class_entropy += codes.entropy(codes.counts)
         if format == "coded" and bound is None:
-            bound = coded_bound(codes.counts, codes.low)
+            bound = coded_bound(codes.counts, codes.low, codes.num_states)
     bits = 8 * stored / num_weights
     gap = None if bound is None else bits - bound
     if not known:
@@ -198,15 +199,24 @@ class Codes:
     Attributes:
         low: the value of symbol 0.
         num_raw: bits of each value that are stored as they are.
+        num_states: of the trellis whose paths the columns are; 0 if they are none. Even and odd values are then counted
+            apart: first the even ones of all classes, then the odd ones.
     """
 
     counts: ndarray
     low: int
     num_raw: int
+    num_states: int = 0
 
     @property
     def num_values(self) -> int:
         return int(self.counts.sum())
+
+    @property
+    def in_one_class(self) -> ndarray:
+        """The counts as if all values were in the same class."""
+        num_classes = len(self.counts) // (2 if self.num_states else 1)
+        return self.counts.reshape(-1, num_classes, self.counts.shape[1]).sum(axis=1)
 
     def entropy(self, counts: ndarray) -> float:
         """Bits of all values given their class, a class in each row."""
@@ -231,22 +241,32 @@ class Codes:
             if entry.packed is not None:
                 tensor, dtype = entry.packed.codes(tensor), torch.int8
             values = as_matrix(tensor)
-            known = read_head(head, matrix_shape(tuple(tensor.shape)), dtype, container.tables)
-            num_raw = known.num_low_bits
+            trellis = entry.codec == "trellis"
+            known = read_head(head, matrix_shape(tuple(tensor.shape)), dtype, container.tables, trellis)
+            num_raw = known.num_stored_low_bits
         symbols = symbols_of(values, known.tables.low, known.num_low_bits)
         classes: Classes = known.classes
-        return cls(counted(symbols, classes.row, classes.column), known.tables.low, num_raw)
+        counts = counted(symbols, classes.row, classes.column)
+        if not known.num_states or known.num_low_bits:
+            return cls(counts, known.tables.low, num_raw)
+        odd = (np.arange(counts.shape[1]) + known.tables.low) & 1 == 1
+        counts = np.concatenate([np.where(odd, 0, counts), np.where(odd, counts, 0)])
+        return cls(counts, known.tables.low, num_raw, known.num_states)
 
 
-def coded_bound(counts: ndarray, low: int) -> float:
-    """The bound for codes whose classes hold normal numbers: what steps of one do to each, and water-filling over them
-    at the error of all."""
+def coded_bound(counts: ndarray, low: int, num_states: int = 0) -> float:
+    """The bound for codes whose classes hold normal numbers: what steps of one do to each, or the paths of a trellis,
+    and water-filling over them at the error of all."""
+    if num_states:
+        counts = counts.reshape(2, -1, counts.shape[1]).sum(axis=0)
     magnitude = (counts * np.abs(np.arange(counts.shape[1]) + low)).sum(axis=1)
     often = counts.sum(axis=1)
     present = often > 0
     sigma = 2 ** ((scales_of(magnitude[present] / often[present]) + SMALLEST) / STEPS)
     normal = ndtri((np.arange(4096) + 0.5) / 4096)
     error = np.array([np.square(s * normal - np.rint(s * normal)).mean() for s in sigma])
+    if num_states:  # where values are small against the steps, a path of zeros makes no more error than they are
+        error = np.minimum(NOISE[num_states], sigma**2)
     share = often[present] / often.sum()
     return water_filling(sigma**2, share, float((share * error).sum()))
 

@@ -51,9 +51,11 @@ class Forecast:
 
     Attributes:
         counts: how many codes deviate how much at level 1, as `deviations` counts them, over all sites.
+        num_states: of the trellis.
     """
 
     counts: Tensor
+    num_states: int = 0
 
     @property
     def num_weights(self) -> float:
@@ -61,7 +63,7 @@ class Forecast:
 
     def num_bytes(self, level: float) -> float:
         """Of all codes."""
-        return bits_at(self.counts, level) / 8
+        return bits_at(self.counts, level, self.num_states) / 8
 
     def level(self, num_bytes: float) -> float:
         """The level at which the codes take so many bytes, by bisection."""
@@ -94,6 +96,7 @@ class Searching:
         step: its rules and excludes fix their sites.
         stats: the curvature of the loss at every site.
         factors: of the level, by site.
+        num_states: of the trellis, 0 for none.
     """
 
     model: nn.Module
@@ -103,10 +106,11 @@ class Searching:
     seed: int = 0
     progress: Progress = silent
     factors: Mapping[str, float] = field(default_factory=dict)
+    num_states: int = 0
 
     def make(self, level: float) -> Found:
         """The model of one level, and the exact bytes of its file."""
-        recipe = recipe_at(level, self.step, self.seed, self.factors)
+        recipe = recipe_at(level, self.step, self.seed, self.factors, self.num_states)
         made = compress(self.model, recipe, self.task, stats=self.stats, progress=self.progress)
         return Found(recipe, made, size_of(made.model))
 
@@ -136,7 +140,11 @@ class Searching:
 
     def coded_sites(self, level: float) -> list[tuple[Site, Any]]:
         """The sites that the level decides, with their schemes."""
-        assigned = recipe_at(level, self.step, self.seed, self.factors).weights[0].assign(find_sites(self.model))
+        assigned = (
+            recipe_at(level, self.step, self.seed, self.factors, self.num_states)
+            .weights[0]
+            .assign(find_sites(self.model))
+        )
         return [(site, scheme) for site, scheme in assigned if scheme and isinstance(scheme.method, Waterfill)]
 
     def defended(
@@ -180,7 +188,8 @@ class Searching:
             needs = frozenset({"second_moment"})
             Walk(self.model, self.model, self.task, sites, look, needs, seed=self.seed).run()
         self.progress("measuring what levels cost", len(sites), len(sites))
-        return Forecast(torch.stack(counts).sum(0) if counts else torch.zeros(1, dtype=torch.float64))
+        total = torch.stack(counts).sum(0) if counts else torch.zeros(1, dtype=torch.float64)
+        return Forecast(total, self.num_states)
 
 
 def check_codable(model: nn.Module, step: WeightsStep, limit: Limit) -> None:
@@ -197,11 +206,17 @@ def check_codable(model: nn.Module, step: WeightsStep, limit: Limit) -> None:
         )
 
 
-def recipe_at(level: float, step: WeightsStep, seed: int, factors: Mapping[str, float] = {}) -> Recipe:
+def recipe_at(
+    level: float, step: WeightsStep, seed: int, factors: Mapping[str, float] = {}, num_states: int = 0
+) -> Recipe:
     """One level, times its factor for each site that has one, for all sites that no rule fixes; five digits, so that
     the recipe says exactly what was done."""
-    own = {escape(name): f"waterfill(level={level * factor:.5g}):coded" for name, factor in factors.items()}
-    return Recipe.of(f"waterfill(level={level:.5g}):coded", {**own, **step.rules}, step.exclude, seed)
+
+    def scheme(level: float) -> str:
+        return f"waterfill(level={level:.5g}{f', num_states={num_states}' if num_states else ''}):coded"
+
+    own = {escape(name): scheme(level * factor) for name, factor in factors.items()}
+    return Recipe.of(scheme(level), {**own, **step.rules}, step.exclude, seed)
 
 
 Make = Callable[[float], Found]

@@ -176,7 +176,7 @@ class Container:
         codec = CODECS[entry.codec]
         if isinstance(codec, Integers):
             rows_and_columns = None if scales is None else (scales[0].numpy(), scales[1].numpy())
-            codec = Integers(self.tables, rows_and_columns)
+            codec = type(codec)(self.tables, rows_and_columns)
         head, blocks = memoryview(b""), list(chunks)
         if codec.has_head:
             head = self.checked(blocks.pop(0), f"{name}, its head")

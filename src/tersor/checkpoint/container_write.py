@@ -19,7 +19,7 @@ from tersor.codecs import ROWS
 from tersor.codecs.bits import BitWriter
 from tersor.codecs.contract import Pieces
 from tersor.codecs.integers import Integers, as_matrix, pieces_of
-from tersor.codecs.plan import Plan, make_plan, share_tables
+from tersor.codecs.plan import Plan, best_plan, share_tables
 from tersor.codecs.tables import TableSet, write_tables
 from tersor.errors import ArtifactError
 from tersor.formats.contract import PackedParts
@@ -40,7 +40,7 @@ def write(
     """
     packing = packing or {}
     views = {name: Packed.of(tensors[name], *packing[name]) for name in tensors if name in packing}
-    plans = {name: make_plan(as_matrix(numbers)) for name, numbers in integers_of(tensors, views)}
+    plans = {name: best_plan(as_matrix(numbers)) for name, numbers in integers_of(tensors, views)}
     tables, users = share_tables(plans)
     if tables is not None:
         plans |= {name: replace(plans[name], tables=tables) for name in users}
@@ -100,14 +100,17 @@ def coded(name: str, tensor: Tensor, view: Packed | None, plan: Plan | None, sha
     """A tensor by the codec that takes the fewest bytes, the chunk index counted."""
     choices: list[tuple[str, Packed | None, Pieces, int]] = []
     for codec in ROWS:
-        if codec.name == "integers" and plan is not None:
-            numbers = as_matrix(tensor if view is None else view.codes(tensor))
-            pieces = pieces_of(numbers, plan, shared)
-        elif codec.name != "integers" and codec.takes(tensor.dtype) and (tensor.numel() or codec.name == "raw"):
+        own_view = None
+        if isinstance(codec, Integers):
+            if plan is None or codec.trellis != (plan.num_states > 0):
+                continue
+            own_view = view
+            pieces = pieces_of(as_matrix(tensor if view is None else view.codes(tensor)), plan, shared)
+        elif codec.takes(tensor.dtype) and (tensor.numel() or codec.name == "raw"):
             pieces = codec.encode(tensor)
         else:
             continue
-        choices.append((codec.name, view if codec.name == "integers" else None, pieces, codec.has_head))
+        choices.append((codec.name, own_view, pieces, codec.has_head))
     codec_name, view, pieces, heads = min(
         choices, key=lambda c: c[2].num_bytes + INDEX_BYTES * (len(c[2].chunks) + c[3])
     )

@@ -50,7 +50,7 @@ def read_decoded(
         layout = {f"{parameter}.{part}": expected for part, expected in Coded().layout(shape).items()}
         entries = [container.entries[name] for name in layout if name in container.entries]
         stored = {entry.name: (DTYPES[entry.dtype], tuple(entry.shape)) for entry in entries}
-        if stored == layout and container.entries[f"{parameter}.codes"].codec == "integers":
+        if stored == layout and container.entries[f"{parameter}.codes"].codec in ("integers", "trellis"):
             codes[f"{parameter}.codes"] = parameter
     tensors = container.tensors([name for name in container.entries if name not in codes], num_threads)
     scales = {}

@@ -12,22 +12,25 @@ from numpy import ndarray
 
 from tersor.codecs.bits import read_varint, unzigzag, write_varint, zigzag
 from tersor.codecs.head import Head
-from tersor.codecs.plan import Plan, lanes_and_rows, symbols_of
+from tersor.codecs.plan import Plan, symbols_of
 from tersor.codecs.rans import Scales
 from tersor.codecs.rans import decode as decode_words
 from tersor.codecs.rans import encode as encode_words
 from tersor.errors import ArtifactError
+from tersor.formats.trellis import parities
 
 
 def encode_chunk(plan: Plan, values: Int[ndarray, "rows in"], rows: slice) -> bytes:
     """The values of some rows of the plan's matrix."""
     symbols = symbols_of(values, plan.tables.low, plan.num_low_bits)
     row_class = np.ascontiguousarray(plan.classes.row[rows])
-    num_lanes = lanes_and_rows(plan.shape)[0]
-    words, places = encode_words(symbols, plan.tables, row_class, plan.classes.column, num_lanes)
+    num_lanes = plan.lanes_and_rows[0]
+    odd = (values & 1).astype(np.uint8) if plan.num_states and not plan.num_low_bits else None
+    words, places = encode_words(symbols, plan.tables, row_class, plan.classes.column, num_lanes, odd)
     high = (values.reshape(-1)[places] >> plan.num_low_bits).tolist()
     written = [write_varint(len(high)), *(write_varint(zigzag(value)) for value in high)]
-    return b"".join([*written, pack_low_bits(values, plan.num_low_bits), words.astype("<u2").tobytes()])
+    low = values if plan.num_stored_low_bits == plan.num_low_bits else values >> 1
+    return b"".join([*written, pack_low_bits(low, plan.num_stored_low_bits), words.astype("<u2").tobytes()])
 
 
 def pack_low_bits(values: Int[ndarray, "rows in"], num_bits: int) -> bytes:
@@ -69,7 +72,8 @@ def decode_chunk(
     for _ in range(num_escapes):
         number, place = read_varint(data, place)
         written.append(unzigzag(number))
-    num_packed = -(-values.size * head.num_low_bits // 8)
+    num_stored = head.num_stored_low_bits
+    num_packed = -(-values.size * num_stored // 8)
     low, words = data[place : place + num_packed], data[place + num_packed :]
     if len(low) < num_packed or len(words) % 2:
         raise ArtifactError(f"{len(data)} bytes, cut in the middle of a value")
@@ -79,7 +83,19 @@ def decode_chunk(
     stream = np.frombuffer(words, "<u2").astype(np.uint16, copy=False)
     unsigned = high.view(np.uint8) if high.dtype == np.int8 else high  # the same bits
     factors = None if head.num_low_bits else scales
-    found = decode_words(stream, head.tables, row_class, head.classes.column, head.num_lanes, unsigned, places, factors)
+    num_states = 0 if head.num_low_bits else head.num_states
+    found = decode_words(
+        stream,
+        head.tables,
+        row_class,
+        head.classes.column,
+        head.num_lanes,
+        unsigned,
+        places,
+        factors,
+        num_states,
+        np.array(written, np.int64),
+    )
     if found != num_escapes:
         raise ArtifactError("the coded values do not end where they should")
     reach, shift = np.iinfo(kind), head.num_low_bits
@@ -91,6 +107,8 @@ def decode_chunk(
         row, column = np.divmod(places, values.shape[1])
         values[row, column] = np.array(written, np.float32) * (factors[0][row] * factors[1][column])
     if head.num_low_bits:
-        bits = unpack_low_bits(low, values.size, head.num_low_bits).reshape(values.shape)
-        whole = (high << head.num_low_bits) | bits
+        bits = unpack_low_bits(low, values.size, num_stored).reshape(values.shape)
+        whole = (high << num_stored) | bits
+        if head.num_states:
+            whole = whole << 1 | parities(whole, head.num_states)
         values[:] = whole if scales is None else whole.astype(np.float32) * np.multiply.outer(*scales)

@@ -14,6 +14,7 @@ from tersor.codecs.rans import decode as decode_words
 from tersor.codecs.rans import encode as encode_words
 from tersor.codecs.tables import MAX_CLASSES, TableSet, make_tables, read_tables, write_tables
 from tersor.errors import ArtifactError
+from tersor.formats.trellis import PATH, POLYNOMIALS
 
 MOST_LOW_BITS = 28
 
@@ -21,7 +22,9 @@ MOST_LOW_BITS = 28
 def write_head(plan: Plan, shared: bool = False) -> bytes:
     """What a decoder must know before the first chunk; its tables only where the file's are not used."""
     out = BitWriter()
-    num_lanes, chunk_rows = lanes_and_rows(plan.shape)
+    num_lanes, chunk_rows = plan.lanes_and_rows
+    if plan.num_states:
+        out.gamma(plan.num_states.bit_length() - 1)
     out.gamma(plan.num_low_bits)
     out.gamma(num_lanes.bit_length() - 1)
     out.gamma(chunk_rows - 1)
@@ -53,7 +56,11 @@ def write_sequence(parts: Int[ndarray, " n"], out: BitWriter) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """What a decoder knows before the first chunk."""
+    """What a decoder knows before the first chunk.
+
+    Attributes:
+        num_states: of the trellis whose paths the columns are; 0 if they are none.
+    """
 
     shape: tuple[int, int]
     num_low_bits: int
@@ -61,13 +68,26 @@ class Head:
     chunk_rows: int
     classes: Classes
     tables: TableSet
+    num_states: int = 0
+
+    @property
+    def num_stored_low_bits(self) -> int:
+        """Low bits less the lowest of those, where a trellis tells it."""
+        return self.num_low_bits - (self.num_low_bits > 0 and self.num_states > 0)
 
 
-def read_head(data: bytes, shape: tuple[int, int], dtype: torch.dtype, shared: TableSet | None = None) -> Head:
-    """The inverse of `write_head`. Raises ArtifactError for what no writer makes."""
+def read_head(
+    data: bytes, shape: tuple[int, int], dtype: torch.dtype, shared: TableSet | None = None, trellis: bool = False
+) -> Head:
+    """The inverse of `write_head`; `trellis` says that columns are paths of one. Raises ArtifactError for what no
+    writer makes."""
     source = BitReader(data)
+    num_states = 2 ** min(source.gamma(), 30) if trellis else 0
+    if trellis and num_states not in POLYNOMIALS:
+        raise ArtifactError(f"a trellis of {num_states} states; there are those of {', '.join(map(str, POLYNOMIALS))}")
     num_low_bits, lanes, chunk_rows = source.gamma(), source.gamma(), source.gamma() + 1
-    if num_low_bits > MOST_LOW_BITS or 2**lanes > MOST_LANES or chunk_rows > max(1, shape[0]) + MOST_LANES:
+    fits = chunk_rows == PATH if trellis else chunk_rows <= max(1, shape[0]) + MOST_LANES
+    if num_low_bits > MOST_LOW_BITS or 2**lanes > MOST_LANES or not fits:
         raise ArtifactError(f"{num_low_bits} low bits, {lanes} for the lanes, {chunk_rows} rows in a chunk")
     uses_shared = source.raw(1)
     if uses_shared and shared is None:
@@ -78,7 +98,7 @@ def read_head(data: bytes, shape: tuple[int, int], dtype: torch.dtype, shared: T
     if num_classes > len(tables.table_of):
         raise ArtifactError(f"{num_classes} classes, and tables for {len(tables.table_of)}")
     check_symbols(tables, dtype, num_low_bits)
-    return Head(shape, num_low_bits, 2**lanes, chunk_rows, Classes(row, column), tables)
+    return Head(shape, num_low_bits, 2**lanes, chunk_rows, Classes(row, column), tables, num_states)
 
 
 def check_symbols(tables: TableSet, dtype: torch.dtype, num_low_bits: int) -> None:

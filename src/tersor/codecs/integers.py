@@ -24,7 +24,7 @@ from tersor.codecs.bits import read_varint, write_varint
 from tersor.codecs.chunk import decode_chunk, encode_chunk
 from tersor.codecs.contract import Decoding, Pieces
 from tersor.codecs.head import read_head, write_head
-from tersor.codecs.plan import Plan, lanes_and_rows, make_plan, plan_bits
+from tersor.codecs.plan import Plan, best_plan, make_plan, plan_bits
 from tersor.codecs.rans import Scales
 from tersor.codecs.tables import TableSet
 from tersor.errors import ArtifactError
@@ -49,6 +49,7 @@ class Integers:
 
     name = "integers"
     has_head = True
+    trellis = False
 
     def __init__(self, tables: TableSet | None = None, scales: Scales | None = None):
         self.tables, self.scales = tables, scales
@@ -65,7 +66,7 @@ class Integers:
     ) -> Decoding:
         scales = self.scales
         check_size(shape, len(head) + sum(map(len, chunks)))
-        known = read_head(bytes(head), matrix_shape(shape), dtype, self.tables)
+        known = read_head(bytes(head), matrix_shape(shape), dtype, self.tables, self.trellis)
         # torch's memory: numpy asks for huge pages, and can wait long for the system to clear some.
         values = torch.empty(known.shape, dtype=dtype if scales is None else torch.float32).numpy()
         rows = row_blocks(known.shape[0], known.chunk_rows)
@@ -119,13 +120,13 @@ def decode(data: bytes) -> Int[Tensor, "..."]:
 
 
 def estimate_bits(codes: Int[Tensor, "..."]) -> float:
-    """Bits that `encode` will take, within half a percent, without coding anything."""
-    return plan_bits(make_plan(as_matrix(codes)))
+    """Bits that the codes will take in a file, within half a percent, without coding anything."""
+    return plan_bits(best_plan(as_matrix(codes)))
 
 
 def pieces_of(values: Int[ndarray, "out in"], plan: Plan, shared: bool = False) -> Pieces:
     """The matrix, coded as planned; with `shared`, under tables that are kept elsewhere."""
-    rows = row_blocks(len(values), lanes_and_rows(plan.shape)[1])
+    rows = row_blocks(len(values), plan.lanes_and_rows[1])
     return Pieces(write_head(plan, shared), [encode_chunk(plan, values[block], block) for block in rows])
 
 

@@ -1,7 +1,7 @@
 """How a matrix of integers will be coded: its window of symbols, classes and tables, chosen by what they cost."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Int, Int64, UInt8
@@ -9,6 +9,7 @@ from numpy import ndarray
 
 from tersor.codecs.classes import Classes, counted, fit_classes, log_classes, scale_classes, single_class
 from tersor.codecs.tables import NUM_SYMBOLS, SYMBOL_BITS, TABLE_BITS, TableSet, make_tables
+from tersor.formats.trellis import PATH, num_states_of
 
 CHUNK = 2**18  # values coded together
 PER_LANE = 2**13  # values that make a lane worth its 24 bits
@@ -23,6 +24,8 @@ class Plan:
     Attributes:
         num_low_bits: of every value, kept as they are.
         counts: how often every symbol stands in every class.
+        num_states: of the trellis whose paths the columns are, so that the lowest bits need not be said; 0 if they are
+            none.
     """
 
     shape: tuple[int, int]
@@ -30,6 +33,24 @@ class Plan:
     classes: Classes
     tables: TableSet
     counts: Int64[ndarray, "class symbol"]
+    num_states: int = 0
+
+    @property
+    def lanes_and_rows(self) -> tuple[int, int]:
+        """As `lanes_and_rows`; paths of a trellis are not cut."""
+        return lanes_and_rows(self.shape, PATH if self.num_states else None)
+
+    @property
+    def num_stored_low_bits(self) -> int:
+        """Low bits less the lowest of those, where a trellis tells it."""
+        return self.num_low_bits - (self.num_low_bits > 0 and self.num_states > 0)
+
+
+def best_plan(values: Int[ndarray, "out in"]) -> Plan:
+    """As `make_plan`, but a plan with a trellis where columns are its paths, and that pays."""
+    plan = make_plan(values)
+    num_states = num_states_of(values) if values.dtype == np.int16 else 0
+    return min(plan, replace(plan, num_states=num_states), key=plan_bits) if num_states else plan
 
 
 def make_plan(values: Int[ndarray, "out in"]) -> Plan:
@@ -95,22 +116,24 @@ def window(values: Int[ndarray, "out in"]) -> tuple[int, int]:
     return (first + last) // 2 + CENTRED, num_low_bits
 
 
-def lanes_and_rows(shape: tuple[int, int]) -> tuple[int, int]:
-    """How many lanes a matrix gets, and how many of its rows a chunk has."""
+def lanes_and_rows(shape: tuple[int, int], path: int | None = None) -> tuple[int, int]:
+    """How many lanes a matrix gets, and how many of its rows a chunk has: `path`, if that is given."""
     num_rows, num_columns = shape
-    num_chunks = max(1, round(num_rows * num_columns / CHUNK))
+    num_chunks = max(1, round(num_rows * num_columns / CHUNK) if path is None else -(-num_rows // path))
     num_lanes = 1
     while num_lanes < MOST_LANES and 2 * num_lanes * PER_LANE * num_chunks <= num_rows * num_columns:
         num_lanes *= 2
     while num_lanes > num_rows > 0:
         num_lanes //= 2
+    if path is not None:
+        return num_lanes, path
     per_chunk = -(-num_rows // num_chunks)
     return num_lanes, max(1, -(-per_chunk // num_lanes) * num_lanes)
 
 
 def plan_bits(plan: Plan) -> float:
     """Bits that the plan will take, all side information counted."""
-    num_lanes, chunk_rows = lanes_and_rows(plan.shape)
+    num_lanes, chunk_rows = plan.lanes_and_rows
     num_chunks = -(-plan.shape[0] // chunk_rows)
     return (
         coded_bits(plan, plan.tables) + num_chunks * (24 * num_lanes + 8) + table_bits(plan.tables) + class_bits(plan)
@@ -145,8 +168,9 @@ def own_bits(plan: Plan) -> float:
 
 def coded_bits(plan: Plan, tables: TableSet) -> float:
     """Bits of the values alone, under these tables."""
-    values = plan.counts * tables.costs[: len(plan.counts)]
-    return float(values.sum()) + plan.shape[0] * plan.shape[1] * plan.num_low_bits
+    costs = tables.costs if not plan.num_states or plan.num_low_bits else tables.costs_by_parity
+    values = plan.counts * costs[: len(plan.counts)]
+    return float(values.sum()) + plan.shape[0] * plan.shape[1] * plan.num_stored_low_bits
 
 
 def table_bits(tables: TableSet) -> float:

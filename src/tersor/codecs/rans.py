@@ -18,6 +18,7 @@ from numpy import ndarray
 
 from tersor.codecs import rans_numpy
 from tersor.codecs.tables import BITS, TableSet
+from tersor.formats.trellis import taps
 
 Scales = tuple[Float32[ndarray, " rows"], Float32[ndarray, " in"]]  # what rows and columns of integers are times
 
@@ -38,12 +39,28 @@ def encode(
     row_class: Int32[ndarray, " rows"],
     column_class: Int32[ndarray, " in"],
     num_lanes: int,
+    odd: UInt8[ndarray, "rows in"] | None = None,
 ) -> tuple[UInt16[ndarray, " words"], Int64[ndarray, " escapes"]]:
     """The words of a chunk, and the places `row * in + column` of its escapes: of symbol 0, and of every symbol that
-    the table leaves out."""
+    the table leaves out.
+
+    Args:
+        odd: 1 where a value is odd, 0 where it is even, if columns are paths of a trellis: its states tell the decoder.
+    """
     words, places = np.empty(symbols.size + 2 * num_lanes, np.uint16), np.empty(symbols.size, np.int64)
+    tables = tables if odd is None else tables.by_parity
     word, place = loops().encode(
-        symbols, num_lanes, BITS, tables.counts, tables.starts, tables.table_of, row_class, column_class, words, places
+        symbols,
+        num_lanes,
+        BITS,
+        tables.counts,
+        tables.starts,
+        tables.table_of,
+        row_class,
+        column_class,
+        words,
+        places,
+        np.empty((0, 0), np.uint8) if odd is None else odd,
     )
     return words[word:].copy(), places[place:].copy()
 
@@ -57,17 +74,22 @@ def decode(
     values: Int[ndarray, "rows in"] | Float32[ndarray, "rows in"],
     escapes: Int64[ndarray, " escapes"],
     scales: Scales | None = None,
+    num_states: int = 0,
+    written: Int64[ndarray, " escapes"] | None = None,
 ) -> int:
     """Fill `values`, and `escapes` with the places `row * in + column` of those that are written out elsewhere.
 
     Args:
         scales: of the rows and of the columns, for values in float32: each is multiplied by the product of its two.
+        num_states: of the trellis whose paths the columns are, from its state 0 on; 0 if they are none.
+        written: the values of the escapes, which the paths go through.
 
     Returns:
         How many escapes there were, or -1 for a damaged chunk: bad words, or more escapes than there is place for.
     """
     padded = np.concatenate([words, np.zeros(num_lanes, np.uint16)])
     rows, columns = scales or tuple(np.ones(length, np.int32) for length in values.shape)
+    tables = tables.by_parity if num_states else tables
     return loops().decode(
         padded,
         len(words),
@@ -82,6 +104,8 @@ def decode(
         escapes,
         rows,
         columns,
+        np.array(taps(num_states) if num_states else (), np.uint32),
+        np.empty(0, np.int64) if written is None else written,
     )
 
 

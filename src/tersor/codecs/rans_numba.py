@@ -1,33 +1,17 @@
 """The loops of the entropy coder, compiled by numba: the same bytes as `rans_numpy.py`, a hundred times faster.
 
-Imported only where coding happens. The compiled code is kept beside this file, or in the user's cache folder where
-this one cannot be written, so that only the first process on a machine waits for the compiler.
+Imported only where coding happens.
 """
 # mypy: disable-error-code="no-untyped-def"
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from numba import njit
 
 from tersor.codecs.tables import BITS, TOTAL
+from tersor.compiled import compiled
 
 START = np.uint32(65536)  # the state of every lane before the first symbol is coded
 KINDS = {"uint8": "int32", "int16": "int32", "int32": "int32", "float32": "float32"}  # of values, and their scales
 WIDTH = 64  # columns decoded together
-
-
-def compiled(*signatures: str) -> Callable[[Any], Any]:
-    """`njit` for these signatures, without the interpreter's lock; cached where a folder can be written."""
-
-    def compile(function: Any) -> Any:
-        try:
-            return njit(list(signatures), nogil=True, cache=True, error_model="numpy")(function)
-        except RuntimeError:  # no folder to keep compiled code in
-            return njit(list(signatures), nogil=True, error_model="numpy")(function)
-
-    return compile
 
 
 @compiled(
@@ -55,6 +39,47 @@ def decode_block(words, num_words, place, states, active, by_slot, by_symbol, of
             block[column, lane] = symbol
             num_escapes += np.uint64(symbol == 0)
     return np.int64(at), np.int64(num_escapes)
+
+
+@compiled(
+    "Tuple((int64, int64))(uint16[::1], int64, int64, uint32[::1], int64, uint8[::1], uint32[::1], uint32[:, ::1], "
+    "int32[::1], uint8[:, ::1], int32, uint32[::1], uint32[::1], int64[::1], int64)"
+)
+def decode_paths(
+    words, num_words, place, states, active, by_slot, by_symbol, offsets, kinds, block, low, taps, paths, written, first
+):
+    """As `decode_block`, for columns that are paths of a trellis: the state of each path says whether a value is even
+    or odd, and so which of two neighbouring tables has it. `written` holds the values of escapes, from `first` on."""
+    mask, bits, half = np.uint32(TOTAL - 1), np.uint32(BITS), np.uint32(65535)
+    at, num_lanes, num_escapes = np.uint64(place), np.uint64(active), first
+    one, feed, back, least = np.uint32(1), taps[0], taps[1], np.uint32(low)
+    for column in range(np.uint64(len(kinds))):
+        if at > np.uint64(num_words):
+            return -1, 0
+        kind, path = np.uint64(kinds[column]), paths[column]
+        for lane in range(num_lanes):
+            x, table, odd = states[lane], offsets[kind, lane], path & one
+            slot = np.uint64((table << bits) + (x & mask))
+            even_symbol, odd_symbol = by_slot[slot], by_slot[slot + np.uint64(TOTAL)]  # both: nothing waits for `odd`
+            symbol = np.uint32(odd_symbol if odd else even_symbol)
+            span = by_symbol[np.uint64(((table + odd) << np.uint32(8)) + symbol)]
+            x = np.uint32(np.uint32(span & half) * np.uint32(x >> bits) + (x & mask) - (span >> np.uint32(16)))
+            short = x < START
+            filled = np.uint32((x << np.uint32(16)) | np.uint32(words[at]))
+            states[lane] = filled if short else x
+            at += np.uint64(short)
+            block[column, lane] = symbol
+            value = least + symbol
+            if symbol == 0:
+                if num_escapes == len(written):
+                    return -1, 0
+                value = np.uint32(written[num_escapes])
+                num_escapes += 1
+                if value & one != odd:
+                    return -1, 0
+            path = np.uint32((path >> one) ^ (feed * ((value >> one) & one)) ^ (back * odd))
+        paths[column] = path
+    return np.int64(at), num_escapes - first
 
 
 @compiled("Tuple((int32[::1], int32[::1]))(int32[::1])")
@@ -86,17 +111,32 @@ def note_escapes(block, active, width, first, row_length, escapes, num_escapes):
 @compiled(
     *(
         f"int64(uint16[::1], int64, int64, uint8[:, ::1], uint32[:, ::1], int32, int32[::1], int32[::1], int32[::1], "
-        f"{kind}[:, ::1], int64[::1], {scale}[::1], {scale}[::1])"
+        f"{kind}[:, ::1], int64[::1], {scale}[::1], {scale}[::1], uint32[::1], int64[::1])"
         for kind, scale in KINDS.items()
     )
 )
 def decode(
-    words, num_words, num_lanes, symbols, spans, low, table_of, row_class, column_class, values, escapes, rows, columns
+    words,
+    num_words,
+    num_lanes,
+    symbols,
+    spans,
+    low,
+    table_of,
+    row_class,
+    column_class,
+    values,
+    escapes,
+    rows,
+    columns,
+    taps,
+    written,
 ):
     """Fill `values`, each times that of its row and that of its column, and the places of escapes; how many there were,
     or -1 for a damaged stream.
 
-    `words` holds `num_lanes` words more than `num_words`, so that no read is outside.
+    `words` holds `num_lanes` words more than `num_words`, so that no read is outside. Columns are paths of a trellis
+    where `taps` are given; tables then come in pairs, for even values and for odd ones.
     """
     num_rows, num_columns = values.shape
     if num_words < 2 * num_lanes:
@@ -108,6 +148,7 @@ def decode(
     offsets = np.empty((len(levels), num_lanes), np.uint32)
     by_slot, by_symbol, number = symbols.reshape(-1), spans.reshape(-1), rows.dtype.type
     place, num_escapes = 2 * num_lanes, 0
+    paths = np.zeros(num_columns if len(taps) else 0, np.uint32)
     for first in range(0, num_rows, num_lanes):
         active = min(num_lanes, num_rows - first)
         for kind in range(len(levels)):
@@ -116,9 +157,28 @@ def decode(
         for column in range(0, num_columns, WIDTH):  # rows far apart in memory are filled in turns
             width = min(WIDTH, num_columns - column)
             near = kinds[column : column + width]
-            place, found = decode_block(
-                words, num_words, place, states, active, by_slot, by_symbol, offsets, near, block
-            )
+            if len(taps):
+                place, found = decode_paths(
+                    words,
+                    num_words,
+                    place,
+                    states,
+                    active,
+                    by_slot,
+                    by_symbol,
+                    offsets,
+                    near,
+                    block,
+                    low,
+                    taps,
+                    paths[column : column + width],
+                    written,
+                    num_escapes,
+                )
+            else:
+                place, found = decode_block(
+                    words, num_words, place, states, active, by_slot, by_symbol, offsets, near, block
+                )
             if place < 0:
                 return -1
             for lane in range(active):
@@ -139,10 +199,11 @@ def decode(
 
 @compiled(
     "Tuple((int64, int64))(uint8[:, ::1], int64, int64, uint32[:, ::1], uint32[:, ::1], int32[::1], int32[::1], "
-    "int32[::1], uint16[::1], int64[::1])"
+    "int32[::1], uint16[::1], int64[::1], uint8[:, ::1])"
 )
-def encode(symbols, num_lanes, bits, counts, starts, table_of, row_class, column_class, words, escapes):
-    """Fill the ends of `words` and `escapes` with what `decode` reads; where each begins."""
+def encode(symbols, num_lanes, bits, counts, starts, table_of, row_class, column_class, words, escapes, odd):
+    """Fill the ends of `words` and `escapes` with what `decode` reads; where each begins. `odd` says of each value by
+    how much its table is further than that of its class; empty where none is."""
     num_rows, num_columns = symbols.shape
     place, escape = len(words), len(escapes)
     states = np.full(num_lanes, START, np.uint32)
@@ -153,6 +214,8 @@ def encode(symbols, num_lanes, bits, counts, starts, table_of, row_class, column
         for column in range(num_columns - 1, -1, -1):
             for lane in range(active - 1, -1, -1):
                 table = table_of[row_class[first + lane] + column_class[column]]
+                if odd.size:
+                    table += odd[first + lane, column]
                 symbol = symbols[first + lane, column]
                 if counts[table, symbol] == 0:
                     symbol = 0

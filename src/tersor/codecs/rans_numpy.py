@@ -25,16 +25,20 @@ def decode(
     escapes: Int64[ndarray, " escapes"],
     rows: Int32[ndarray, " rows"] | Float32[ndarray, " rows"],
     columns: Int32[ndarray, " in"] | Float32[ndarray, " in"],
+    taps: UInt32[ndarray, " two"],
+    written: Int64[ndarray, " escapes"],
 ) -> int:
     """Fill `values`, each times that of its row and that of its column, and the places of escapes; how many there were,
-    or -1 for a damaged stream."""
+    or -1 for a damaged stream. Columns are paths of a trellis where `taps` are given; tables then come in pairs, for
+    even values and for odd ones."""
     num_rows, num_columns = values.shape
     mask, bits = symbols.shape[1] - 1, symbols.shape[1].bit_length() - 1
     if num_words < 2 * num_lanes:
         return -1
     first_words = words[: 2 * num_lanes].astype(np.int64)
     states, rest = (first_words[::2] << 16) | first_words[1::2], words.astype(np.int64)
-    place, found = 2 * num_lanes, []
+    place, paths = 2 * num_lanes, [0] * num_columns
+    found: list[int] = []
     for first in range(0, num_rows, num_lanes):
         active = min(num_lanes, num_rows - first)
         classes, x = row_class[first : first + active], states[:active].copy()
@@ -43,7 +47,15 @@ def decode(
                 return -1
             table = table_of[classes + column_class[column]]
             slot = x & mask
-            symbol = symbols[table, slot]
+            if len(taps):
+                pairs = symbols[table, slot].tolist(), symbols[table + 1, slot].tolist()
+                met, paths[column] = along(pairs, low, taps.tolist(), paths[column], written, len(found))
+                if met is None:
+                    return -1
+                symbol, odd = np.array(met).T
+                table = table + odd
+            else:
+                symbol = symbols[table, slot]
             span = spans[table, symbol].astype(np.int64)
             x = (span & 65535) * (x >> bits) + slot - (span >> 16)
             short = np.flatnonzero(x < START)
@@ -61,6 +73,29 @@ def decode(
     return len(found)
 
 
+def along(
+    pairs: tuple[list[int], list[int]],
+    low: int,
+    taps: list[int],
+    path: int,
+    written: Int64[ndarray, " escapes"],
+    num_escapes: int,
+) -> tuple[list[tuple[int, int]] | None, int]:
+    """One column of a tile: of the symbols that are there for an even and for an odd value, those that the path takes,
+    each with its parity, and the state after them. None for an escape that is not there, or of the other parity."""
+    met = []
+    for pair in zip(*pairs, strict=True):
+        odd = path & 1
+        value = low + pair[odd]
+        if pair[odd] == 0:
+            if num_escapes == len(written) or written[num_escapes] & 1 != odd:
+                return None, path
+            value, num_escapes = int(written[num_escapes]), num_escapes + 1
+        met.append((pair[odd], odd))
+        path = path >> 1 ^ taps[0] * (value >> 1 & 1) ^ taps[1] * odd
+    return met, path
+
+
 def encode(
     symbols: UInt8[ndarray, "rows in"],
     num_lanes: int,
@@ -72,8 +107,10 @@ def encode(
     column_class: Int32[ndarray, " in"],
     words: UInt16[ndarray, " words"],
     escapes: Int64[ndarray, " escapes"],
+    odd: UInt8[ndarray, "rows in"],
 ) -> tuple[int, int]:
-    """Fill the ends of `words` and `escapes` with what `decode` reads; where each begins."""
+    """Fill the ends of `words` and `escapes` with what `decode` reads; where each begins. `odd` says of each value by
+    how much its table is further than that of its class; empty where none is."""
     num_rows, num_columns = symbols.shape
     place, escape, states = len(words), len(escapes), np.full(num_lanes, START, np.int64)
     for first in reversed(range(0, num_rows, num_lanes)):
@@ -81,6 +118,8 @@ def encode(
         classes, x = row_class[first : first + active], states[:active].copy()
         for column in reversed(range(num_columns)):
             table = table_of[classes + column_class[column]]
+            if odd.size:
+                table = table + odd[first : first + active, column]
             symbol = symbols[first : first + active, column]
             symbol = np.where(counts[table, symbol] == 0, np.uint8(0), symbol)
             out = (first + np.flatnonzero(symbol == 0)) * num_columns + column

@@ -10,7 +10,7 @@ worth its own bytes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -76,11 +76,28 @@ class TableSet:
         return np.stack([np.repeat(symbols, row) for row in self.counts])
 
     @cached_property
+    def by_parity(self) -> "TableSet":
+        """Each table twice, for values that are known to be even, then for odd ones; escapes are in both. Classes have
+        the numbers of the even ones."""
+        logs = np.repeat(self.logs, 2, axis=0)
+        odd = (np.arange(NUM_SYMBOLS) + self.low) & 1
+        for parity in (0, 1):
+            logs[parity::2, 1:][:, odd[1:] != parity] = 0
+        return TableSet(self.low, logs, 2 * self.table_of)
+
+    @cached_property
     def costs(self) -> Float32[ndarray, "class symbol"]:
         """Bits of every symbol in every class; an escape with the value after it."""
         bits = BITS - np.log2(np.maximum(self.counts, 1))
         bits[:, 0] += ESCAPE_BITS
         return np.where(self.counts == 0, bits[:, :1], bits)[self.table_of].astype(np.float32)
+
+    @cached_property
+    def costs_by_parity(self) -> Float32[ndarray, "class symbol"]:
+        """As `costs`, where it is known whether a value is even or odd."""
+        known = self.by_parity
+        odd = replace(known, table_of=known.table_of + 1)
+        return np.where((np.arange(NUM_SYMBOLS) + self.low) & 1, odd.costs, known.costs)
 
 
 def make_tables(counts: Int[ndarray, "class symbol"], low: int) -> TableSet:

@@ -16,6 +16,9 @@ where these are worth more than the error (in a codec for weights: DeepCABAC, Wi
 https://arxiv.org/abs/1907.11900). A column's scale then becomes what its codes stand for on average.
 
 Weights that are exactly zero, such as pruned ones, stay zero, and the others make up for them.
+
+With `num_states`, the codes of a column are chosen together, as a path through a trellis (formats/trellis.py,
+viterbi.py): less error at the same bits. The level, and the loss it promises, are the same; the file is smaller.
 """
 
 from dataclasses import dataclass, replace
@@ -31,12 +34,14 @@ from tersor.encoded import Encoded
 from tersor.errors import InputError
 from tersor.formats.coded import LARGEST, Coded, scales
 from tersor.formats.contract import Format, Weight
+from tersor.formats.trellis import NOISE, POLYNOMIALS
 from tersor.methods.solver import Problem, polish, pose, sweep
 from tersor.stats import Stats
 
 ROW_DAMPING = 0.02  # of the rows' mean curvature, added to each: calibration shows it with much noise
 RARE = 8  # what a rare word counts: it says more than a common one, and a row of zeros costs more than it bends
 LEAST_DAMPING, STEPS_DAMPING, DRIFT_DAMPING = 0.01, 0.25, 1.0  # of the inputs' mean energy (see `damping_of`)
+SPARSE = 0.01  # of the weights being zero, a site has no trellis, which takes odd codes as readily as even ones
 UNREACHED = 0.01  # a site that the data never reaches counts as if its output were this share of the loss
 BIT = log(2) / 6  # squared error, in steps, that a bit is worth where each weight adds `level^2 / 24` to the loss
 FEW_BITS = 2.2  # a weight; below it the loudest inputs are solved last
@@ -57,6 +62,8 @@ class Waterfill:
         drift: how much of the error made earlier in the model each site repairs, 0 to 1.
         rate: how much bits count when a weight is rounded: 0 rounds to nearest, 1 is what the level says.
         num_rounds: of coordinate descent after the sweep.
+        num_states: of the trellis, 4 to 256 and a power of two, or 0 for none. Sites of which more than a hundredth of
+            the weights are zero, and those of a single row, go without.
     """
 
     level: float = 2e-4
@@ -64,6 +71,7 @@ class Waterfill:
     drift: float = 0.6
     rate: float = 0.0
     num_rounds: int = 0
+    num_states: int = 0
 
     name = "waterfill"
     needs = frozenset({"second_moment", "cross_moment", "row_weight", "column_weight"})
@@ -73,6 +81,8 @@ class Waterfill:
             raise InputError(f"{self}: level must be above 0, and rate and num_rounds 0 or more")
         if not ((self.damping or 0) >= 0 and 0 <= self.drift <= 1):
             raise InputError(f"{self}: damping must be 0 or more, and drift lie in [0, 1]")
+        if self.num_states not in (0, *POLYNOMIALS):
+            raise InputError(f"{self}: num_states must be 0, or one of {', '.join(map(str, POLYNOMIALS))}")
         if not self.drift:  # then the original model need not run beside
             object.__setattr__(self, "needs", self.needs - {"cross_moment"})
 
@@ -90,11 +100,12 @@ class Waterfill:
             target = pose(weight, stats, repair, self.drift).target
         problem = pose(target, alone, damping, drift=0.0)
         rows = row_curvature(weight, problem, stats).rsqrt()
-        level = self.level
+        level, kept = self.level, weight != 0
+        num_states = self.num_states if len(weight) > 1 and kept.double().mean() >= 1 - SPARSE else 0
         if bits_at(deviations(problem, rows), level) < FEW_BITS * weight.numel():
             problem = pose(target, alone, damping, drift=0.0, quiet_first=True)
         while True:
-            filling = Filling.of(problem, rows, level, self.rate, weight != 0)
+            filling = filling_of(problem, rows, level, self.rate, kept, num_states)
             values = sweep(problem, filling)
             if values.any() or not weight.any():
                 break
@@ -132,9 +143,8 @@ class Filling:
 
     def __call__(self, values: Float[Tensor, " out"], j: int) -> Float[Tensor, " out"]:
         exact = values / (self.rows * self.columns[j])
-        codes = cheapest(exact, self.row_spread * (self.column_spread[j] / self.columns[j]), self.bit)
-        if self.kept is not None:
-            codes *= self.kept[:, j]
+        deviation = self.row_spread * (self.column_spread[j] / self.columns[j])
+        codes = self.choose(exact, deviation, None if self.kept is None else self.kept[:, j])
         energy = codes.dot(codes).item()
         gain = exact.dot(codes).item() / energy if energy else 1.0
         shift = round(log(gain, 2) / self.octave) if gain > 0 else 0
@@ -142,6 +152,29 @@ class Filling:
             self.params["column"][0, j] += shift
             self.columns[j] *= 2 ** (shift * self.octave)
         return codes * (self.rows * self.columns[j])
+
+    def choose(
+        self, exact: Float[Tensor, " out"], deviation: Float[Tensor, " out"], kept: Bool[Tensor, " out"] | None
+    ) -> Float[Tensor, " out"]:
+        """The codes of a column from its values in steps, and from what these deviate by; 0 where not `kept`."""
+        codes = cheapest(exact, deviation, self.bit)
+        return codes if kept is None else codes * kept
+
+
+def filling_of(
+    problem: Problem,
+    rows: Float[Tensor, " out"],
+    level: float,
+    rate: float,
+    kept: Bool[Tensor, "out in"],
+    num_states: int,
+) -> Filling:
+    """With a trellis, or without one."""
+    if not num_states:
+        return Filling.of(problem, rows, level, rate, kept)
+    from tersor.methods.viterbi import Paths  # its loops are compiled when it is imported
+
+    return Paths.through(problem, rows, level, rate, kept, num_states)
 
 
 def damping_of(weight: Weight, stats: Stats, each: float) -> float:
@@ -174,10 +207,13 @@ def histogram(values: Float[Tensor, " n"]) -> "np.ndarray[tuple[int], np.dtype[n
     return np.bincount(bins.numpy(), minlength=2 * REACH * PER_OCTAVE + 1).astype(np.float64)
 
 
-def bits_at(counts: Float[Tensor, " bin"], level: float) -> float:
-    """About how many bits codes of these deviations (at level 1) take, as if they were normal numbers."""
+def bits_at(counts: Float[Tensor, " bin"], level: float, num_states: int = 0) -> float:
+    """About how many bits codes of these deviations (at level 1) take, as if they were normal numbers. A trellis goes a
+    part of the way to the bound."""
     octaves = torch.arange(len(counts), dtype=torch.float64) / PER_OCTAVE - 2 * REACH - log(level, 2)
-    return counts.dot(entropy(octaves.exp2())).item()
+    bits = counts.dot(entropy(octaves.exp2())).item()
+    share = log(1 / (3 * NOISE[num_states])) / log(pi * e / 6) if num_states else 0.0
+    return bits - share * (bits - bound_at(counts, level))
 
 
 def bound_at(counts: Float[Tensor, " bin"], level: float) -> float:
@@ -218,9 +254,9 @@ def unseen(row_weight: Float[Tensor, " out"]) -> float:
     return seen.quantile(0.25).item() * len(seen) / 2 / num_unseen if num_unseen else 0.0
 
 
-def code_masses(deviation: Float[Tensor, " n"]) -> Float[Tensor, "n code"]:
-    """How probable the codes 0 to 15 of rounded normal numbers are."""
-    edges = (torch.arange(NUM_CODES + 1, dtype=torch.float64) - 0.5) / deviation.double().unsqueeze(1)
+def code_masses(deviation: Float[Tensor, " n"], num_codes: int = 16) -> Float[Tensor, "n code"]:
+    """How probable the codes from 0 on of rounded normal numbers are."""
+    edges = (torch.arange(num_codes + 1, dtype=torch.float64) - 0.5) / deviation.double().unsqueeze(1)
     tails = torch.special.erfc(edges / 2**0.5) / 2
     return tails[:, :-1] - tails[:, 1:]
 

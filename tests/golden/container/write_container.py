@@ -1,9 +1,9 @@
-"""The golden container: bytes that version 1 of `model.tersor` wrote, to be read forever.
+"""The golden containers: bytes that version 1 of `model.tersor` wrote, to be read forever.
 
     python tests/golden/container/write_container.py
 
-writes `v1.tersor` if there is none; it never touches one that exists. What the file holds is made by whole numbers
-alone, so that any machine can say what must come out of it.
+writes `v1.tersor` and `v1-trellis.tersor` (the codec `trellis`, which came later) if there are none; it never touches
+one that exists. What the files hold is made by whole numbers alone, so that any machine can say what must come out.
 """
 
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 from tersor.checkpoint.container_write import write
 
 GOLDEN = Path(__file__).parent / "v1.tersor"
+GOLDEN_TRELLIS = Path(__file__).parent / "v1-trellis.tersor"
 PACKING = {"packed3": (3, 50), "packed4": (4, 33), "mask": (1, 70)}
 
 
@@ -69,7 +70,44 @@ def tensors() -> dict[str, Tensor]:
     }
 
 
+# Ungerboeck's codes, in octal as his table I has them: parity-check polynomials of the upper bit and of the lower one.
+CHECKS = {4: ("2", "5"), 8: ("04", "13"), 16: ("04", "23"), 32: ("10", "45"), 64: ("024", "103")}
+CHECKS |= {128: ("126", "235"), 256: ("362", "515")}
+
+
+def on_paths(halves: Tensor, num_states: int) -> Tensor:
+    """`2 * halves`, plus 1 where the parity check asks for it: over the rows above, of every column by itself, all taps
+    of the upper bits and all taps of the lower ones are even in number. A path begins anew in every 512th row."""
+    upper_taps, lower_taps = ([i for i in range(9) if int(octal, 8) >> i & 1] for octal in CHECKS[num_states])
+    upper, lower = (halves & 1).int(), torch.zeros_like(halves, dtype=torch.int32)
+    for first in range(0, len(halves), 512):
+        for row in range(first, min(first + 512, len(halves))):
+            terms = [upper[row - i] for i in upper_taps if row - i >= first]
+            terms += [lower[row - i] for i in lower_taps if i and row - i >= first]
+            lower[row] = sum(terms, torch.zeros_like(lower[row])) & 1
+    return (2 * halves + lower).to(torch.int16)
+
+
+def trellis_tensors() -> dict[str, Tensor]:
+    """Columns that are paths: of all trellises, with escapes, low bits and several chunks, beside columns that are not,
+    with which they share tables."""
+    far = on_paths(bell(90, 40, 2), 16)
+    far[7, 8], far[60, 3], far[89, 0] = far[7, 8] + 4 * 1000, far[60, 3] - 4 * 5000, far[89, 0] + 4 * 60
+    return {
+        **{f"trellis{num_states}": on_paths(bell(64, 80, 2), num_states) for num_states in CHECKS},
+        "escapes": far,
+        "chunks": on_paths(bell(1100, 50, 3), 8),
+        "wide": on_paths(bell(600, 40, 900), 64),
+        "a little wide": on_paths(bell(70, 40, 80), 32),
+        "narrow": on_paths(bell(300, 2, 1), 256),
+        "sparse": on_paths(bell(100, 60, 3).clamp(0, 1), 8),
+        "no path": bell(64, 80, 3).to(torch.int16),
+        "broken path": on_paths(bell(64, 80, 2), 8) + (torch.arange(64 * 80).reshape(64, 80) == 4000),
+    }
+
+
 if __name__ == "__main__":
-    if not GOLDEN.exists():
-        write(tensors(), GOLDEN, PACKING, {"made": "golden"})
-        print(f"wrote {GOLDEN.name}")
+    for path, content, packing in ((GOLDEN, tensors, PACKING), (GOLDEN_TRELLIS, trellis_tensors, {})):
+        if not path.exists():
+            write(content(), path, packing, {"made": "golden"})
+            print(f"wrote {path.name}")

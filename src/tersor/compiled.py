@@ -1,0 +1,20 @@
+"""Loops compiled by numba, and kept: only the first process on a machine waits for the compiler."""
+# mypy: disable-error-code="no-untyped-def"
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import njit
+
+
+def compiled(*signatures: str) -> Callable[[Any], Any]:
+    """`njit` for these signatures, without the interpreter's lock; kept beside the file, or in the user's cache folder,
+    or nowhere if neither can be written."""
+
+    def compile(function: Any) -> Any:
+        try:
+            return njit(list(signatures), nogil=True, cache=True, error_model="numpy")(function)
+        except RuntimeError:  # no folder to keep compiled code in
+            return njit(list(signatures), nogil=True, error_model="numpy")(function)
+
+    return compile
