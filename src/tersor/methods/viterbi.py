@@ -59,7 +59,7 @@ class Paths(Filling):
     ) -> Float[Tensor, " out"]:
         codes = best_paths(
             exact.cpu().numpy(),
-            np.empty(0, np.bool_) if kept is None else kept.cpu().numpy(),
+            np.empty(0, np.bool_) if kept is None else kept.cpu().contiguous().numpy(),
             spreads_of(deviation).cpu().numpy() if self.bit else np.empty(0, np.int32),
             parity_bits(),
             self.bit,
