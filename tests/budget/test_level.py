@@ -24,6 +24,7 @@ from tersor.budget.level import (
 )
 from tersor.budget.limit import Limit
 from tersor.budget.search import NUM_TRIALS
+from tersor.checkpoint.container import Container
 from tersor.checkpoint.layout import CODED, size_of
 from tersor.errors import BudgetError, InputError
 from tersor.measure.verdict import Verdict
@@ -159,6 +160,31 @@ def test_rules_and_excludes_fix_their_sites():
     assert schemes["embed"] == "mse:int8"
     assert "layers.0" not in schemes
     assert schemes["layers.1"].startswith("waterfill(level=")
+
+
+def test_a_trellis_spends_the_same_bytes_on_less_error(tmp_path):
+    """Under the same limit all sites are along paths, at a finer level."""
+    limit = Limit(70_000, "70 kB")
+    plain, ours = (Searching(net(), None, KEEP_STEP, {}, num_states=each).within(limit) for each in (0, 16))
+    assert NEAR * limit.num_bytes <= ours.num_bytes <= limit.num_bytes
+    assert "num_states=16" in ours.recipe.weights[0].scheme
+    errors = [sum(site.relative_error for site in found.made.sites) for found in (plain, ours)]
+    assert errors[1] < 0.92 * errors[0]  # the root of it; a whole bit more would halve that
+    tersor.save(ours.made.model, tmp_path)
+    codecs = {name: entry.codec for name, entry in Container(tmp_path / CODED).entries.items()}
+    assert {codecs[name] for name in codecs if name.endswith(".codes")} == {"trellis"}
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (Budget(size="1MB", num_states=8), "add --coded"),
+        (Budget(size="1MB", coded=True, num_states=12), "--num-states 12: it can be 0, 4, 8, 16"),
+    ],
+)
+def test_impossible_trellises_are_refused(budget, message):
+    with pytest.raises(InputError, match=message):
+        check_choices(budget, None, [], None, [], [], 0)
 
 
 @pytest.mark.parametrize(
