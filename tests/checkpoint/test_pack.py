@@ -251,6 +251,20 @@ def test_the_bound_of_normal_weights(tmp_path):
     assert site.gap == pytest.approx(0.255, abs=0.03)
 
 
+@pytest.mark.parametrize(("num_states", "gap"), [(4, 0.089), (64, 0.046)])
+def test_a_trellis_closes_most_of_the_gap(tmp_path, capsys, num_states, gap):
+    model = nn.Sequential(nn.Linear(400, 500), nn.ReLU())
+    nn.init.normal_(model[0].weight)
+    recipe = Recipe.of(f"waterfill(level=2e-4, num_states={num_states}):coded")
+    tersor.save(tersor.compress(model, recipe).model, tmp_path)
+    (site,) = info(tmp_path).sites
+    assert site.num_states == num_states
+    assert site.gap == pytest.approx(gap, abs=0.03)
+    assert site.class_entropy <= site.entropy <= site.bits
+    assert run(capsys, "info", str(tmp_path), "--json").json["sites"][0]["num_states"] == num_states
+    assert "states" in run(capsys, "info", str(tmp_path)).stdout
+
+
 def test_water_filling_by_hand():
     import numpy as np
 

@@ -34,7 +34,10 @@ from tersor.errors import InputError
 from tersor.formats.trellis import NOISE
 from tersor.sites import find_sites
 
-AT_ERROR = "bound: for normal weights, at the error of the codes' steps; the gap of steps alone is 0.255 at high rate"
+AT_ERROR = (
+    "bound: for normal weights, at the error of the codes' steps; the gap of steps alone is 0.255 at high rate, that "
+    "of a trellis of 4 to 256 states 0.089 to 0.033"
+)
 AT_MEASURED = "bound: for normal weights with the variance of each row, at the error that was measured"
 
 
@@ -49,6 +52,8 @@ class SiteInfo:
         overhead: what is stored beyond that.
         bound: rate-distortion bound for normal weights at this error.
         gap: from there to what is stored.
+        num_states: of the trellis whose paths the columns are, 0 for none; entropies are then those of values that are
+            known to be even, and of values known to be odd.
     """
 
     name: str
@@ -60,6 +65,7 @@ class SiteInfo:
     overhead: float | None
     bound: float | None
     gap: float | None
+    num_states: int = 0
 
 
 @dataclass(frozen=True)
@@ -172,14 +178,14 @@ def site_info(
     num_weights = max(1, int(np.prod(shape)))
     stored = sum(container.stored_bytes(part) for part in parts)
     entropy = class_entropy = 0.0
-    known = False
+    known, num_states = False, 0
     for part in parts:
         codes = Codes.of(container, part)
         if codes is None or (entry is not None and codes.num_values < num_weights // 16):
             entropy += 8 * container.stored_bytes(part)  # scales and the like, as they are stored
             class_entropy += 8 * container.stored_bytes(part)
             continue
-        known = True
+        known, num_states = True, max(num_states, codes.num_states)
         entropy += codes.entropy(codes.in_one_class)
         class_entropy += codes.entropy(codes.counts)
         if format == "coded" and bound is None:
@@ -189,7 +195,7 @@ def site_info(
     if not known:
         return SiteInfo(name, format, num_weights, bits, None, None, None, bound, gap)
     each, given = entropy / num_weights, class_entropy / num_weights
-    return SiteInfo(name, format, num_weights, bits, each, given, bits - given, bound, gap)
+    return SiteInfo(name, format, num_weights, bits, each, given, bits - given, bound, gap, num_states)
 
 
 @dataclass(frozen=True, eq=False)

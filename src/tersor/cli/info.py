@@ -34,7 +34,7 @@ def info(
         [
             (
                 site.name,
-                site.format,
+                f"{site.format}, {site.num_states} states" if site.num_states else site.format,
                 f"{site.num_weights:,}",
                 number(site.bits),
                 number(site.entropy),
