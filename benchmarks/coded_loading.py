@@ -7,7 +7,7 @@ are rounded to `coded` (or taken from `--artifact`, saved so before) and lie in 
 one process, in turns, from a warm cache; medians, lowest to highest. One thread: CPU seconds of the process, so that
 other work on the machine does not count. Two threads: seconds on the clock, which it does disturb: compare them only
 with the fp32 row by the clock. What is decoded is compared bit for bit with decoding integers and scaling them in
-torch. `--write` makes coded_loading.md.
+torch. Beside it codes along the paths of a trellis of 64 states. `--write` makes coded_loading.md.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from tersor.measure.scorecard import machine
 from tersor.recipe import Recipe
 
 Shapes = dict[str, tuple[int, int]]
+PATHS = "waterfill(level=1.7e-4, num_states=64):coded"
 
 
 def main() -> int:
@@ -55,26 +56,30 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         coded = args.artifact
         if coded is None:
-            coded = Path(scratch)
+            coded = Path(scratch) / "coded"
             made = tersor.compress(open_model(str(plain.parent)).model, Recipe.of("coded"))
             tersor.save(made.model, coded, coded=True)
-        text = page(measure(coded / "model.tersor", plain, args.repeat))
+        paths = Path(scratch) / "paths"
+        made = tersor.compress(open_model(str(plain.parent)).model, Recipe.of(PATHS))
+        tersor.save(made.model, paths, coded=True)
+        text = page(measure(coded / "model.tersor", paths / "model.tersor", plain, args.repeat))
     print(text)
     if args.write:
         Path(__file__).with_suffix(".md").write_text(text)
     return 0
 
 
-def measure(coded: Path, plain: Path, repeat: int) -> dict[str, Any]:
+def measure(coded: Path, paths: Path, plain: Path, repeat: int) -> dict[str, Any]:
     """All times, taken in turns."""
     container = Container(coded)
     codes = {name: entry for name, entry in container.entries.items() if name.endswith(".weight.codes")}
     shapes: Shapes = {name.removesuffix(".codes"): (e.shape[0], e.shape[1]) for name, e in codes.items()}
-    check(coded, shapes)
+    for file in (coded, paths):
+        check(file, shapes)
     numbers = list(container.tensors(list(codes)).values())
 
-    def into_float(num_threads: int) -> None:
-        read_decoded(coded, shapes, num_threads)
+    def into_float(num_threads: int, file: Path = coded) -> None:
+        read_decoded(file, shapes, num_threads)
 
     def fp32() -> list[Tensor]:
         return [tensor.clone() for tensor in load_file(plain).values()]
@@ -83,8 +88,10 @@ def measure(coded: Path, plain: Path, repeat: int) -> dict[str, Any]:
         "encode": (lambda: [Integers().encode(each) for each in numbers], time.process_time, 2),
         "integers": (lambda: Container(coded).tensors(num_threads=1), time.process_time, repeat),
         "float": (lambda: into_float(1), time.process_time, repeat),
+        "paths": (lambda: into_float(1, paths), time.process_time, repeat),
         "fp32": (fp32, time.process_time, repeat),
         "float, two threads": (lambda: into_float(2), time.perf_counter, repeat),
+        "paths, two threads": (lambda: into_float(2, paths), time.perf_counter, repeat),
         "fp32, clock": (fp32, time.perf_counter, repeat),
     }
     seconds: dict[str, list[float]] = {name: [] for name in work}
@@ -101,6 +108,7 @@ def measure(coded: Path, plain: Path, repeat: int) -> dict[str, Any]:
         "seconds": seconds,
         "num_weights": sum(rows * columns for rows, columns in shapes.values()),
         "bytes": coded.stat().st_size,
+        "path_bytes": paths.stat().st_size,
         "plain_bytes": plain.stat().st_size,
     }
 
@@ -123,7 +131,9 @@ def page(found: dict[str, Any]) -> str:
         ("encode, one thread", "encode", None),
         ("decode into integers, one thread", "integers", None),
         ("decode into float, one thread", "float", "fp32"),
+        ("the same along paths of 64 states", "paths", "fp32"),
         ("decode into float, two threads", "float, two threads", "fp32, clock"),
+        ("the same along paths of 64 states", "paths, two threads", "fp32, clock"),
         ("fp32 safetensors, copied into memory of its own", "fp32", None),
         ("the same by the clock", "fp32, clock", None),
     ]
@@ -132,7 +142,8 @@ def page(found: dict[str, Any]) -> str:
         "",
         f"`python benchmarks/coded_loading.py --assets FOLDER --write`; tersor {info['tersor']}, torch "
         f"{info['torch']}, numba {version('numba')}, {info['processor']}. all-MiniLM-L6-v2, {millions:.1f} million "
-        f"weights: `model.tersor` of {found['bytes'] / 1e6:.2f} MB beside `model.safetensors` of "
+        f"weights: `model.tersor` of {found['bytes'] / 1e6:.2f} MB, and one of `{PATHS}` of "
+        f"{found['path_bytes'] / 1e6:.2f} MB, beside `model.safetensors` of "
         f"{found['plain_bytes'] / 1e6:.2f} MB, from a warm cache, in turns in one process. Seconds: of the CPU with "
         "one thread, on the clock with two and where it says so; median (lowest to highest). The hash of the whole "
         "file, which `tersor.load` checks for either, is not in them; the checksums of the chunks are. The processor "
