@@ -176,6 +176,7 @@ def speed(starts: tuple[str, ...], work: Path) -> dict[str, Any]:
     from tersor.measure.decode import decode_bench
 
     names = [*TORCH, *(name for name in FILES if name.startswith(starts) and name not in TORCH)]
+    names = [name for name in names if place(work, FILES[name]).exists()]
     candidates = [Candidate(str(place(work, FILES[name])), FILES[name].runtime) for name in names]
     found = decode_bench(candidates, num_prompt=NUM_PROMPT, num_new=NUM_NEW, seconds=0.0, memory=False, cpu_time=True)
     timings = {

@@ -89,7 +89,7 @@ def test_what_is_no_hugging_face_artifact(llama, tmp_path):
 
 def test_nothing_quantized(artifact, tmp_path):
     with pytest.raises(ModelError, match="nothing to export"):
-        export_model(artifact("bf16"), tmp_path / "out.gguf", to="gguf")
+        export_model(artifact("bf16"), tmp_path / "out", to="gptq")
 
 
 def test_the_command_line(artifact, tmp_path, capsys):
@@ -116,6 +116,7 @@ def test_the_targets(capsys, monkeypatch):
         "holds": "",
         "models": "any",
         "checked": "onnx",
+        "bench": ["onnx", "openvino", "openvino-bf16"],
         "extra": "onnx",
         "installed": True,
     }

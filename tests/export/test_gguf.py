@@ -69,6 +69,7 @@ RECIPES = [
     ("int4-g32", {}),
     ("int4-g32", {"model.embed_tokens": "int8-g32", "*.down_proj": "fp16", "*.0.mlp.up_proj": "bf16"}),
     ("int5-g32", {"*.v_proj": "int3-g64", "*.q_proj": "keep"}),
+    ("fp16", {"*.q_proj": "bf16"}),
 ]
 
 
