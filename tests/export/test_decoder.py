@@ -127,6 +127,11 @@ def test_other_clients_hand_the_present_on(exported):
         np.testing.assert_allclose(found, expected[:, start:end], atol=1e-5 * np.abs(expected).max())
 
 
+def test_nodes_are_named_after_their_layers(exported):
+    names = {node.name for node in onnx.load(exported).graph.node}
+    assert {f"model.layers.{layer}.self_attn/GroupQueryAttention" for layer in range(2)} <= names
+
+
 def test_a_cache_grows_beyond_the_memory_it_began_with(exported, monkeypatch):
     monkeypatch.setattr("tersor.runtimes.onnx_decoder.ROOM", 4)
     assert ROOM > 4

@@ -13,7 +13,7 @@ from tersor.cli.bench import Length, Shape, example_shape
 from tersor.cli.console import out, print_json, print_table, progress_bars
 from tersor.measure.bench import candidates_of
 from tersor.measure.scorecard import machine
-from tersor.runtimes import open_session
+from tersor.runtimes import Feeds, open_session
 from tersor.runtimes.feeds import LENGTH, synthetic_feeds
 
 
@@ -54,7 +54,7 @@ def explain(
                 candidate.model, candidate.runtime, num_threads=num_threads, weights=candidate.weights
             )
             feeds = synthetic_feeds(session.inputs, batch_size=batch, length=length or LENGTH, shape=sizes, seed=seed)
-            shapes = shapes or ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+            shapes = shapes or shapes_of(feeds)
             found.append(explain_session(session, feeds, peaks, runtime=candidate.runtime, seconds=seconds))
         progress("profiling", 1 + len(candidates), 1 + len(candidates))
     if json:
@@ -63,6 +63,19 @@ def explain(
         return
     out.print(f"{model} in {candidates[0].runtime}: {shapes}, threads: {num_threads}", markup=False, highlight=False)
     show(found, [c.model for c in candidates], peaks, rows)
+
+
+def shapes_of(feeds: Feeds) -> str:
+    """Of all inputs; of a cache, which has many alike, the first.
+
+    >>> import numpy as np
+    >>> cache = {f"past_key_values.{n}.key": np.zeros((1, 2, 9, 4)) for n in range(3)}
+    >>> shapes_of({"input_ids": np.zeros((1, 1)), **cache})
+    'input_ids [1, 1], past_key_values.0.key [1, 2, 9, 4] and 2 more like it'
+    """
+    past = [name for name in feeds if name.startswith("past_key_values")]
+    told = [f"{name} {list(array.shape)}" for name, array in feeds.items() if name not in past[1:]]
+    return ", ".join(told) + (f" and {len(past) - 1} more like it" if past else "")
 
 
 def show(found: list[Explanation], names: list[str], peaks: Peaks, rows: int) -> None:

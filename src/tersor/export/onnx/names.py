@@ -5,12 +5,14 @@ put in an operator's place keeps its layer.
 """
 
 import ast
+import re
 from collections import Counter
 
 import onnx_ir as ir
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # the modules that were entered, outermost first, and the operator
 ROOT = "model"  # what trace.py calls the model
+SLICE = re.compile(r"\.slice\([^)]*\)")  # a part of a list of layers, whose layers keep their numbers
 
 
 def name_by_layer(graph: ir.Graph) -> None:
@@ -18,7 +20,8 @@ def name_by_layer(graph: ir.Graph) -> None:
     for node in graph:
         scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
         paths = [path for path in scopes[:-1] if path == ROOT or path.startswith(f"{ROOT}.")]
-        node.name = name_in(paths[-1].removeprefix(ROOT).lstrip(".") if paths else "", node.op_type)
+        path = SLICE.sub("", paths[-1]) if paths else ""
+        node.name = name_in(path.removeprefix(ROOT).lstrip("."), node.op_type)
 
 
 def name_in(layer: str, kind: str) -> str:
