@@ -9,6 +9,7 @@ The layers are those of PyTorch (Hochreiter and Schmidhuber 1997, https://doi.or
 2014, https://arxiv.org/abs/1406.1078) with their order of gates and two biases.
 """
 
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -191,36 +192,52 @@ def gru_step(of_x: Tensor, of_h: Tensor, state: State) -> State:
     return (torch.lerp(n, state[0], (z_x + z_h).sigmoid()),)
 
 
+MAGIC = 1.5 * 2**23  # the last bits of a float32 that this was added to are its value, rounded to a whole number
+
+
 class Int8Product:
     """A hidden state in int8 times a matrix in int8, into memory that is allocated once."""
 
     def __init__(self, recur: Map, h: Float[Tensor, "batch hidden"]):
         assert isinstance(recur.weight, PackedWeight)
         parts = recur.weight.encoded.parts
-        self.matrix, self.weight_scale = parts["codes"].t(), parts["scale"].float().view(1, -1)
-        # One more column holds the least scale, times 127.
-        self.magnitude = h.new_full((len(h), h.shape[1] + 1), 1e-12)
-        self.quotient, self.codes = self.magnitude[:, :-1], torch.empty_like(h, dtype=torch.int8)
-        self.scale, self.largest = h.new_empty(len(h), 1), torch.tensor(127.0)
+        self.matrix, self.weight_scale = parts["codes"].t(), parts["scale"].float().view(1, -1) / 127
+        # One more column holds the least of what is the largest.
+        self.magnitude = h.new_full((len(h), h.shape[1] + 1), 127e-12)
+        self.absolute, self.largest = self.magnitude[:, :-1], h.new_empty(len(h), 1)
+        self.magic, self.rounded = torch.full_like(h, MAGIC), torch.empty_like(h)
+        first_bytes = slice(None, None, 4) if sys.byteorder == "little" else slice(3, None, 4)
+        self.last_bits, self.codes = (
+            self.rounded.view(torch.int8)[:, first_bytes],
+            torch.empty_like(h, dtype=torch.int8),
+        )
         self.sums = torch.empty(len(h), self.matrix.shape[1], dtype=torch.int32)
         self.product = torch.empty(self.sums.shape)
 
     def add(self, h: Tensor, to: Tensor, out: Tensor) -> None:
-        """`out = to + product`, with the codes of `Int8Dynamic`."""
-        torch.abs(h, out=self.quotient)
-        torch.amax(self.magnitude, -1, True, out=self.scale)
-        torch.div(h, self.scale.div_(self.largest), out=self.quotient)
-        self.codes.copy_(self.quotient.round_())
+        """`out = to + product`."""
+        self.quantize(h)
         torch._int_mm(self.codes, self.matrix, out=self.sums)
-        self.product.copy_(self.sums).mul_(self.scale)
+        self.scale(to, out)
+
+    def quantize(self, h: Tensor) -> None:
+        """The codes of `Int8Dynamic`: `round(127 h / largest)`, halves to the even number."""
+        torch.abs(h, out=self.absolute)
+        torch.amax(self.magnitude, -1, True, out=self.largest)
+        torch.addcdiv(self.magic, h, self.largest, value=127, out=self.rounded)
+        self.codes.copy_(self.last_bits)
+
+    def scale(self, to: Tensor, out: Tensor) -> None:
+        """The sums as floats, added to `to`."""
+        self.product.copy_(self.sums).mul_(self.largest)
         torch.addcmul(to, self.product, self.weight_scale, out=out)
 
 
 @torch.no_grad()
 def int8_lstm(of_x: Tensor, recur: Map, first: State, reverse: bool) -> tuple[Tensor, State]:
-    """All steps of an LSTM layer; its biases are in `of_x`. For one sigmoid of all gates, the cell's is doubled:
-    tanh(g) = 2 sigmoid(2 g) - 1."""
-    h, c = first[0].contiguous(), first[1].clone()
+    """All steps of an LSTM layer; its biases are in `of_x`. PyTorch's tanh is several times slower than its sigmoid, so
+    the cell's gate is doubled, and the cell is kept times -2: tanh(x) = 2 sigmoid(2 x) - 1 = 1 - 2 sigmoid(-2 x)."""
+    h, c = first[0].contiguous(), first[1] * -2
     outputs = of_x.new_empty(*of_x.shape[:2], h.shape[-1])
     product, gates, squashed = Int8Product(recur, h), torch.empty_like(of_x[0]), torch.empty_like(h)
     i, f, g, o = gates.chunk(4, -1)
@@ -232,11 +249,11 @@ def int8_lstm(of_x: Tensor, recur: Map, first: State, reverse: bool) -> tuple[Te
     for x, y in reversed(steps) if reverse else steps:
         product.add(h, x, gates)
         gates.sigmoid_()
-        c.mul_(f).addcmul_(i, g, value=2).sub_(i)
-        torch.tanh(c, out=squashed)
-        torch.mul(o, squashed, out=y)
+        c.mul_(f).addcmul_(i, g, value=-4).add_(i, alpha=2)
+        torch.sigmoid(c, out=squashed)
+        torch.addcmul(o, o, squashed, value=-2, out=y)
         h = y
-    return outputs, (h, c)
+    return outputs, (h, c * -0.5)
 
 
 @torch.no_grad()
