@@ -2,6 +2,8 @@
 counts the operations that can be counted by hand."""
 
 import sys
+from collections import defaultdict
+from statistics import median
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from tersor.runtimes import RUNTIMES, open_session, runtime_for
 from tersor.runtimes.feeds import feeds_from, synthetic_feeds
 from tersor.runtimes.torch import TorchSession
 from tersor.runtimes.torch_profile import Stopwatch
+from tersor.runtimes.torch_profile import profile as stopwatch
 
 FILES = [name for name, runtime in RUNTIMES.items() if ".onnx" in runtime.suffixes]
 
@@ -229,6 +232,44 @@ def test_torch_finds_the_planted_share(one_thread):
     profile = TorchSession(Planted(), "planted").profile({"x": numbers(64, 256)}, 9)
     seconds = {layer.name: layer.seconds for layer in profile.layers if layer.part == "product"}
     assert seconds["heavy"] / seconds["light"] == pytest.approx(40, rel=0.5)
+
+
+KERNELS = {  # layer, shape of its input, scheme, type, the product that runs
+    "int8pack": (lambda: nn.Linear(1024, 2048), (1, 1024), "int8", torch.bfloat16, "_weight_int8pack_mm"),
+    "int4pack": (lambda: nn.Linear(1024, 2048), (1, 1024), "int4-g32", torch.bfloat16, "_weight_int4pack_mm_for_cpu"),
+    "LSTM": (lambda: nn.LSTM(320, 320), (9, 8, 320), "int8-dynamic", torch.float32, "_int_mm"),
+    "GRU": (lambda: nn.GRU(320, 320), (9, 8, 320), "int8-dynamic", torch.float32, "_int_mm"),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_torch_names_the_kernel_and_its_share_as_torchs_own_profiler_does(name, one_thread, monkeypatch):
+    monkeypatch.setattr("tersor.kernels.choice.fastest", lambda times: next(iter(times)))  # however busy the machine is
+    layer, shape, scheme, dtype, kernel = KERNELS[name]
+    model = tersor.compress(nn.Sequential(layer()).eval(), tersor.Recipe.of(scheme)).model.to(dtype)
+    x = torch.from_numpy(numbers(*shape)).to(dtype)
+
+    def run():
+        with torch.inference_mode():
+            model(x)
+
+    layers = stopwatch(model, run, 15).layers
+    (product,) = [layer for layer in layers if layer.part == "product"]
+    assert (product.name, product.kernel, product.weights) == ("0", kernel, "packed")
+    assert product.macs == sum(weight.numel() for weight in layer().parameters() if weight.ndim == 2) * (
+        x.numel() // x.shape[-1]
+    )
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(15):
+            run()
+    each = defaultdict(list)
+    for event in profiler.events():
+        each[event.name].append(event.self_cpu_time_total)
+    spent = {
+        kind: len(times) * median(times) for kind, times in each.items()
+    }  # waiting for other processes is left out
+    share = product.seconds / sum(layer.seconds for layer in layers)
+    assert share == pytest.approx(spent[f"aten::{kernel}"] / sum(spent.values()), abs=0.2)
 
 
 def test_the_stopwatch_leaves_no_trace_when_a_model_fails():

@@ -1,6 +1,7 @@
 """Multiply-accumulates of one forward pass, by torch's own operator counter on the decoded model."""
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -22,11 +23,17 @@ def count_macs(model: nn.Module, run: Callable[[nn.Module], object]) -> int:
 
 
 def operation_counter() -> FlopCounterMode:
-    """torch's counter with the attention of CPUs, which it lacks; two operations are one multiply-accumulate."""
+    """torch's counter with the attention and the LSTM of CPUs, which it lacks; two operations are one
+    multiply-accumulate."""
 
     def attention(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
         return sdpa_flop_count(query, key, value)
 
+    def lstm(steps: Any, of_inputs: Any, of_state: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
+        return 2 * prod(steps[:-1]) * (prod(of_inputs) + prod(of_state))
+
+    aten: Any = torch.ops.aten
     return FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+        display=False,
+        custom_mapping={aten._scaled_dot_product_flash_attention_for_cpu: attention, aten.mkldnn_rnn_layer: lstm},
     )

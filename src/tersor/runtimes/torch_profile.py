@@ -24,6 +24,7 @@ from tersor.encoded import Encoded
 from tersor.kernels import reference
 from tersor.measure.macs import operation_counter
 from tersor.modules import PackedConv, PackedLinear, packed_parameters
+from tersor.recurrent import Int8Product
 from tersor.runtimes.contract import LayerTime, Profile, run_clock
 from tersor.sites import packed_weight
 
@@ -103,7 +104,11 @@ def typical(runs: list[list[Call]]) -> list[Call]:
 def layer_of(calls: list[Call], module: nn.Module | None, macs: dict[str, int]) -> LayerTime:
     """All calls of one part of one module."""
     name, part, product = calls[0].module, calls[0].part, calls[0].part == "product"
-    slowest = max(calls, key=lambda call: call.seconds)
+    by_kernel: dict[str, float] = defaultdict(float)
+    for call in calls:
+        by_kernel[call.kernel] += call.seconds
+    kernel = max(by_kernel, key=by_kernel.__getitem__)
+    slowest = next(call for call in calls if call.kernel == kernel)
     decoded = product and isinstance(module, PackedLinear | PackedConv) and slowest.kernel in PRODUCTS
     return LayerTime(
         name=name or "(model)",
@@ -197,6 +202,7 @@ PIECES = [
     (Encoded, "decode", "decode"),
     (Encoded, "rows", "decode"),
     *((owner, name, "quantize") for owner in QUANTIZERS for name in ("quantize", "snap") if hasattr(owner, name)),
+    *((Int8Product, name, "quantize") for name in ("quantize", "scale")),
 ]
 
 
