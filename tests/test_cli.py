@@ -1,5 +1,6 @@
 """The command line through its entry point: the main job, every verb, every bad input, and its frozen flags."""
 
+import io
 import json
 import os
 import shutil
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 import typer
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import nn
 
 from cli_runner import tersor
 from tersor.checkpoint.container import Container
-from tersor.cli import app
+from tersor.cli import app, console
 from tersor.recipe import Recipe
 
 FACTORY = """
@@ -146,6 +148,18 @@ steps:
 - {step: weights, scheme: 'kmeans:codebook16-tensor'}
 - {step: tune-scales, num_steps: 20, batch_size: 64, alpha: 0.5, num_evaluations: 0}
 """
+
+
+def test_training_has_one_bar_however_its_loss_changes(monkeypatch):
+    """A bar for every loss made each step slower than the one before."""
+    written = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=written, width=100))
+    with console.progress_bars(as_json=False) as report:
+        for work in ("prune", "tune-scales"):
+            for step in range(5):
+                report(f"{work}: loss {1 / (step + 1):.3g}", step, 4)
+    shown = [line.partition(" ━")[0].strip() for line in written.getvalue().splitlines()]
+    assert shown == ["prune: loss 0.2", "tune-scales: loss 0.2"]
 
 
 def test_deep_compression_is_a_recipe(digits, inside, capsys):

@@ -59,8 +59,9 @@ def progress_bars(as_json: bool) -> Iterator[Report]:
         bars: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int) -> None:
-            if what not in bars or (done == 0 and progress.tasks[bars[what]].finished):
-                bars[what] = progress.add_task(what, total=total)
-            progress.update(bars[what], completed=done, total=total)
+            kind = what.partition(":")[0]  # a loss that changes may follow
+            if kind not in bars or (done == 0 and progress.tasks[bars[kind]].finished):
+                bars[kind] = progress.add_task(what, total=total)
+            progress.update(bars[kind], description=what, completed=done, total=total)
 
         yield report
