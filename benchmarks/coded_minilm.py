@@ -5,10 +5,11 @@
 
 `encoder B`: the linear weights (embeddings kept) at the level for which the forecast says B bits a weight; the bytes
 are those of `model.tersor` less what the kept tensors take in it. `whole B`: all weights, embeddings inside, at B bits
-a weight; a number after B is of the trellis's states. Levels come from the forecast and are not refined, so that each row
-is one model; the table says what the file takes. `size X`: all weights in a file of at most X, by the search of `tersor compress --coded --size X`. `scheme S`:
-all weights in another scheme, as safetensors. `gguf TYPE`: llama.cpp's own quantizer, by llama-cpp-python in an
-environment of its own (`pip install llama-cpp-python`), from a file in fp16.
+a weight. A number after B is that of the trellis's states. Levels come from the forecast and are not refined, so that
+each row is one model; the table says what the file takes. `size X`: all weights in a file of at most X, by the search
+of `tersor compress --coded --size X`. `scheme S`: all weights in another scheme, as safetensors. `gguf TYPE`:
+llama.cpp's own quantizer, by llama-cpp-python in an environment of its own (`pip install llama-cpp-python`), from a
+file in fp16.
 
 The protocol is that of minilm_quality.py: calibration on 128 pairs of STS-B dev, judged on the others. Rows are
 appended to FILE (JSON lines), so that a run that was stopped goes on where it was; `--write` puts everything in FILE
@@ -287,10 +288,10 @@ judged at 1 %, are over 1,372 pairs of STS-B dev; 128 others are for calibration
 ## Levels
 
 `encoder B` asks the forecast for B bits a weight over the linear weights (embeddings kept in fp32), `whole B` over all
-weights, embeddings inside; a number after B is of the trellis's states. Bits are bytes of `model.tersor`, less those of the tensors that are kept; headers and all
-side information are inside. The gap is to the rate-distortion function of normal weights with these deviations at the
-level's error: 0.25 bits is what scalar codes leave at best where many bits are spent. Predicted is `level^2 / 24` for
-every weight. CPU seconds are of forecast and compression.
+weights, embeddings inside; a number after B is that of the trellis's states. Bits are bytes of `model.tersor`, less
+those of the tensors that are kept; headers and all side information are inside. The gap is to the rate-distortion
+function of normal weights with these deviations at the level's error: 0.25 bits is what scalar codes leave at best
+where many bits are spent. Predicted is `level^2 / 24` for every weight. CPU seconds are of forecast and compression.
 
 | row | scheme | bits | gap | MB | 1 - cosine | predicted | Spearman | drop, verdict | CPU s |
 |---|---|---|---|---|---|---|---|---|---|
