@@ -1,10 +1,9 @@
 """Where the quadratic prediction fails: the loss of every site measured, and the level of each corrected by it.
 
-At few bits the loss of a site is no longer what its curvature says: that of a classifier's last layer may be a hundred
-times as much, that of a layer inside a residual stack a tenth. So each site is put into the original by itself, as one
-level has made it, and the divergence of the outputs is measured on calibration data (as EXL3 and others choose bits per
-layer: Turboderp 2025, https://github.com/turboderp-org/exllamav3). If the loss of a site is `a` times the prediction at
-every level, then the levels that make all weights cost the same again are `1 / sqrt(a)` times as large.
+At few bits the loss of a site is no longer what its curvature says. So each site is put into the original by itself, as
+one level has made it, and the divergence of the outputs is measured on calibration data (as EXL3 and others choose bits
+per layer: Turboderp 2025, https://github.com/turboderp-org/exllamav3). If the loss of a site is `a` times the
+prediction at every level, then the levels that make all weights cost the same again are `1 / sqrt(a)` times as large.
 """
 
 import copy
