@@ -18,6 +18,7 @@ from tersor.export.artifact import checkpoint_of
 from tersor.export.check import check, difference
 from tersor.export.examples import Examples
 from tersor.export.executorch import ExecuTorch
+from tersor.measure.bench import bench, candidates_of
 from tersor.runtimes import executorch as client
 from tersor.runtimes import runtime_for, runtime_named
 
@@ -156,6 +157,33 @@ class Ordered(nn.Module):
 
 def ranking() -> nn.Module:
     return Ranking()
+
+
+@installed
+@pytest.mark.slow
+def test_the_profile_names_int8_kernels_and_what_runs_outside(tmp_path):
+    written(Residual, "int8/int8-static", tmp_path)
+    feeds = {"x": np.random.default_rng(0).standard_normal((2, 3, 8, 8), np.float32)}
+    found = runtime_named("executorch").open(tmp_path / "out.pte").profile(feeds, 5)
+    products = [layer for layer in found.layers if layer.part == "product"]
+    assert len(products) == 5  # stem, depthwise, project, the shortcut's pixels, head
+    assert any("DWConv" in layer.kernel for layer in products)
+    assert {(layer.precision, layer.weights) for layer in products} == {("int8", "packed")}
+    assert not any(layer.kind == "Clamp" for layer in found.layers)  # int8 kernels saturate
+    written(tokens, "int8", tmp_path)
+    layers = runtime_named("executorch").open(tmp_path / "out.pte").profile({"x": np.ones((2, 7), np.int64)}, 5).layers
+    assert [layer.kind for layer in layers].count("embedding") == 2  # codes, and scales
+    assert all(layer.seconds >= 0 for layer in layers)
+
+
+@installed
+@pytest.mark.slow
+def test_bench_takes_it_among_others(tmp_path):
+    paths = [tmp_path / "net.pte", tmp_path / "net.onnx"]
+    for path, to in zip(paths, ("executorch", "onnx"), strict=True):
+        tersor.export_model("test_executorch:linear", path, to=to, shape=(64,))
+    found = bench(candidates_of([str(path) for path in paths], []), batch_sizes=(1, 3), seconds=0.05, memory=False)
+    assert [timing.candidate.runtime for timing in found.timings] == ["executorch", "onnx"] * 2
 
 
 @installed

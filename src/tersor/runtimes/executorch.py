@@ -3,7 +3,10 @@ kernels, as they do on a phone."""
 
 import json
 import logging
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,8 @@ import torch
 
 from tersor.checkpoint.source import first_line
 from tersor.errors import InputError, MissingExtra, ModelError
-from tersor.runtimes.contract import Feeds, Input, Profile, Session, check_feeds
+from tersor.runtimes.contract import Feeds, Input, Profile, Session, check_feeds, run_clock
+from tersor.runtimes.executorch_profile import read_profile
 
 SIGNATURE = "tersor_signature"  # the method of our files that gives the names and shapes of inputs and outputs
 TYPES = {
@@ -110,23 +114,56 @@ class ExecuTorchSession:
                 raise InputError(f"{self.path}: input {each.name} is {list(shape)}; the file holds up to {list(limit)}")
         if self.pool != Pool.number:
             self.load()
-        made = self.method(tuple(torch.from_numpy(np.ascontiguousarray(feeds[each.name])) for each in self.inputs))
+        made = self.method(self.tensors(feeds))
         return {name: np.array(value) for name, value in zip(self.outputs, made, strict=True)}
 
     def profile(self, feeds: Feeds, num_runs: int = 10) -> Profile:
-        raise InputError(f"{self.path}: ExecuTorch's packages for Python have no profiler; explain the model in torch")
+        """By ExecuTorch's own profiler, in a program loaded for it; some runs come before those that count."""
+        check_feeds(feeds, self.inputs, str(self.path))
+        if self.pool != Pool.number:
+            self.load()
+        program = library()._load_program(str(self.path), enable_etdump=True, debug_buffer_size=0)
+        method, tensors = program.load_method("forward"), self.tensors(feeds)
+        clock, walls = run_clock(self.num_threads), list[float]()
+        for _ in range(NUM_WARM + num_runs):
+            started = clock()
+            method(tensors)
+            walls.append(clock() - started)
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            from executorch.devtools import Inspector
+
+            dump = Path(folder) / "runs.etdp"
+            program.write_etdump_result_to_file(str(dump), str(dump.with_suffix(".debug")))
+            blocks = Inspector(etdump_path=str(dump)).event_blocks
+            events = [event for block in blocks if block.name == "Execute" for event in block.events]
+        return read_profile(events, walls, NUM_WARM)
+
+    def tensors(self, feeds: Feeds) -> tuple[torch.Tensor, ...]:
+        """The arrays in the order the program takes them."""
+        return tuple(torch.from_numpy(np.ascontiguousarray(feeds[each.name])) for each in self.inputs)
+
+
+NUM_WARM = 3
 
 
 def library() -> Any:
     """The bindings of ExecuTorch's runtime."""
+    try:
+        with quiet():
+            from executorch.extension.pybindings import portable_lib
+    except ImportError:
+        raise MissingExtra("executorch", "running ExecuTorch files") from None
+    return portable_lib
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """ExecuTorch and what it imports tell their own developers of what is no concern of the user's."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from executorch.extension.pybindings import portable_lib
-    except ImportError:
-        raise MissingExtra("executorch", "running ExecuTorch files") from None
+            yield
     finally:
         logging.disable(before)
-    return portable_lib

@@ -22,6 +22,7 @@ from tersor.activations import IntStatic
 from tersor.export.examples import Examples
 from tersor.export.executorch.layers import EPS, HIGHEST, LOWEST, operators
 from tersor.export.executorch.nodes import (
+    CLAMPS,
     aten,
     clamped,
     constant,
@@ -54,6 +55,7 @@ def hand_on(model: GraphModule, examples: Examples) -> tuple[int, int]:
     move_pads(model)
     needed = None in results(model, {}).values()
     num_rounded = quantize_results(model, measured(model, examples) if needed else {})
+    drop_clamps(model)
     int8_pixels(model)
     return num_rounded, float_rest(model)
 
@@ -150,6 +152,19 @@ def quantize_results(model: GraphModule, ranges: Ranges) -> int:
             user.replace_input_with(value, back)
     tidy(model)
     return num_rounded
+
+
+def drop_clamps(model: GraphModule) -> None:
+    """A ReLU or clamp whose only reader is a quantizer that saturates at the same codes is left out."""
+    for node in nodes_of(model):
+        quantize: Any = only_user(node) if node.target in CLAMPS else None
+        if not is_quantize(quantize):
+            continue
+        low, high = CLAMPS[node.target] or (node.args[1:] if len(node.args) > 2 else (-1.0, 1.0))
+        scale, zero_point = quantize.args[1:3]
+        if round(low / scale) + zero_point <= LOWEST and high >= (HIGHEST - zero_point) * scale:
+            quantize.replace_input_with(node, node.args[0])
+    tidy(model)
 
 
 def measured(model: GraphModule, examples: Examples) -> dict[str, tuple[float, int]]:

@@ -9,7 +9,8 @@ from torch.fx import GraphModule, Node
 from tersor.export.executorch.layers import operators
 
 aten = torch.ops.aten
-CLAMPS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default}  # part of the kernel before them
+# Part of the kernel before them, with their bounds where these are always the same.
+CLAMPS = {aten.relu.default: (0.0, float("inf")), aten.relu6.default: (0.0, 6.0), aten.hardtanh.default: None}
 
 
 def nodes_of(model: GraphModule) -> list[Any]:

@@ -13,9 +13,9 @@ from torch.fx import GraphModule
 
 from tersor.errors import ArtifactError, MissingExtra, ModelError
 from tersor.export.examples import Examples
-from tersor.export.executorch.trace import axes_of, exported, largest, quiet
+from tersor.export.executorch.trace import axes_of, exported, largest
 from tersor.export.tracing import layer_of
-from tersor.runtimes.executorch import SIGNATURE, library
+from tersor.runtimes.executorch import SIGNATURE, library, quiet
 
 
 @dataclass(frozen=True)

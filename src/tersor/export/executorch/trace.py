@@ -4,9 +4,7 @@
 any size get a largest one, for ExecuTorch plans its memory beforehand.
 """
 
-import logging
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +19,7 @@ from tersor.export.examples import Examples, outputs_of
 from tersor.export.executorch.layers import Rounding, embedding, linear, quantized, weight
 from tersor.export.tracing import plain_attention, slow_attention
 from tersor.modules import InputQuantizer, PackedEmbedding, PackedLinear, PackedWeight
+from tersor.runtimes.executorch import quiet
 from tersor.sites import packed_weight
 
 LARGEST_BATCH, LARGEST_LENGTH = 32, 512  # rows, and tokens of a text
@@ -113,19 +112,6 @@ def placeholders(model: nn.Module, sites: Iterable[PackedSite], rounding: Roundi
     finally:
         for module, attribute in changed:
             delattr(module, attribute)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """torch.export and ExecuTorch tell their own developers of what is no concern of the user's."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def refused(error: Exception, model: nn.Module, examples: Examples) -> ModelError:
