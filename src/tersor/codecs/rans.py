@@ -89,12 +89,13 @@ def decode(
     """
     padded = np.concatenate([words, np.zeros(num_lanes, np.uint16)])
     rows, columns = scales or tuple(np.ones(length, np.int32) for length in values.shape)
+    symbols = tables.symbol_pairs if num_states else tables.symbols
     tables = tables.by_parity if num_states else tables
     return loops().decode(
         padded,
         len(words),
         num_lanes,
-        tables.symbols,
+        symbols.reshape(len(symbols), -1),
         tables.spans,
         tables.low,
         tables.table_of,
@@ -105,7 +106,7 @@ def decode(
         rows,
         columns,
         np.array(taps(num_states) if num_states else (), np.uint32),
-        np.empty(0, np.int64) if written is None else written,
+        np.concatenate([np.empty(0, np.int64) if written is None else written, np.zeros(num_lanes, np.int64)]),
     )
 
 

@@ -49,19 +49,21 @@ def decode_paths(
     words, num_words, place, states, active, by_slot, by_symbol, offsets, kinds, block, low, taps, paths, written, first
 ):
     """As `decode_block`, for columns that are paths of a trellis: the state of each path says whether a value is even
-    or odd, and so which of two neighbouring tables has it. `written` holds the values of escapes, from `first` on."""
+    or odd, and so which of two symbols side by side it is. `written` holds the values of escapes, from `first` on, and
+    as many more as there are lanes."""
     mask, bits, half = np.uint32(TOTAL - 1), np.uint32(BITS), np.uint32(65535)
-    at, num_lanes, num_escapes = np.uint64(place), np.uint64(active), first
-    one, feed, back, least = np.uint32(1), taps[0], taps[1], np.uint32(low)
+    at, num_lanes, num_escapes = np.uint64(place), np.uint64(active), np.uint64(first)
+    one, feed, back, least, wrong = np.uint32(1), taps[0], taps[1], np.uint32(low), np.uint32(0)
+    num_written = np.uint64(len(written)) - np.uint64(len(states))  # as many more are there, to be read in vain
     for column in range(np.uint64(len(kinds))):
-        if at > np.uint64(num_words):
+        if at > np.uint64(num_words) or num_escapes > num_written:
             return -1, 0
         kind, path = np.uint64(kinds[column]), paths[column]
         for lane in range(num_lanes):
             x, table, odd = states[lane], offsets[kind, lane], path & one
-            slot = np.uint64((table << bits) + (x & mask))
-            even_symbol, odd_symbol = by_slot[slot], by_slot[slot + np.uint64(TOTAL)]  # both: nothing waits for `odd`
-            symbol = np.uint32(odd_symbol if odd else even_symbol)
+            pair = np.uint64((table << bits) + ((x & mask) << one))
+            even_symbol, odd_symbol = np.uint32(by_slot[pair]), np.uint32(by_slot[pair + np.uint64(1)])
+            symbol = np.uint32(even_symbol ^ ((even_symbol ^ odd_symbol) & (np.uint32(0) - odd)))  # no branch to guess
             span = by_symbol[np.uint64(((table + odd) << np.uint32(8)) + symbol)]
             x = np.uint32(np.uint32(span & half) * np.uint32(x >> bits) + (x & mask) - (span >> np.uint32(16)))
             short = x < START
@@ -71,15 +73,12 @@ def decode_paths(
             block[column, lane] = symbol
             value = least + symbol
             if symbol == 0:
-                if num_escapes == len(written):
-                    return -1, 0
                 value = np.uint32(written[num_escapes])
-                num_escapes += 1
-                if value & one != odd:
-                    return -1, 0
+                num_escapes += np.uint64(1)
+                wrong |= (value & one) ^ odd
             path = np.uint32((path >> one) ^ (feed * ((value >> one) & one)) ^ (back * odd))
         paths[column] = path
-    return np.int64(at), num_escapes - first
+    return np.int64(-1 if wrong else at), np.int64(num_escapes) - first
 
 
 @compiled("Tuple((int32[::1], int32[::1]))(int32[::1])")

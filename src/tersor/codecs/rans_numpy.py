@@ -32,7 +32,8 @@ def decode(
     or -1 for a damaged stream. Columns are paths of a trellis where `taps` are given; tables then come in pairs, for
     even values and for odd ones."""
     num_rows, num_columns = values.shape
-    mask, bits = symbols.shape[1] - 1, symbols.shape[1].bit_length() - 1
+    bits = symbols.shape[1].bit_length() - (2 if len(taps) else 1)
+    mask = (1 << bits) - 1
     if num_words < 2 * num_lanes:
         return -1
     first_words = words[: 2 * num_lanes].astype(np.int64)
@@ -48,7 +49,7 @@ def decode(
             table = table_of[classes + column_class[column]]
             slot = x & mask
             if len(taps):
-                pairs = symbols[table, slot].tolist(), symbols[table + 1, slot].tolist()
+                pairs = symbols[table // 2, 2 * slot].tolist(), symbols[table // 2, 2 * slot + 1].tolist()
                 met, paths[column] = along(pairs, low, taps.tolist(), paths[column], written, len(found))
                 if met is None:
                     return -1

@@ -86,6 +86,12 @@ class TableSet:
         return TableSet(self.low, logs, 2 * self.table_of)
 
     @cached_property
+    def symbol_pairs(self) -> UInt8[ndarray, "table slot two"]:
+        """As `symbols`, of an even value and of an odd one side by side."""
+        by_parity = self.by_parity.symbols.reshape(-1, 2, TOTAL)
+        return np.ascontiguousarray(by_parity.transpose(0, 2, 1))
+
+    @cached_property
     def costs(self) -> Float32[ndarray, "class symbol"]:
         """Bits of every symbol in every class; an escape with the value after it."""
         bits = BITS - np.log2(np.maximum(self.counts, 1))
