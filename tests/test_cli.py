@@ -125,9 +125,10 @@ def test_drop_finds_the_smallest_defensible_model(digits, inside, capsys):
     assert made.json["verdict"]["alpha"] < 0.05  # held to the level of a search of several trials
 
 
-def test_coded_weights_end_just_below_the_budget_and_the_recipe_makes_the_same_bytes(digits, inside, capsys):
+@pytest.mark.parametrize("trellis", [[], ["--num-states", "8"]], ids=["steps", "trellis"])
+def test_coded_weights_end_just_below_the_budget_and_the_recipe_makes_the_same_bytes(digits, inside, capsys, trellis):
     start = ["compress", *digits_arguments(digits), *labelled(digits)]
-    made = tersor(capsys, *start, "--ratio", "12x", "--coded", "-o", "a", "--json")
+    made = tersor(capsys, *start, "--ratio", "12x", "--coded", *trellis, "-o", "a", "--json")
     assert made.status == 0, made.stdout
     limit = made.json["limit"]["bytes"]
     assert 0.995 * limit <= (inside / "a" / "model.tersor").stat().st_size <= limit
