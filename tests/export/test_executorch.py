@@ -205,6 +205,25 @@ def test_refused_and_decoded(tmp_path):
         assert made.check.difference < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("layer", "scheme", "instead"),
+    [
+        (lambda: nn.Linear(64, 8), "int4-g32", "int8"),
+        (lambda: nn.Conv2d(3, 8, 3), "int8", "int8/int8-static"),
+        (lambda: nn.ConvTranspose2d(3, 8, 3), "int8", "bf16"),
+        (lambda: nn.Conv3d(3, 8, 3), "int8", "bf16"),
+        (lambda: nn.LSTM(8, 8), "int8", "bf16"),
+    ],
+)
+def test_what_is_refused_has_a_scheme_that_fits(layer, scheme, instead, tmp_path):
+    def misfits(scheme):
+        model = tersor.compress(nn.Sequential(layer()), Recipe.of(scheme)).model
+        return [ExecuTorch().misfit(packed) for packed in checkpoint_of(tmp_path, model).sites]
+
+    assert misfits(scheme)[0].instead == instead
+    assert "static" in instead or not any(misfits(instead))
+
+
 def test_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "executorch.extension.pybindings", None)
     with pytest.raises(MissingExtra, match=r"tersor\[executorch\]"):

@@ -4,6 +4,7 @@ kernels, as they do on a phone."""
 import json
 import logging
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,10 +126,12 @@ class ExecuTorchSession:
         program = library()._load_program(str(self.path), enable_etdump=True, debug_buffer_size=0)
         method, tensors = program.load_method("forward"), self.tensors(feeds)
         clock, walls = run_clock(self.num_threads), list[float]()
+        begun = time.perf_counter()
         for _ in range(NUM_WARM + num_runs):
             started = clock()
             method(tensors)
             walls.append(clock() - started)
+        busy = min(1.0, sum(walls) / (time.perf_counter() - begun))
         with tempfile.TemporaryDirectory() as folder, quiet():
             from executorch.devtools import Inspector
 
@@ -136,7 +139,7 @@ class ExecuTorchSession:
             program.write_etdump_result_to_file(str(dump), str(dump.with_suffix(".debug")))
             blocks = Inspector(etdump_path=str(dump)).event_blocks
             events = [event for block in blocks if block.name == "Execute" for event in block.events]
-        return read_profile(events, walls, NUM_WARM)
+        return read_profile(events, walls, NUM_WARM, busy)
 
     def tensors(self, feeds: Feeds) -> tuple[torch.Tensor, ...]:
         """The arrays in the order the program takes them."""

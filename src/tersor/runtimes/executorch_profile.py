@@ -13,17 +13,18 @@ PRODUCTS_OUTSIDE = ("mm", "addmm", "bmm", "linear", "convolution")
 INTEGERS = ("QC8", "QS8", "QD8", "QDU8", "QP8")  # types in XNNPACK's names
 
 
-def read_profile(events: Iterable[Any], walls: list[float], num_warm: int) -> Profile:
+def read_profile(events: Iterable[Any], walls: list[float], num_warm: int, busy: float) -> Profile:
     """The layers in the order they ran, without the first `num_warm` runs. XNNPACK counts whole microseconds, so means
     over the runs are taken.
 
     Args:
         events: of the runs, as executorch.devtools.Inspector gives them.
         walls: seconds of each run.
+        busy: the share of the time in which the process ran, and did not wait for other work of the machine.
     """
     layers, part = [], 1
     for event in events:
-        seconds = fmean(event.perf_data.raw[num_warm:]) * 1e-3
+        seconds = fmean(event.perf_data.raw[num_warm:]) * 1e-3 * busy
         if event.name == "DELEGATE_CALL":
             part += 1
         elif event.is_delegated_op:

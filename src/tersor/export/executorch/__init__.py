@@ -26,15 +26,13 @@ class ExecuTorch:
     extra = "executorch"
     holds = (
         "symmetric integers by row in linear layers, int8-static ones in convolutions, any integers in embeddings; "
-        "models that are not quantized"
+        "16-bit formats as fp32; models that are not quantized"
     )
 
     def misfit(self, packed: PackedSite) -> Misfit | None:
-        from tersor.export.executorch.layers import holds
+        from tersor.export.executorch.layers import holds, nearby
 
-        if self.decode or holds(packed):
-            return None
-        return Misfit(self.holds, "int8/int8-static" if packed.site.kind == "conv" else "int8")
+        return None if self.decode or holds(packed) else Misfit(self.holds, nearby(packed))
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises MissingExtra."""

@@ -46,11 +46,23 @@ def holds(packed: PackedSite) -> bool:
     return static(packed) or dynamic(packed)
 
 
+def nearby(packed: PackedSite) -> str:
+    """A scheme that the file holds in this place."""
+    if packed.site.kind in ("linear", "embedding"):
+        return "int8"
+    return "int8/int8-static" if plain_convolution(packed) else "bf16"
+
+
+def plain_convolution(packed: PackedSite) -> bool:
+    """Whether XNNPACK has an int8 kernel for a convolution: of one or two axes, not transposed."""
+    fold = packed.site.fold
+    return packed.site.kind == "conv" and fold.view == "rows" and len(fold.weight_shape) <= 4
+
+
 def static(packed: PackedSite) -> bool:
     """Whether a linear layer's or convolution's weights are int8 by row, and its inputs by one fixed scale."""
     fixed = packed.activation is not None and packed.activation.format == "int8-static"
-    in_place = packed.site.kind == "linear" or (packed.site.kind == "conv" and packed.site.fold.view == "rows")
-    return fixed and in_place and by_row(packed)
+    return fixed and (packed.site.kind == "linear" or plain_convolution(packed)) and by_row(packed)
 
 
 def dynamic(packed: PackedSite) -> bool:

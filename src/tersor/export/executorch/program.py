@@ -78,6 +78,11 @@ def placement(program: Any, model: nn.Module, examples: Examples) -> Placement:
             num_parts += 1
         elif node.op == "call_function" and (name := operator_name(node.target)):
             outside[name.split("::")[1]] += 1
+            if name.startswith("quantized"):
+                raise ModelError(
+                    f"{type(model).__name__}: XNNPACK does not take one of the int8 layers ({name} is left); leave it "
+                    f"float with --rule 'NAME=keep', or write decoded weights by --decode"
+                )
             if not available(name):
                 where = layer_of(name.replace("::", "."), model, examples)
                 raise ModelError(
