@@ -304,6 +304,41 @@ def test_norms_and_small_tables_run_on_their_fast_kernels(tmp_path):
     assert [n.op_type for n in graph.node if "embeddings.position_embeddings/" in n.name] == ["Gather"]
 
 
+class Padded(nn.Module):
+    """Zeros on two sides of a picture, then of what a convolution gives; a head on the average."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.norm, self.head = nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = nn.functional.relu6(self.norm(self.first(nn.functional.pad(x, (0, 1, 0, 1)))))
+        x = self.second(nn.functional.pad(x, (1, 0, 2, 0)))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("scheme", ["int8/int8-static", "int8"])
+def test_padding_is_the_convolutions_and_a_head_on_floats_runs_in_integers(scheme, tmp_path):
+    x = torch.randn(4, 3, 12, 12)
+    examples = Examples({"x": x}, {"x": {0: "batch"}}, keywords=False, calibration=({"x": x},))
+    model = tersor.compress(Padded().eval(), Recipe.of(scheme), Calibration(examples)).model
+    written, exact = write(model, examples, tmp_path)
+    assert difference(run(exact, examples), examples.run(model)) < (5e-3 if "static" in scheme else 1e-5)
+    graph = onnx.load(written).graph
+    assert [list(a.ints) for n in graph.node if n.op_type == "Conv" for a in n.attribute if a.name == "pads"] == [
+        [0, 0, 1, 1],
+        [3, 2, 1, 1],
+    ]
+    made = optimized(written)
+    constants = {each.name for each in made.initializer}
+    kinds = Counter(node.op_type for node in made.node)
+    assert not kinds["Pad"]
+    if "static" in scheme:
+        assert kinds["QLinearConv"] + kinds["MatMulIntegerToFloat"] == 3
+        assert not [n.name for n in made.node if n.op_type == "DequantizeLinear" and n.input[0] in constants]
+
+
 class Strange(nn.Module):
     """An operator that ONNX does not have."""
 

@@ -9,7 +9,7 @@ import torch
 from tersor.export.contract import Checkpoint, PackedSite
 from tersor.export.onnx.blocks import rotary_tables
 from tersor.export.onnx.convolutions import fold_norms
-from tersor.export.onnx.fusions import sums_before_norms
+from tersor.export.onnx.fusions import biases_of_float_results, pads_into_convolutions, sums_before_norms
 from tersor.export.onnx.language import Tables
 from tersor.export.onnx.layers import Lowering, holds, lower
 from tersor.export.onnx.trace import sites_in, trace
@@ -55,7 +55,9 @@ class TracedModel:
         """The model written out."""
         model = lower(self.graph, self.sites, choice, self.tables)
         fold_norms(model)
+        pads_into_convolutions(model)
         sums_before_norms(model)
+        biases_of_float_results(model)
         return model
 
     def as_float(self, choice: Lowering) -> ir.Model:
