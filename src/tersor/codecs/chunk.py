@@ -13,11 +13,10 @@ from numpy import ndarray
 from tersor.codecs.bits import read_varint, unzigzag, write_varint, zigzag
 from tersor.codecs.head import Head
 from tersor.codecs.plan import Plan, symbols_of
-from tersor.codecs.rans import Scales
+from tersor.codecs.rans import Scales, complete
 from tersor.codecs.rans import decode as decode_words
 from tersor.codecs.rans import encode as encode_words
 from tersor.errors import ArtifactError
-from tersor.formats.trellis import parities
 
 
 def encode_chunk(plan: Plan, values: Int[ndarray, "rows in"], rows: slice) -> bytes:
@@ -44,7 +43,9 @@ def pack_low_bits(values: Int[ndarray, "rows in"], num_bits: int) -> bytes:
 def unpack_low_bits(data: memoryview, num_values: int, num_bits: int) -> Int[ndarray, " values"]:
     """The inverse of `pack_low_bits`."""
     bits = np.unpackbits(np.frombuffer(data, np.uint8), count=num_values * num_bits, bitorder="little")
-    return (bits.reshape(num_values, num_bits).astype(np.int32) << np.arange(num_bits, dtype=np.int32)).sum(axis=1)
+    return (bits.reshape(num_values, num_bits).astype(np.int32) << np.arange(num_bits, dtype=np.int32)).sum(
+        axis=1, dtype=np.int32
+    )
 
 
 @np.errstate(over="ignore", invalid="ignore")  # scales of a damaged file: inf and NaN, as torch has them
@@ -110,5 +111,5 @@ def decode_chunk(
         bits = unpack_low_bits(low, values.size, num_stored).reshape(values.shape)
         whole = (high << num_stored) | bits
         if head.num_states:
-            whole = whole << 1 | parities(whole, head.num_states)
+            complete(whole, head.num_states)
         values[:] = whole if scales is None else whole.astype(np.float32) * np.multiply.outer(*scales)

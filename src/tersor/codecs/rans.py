@@ -110,6 +110,11 @@ def decode(
     )
 
 
+def complete(halves: Int32[ndarray, "rows in"], num_states: int) -> None:
+    """Turn values without their lowest bits into the values, by the states of the trellis whose paths columns are."""
+    loops().complete(halves, np.array(taps(num_states), np.uint32))
+
+
 def count(
     symbols: UInt8[ndarray, "out in"],
     row_class: Int32[ndarray, " out"],

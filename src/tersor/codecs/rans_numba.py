@@ -262,6 +262,19 @@ def assign(symbols, column_class, costs, rates, reach, row_class):
         row_class[row] = chosen
 
 
+@compiled("void(int32[:, ::1], uint32[::1])")
+def complete(halves, taps):
+    """Put the lowest bit, which the states of a trellis tell, to all others."""
+    num_rows, num_columns = halves.shape
+    paths, one, feed, back = np.zeros(num_columns, np.uint32), np.uint32(1), taps[0], taps[1]
+    for row in range(num_rows):
+        for column in range(num_columns):
+            path, half = paths[column], halves[row, column]
+            odd = path & one
+            halves[row, column] = (half << 1) | np.int32(odd)
+            paths[column] = (path >> one) ^ (feed * (np.uint32(half) & one)) ^ (back * odd)
+
+
 @compiled("void(uint8[::1], uint8[:, ::1], uint16[::1])")
 def join16(symbols, planes, numbers):
     """Numbers from eight bits above the lowest seven, those seven, and the sign above them."""

@@ -166,6 +166,16 @@ def assign(
         row_class[row] = near[int(np.argmin(bits))]
 
 
+def complete(halves: Int32[ndarray, "rows in"], taps: UInt32[ndarray, " two"]) -> None:
+    """Put the lowest bit, which the states of a trellis tell, to all others."""
+    feed, back = taps.tolist()
+    path = np.zeros(halves.shape[1], np.int32)
+    for row, half in enumerate(halves):
+        odd, bit = path & 1, half & 1
+        halves[row] = half << 1 | odd
+        path = path >> 1 ^ feed * bit ^ back * odd
+
+
 def join16(symbols: UInt8[ndarray, " n"], planes: UInt8[ndarray, "1 n"], numbers: UInt16[ndarray, " n"]) -> None:
     """Numbers from eight bits above the lowest seven, those seven, and the sign above them."""
     rest = planes[0].astype(np.uint16)
