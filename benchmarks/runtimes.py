@@ -3,14 +3,15 @@
     python benchmarks/runtimes.py --assets FOLDER [--rows ROW ...] [--results FILE] [--write]
 
 FOLDER (or TERSOR_ASSETS) holds `minilm/`, `text/stsb-dev.csv` and, to calibrate on, `text/c4-sample.txt`. Each row is
-compressed, exported for both runtimes, scored in them and timed in a process of its own, beside fp32 in PyTorch and in
-both runtimes; it is appended to FILE (JSON lines), so that a run that was stopped goes on where it was. `--write` puts
-everything in FILE into runtimes.md.
+compressed, exported for both runtimes and scored in them in a process of its own, and timed in another, beside fp32 in
+PyTorch and in both runtimes; both are appended to FILE (JSON lines), so that a run that was stopped goes on where it
+was. `--write` puts everything in FILE into runtimes.md.
 """
 
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -44,6 +45,7 @@ ROWS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {  # scheme, rules
     "int4 weights": ("gptq:int4-g32", INT4, {}),
 }
 SHAPES = ((1, 32), (1, 128), (32, 32), (32, 128))  # texts, tokens of each
+PARTS = ("scores", "times")  # of a row, each in a process of its own
 NUM_FIRST = 300  # pairs that others report
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
 
@@ -53,6 +55,10 @@ def main() -> int:
     parser.add_argument("--assets", type=Path, default=os.environ.get("TERSOR_ASSETS"))
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     parser.add_argument("--results", type=Path, default=Path(tempfile.gettempdir()) / "tersor-runtimes.jsonl")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="of the exported files; default: beside FILE")
+    parser.add_argument(
+        "--parts", nargs="+", default=[*PARTS], choices=PARTS, help="times may wait for a quiet machine"
+    )
     parser.add_argument("--seconds", type=float, default=8.0, help="of timing at each shape, at least 8 rounds")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--run", help=argparse.SUPPRESS)
@@ -61,15 +67,28 @@ def main() -> int:
     if not (assets / "text" / "stsb-dev.csv").exists():
         print(f"needs {assets / 'text' / 'stsb-dev.csv'}: give --assets FOLDER", file=sys.stderr)
         return 2
+    work = args.work or args.results.with_suffix(".files")
     if args.run:
-        print(json.dumps(measure(args.run, assets, args.seconds)))
+        row, part = args.run.split(": ")
+        folder = work / row.replace(" ", "-").replace(",", "")
+        folder.mkdir(parents=True, exist_ok=True)
+        found = measure(row, assets, folder) if part == "scores" else latencies(row, assets, folder, args.seconds)
+        print(json.dumps(found))
         return 0
     results = Results(args.results)
-    options = ["--assets", assets, "--seconds", args.seconds]
-    complete = run_rows(args.rows, results, options, show=lambda result: "\n".join(lines(result)))
+    options = ["--assets", assets, "--seconds", args.seconds, "--work", work]
+    complete = run_rows([f"{row}: {part}" for row in args.rows for part in args.parts], results, options)
     if args.write:
-        Path(__file__).with_suffix(".md").write_text(page(results.among(ROWS)))
+        Path(__file__).with_suffix(".md").write_text(page(joined(results)))
     return int(not complete)
+
+
+def joined(results: Results) -> list[dict[str, Any]]:
+    """Scores and times of the rows that have both."""
+    both = [[results.get(f"{row}: {part}") for part in PARTS] for row in ROWS]
+    return [
+        scores | {"row": scores["row"].split(": ")[0], "latency": t["latency"]} for scores, t in both if scores and t
+    ]
 
 
 class Running(nn.Module):
@@ -87,42 +106,51 @@ class Running(nn.Module):
         return torch.from_numpy(next(iter(self.session.run(feeds).values())))
 
 
-def measure(row: str, assets: Path, seconds: float) -> dict[str, Any]:
-    """Compress, export, score and time one row."""
+def measure(row: str, assets: Path, folder: Path) -> dict[str, Any]:
+    """Compress, export and score one row; the exported files stay."""
     torch.set_num_threads(1)
     scheme, rules, options = ROWS[row]
     source = open_model(str(assets / "minilm"))
     choice = TaskChoice("similarity", assets / "text" / "stsb-dev.csv", calibration=assets / "text" / "c4-sample.txt")
     task = open_task_for(source, choice)
     original = task.score(source.model)
+    result: dict[str, Any] = {"scheme": scheme, "fp32": spearman(original), "runtimes": {}}
+    made = tersor.compress(source.model, Recipe.of(scheme, rules), task).model
+    shutil.rmtree(folder)
+    folder.mkdir()
+    tersor.save(made, folder / "artifact", source=source.folder)
+    for name, suffix in files_of(options).items():
+        runtime = runtime_named(name)
+        export_model(assets / "minilm", folder / f"fp32{suffix}", to=name, shape=None)
+        exported = export_model(folder / "artifact", folder / f"row{suffix}", to=name, options=options)
+        scores = task.score(Running(runtime.open(folder / f"row{suffix}")))
+        result["runtimes"][name] = {
+            "bytes": exported.num_bytes,
+            "spearman": spearman(scores),
+            "verdict": judge(original, scores, Tolerance.parse("0.3%")).to_dict(),
+            "difference": exported.check.difference if exported.check else None,
+            "notes": exported.notes,
+            "version": runtime.version(),
+        }
+    return result | {"in_torch": spearman(task.score(made))}
+
+
+def latencies(row: str, assets: Path, folder: Path, seconds: float) -> dict[str, Any]:
+    """Time one row's files at every shape."""
+    torch.set_num_threads(1)
     sessions: dict[str, Session] = {}
-    result: dict[str, Any] = {"row": row, "scheme": scheme, "fp32": spearman(original), "runtimes": {}}
-    with tempfile.TemporaryDirectory() as folder:
-        made = tersor.compress(source.model, Recipe.of(scheme, rules), task).model
-        tersor.save(made, Path(folder) / "artifact", source=source.folder)
-        for name, suffix in SUFFIXES.items():
-            if options and name != "onnx":
-                continue
-            runtime = runtime_named(name)
-            fp32 = Path(folder) / f"fp32{suffix}"
-            export_model(assets / "minilm", fp32, to=name, shape=None)
-            sessions[f"{name} fp32"] = runtime.open(fp32)
-            output = Path(folder) / f"row{suffix}"
-            exported = export_model(Path(folder) / "artifact", output, to=name, options=options)
-            sessions[name] = runtime.open(output)
-            scores = task.score(Running(sessions[name]))
-            result["runtimes"][name] = {
-                "bytes": exported.num_bytes,
-                "spearman": spearman(scores),
-                "verdict": judge(original, scores, Tolerance.parse("0.3%")).to_dict(),
-                "difference": exported.check.difference if exported.check else None,
-                "notes": exported.notes,
-                "version": runtime.version(),
-            }
-        in_torch = task.score(made)
-        result["in_torch"] = spearman(in_torch)
-        result["latency"] = {f"{b}x{n}": times(source.model, sessions, b, n, seconds) for b, n in SHAPES}
-    return result
+    for name, suffix in files_of(ROWS[row][2]).items():
+        runtime = runtime_named(name)
+        sessions[f"{name} fp32"], sessions[name] = (
+            runtime.open(folder / f"{file}{suffix}") for file in ("fp32", "row")
+        )
+    model = open_model(str(assets / "minilm")).model
+    return {"latency": {f"{b}x{n}": times(model, sessions, b, n, seconds) for b, n in SHAPES}}
+
+
+def files_of(options: dict[str, Any]) -> dict[str, str]:
+    """The runtimes of a row, with the suffix of their files; options are those of ONNX alone."""
+    return {name: suffix for name, suffix in SUFFIXES.items() if not options or name == "onnx"}
 
 
 def spearman(scores: Scores) -> tuple[float, float]:

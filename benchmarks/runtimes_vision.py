@@ -2,9 +2,10 @@
 
     python benchmarks/runtimes_vision.py --assets FOLDER [--rows ROW ...] [--results FILE] [--write]
 
-ResNet-20 and ResNet-56 on the whole CIFAR-10 test set. Each row is compressed, exported for both runtimes, scored in
-them and timed in a process of its own, in turn with fp32 in the same runtime and in PyTorch; it is appended to FILE
-(JSON lines), so that a run that was stopped goes on where it was. `--write` puts everything in FILE into
+ResNet-20 and ResNet-56 on the whole CIFAR-10 test set; EfficientNet-Lite0 by its agreement with the float model on
+pictures of CIFAR-10 enlarged to 224 x 224. Each row is compressed, exported for both runtimes and scored in them in a
+process of its own, and timed in another, in turn with fp32 in the same runtime and in PyTorch; both are appended to
+FILE (JSON lines), so that a run that was stopped goes on where it was. `--write` puts everything in FILE into
 runtimes_vision.md. FOLDER (or TERSOR_ASSETS) holds what models.py names.
 """
 
@@ -13,22 +14,39 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from models import MEAN, STD, open_cifar, open_resnet
 from rows import Results, run_rows
 
 RECIPE: dict[str, Any] = {"scheme": "int8/int8-static", "transforms": ["fold-bn"]}
-ROWS: dict[str, tuple[int, bool]] = {  # depth, float outputs
-    "ResNet-20": (20, False),
-    "ResNet-20, --float-outputs": (20, True),
-    "ResNet-56": (56, False),
+LITE: dict[str, Any] = {"scheme": "gptq:int8/int8-static", "transforms": ["fold-bn"], "bias_correction": True}
+RESNET, LARGE = (3, 32, 32), (3, 224, 224)
+
+
+class Row(NamedTuple):
+    """A factory of models.py, a recipe, the pictures it is timed on, and how it is exported."""
+
+    factory: str
+    recipe: dict[str, Any]
+    shape: tuple[int, int, int]
+    batches: tuple[int, int]
+    float_outputs: bool = False
+    peer: bool = False  # quantized by onnxruntime's own tool instead
+
+
+ROWS = {
+    "ResNet-20": Row("resnet20", RECIPE, RESNET, (1, 32)),
+    "ResNet-20, --float-outputs": Row("resnet20", RECIPE, RESNET, (1, 32), float_outputs=True),
+    "ResNet-20, quantize_static": Row("resnet20", RECIPE, RESNET, (1, 32), peer=True),
+    "ResNet-56": Row("resnet56", RECIPE, RESNET, (1, 32)),
+    "EfficientNet-Lite0": Row("EfficientNetLite0", LITE, LARGE, (1, 8)),
 }
-BATCHES = (1, 32)
+PARTS = ("scores", "times")  # of a row, each in a process of its own
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
 
 
@@ -37,70 +55,161 @@ def main() -> int:
     parser.add_argument("--assets", type=Path, default=os.environ.get("TERSOR_ASSETS", "."), metavar="FOLDER")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW", help="default: all")
     parser.add_argument("--results", type=Path, default=Path(tempfile.gettempdir()) / "tersor-runtimes-vision.jsonl")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="of the exported files; default: beside FILE")
+    parser.add_argument(
+        "--parts", nargs="+", default=[*PARTS], choices=PARTS, help="times may wait for a quiet machine"
+    )
     parser.add_argument("--pictures", type=int, default=10_000, help="of the test set that are judged")
     parser.add_argument("--seconds", type=float, default=6.0, help="of timing at each batch size, at least 15 rounds")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--run", metavar="ROW", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    work = args.work or args.results.with_suffix(".files")
     if args.run:
-        print(json.dumps(measure(args.run, args.assets, args.pictures, args.seconds)))
+        row, part = args.run.split(": ")
+        folder = work / row.replace(" ", "").replace(",", "")
+        folder.mkdir(parents=True, exist_ok=True)
+        if part == "scores":
+            print(json.dumps(measure(row, args.assets, folder, args.pictures)))
+        else:
+            print(json.dumps(latencies(row, args.assets, folder, args.seconds)))
         return 0
     results = Results(args.results)
-    options = ["--assets", args.assets, "--pictures", args.pictures, "--seconds", args.seconds]
-    complete = run_rows(args.rows, results, options, show=lambda result: "\n".join(lines(result)))
-    if args.write and results:
-        Path(__file__).with_suffix(".md").write_text(page(results.among(ROWS)))
+    options = ["--assets", args.assets, "--pictures", args.pictures, "--seconds", args.seconds, "--work", work]
+    complete = run_rows([f"{row}: {part}" for row in args.rows for part in args.parts], results, options)
+    if args.write:
+        Path(__file__).with_suffix(".md").write_text(page(joined(results)))
     return int(not complete)
 
 
-def measure(row: str, assets: Path, num_pictures: int, seconds: float) -> dict[str, Any]:
-    """Compress, export, score and time one row."""
+def joined(results: Results) -> list[dict[str, Any]]:
+    """Scores and times of the rows that have both."""
+    both = [[results.get(f"{row}: {part}") for part in PARTS] for row in ROWS]
+    return [
+        scores | {"row": scores["row"].split(": ")[0], "latency": t["latency"]} for scores, t in both if scores and t
+    ]
+
+
+def opened(row: str, assets: Path, folder: Path, num_pictures: int) -> tuple[Any, Any, Any]:
+    """The float model, the task that judges and calibrates, and what the exporter takes calibration pictures from."""
+    from models import MEAN, STD, open_cifar, open_efficientnet, open_resnet
+    from static_int8 import NUM_CALIBRATION, large_pictures
+
+    import tersor
+    from tersor.workflow import TaskChoice
+
+    if ROWS[row].shape == LARGE:
+        options = {"mean": 127 / 255, "std": 128 / 255, "calibration_examples": NUM_CALIBRATION}
+        file = large_pictures(assets, folder)
+        choice = TaskChoice("fidelity", file, options=options)
+        return open_efficientnet(assets), tersor.open_task("fidelity", file, options=options), choice
+    pictures = {"mean": list(MEAN), "std": list(STD), "max_examples": 64}
+    model = open_resnet(assets, int(ROWS[row].factory.removeprefix("resnet")))
+    choice = TaskChoice("classification", assets / "cifar10.npz", options=pictures)
+    return model, open_cifar(assets, max_examples=num_pictures), choice
+
+
+def measure(row: str, assets: Path, folder: Path, num_pictures: int) -> dict[str, Any]:
+    """Compress, export and score one row; the exported files stay."""
     import torch
 
     import tersor
     from tersor.export.artifact import export_model
     from tersor.measure.verdict import Tolerance, judge
     from tersor.runtimes import runtime_named
-    from tersor.workflow import TaskChoice
 
     torch.set_num_threads(1)
-    depth, float_outputs = ROWS[row]
-    task, model = open_cifar(assets, max_examples=num_pictures), open_resnet(assets, depth)
-    pictures = {"mean": list(MEAN), "std": list(STD), "max_examples": 64}
-    choice = TaskChoice("classification", assets / "cifar10.npz", options=pictures)
-    sessions: dict[str, Any] = {}
-    result: dict[str, Any] = {"row": row, "runtimes": {}, "num_pictures": num_pictures}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        made = tersor.compress(model, tersor.Recipe.of(**RECIPE), task).model
-        tersor.save(made, folder / "artifact")
-        tersor.save(model, folder / "float")
-        factory = f"models:resnet{depth}"
-        for to, suffix in SUFFIXES.items():
-            runtime = runtime_named(to)
-            fp32, output = folder / f"fp32{suffix}", folder / f"int8{suffix}"
-            export_model(factory, fp32, to=to, weights=folder / "float", task_choice=choice)
-            exported = export_model(
-                *(factory, output),
-                to=to,
-                weights=folder / "artifact",
-                task_choice=choice,
-                options={"float_outputs": float_outputs},
-            )
-            sessions[f"{to} fp32"], sessions[to] = runtime.open(fp32), runtime.open(output)
-            before, after = (scores(sessions[each], task) for each in (f"{to} fp32", to))
-            result["runtimes"][to] = {
-                "bytes": exported.num_bytes,
-                "fp32_bytes": sum(file.stat().st_size for file in folder.glob("fp32.*") if of(file, to)),
-                "fp32": before.value,
-                "accuracy": after.value,
-                "verdict": judge(before, after, Tolerance.parse("0.2%")).to_dict(),
-                "difference": exported.check.difference if exported.check else None,
-                "notes": exported.notes,
-                "version": runtime.version(),
-            }
-        result["latency"] = {str(batch): times(model, sessions, batch, seconds) for batch in BATCHES}
+    shutil.rmtree(folder)
+    folder.mkdir()
+    model, task, choice = opened(row, assets, folder, num_pictures)
+    task.prepare(model)
+    result: dict[str, Any] = {"runtimes": {}}
+    if ROWS[row].peer:
+        return peer(row, folder, model, task, choice)
+    made = tersor.compress(model, tersor.Recipe.of(**ROWS[row].recipe), task).model
+    tersor.save(made, folder / "artifact")
+    tersor.save(model, folder / "float")
+    factory, options = f"models:{ROWS[row].factory}", {"float_outputs": ROWS[row].float_outputs}
+    for to, suffix in SUFFIXES.items():
+        fp32, output, artifact = folder / f"fp32{suffix}", folder / f"int8{suffix}", folder / "artifact"
+        export_model(factory, fp32, to=to, weights=folder / "float", task_choice=choice)
+        exported = export_model(factory, output, to=to, weights=artifact, task_choice=choice, options=options)
+        before, after = (scores(runtime_named(to).open(file), task) for file in (fp32, output))
+        result["num_pictures"] = len(after.examples)
+        result["runtimes"][to] = {
+            "bytes": exported.num_bytes,
+            "fp32_bytes": sum(file.stat().st_size for file in folder.glob("fp32.*") if of(file, to)),
+            "metric": after.metric.name,
+            "fp32": before.value,
+            "accuracy": after.value,
+            "verdict": judge(before, after, Tolerance.parse("0.2%")).to_dict(),
+            "difference": exported.check.difference if exported.check else None,
+            "notes": exported.notes,
+            "version": runtime_named(to).version(),
+        }
     return result
+
+
+def peer(row: str, folder: Path, model: Any, task: Any, choice: Any) -> dict[str, Any]:
+    """As `measure`, with onnxruntime's own quantizer."""
+    import openvino
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    import tersor
+    from tersor.export.artifact import export_model
+    from tersor.measure.verdict import Tolerance, judge
+    from tersor.runtimes import runtime_named
+
+    tersor.save(model, folder / "float")
+    factory = f"models:{ROWS[row].factory}"
+    for to, suffix in SUFFIXES.items():
+        export_model(factory, folder / f"fp32{suffix}", to=to, weights=folder / "float", task_choice=choice)
+    name = runtime_named("onnx").open(folder / "fp32.onnx").inputs[0].name
+
+    class Reader(CalibrationDataReader):
+        feeds = iter([{name: batch.inputs["x"].numpy()} for batch in task.batches("calibration")])
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.feeds, None)
+
+    quantize_static(
+        folder / "fp32.onnx",
+        folder / "int8.onnx",
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    openvino.save_model(openvino.convert_model(folder / "int8.onnx"), folder / "int8.xml", compress_to_fp16=False)
+    result: dict[str, Any] = {"runtimes": {}}
+    for to, suffix in SUFFIXES.items():
+        before, after = (scores(runtime_named(to).open(folder / f"{file}{suffix}"), task) for file in ("fp32", "int8"))
+        result["num_pictures"] = len(after.examples)
+        result["runtimes"][to] = {
+            "bytes": sum(file.stat().st_size for file in folder.glob("int8.*") if of(file, to)),
+            "fp32_bytes": sum(file.stat().st_size for file in folder.glob("fp32.*") if of(file, to)),
+            "fp32": before.value,
+            "accuracy": after.value,
+            "verdict": judge(before, after, Tolerance.parse("0.2%")).to_dict(),
+            "version": runtime_named(to).version(),
+        }
+    return result
+
+
+def latencies(row: str, assets: Path, folder: Path, seconds: float) -> dict[str, Any]:
+    """Time one row's files."""
+    import torch
+
+    from tersor.runtimes import runtime_named
+
+    torch.set_num_threads(1)
+    sessions: dict[str, Any] = {}
+    for to, suffix in SUFFIXES.items():
+        files = (folder / f"{name}{suffix}" for name in ("fp32", "int8"))
+        sessions[f"{to} fp32"], sessions[to] = (runtime_named(to).open(file) for file in files)
+    model, shape = opened(row, assets, folder, 1)[0], ROWS[row].shape
+    return {"latency": {str(batch): times(model, sessions, (batch, *shape), seconds) for batch in ROWS[row].batches}}
 
 
 def of(file: Path, to: str) -> bool:
@@ -122,13 +231,13 @@ def scores(session: Any, task: Any) -> Any:
     return task.score(Running().eval())
 
 
-def times(model: Any, sessions: dict[str, Any], batch: int, seconds: float) -> dict[str, dict[str, float]]:
+def times(model: Any, sessions: dict[str, Any], shape: tuple[int, ...], seconds: float) -> dict[str, dict[str, float]]:
     """CPU milliseconds per call of PyTorch and every session, in turn; how many times faster than PyTorch and than the
     same runtime's fp32: medians of the ratios of all rounds, with their quartiles."""
     import numpy as np
     import torch
 
-    x = np.random.default_rng(0).standard_normal((batch, 3, 32, 32)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     as_tensor = torch.from_numpy(x)
 
     def in_torch() -> None:
@@ -185,6 +294,7 @@ def page(results: list[dict[str, Any]]) -> str:
     about = machine()
     versions = ", ".join(each["version"] for each in results[0]["runtimes"].values())
     listing = "\n".join(line for result in results for line in lines(result))
+    counts = ", ".join(f"{result['row']}: {result['num_pictures']:,}" for result in results)
     return f"""# CNNs with static int8 in ONNX Runtime and OpenVINO
 
 Command: `PYTHONPATH=benchmarks python benchmarks/runtimes_vision.py --assets FOLDER --write`
@@ -192,15 +302,19 @@ Command: `PYTHONPATH=benchmarks python benchmarks/runtimes_vision.py --assets FO
 tersor {about["tersor"]}, torch {about["torch"]}, {versions}, Python {about["python"]};
 {about["processor"]} ({about["cpu_capability"]}), one thread.
 
-`int8/int8-static` after `fold-bn`, calibrated on 128 training pictures of CIFAR-10 and exported by `tersor export`.
-Accuracy is that of the exported files, run by their runtimes on {results[0]["num_pictures"]:,} test pictures; the drop
-from fp32 in the same runtime is in points, with its 90 % interval. Milliseconds are medians of process CPU time per
-call at batch 1 and 32, everything in a row timed in turn in one process: fp32 to int8 in the same runtime, how many
-times faster that is (median of all rounds, quartiles), and how many times faster than fp32 in eager PyTorch. The
-machine had other work: differences of less than a tenth are none, and at batch 1 the wide
-quartiles say that little is certain.
+`int8/int8-static` after `fold-bn`, calibrated on 128 training pictures of CIFAR-10 and exported by `tersor export`;
+EfficientNet-Lite0 with weights by `gptq` and bias correction, calibrated on 32 pictures. Accuracy is that of the
+exported files, run by their runtimes on test pictures ({counts}); the drop
+from fp32 in the same runtime is in points, with its 90 % interval. For EfficientNet-Lite0 it is agreement with the
+float model: there are no ImageNet pictures here, so they are enlarged ones of CIFAR-10, unlike those it was trained on.
+`quantize_static` is the plain way: onnxruntime's own quantizer (QDQ, unsigned inputs, a scale per channel, its default
+range from 128 pictures) on the fp32 file, read by both runtimes.
+Milliseconds are medians of process CPU time per call at batch 1 and 32 (EfficientNet-Lite0: 8), everything in a row
+timed in turn in one process: fp32 to int8 in the same runtime, how many times faster that is (median of all rounds,
+quartiles), and how many times faster than fp32 in eager PyTorch. The machine had other work: differences of less than a
+tenth are none, and where quartiles are wide, little is certain.
 
-| row | runtime | MB | batch 1 | batch 32 | accuracy | points lost |
+| row | runtime | MB | batch 1 | batch 32 or 8 | accuracy | points lost |
 |---|---|---|---|---|---|---|
 {listing}
 """
