@@ -68,7 +68,7 @@ ROWS = [
     *SPEEDS,
 ]
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "gguf": ".gguf", "folder": "", "artifact": ""}
-NUM_PROMPT, NUM_NEW = 64, 32
+NUM_PROMPT, NUM_NEW = 64, 16
 
 
 def main() -> int:

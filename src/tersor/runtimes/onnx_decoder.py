@@ -28,39 +28,45 @@ class OnnxDecoder:
         self.session, self.library = session, library
         self.inputs = {each.name: each for each in session.get_inputs()}
         self.past = [name for name in self.inputs if name.startswith(PAST)]
-        if not self.past or "logits" not in {each.name for each in session.get_outputs()}:
+        logits = next((each for each in session.get_outputs() if each.name == "logits"), None)
+        if not self.past or logits is None or not isinstance(logits.shape[-1], int):
             raise ModelError(f"{path}: takes no cache of keys and values; export the model again without --no-cache")
         self.in_place = session.get_modelmeta().custom_metadata_map.get(CACHE) == IN_PLACE
-        self.dtype = np.float16 if "float16" in self.inputs[self.past[0]].type else np.float32
+        self.dtype, self.logits_dtype = (
+            np.float16 if "float16" in each.type else np.float32 for each in (self.inputs[self.past[0]], logits)
+        )
+        self.vocabulary = logits.shape[-1]
         self.reset()
 
     def reset(self) -> None:
         self.reading, self.kept = Reading(), dict[str, Any]()
+        self.binding = self.session.io_binding()
 
     def feed(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         had = self.reading.length
         whole, positions = self.reading.add(ids, mask)
-        values = {"input_ids": ids, "attention_mask": whole, "position_ids": positions}
-        binding = self.session.io_binding()
-        for name, array in values.items():
-            if name in self.inputs:
-                binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype=np.int64))
-        binding.bind_output("logits", "cpu")
         if self.in_place:
             self.make_room(len(ids), had, whole.shape[1])
-        elif not self.kept:
-            self.kept = {name: self.empty(name, len(ids), 0) for name in self.past}
-        for name in self.past:
-            binding.bind_ortvalue_input(name, self.kept[name])
-            if self.in_place:
-                binding.bind_ortvalue_output(name.replace(PAST, PRESENT, 1), self.kept[name])
-            else:
-                binding.bind_output(name.replace(PAST, PRESENT, 1), "cpu")
-        self.session.run_with_iobinding(binding)
-        logits, *present = binding.get_outputs()
-        if not self.in_place:
-            self.kept = dict(zip(self.past, present, strict=True))
-        return logits.numpy().astype(np.float32, copy=False)
+        else:
+            self.hand_on(len(ids), had)
+        values = {"input_ids": ids, "attention_mask": whole, "position_ids": positions}
+        for name, array in values.items():
+            if name in self.inputs:
+                self.binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype=np.int64))
+        logits = np.empty((*ids.shape, self.vocabulary), self.logits_dtype)
+        self.binding.bind_ortvalue_output("logits", self.library.OrtValue.ortvalue_from_numpy(logits))
+        self.session.run_with_iobinding(self.binding)
+        return logits.astype(np.float32, copy=False)
+
+    def hand_on(self, num_rows: int, had: int) -> None:
+        """What was the present becomes the past; of length 0 in the first call."""
+        present = (
+            self.binding.get_outputs()[: len(self.past)] if had else [self.empty(n, num_rows, 0) for n in self.past]
+        )
+        self.binding = self.session.io_binding()
+        for name, value in zip(self.past, present, strict=True):
+            self.binding.bind_ortvalue_input(name, value)
+            self.binding.bind_output(name.replace(PAST, PRESENT, 1), "cpu")
 
     def make_room(self, num_rows: int, had: int, needed: int) -> None:
         """Memory for as many tokens; twice what is needed where it must be more than there is."""
@@ -72,6 +78,9 @@ class OnnxDecoder:
             name: self.empty(name, num_rows, max(ROOM, 2 * needed), kept[name].numpy()[:, :, :had] if kept else None)
             for name in self.past
         }
+        for name, value in self.kept.items():
+            self.binding.bind_ortvalue_input(name, value)
+            self.binding.bind_ortvalue_output(name.replace(PAST, PRESENT, 1), value)
 
     def empty(self, name: str, num_rows: int, num_tokens: int, before: np.ndarray | None = None) -> Any:
         """Memory for an input, `[row, head, token, size]`: what there was before, then zeros."""
