@@ -107,7 +107,7 @@ def measure(row: str, assets: Assets, work: Path, num_windows: int) -> dict[str,
     file = place(work, FILES[name])
     if kind == "file":
         return write(FILES[name], file, work)
-    return {"perplexity": perplexity(str(file), FILES[name].runtime, assets, num_windows), "bytes": num_bytes(file)}
+    return {"perplexity": perplexity(str(file), FILES[name].runtime, assets, num_windows)}
 
 
 def place(work: Path, row: Row) -> Path:
@@ -181,6 +181,7 @@ def speed(starts: tuple[str, ...], work: Path) -> dict[str, Any]:
     found = decode_bench(candidates, num_prompt=NUM_PROMPT, num_new=NUM_NEW, seconds=0.0, memory=False, cpu_time=True)
     timings = {
         name: {
+            "bytes": num_bytes(place(work, FILES[name])),
             "prompt": timing.prompt.p50,
             "token": timing.token.p50,
             "spread": timing.token.spread,
@@ -205,18 +206,23 @@ def page(results: Results, num_windows: int) -> str:
 
 Command: `python benchmarks/decode.py --assets FOLDER --write`
 
-tersor {about["tersor"]}, {", ".join(versions)}, Python {about["python"]};
-{about["processor"]} ({about["cpu_capability"]}).
+tersor {about["tersor"]}, {", ".join(version.split("-releases")[0] for version in versions)},
+Python {about["python"]}; {about["processor"]} ({about["cpu_capability"]}).
 
 {NUM_NEW} tokens one by one after a prompt of {NUM_PROMPT}, at batch 1 on one thread, with a cache of keys and values.
 The models of a table run in turn in one process; medians of CPU time, the speed-up over PyTorch fp32 with its 95 %
 interval (PyTorch fp32 against itself: {min(noise, default=1):.2f} to {max(noise, default=1):.2f}). The machine was
-shared: its load was {loads}, and absolute times vary with that. Perplexity is of the file, run in its runtime: the
-first {num_windows} windows of 512 tokens of WikiText-2 test. MB is the whole file.
+shared by others, with a load of {loads} on two cores: absolute times would be shorter on a quiet one, and ratios are to
+be taken within a table. Perplexity is of the file, run in its runtime: the first {num_windows} windows of 512 tokens of
+WikiText-2 test; a dash: not measured. MB is the whole file.
 
 int4: `gptq:int4-g32`, calibrated on WikiText-2 valid, embedding and head too. `head int8`: embedding and head are
 `nearest:int8-g32` (`-g64` beside int4-g64). int8: `nearest:int8-g32` throughout. GGUF holds the same codes and scales
 as the other files: int4-g32 is Q4_0, int8-g32 is Q8_0.
+
+What the runtimes' own tools reached on this model and machine when it was quiet, with weights rounded to nearest:
+llama.cpp Q4_0 9.2 times PyTorch fp32 (met); OpenVINO int4 by optimum-intel 4.8 times PyTorch fp32 (missed); ONNX
+Runtime int4 by onnxruntime-genai 3.9 times its own fp32, in a process of its own (missed).
 {sections}"""
 
 
@@ -224,12 +230,14 @@ def section(result: dict[str, Any], results: Results) -> str:
     timings = result["timings"]
     rows = []
     for name, timing in timings.items():
-        score = results.get(f"perplexity {name}", {})
-        runtime = name.split(" fp32")[0].split(" int")[0].split(" Q")[0]
-        own = next(timings[f"{runtime} {kind}"]["token"] for kind in ("fp32", "F16") if f"{runtime} {kind}" in timings)
+        score = results.get(f"perplexity {name}")
+        told = f"{score['perplexity']:.1f}" if score else "-"
+        runtime = FILES[name].runtime.removesuffix("-bf16")
+        floats = (each for each in timings if FILES[each].runtime == runtime and FILES[each].scheme in ("fp32", "fp16"))
+        own = timings[next(floats)]["token"]
         low, high = timing["interval"]
         rows.append(
-            f"| {name} | {score.get('bytes', math.nan) / 1e6:.0f} | {score.get('perplexity', math.nan):.1f} | "
+            f"| {name} | {timing['bytes'] / 1e6:.0f} | {told} | "
             f"{timing['prompt']:.0f} | {timing['token']:.2f} | {1e3 / timing['token']:.0f} | {timing['spread']:.0%} | "
             f"{timing['speedup']:.2f}x [{low:.2f}, {high:.2f}] | {timings[TORCH[1]]['token'] / timing['token']:.2f}x | "
             f"{own / timing['token']:.2f}x |"
