@@ -428,12 +428,17 @@ def refusal_names_what_is_accepted(method: Method, format: Format) -> None:
     assert all(other.accepts(format) is None for other in methods), problem
 
 
+OTHER_OPTIONS = {"num_states": 16}  # that take only some numbers
+
+
 def other_options(method: Method) -> Method:
     """The same method with every number changed."""
-    changed = {}
+    changed: dict[str, float] = {}
     for option in fields(method):  # type: ignore[arg-type]
         value = getattr(method, option.name)
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if option.name in OTHER_OPTIONS:
+            changed[option.name] = OTHER_OPTIONS[option.name]
+        elif isinstance(value, int | float) and not isinstance(value, bool):
             changed[option.name] = value + 1 if isinstance(value, int) else value / 2
     return replace(method, **changed)  # type: ignore[type-var]
 
