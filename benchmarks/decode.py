@@ -220,9 +220,6 @@ int4: `gptq:int4-g32`, calibrated on WikiText-2 valid, embedding and head too. `
 `nearest:int8-g32` (`-g64` beside int4-g64). int8: `nearest:int8-g32` throughout. GGUF holds the same codes and scales
 as the other files: int4-g32 is Q4_0, int8-g32 is Q8_0.
 
-What the runtimes' own tools reached on this model and machine when it was quiet, with weights rounded to nearest:
-llama.cpp Q4_0 9.2 times PyTorch fp32 (met); OpenVINO int4 by optimum-intel 4.8 times PyTorch fp32 (missed); ONNX
-Runtime int4 by onnxruntime-genai 3.9 times its own fp32, in a process of its own (missed).
 {sections}"""
 
 

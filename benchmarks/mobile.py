@@ -16,12 +16,11 @@ import json
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from models import open_cifar, open_efficientnet, open_resnet
-from rows import Results, run_rows
+from rows import Results, in_turn, run_rows
 from static_int8 import NUM_CALIBRATION, large_pictures
 
 ROWS = ("ResNet-20", "EfficientNet-Lite0")
@@ -152,18 +151,7 @@ def times(model: Any, sessions: dict[str, Any], shape: tuple[int, ...], seconds:
 
     calls: dict[str, Any] = {"torch": in_torch}
     calls |= {name: lambda s=s: s.run({"x": x}) for name, s in sessions.items()}
-    for call in [*calls.values()] * 5:
-        call()
-    rounds: list[list[float]] = []
-    started, generator = time.perf_counter(), np.random.default_rng(0)
-    while len(rounds) < 1000 and (len(rounds) < 15 or time.perf_counter() - started < seconds):
-        spent = dict.fromkeys(calls, 0.0)
-        for name in generator.permutation(list(calls)):
-            before = time.process_time()
-            calls[name]()
-            spent[name] = time.process_time() - before
-        rounds.append(list(spent.values()))
-    columns = dict(zip(calls, np.array(rounds).T, strict=True))
+    columns = in_turn(calls, seconds, least=15, most=1000, num_warm=5)
     found = {}
     for name, column in columns.items():
         ratios = columns["fp32"] / column

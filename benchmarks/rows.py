@@ -1,4 +1,5 @@
-"""The rows of a benchmark: kept in a file of JSON lines, so that a run that was stopped goes on where it was."""
+"""The rows of a benchmark: kept in a file of JSON lines, so that a run that was stopped goes on where it was; each in a
+process of its own, and what is compared timed in turn."""
 
 from __future__ import annotations
 
@@ -6,9 +7,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Results(dict[str, dict[str, Any]]):
@@ -29,6 +34,15 @@ class Results(dict[str, dict[str, Any]]):
     def among(self, rows: Iterable[str]) -> list[dict[str, Any]]:
         """Those of `rows` that were measured, in that order."""
         return [self[row] for row in rows if row in self]
+
+    def joined(self, rows: Iterable[str], parts: Iterable[str]) -> list[dict[str, Any]]:
+        """As `among`, of rows measured in parts, `row: part`: those that have all of them, each in one."""
+        made = []
+        for row in rows:
+            found = [self.get(f"{row}: {part}") for part in parts]
+            if all(found):
+                made.append({key: value for part in found if part for key, value in part.items()} | {"row": row})
+        return made
 
 
 def run_rows(
@@ -57,6 +71,27 @@ def run_rows(
             continue
         print(show(results.add(row, json.loads(child.stdout.splitlines()[-1]))), flush=True)
     return complete
+
+
+def in_turn(
+    calls: Mapping[str, Callable[[], object]], seconds: float, *, least: int, most: int, num_warm: int
+) -> dict[str, np.ndarray]:
+    """CPU seconds of every call in each of `least` to `most` rounds, for about so many seconds by the clock. The order
+    within a round is drawn anew each time."""
+    import numpy as np
+
+    for call in [*calls.values()] * num_warm:
+        call()
+    rounds: list[list[float]] = []
+    started, generator = time.perf_counter(), np.random.default_rng(0)
+    while len(rounds) < most and (len(rounds) < least or time.perf_counter() - started < seconds):
+        spent = dict.fromkeys(calls, 0.0)
+        for name in generator.permutation(list(calls)):
+            before = time.process_time()
+            calls[name]()
+            spent[name] = time.process_time() - before
+        rounds.append(list(spent.values()))
+    return dict(zip(calls, np.array(rounds).T, strict=True))
 
 
 def child_environment(num_threads: int) -> dict[str, str]:

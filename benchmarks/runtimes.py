@@ -14,7 +14,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import torch
-from rows import Results, run_rows
+from rows import Results, in_turn, run_rows
 from torch import nn
 
 import tersor
@@ -79,16 +78,8 @@ def main() -> int:
     options = ["--assets", assets, "--seconds", args.seconds, "--work", work]
     complete = run_rows([f"{row}: {part}" for row in args.rows for part in args.parts], results, options)
     if args.write:
-        Path(__file__).with_suffix(".md").write_text(page(joined(results)))
+        Path(__file__).with_suffix(".md").write_text(page(results.joined(ROWS, PARTS)))
     return int(not complete)
-
-
-def joined(results: Results) -> list[dict[str, Any]]:
-    """Scores and times of the rows that have both."""
-    both = [[results.get(f"{row}: {part}") for part in PARTS] for row in ROWS]
-    return [
-        scores | {"row": scores["row"].split(": ")[0], "latency": t["latency"]} for scores, t in both if scores and t
-    ]
 
 
 class Running(nn.Module):
@@ -171,30 +162,13 @@ def times(
             model(**inputs)
 
     calls = {"torch": in_torch} | {name: lambda s=s: s.run(feeds) for name, s in sessions.items()}  # type: ignore[misc]
-    for call in (*calls.values(), *calls.values()):
-        call()
-    rounds: list[list[float]] = []
-    started = time.perf_counter()
-    generator = np.random.default_rng(0)
-    while len(rounds) < 60 and (len(rounds) < 8 or time.perf_counter() - started < seconds):
-        spent = dict.fromkeys(calls, 0.0)
-        for name in generator.permutation(list(calls)):
-            before = time.process_time()
-            calls[name]()
-            spent[name] = time.process_time() - before
-        rounds.append(list(spent.values()))
-    table = np.array(rounds)
-    ratios = table[:, :1] / table
-    low, high = np.percentile(ratios, [25, 75], axis=0)
-    return {
-        name: {
-            "ms": 1e3 * float(np.median(table[:, i])),
-            "x": float(np.median(ratios[:, i])),
-            "low": low[i],
-            "high": high[i],
-        }
-        for i, name in enumerate(calls)
-    }
+    columns = in_turn(calls, seconds, least=8, most=60, num_warm=2)
+    made = {}
+    for name, column in columns.items():
+        ratios = columns["torch"] / column
+        low, high = np.percentile(ratios, [25, 75])
+        made[name] = {"ms": 1e3 * float(np.median(column)), "x": float(np.median(ratios)), "low": low, "high": high}
+    return made
 
 
 def lines(result: dict[str, Any]) -> list[str]:

@@ -17,11 +17,10 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rows import Results, run_rows
+from rows import Results, in_turn, run_rows
 
 RECIPE: dict[str, Any] = {"scheme": "int8/int8-static", "transforms": ["fold-bn"]}
 LITE: dict[str, Any] = {"scheme": "gptq:int8/int8-static", "transforms": ["fold-bn"], "bias_correction": True}
@@ -78,16 +77,8 @@ def main() -> int:
     options = ["--assets", args.assets, "--pictures", args.pictures, "--seconds", args.seconds, "--work", work]
     complete = run_rows([f"{row}: {part}" for row in args.rows for part in args.parts], results, options)
     if args.write:
-        Path(__file__).with_suffix(".md").write_text(page(joined(results)))
+        Path(__file__).with_suffix(".md").write_text(page(results.joined(ROWS, PARTS)))
     return int(not complete)
-
-
-def joined(results: Results) -> list[dict[str, Any]]:
-    """Scores and times of the rows that have both."""
-    both = [[results.get(f"{row}: {part}") for part in PARTS] for row in ROWS]
-    return [
-        scores | {"row": scores["row"].split(": ")[0], "latency": t["latency"]} for scores, t in both if scores and t
-    ]
 
 
 def opened(row: str, assets: Path, folder: Path, num_pictures: int) -> tuple[Any, Any, Any]:
@@ -246,18 +237,7 @@ def times(model: Any, sessions: dict[str, Any], shape: tuple[int, ...], seconds:
 
     calls: dict[str, Any] = {"torch": in_torch}
     calls |= {name: lambda s=s: s.run({s.inputs[0].name: x}) for name, s in sessions.items()}
-    for call in [*calls.values()] * 5:
-        call()
-    rounds: list[list[float]] = []
-    started, generator = time.perf_counter(), np.random.default_rng(0)
-    while len(rounds) < 400 and (len(rounds) < 15 or time.perf_counter() - started < seconds):
-        spent = dict.fromkeys(calls, 0.0)
-        for name in generator.permutation(list(calls)):
-            before = time.process_time()
-            calls[name]()
-            spent[name] = time.process_time() - before
-        rounds.append(list(spent.values()))
-    columns = dict(zip(calls, np.array(rounds).T, strict=True))
+    columns = in_turn(calls, seconds, least=15, most=400, num_warm=5)
     found = {}
     for name, column in columns.items():
         ratios = columns["torch" if name == "torch" else f"{name.split()[0]} fp32"] / column

@@ -14,7 +14,6 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from coded_minilm import NUM_SENTENCES, at_forecast
 from rows import Results
-from torch import nn
 
-import tersor
 from tersor.analysis.divergence import divergence, outputs
-from tersor.budget.level import Searching
 from tersor.calibrate import gather
-from tersor.checkpoint.container import Container
-from tersor.checkpoint.layout import CODED
 from tersor.checkpoint.source import open_model
 from tersor.measure.scorecard import machine
-from tersor.recipe import Recipe
-from tersor.schemes import KEEP
-from tersor.stats import Stats
-from tersor.tasks.contract import Task
 from tersor.workflow import TaskChoice, open_task_for
 
 ENCODER, WHOLE = (4, 3, 2, 1.5), (4, 3, 2, 1.5)
@@ -44,7 +35,6 @@ ROWS = [
     *(f"encoder {bits} {num_states}" for num_states in (0, 4, 8, 64, 256) for bits in ENCODER),
     *(f"whole {bits} {num_states}" for num_states in (0, 64) for bits in WHOLE),
 ]
-NUM_SENTENCES = 512
 
 
 def main() -> int:
@@ -67,38 +57,13 @@ def main() -> int:
         stats = gather(source.model, task)
         original = list(outputs(source.model, task, "eval", NUM_SENTENCES))
     for row in left:
-        results.add(row, measure(row, source.model, folder, task, original, stats))
+        loaded, facts = at_forecast(source.model, folder, task, stats, row)
+        after = list(outputs(loaded, task, "eval", NUM_SENTENCES))
+        results.add(row, facts | {"distance": divergence(original, after, task.output)})
         print(line(results[row], results), flush=True)
     if args.write:
         Path(__file__).with_suffix(".md").write_text(page(results))
     return 0
-
-
-def measure(
-    row: str, model: nn.Module, folder: Path, task: Task, original: list[Any], stats: dict[str, Stats]
-) -> dict[str, Any]:
-    """Forecast, compress, save, load, compare."""
-    kind, bits, num_states = row.split()
-    step = Recipe.of(KEEP, exclude=["*embeddings*"] if kind == "encoder" else []).weights[0]
-    searching = Searching(model, task, step, stats, num_states=int(num_states))
-    forecast = searching.foresee()
-    began = time.process_time()
-    found = searching.make(forecast.level_of(float(bits)))
-    seconds = time.process_time() - began
-    with tempfile.TemporaryDirectory() as place:
-        tersor.save(found.made.model, place, source=folder)
-        container = Container(Path(place) / CODED)
-        parts = {f"{site.name}.weight" for site in found.made.sites}
-        kept_bytes = sum(container.stored_bytes(n) for n in container.entries if n.rpartition(".")[0] not in parts)
-        file_bytes = (Path(place) / CODED).stat().st_size
-        loaded = tersor.load(place, packed=False)
-    return {
-        "scheme": found.recipe.weights[0].scheme,
-        "bytes": file_bytes,
-        "bits": 8 * (file_bytes - kept_bytes) / forecast.num_weights,
-        "distance": divergence(original, list(outputs(loaded, task, "eval", NUM_SENTENCES)), task.output),
-        "seconds": seconds,
-    }
 
 
 def gain(result: dict[str, Any], results: Results) -> float | None:
@@ -118,7 +83,7 @@ def line(result: dict[str, Any], results: Results) -> str:
     in_percent = "" if gained is None else f"{gained:.3f} ({100 * gained / (result['bits'] + gained):.1f} %)"
     return (
         f"| {result['row']} | `{result['scheme']}` | {result['bits']:.3f} | {result['bytes'] / 1e6:.2f} "
-        f"| {result['distance']:.4f} | {in_percent} | {result['seconds']:.0f} |"
+        f"| {result['distance']:.4f} | {in_percent} |"
     )
 
 
@@ -135,10 +100,10 @@ tersor {about["tersor"]}, torch {about["torch"]}, transformers {about["transform
 all weights, with N states of a trellis; 0 is steps alone. Bits are bytes of `model.tersor`, less those of the tensors
 that are kept; headers and all side information are inside. 1 - cosine to the original's embeddings is over
 {NUM_SENTENCES} sentences, from the saved file. The gain is what steps alone take more at the same 1 - cosine, on the
-line through their own rows. Each row is one model. CPU seconds are of the compression.
+line through their own rows. Each row is one model.
 
-| row | scheme | bits | MB | 1 - cosine | gain in bits | CPU s |
-|---|---|---|---|---|---|---|
+| row | scheme | bits | MB | 1 - cosine | gain in bits |
+|---|---|---|---|---|---|
 {listing}
 """
 
