@@ -4,11 +4,12 @@
         [--results FILE] [--write]
 
 `linear B`: the level at which the decoder's linear weights take B bits each, embeddings and head kept; the bytes are
-those of `model.tersor` less what the kept tensors take in it. Levels come from the forecast and are not refined, so
-that each row is one model; the table says what the file takes. `tuned B`: the same model after the step `tune-scales`,
-its bytes counted again. `size X`: the whole model, embeddings and head inside, in a file of at most X, by the search of
-`tersor compress --coded --size X`. `gguf TYPE`: llama.cpp's own quantizer, by llama-cpp-python in an environment of its
-own (`pip install llama-cpp-python`), from the file in fp16 that tersor exports; transformers dequantizes it.
+those of `model.tersor` less what the kept tensors take in it. A number after B is that of the trellis's states. Levels
+come from the forecast and are not refined, so that each row is one model; the table says what the file takes. `tuned
+B`: the same model after the step `tune-scales`, its bytes counted again. `size X`: the whole model, embeddings and head
+inside, in a file of at most X, by the search of `tersor compress --coded --size X`. `gguf TYPE`: llama.cpp's own
+quantizer, by llama-cpp-python in an environment of its own (`pip install llama-cpp-python`), from the file in fp16 that
+tersor exports; transformers dequantizes it.
 
 Statistics and models that rows share lie beside FILE, in a folder of its name. The protocol is that of protocol.py.
 """
@@ -42,10 +43,10 @@ if TYPE_CHECKING:
     from tersor.stats import Stats
     from tersor.tasks import Task
 
-LINEAR = [f"linear {bits}" for bits in (4, 3, 2.5, 2)]
-TUNED = [f"tuned {bits}" for bits in (3, 2.5, 2)]
+LINEAR = [f"linear {bits}{states}" for states in ("", " 64") for bits in (4, 3, 2.5, 2)]
+TUNED = [f"tuned {bits} 64" for bits in (3, 2.5, 2)]
 GGUF = [f"gguf {kind}" for kind in ("Q4_K_M", "Q3_K_M", "Q2_K")]
-SIZES = [f"size {size}" for size in ("88.2MB", "50MB", "42MB")]
+SIZES = [f"size {size} 64" for size in ("88.2MB", "50MB", "42MB")]
 ROWS = [*LINEAR, *TUNED, *GGUF, *SIZES]
 TUNING: dict[str, Any] = {
     "num_steps": 48,
@@ -104,16 +105,17 @@ def measure(rows: list[str], assets: Assets, results: Results, llama_python: Pat
     models.mkdir(exist_ok=True)
     stats = curvature(model, task, models) if any(row.startswith(("linear", "size")) for row in rows) else {}
     for row in rows:
-        kind, setting = row.split()
+        kind, setting = row.split(maxsplit=1)
+        folder = models / row.replace(" ", "-")
         if kind == "gguf":
             assert llama_python is not None
             result = measure_gguf(setting, assets, models, original, task, llama_python)
         elif kind == "tuned":
-            result = measure_tuned(models / f"linear-{setting}", assets, original, task)
+            result = measure_tuned(folder, assets, original, task)
         else:
             with Meter() as meter:
                 made, scheme = coded(kind, setting, model, task, stats)
-            result = saved(made, models / f"{kind}-{setting}", assets, original, task)
+            result = saved(made, folder, assets, original, task)
             result |= {"scheme": scheme, **meter.costs.to_dict()}
         print(line(results.add(row, result)), flush=True)
 
@@ -136,28 +138,30 @@ def curvature(model: nn.Module, task: Task, models: Path) -> dict[str, Stats]:
 
 
 def coded(kind: str, setting: str, model: nn.Module, task: Task, stats: dict[str, Stats]) -> tuple[nn.Module, str]:
-    """At so many bits a linear weight, or in a file of so many bytes."""
+    """At so many bits a linear weight, or in a file of so many bytes, with a trellis or without."""
     from tersor.budget.level import Searching
     from tersor.budget.limit import Limit, parse_size
     from tersor.recipe import Recipe
     from tersor.schemes import KEEP
 
     step = Recipe.of(KEEP, exclude=[KEPT] if kind == "linear" else []).weights[0]
-    searching = Searching(model, task, step, stats)
+    size, num_states = [*setting.split(), "0"][:2]
+    searching = Searching(model, task, step, stats, num_states=int(num_states))
     if kind == "size":
-        found = searching.within(Limit(parse_size(setting), setting))
+        found = searching.within(Limit(parse_size(size), size))
     else:
-        found = searching.make(searching.foresee().level_of(float(setting)))
+        found = searching.make(searching.foresee().level_of(float(size)))
     return found.made.model, found.recipe.weights[0].scheme
 
 
-def measure_tuned(source: Path, assets: Assets, original: nn.Module, task: Task) -> dict[str, Any]:
+def measure_tuned(folder: Path, assets: Assets, original: nn.Module, task: Task) -> dict[str, Any]:
     """The model of a row `linear`, its scales trained on WikiText-2 valid, whose windows calibrated it."""
     from transformers import AutoTokenizer
 
     import tersor
     from tersor.training import Job, TuneScalesStep
 
+    source = folder.with_name(folder.name.replace("tuned", "linear"))
     if not source.exists():
         raise SystemExit(f"needs {source}: run the row {source.name.replace('-', ' ')} before")
     trained = tersor.open_task(
@@ -170,7 +174,7 @@ def measure_tuned(source: Path, assets: Assets, original: nn.Module, task: Task)
     job = Job(tersor.load(source), original, trained)
     with Meter() as meter:
         TuneScalesStep(**TUNING).run(job)
-    result = saved(job.model, source.with_name(source.name.replace("linear", "tuned")), assets, original, task)
+    result = saved(job.model, folder, assets, original, task)
     return result | meter.costs.to_dict()
 
 
@@ -239,7 +243,7 @@ def write_whole(assets: Assets, output: Path) -> None:
 
 
 def line(result: dict[str, Any]) -> str:
-    kind, setting = result["row"].split()
+    kind, setting = result["row"].split(maxsplit=1)
     end = f"{result['perplexity']:.2f} | {result['kl']:.3f} | {result['cpu']:.0f} |"
     if kind == "linear":
         return f"| {setting} | `{result['scheme']}` | {result['bits']:.3f} | {result['file_bytes'] / 1e6:.1f} | {end}"
@@ -282,9 +286,9 @@ def table(results: list[dict[str, Any]]) -> str:
 
 SECTION_LINEAR = """## The decoder's linear weights
 
-Embeddings and head are kept in bf16. A row asks the forecast for so many bits a weight. Bits are bytes of
-`model.tersor`, less those of the tensors that are kept; headers and all side information are inside. CPU seconds are of
-forecast and compression, without the curvature.
+Embeddings and head are kept in bf16. A row asks the forecast for so many bits a weight; a number after them is that of
+the trellis's states. Bits are bytes of `model.tersor`, less those of the tensors that are kept; headers and all side
+information are inside. CPU seconds are of forecast and compression, without the curvature.
 
 | asked | scheme | bits | file MB | perplexity | KL | CPU s |
 |---|---|---|---|---|---|---|

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from tersor.codecs import rans_numba, rans_numpy
 from tersor.codecs.bits import BitReader, BitWriter, unzigzag, zigzag
-from tersor.codecs.tables import MOST, TOTAL, make_tables, normalized, read_tables, write_tables
+from tersor.codecs.tables import LARGEST, MOST, TOTAL, make_tables, normalized, read_tables, write_tables
 from tersor.errors import ArtifactError
 
 counts_of = arrays.arrays(
@@ -70,31 +71,50 @@ def test_any_bytes(data):
     assert tables.symbols.shape == (len(tables.logs), TOTAL)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["raw", "rice", "gamma"]), st.integers(0, 2**20), st.integers(16, 21))))
+@given(st.lists(st.tuples(st.sampled_from(["raw", "gamma"]), st.integers(0, 2**20))))
 @settings(deadline=None, max_examples=50)
 def test_bits(numbers):
     out = BitWriter()
-    for kind, value, k in numbers:
-        out.gamma(value) if kind == "gamma" else out.raw(value, 21) if kind == "raw" else out.rice(value, k)
+    for kind, value in numbers:
+        out.gamma(value) if kind == "gamma" else out.raw(value, 21)
     source = BitReader(bytes(out))
-    for kind, value, k in numbers:
-        read = {"gamma": source.gamma, "raw": lambda: source.raw(21), "rice": lambda k=k: source.rices(k, 1)[0]}
-        assert read[kind]() == value
+    for kind, value in numbers:
+        assert (source.gamma() if kind == "gamma" else source.raw(21)) == value
     with pytest.raises(ArtifactError, match="in the middle of a number"):
         source.raw(8)
 
 
-@given(st.lists(st.integers(0, 300)), st.integers(3, 7))
-def test_many_numbers_at_once(numbers, k):
+@pytest.mark.parametrize("loops", [rans_numba, rans_numpy])
+@given(st.lists(st.integers(0, LARGEST), min_size=1, max_size=40), st.integers(3, 7), st.integers(0, 7), st.binary())
+@settings(deadline=None, max_examples=50)
+def test_logarithms_by_their_differences(loops, logs, k, place, after):
     out = BitWriter()
-    out.raw(5, 3)
-    for number in numbers:
-        out.rice(number, k)
-    source = BitReader(bytes(out))
-    assert source.raw(3) == 5
-    assert source.rices(k, len(numbers)) == numbers
-    with pytest.raises(ArtifactError, match=r"in the middle of a number|more than 40 bits"):
-        source.rices(k, 8)
+    out.raw(0, place)
+    for log, latest in zip(logs, [0, *logs], strict=False):
+        out.rice(zigzag(log - latest), k)
+    num_bits = out.num_bits
+    padded = np.frombuffer(bytearray(bytes(out) + after) + bytes(8), np.uint8)
+    before, read = np.zeros(len(logs) + 1, np.int64), np.zeros(len(logs), np.int64)
+    assert loops.read_logs(padded, place, k, 0, before, read) == num_bits
+    assert read.tolist() == logs
+    cut = np.frombuffer(bytearray(bytes(out)[: (num_bits - 1) // 8]) + bytes(8), np.uint8)
+    assert loops.read_logs(cut, place, k, 0, before, read) == -1
+
+
+@given(st.binary(max_size=60), st.integers(0, 7), st.integers(0, 1), st.integers(0, 50), st.data())
+@settings(deadline=None, max_examples=200)
+def test_either_loop_reads_the_same_of_any_bytes(data, k, follow, num_symbols, draw):
+    padded = np.frombuffer(bytearray(data) + bytes(8), np.uint8)
+    before = np.array(draw.draw(st.lists(st.integers(0, LARGEST), min_size=51, max_size=51)), np.int64)[
+        : num_symbols + 1
+    ]
+    read = [np.zeros(num_symbols, np.int64) for _ in range(2)]
+    places = [
+        each.read_logs(padded, 0, k, follow, before, logs)
+        for each, logs in zip((rans_numba, rans_numpy), read, strict=True)
+    ]
+    assert places[0] == places[1]
+    assert np.array_equal(*read)
 
 
 @given(st.integers(-(2**40), 2**40))

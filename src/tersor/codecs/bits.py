@@ -5,6 +5,12 @@ Bits fill a byte from its lowest one. Three ways to write a number: `n` bits as 
 (Elias 1975, https://doi.org/10.1109/TIT.1975.1055349) for numbers of any size.
 """
 
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import UInt8
+from numpy import ndarray
+
 from tersor.errors import ArtifactError
 
 LONGEST = 40  # bits of a number, and ones in a row, that a reader accepts
@@ -42,6 +48,11 @@ class BitReader:
     def __init__(self, data: bytes):
         self.data, self.place = data, 0
 
+    @cached_property
+    def padded(self) -> UInt8[ndarray, " bytes"]:
+        """All bytes and eight zeros, as loops read them."""
+        return np.frombuffer(bytearray(self.data) + bytes(8), np.uint8)
+
     def raw(self, num_bits: int) -> int:
         """The next bits as a number."""
         first, end = self.place, self.place + num_bits
@@ -50,23 +61,6 @@ class BitReader:
         self.place = end
         part = int.from_bytes(self.data[first // 8 : -(-end // 8)], "little")
         return (part >> (first % 8)) & ((1 << num_bits) - 1)
-
-    def rices(self, k: int, count: int) -> list[int]:
-        """Numbers written by `BitWriter.rice`, one after another; k is at most 16."""
-        data, place, end, lowest = self.data, self.place, 8 * len(self.data), (1 << k) - 1
-        numbers = []
-        for _ in range(count):
-            first = place >> 3
-            part = int.from_bytes(data[first : first + 8], "little") >> (place & 7)  # beyond the end there are zeros
-            high = (~part & (part + 1)).bit_length() - 1
-            if high > LONGEST:
-                raise ArtifactError(f"a number of more than {LONGEST} bits")
-            place += high + 1 + k
-            if place > end:
-                raise ArtifactError(f"ends after {len(data)} bytes, in the middle of a number")
-            numbers.append((high << k) | (part >> (high + 1) & lowest))
-        self.place = place
-        return numbers
 
     def gamma(self) -> int:
         """A number written by `BitWriter.gamma`."""

@@ -22,8 +22,8 @@ from tersor.codecs.chunk import decode_chunk, encode_chunk
 from tersor.codecs.contract import Decoding, Pieces
 from tersor.codecs.head import Head, read_head, write_head
 from tersor.codecs.integers import check_size, matrix_shape, row_blocks
+from tersor.codecs.loops import loops
 from tersor.codecs.plan import CHUNK, Plan, lanes_and_rows, log_plan
-from tersor.codecs.rans import loops
 from tersor.codecs.raw import bytes_of
 from tersor.errors import ArtifactError
 

@@ -5,32 +5,17 @@ A chunk is some rows of a matrix of symbols. Lane l codes the rows l, l + lanes,
 and all lanes take turns, column by column, so that one sequence of 16-bit words serves them all. A state has 32 bits;
 it starts at 65536 and takes a word from the sequence whenever it falls below that. A decoder that does not end with
 every state at 65536, exactly at the last word, has read a damaged chunk.
-
-This file chooses who does the work: numba's compiled loops, or numpy's where numba is not installed.
 """
-
-from functools import cache
-from types import ModuleType
 
 import numpy as np
 from jaxtyping import Float32, Int, Int32, Int64, UInt8, UInt16
 from numpy import ndarray
 
-from tersor.codecs import rans_numpy
+from tersor.codecs.loops import loops
 from tersor.codecs.tables import BITS, TableSet
 from tersor.formats.trellis import taps
 
 Scales = tuple[Float32[ndarray, " rows"], Float32[ndarray, " in"]]  # what rows and columns of integers are times
-
-
-@cache
-def loops() -> ModuleType:
-    """The module with the loops: compiled where numba is there."""
-    try:
-        from tersor.codecs import rans_numba
-    except ImportError:
-        return rans_numpy
-    return rans_numba
 
 
 def encode(

@@ -6,7 +6,9 @@ Imported only where coding happens.
 
 import numpy as np
 
+from tersor.codecs.bits import LONGEST
 from tersor.codecs.tables import BITS, TOTAL
+from tersor.codecs.tables import LARGEST as MOST_LOG
 from tersor.compiled import compiled
 
 START = np.uint32(65536)  # the state of every lane before the first symbol is coded
@@ -26,9 +28,9 @@ def decode_block(words, num_words, place, states, active, by_slot, by_symbol, of
     for column in range(np.uint64(len(kinds))):
         if at > np.uint64(num_words):
             return -1, 0
-        kind = np.uint64(kinds[column])
+        tables, out = offsets[kinds[column]], block[column]
         for lane in range(num_lanes):
-            x, table = states[lane], offsets[kind, lane]
+            x, table = states[lane], tables[lane]
             symbol = by_slot[np.uint64((table << bits) + (x & mask))]
             span = by_symbol[np.uint64((table << np.uint32(8)) + np.uint32(symbol))]
             x = np.uint32(np.uint32(span & half) * np.uint32(x >> bits) + (x & mask) - (span >> np.uint32(16)))
@@ -36,7 +38,7 @@ def decode_block(words, num_words, place, states, active, by_slot, by_symbol, of
             filled = np.uint32((x << np.uint32(16)) | np.uint32(words[at]))  # in any case: no branch to guess
             states[lane] = filled if short else x
             at += np.uint64(short)
-            block[column, lane] = symbol
+            out[lane] = symbol
             num_escapes += np.uint64(symbol == 0)
     return np.int64(at), np.int64(num_escapes)
 
@@ -58,9 +60,9 @@ def decode_paths(
     for column in range(np.uint64(len(kinds))):
         if at > np.uint64(num_words) or num_escapes > num_written:
             return -1, 0
-        kind, path = np.uint64(kinds[column]), paths[column]
+        tables, out, path = offsets[kinds[column]], block[column], paths[column]
         for lane in range(num_lanes):
-            x, table, odd = states[lane], offsets[kind, lane], path & one
+            x, table, odd = states[lane], tables[lane], path & one
             pair = np.uint64((table << bits) + ((x & mask) << one))
             even_symbol, odd_symbol = np.uint32(by_slot[pair]), np.uint32(by_slot[pair + np.uint64(1)])
             symbol = np.uint32(even_symbol ^ ((even_symbol ^ odd_symbol) & (np.uint32(0) - odd)))  # no branch to guess
@@ -70,7 +72,7 @@ def decode_paths(
             filled = np.uint32((x << np.uint32(16)) | np.uint32(words[at]))
             states[lane] = filled if short else x
             at += np.uint64(short)
-            block[column, lane] = symbol
+            out[lane] = symbol
             value = least + symbol
             if symbol == 0:
                 value = np.uint32(written[num_escapes])
@@ -91,6 +93,14 @@ def kinds_of(column_class):
     for kind in range(len(levels)):
         number[levels[kind]] = kind
     return levels, number[column_class]
+
+
+@compiled("void(uint8[:, ::1], uint8[:, ::1], uint64, uint64)")
+def turn(block, turned, num_lanes, width):
+    """`block [column, lane]` as `turned [lane, column]`."""
+    for lane in range(num_lanes):
+        for step in range(width):
+            turned[lane, step] = block[step, lane]
 
 
 @compiled("int64(uint8[:, ::1], int64, int64, int64, int64, int64[::1], int64)")
@@ -140,7 +150,8 @@ def decode(
     num_rows, num_columns = values.shape
     if num_words < 2 * num_lanes:
         return -1
-    states, block = np.empty(num_lanes, np.uint32), np.empty((WIDTH, num_lanes), np.uint8)
+    states, turned = np.empty(num_lanes, np.uint32), np.empty((num_lanes, WIDTH), np.uint8)
+    block = np.empty((WIDTH, num_lanes), np.uint8)
     for lane in range(num_lanes):
         states[lane] = (np.uint32(words[2 * lane]) << np.uint32(16)) | np.uint32(words[2 * lane + 1])
     levels, kinds = kinds_of(column_class)
@@ -180,11 +191,12 @@ def decode(
                 )
             if place < 0:
                 return -1
+            turn(block, turned, active, width)  # so that what follows is done for many columns at once
+            scale = columns[column : column + width]
             for lane in range(active):
-                row = rows[first + lane]
+                row, coded, out = rows[first + lane], turned[lane], values[first + lane, column : column + width]
                 for step in range(width):
-                    value = number(low + np.int32(block[step, lane]))
-                    values[first + lane, column + step] = value * (row * columns[column + step])
+                    out[step] = number(low + np.int32(coded[step])) * (row * scale[step])
             if found:
                 start = first * num_columns + column
                 num_escapes = note_escapes(block, active, width, start, num_columns, escapes, num_escapes)
@@ -290,3 +302,30 @@ def join32(symbols, planes, numbers):
         high = np.uint32(planes[2, i])
         rest = np.uint32(planes[0, i]) | (np.uint32(planes[1, i]) << 8) | ((high & 127) << 16)
         numbers[i] = rest | (np.uint32(symbols[i]) << 23) | ((high & 128) << 24)
+
+
+@compiled("int64(uint8[::1], int64, int64, int64, int64[::1], int64[::1])")
+def read_logs(data, place, k, follow, before, logs):
+    """Fill `logs` from Rice codes (bits.py) of their differences to what is expected (tables.py): the place after them
+    in bits; or -1 if one is too long or beyond the end of `data`, whose last eight bytes are no part of it, or if a
+    logarithm is none. `before` is one longer: it begins with the symbol before the first."""
+    num_bits, latest = 8 * (len(data) - 8), np.int64(0)
+    for i in range(len(logs)):
+        part = np.uint64(0)
+        for byte in range(8):
+            part |= np.uint64(data[(place >> 3) + byte]) << np.uint64(8 * byte)
+        part >>= np.uint64(place & 7)
+        high = 0
+        while (part >> np.uint64(high)) & np.uint64(1) and high <= LONGEST:
+            high += 1
+        low = np.int64((part >> np.uint64(high + 1)) & np.uint64((1 << k) - 1))
+        place += high + 1 + k
+        number = (high << k) | low
+        step = -(number >> 1) - 1 if number & 1 else number >> 1
+        if follow:
+            latest = max(latest + before[i + 1] - before[i], np.int64(0)) if i else before[1]
+        latest += step
+        if high > LONGEST or place > num_bits or not 0 <= latest <= MOST_LOG:
+            return -1
+        logs[i] = latest
+    return place

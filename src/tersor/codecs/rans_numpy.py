@@ -8,6 +8,9 @@ import numpy as np
 from jaxtyping import Float32, Int, Int32, Int64, UInt8, UInt16, UInt32
 from numpy import ndarray
 
+from tersor.codecs.bits import LONGEST, unzigzag
+from tersor.codecs.tables import LARGEST
+
 START = 65536
 
 
@@ -186,3 +189,30 @@ def join32(symbols: UInt8[ndarray, " n"], planes: UInt8[ndarray, "3 n"], numbers
     """Numbers from eight bits above the lowest 23, those, and the sign above them, its byte the last of three."""
     low, middle, high = planes.astype(np.uint32)
     numbers[:] = low | middle << 8 | (high & 127) << 16 | symbols.astype(np.uint32) << 23 | (high & 128) << 24
+
+
+def read_logs(
+    data: UInt8[ndarray, " bytes"],
+    place: int,
+    k: int,
+    follow: int,
+    before: Int64[ndarray, " symbols"],
+    logs: Int64[ndarray, " symbols"],
+) -> int:
+    """Fill `logs` from Rice codes (bits.py) of their differences to what is expected (tables.py): the place after them
+    in bits; or -1 if one is too long or beyond the end of `data`, whose last eight bytes are no part of it, or if a
+    logarithm is none. `before` is one longer: it begins with the symbol before the first."""
+    stored, num_bits, latest = data.tobytes(), 8 * (len(data) - 8), 0
+    lasts = before.tolist()
+    for i in range(len(logs)):
+        part = int.from_bytes(stored[place >> 3 : (place >> 3) + 8], "little") >> (place & 7)
+        high = (~part & (part + 1)).bit_length() - 1
+        place += high + 1 + k
+        step = unzigzag((high << k) | ((part >> (high + 1)) & ((1 << k) - 1)))
+        if follow:
+            latest = max(0, latest + lasts[i + 1] - lasts[i]) if i else lasts[1]
+        latest += step
+        if high > LONGEST or place > num_bits or not 0 <= latest <= LARGEST:
+            return -1
+        logs[i] = latest
+    return place

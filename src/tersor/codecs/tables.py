@@ -9,15 +9,15 @@ The classes of a set are numbered upwards from 0, and neighbouring ones share a 
 worth its own bytes.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, UInt8, UInt32
+from jaxtyping import Float, Float32, Int, Int64, UInt8, UInt32
 from numpy import ndarray
 
 from tersor.codecs.bits import LONGEST, BitReader, BitWriter, unzigzag, zigzag
+from tersor.codecs.loops import loops
 from tersor.errors import ArtifactError
 
 BITS = 14  # the counts of a table add up to two to this
@@ -209,16 +209,10 @@ def write_table(logs: Int[ndarray, " symbol"], before: Int[ndarray, " symbol"], 
 def guesses(logs: Int[ndarray, " symbol"], before: Int[ndarray, " symbol"], first: int, end: int, follow: int) -> list:
     """What each logarithm is expected to be, from those already known: that of the symbol before, and with `follow`
     the step between the two in the table before."""
-    return [guess(int(logs[i - 1]) if i > first else 0, before, i, first, follow) for i in range(first, end)]
-
-
-def guess(latest: int, before: Sequence[int] | Int[ndarray, " symbol"], i: int, first: int, follow: int) -> int:
-    """As `guesses`, for one symbol."""
     if not follow:
-        return latest
-    if i == first:
-        return int(before[i])
-    return max(0, latest + int(before[i]) - int(before[i - 1]))
+        return [0, *logs[first : end - 1].tolist()][: end - first]
+    later = np.maximum(0, logs[first : end - 1] + before[first + 1 : end] - before[first : end - 1])
+    return [*before[first : min(first + 1, end)].tolist(), *later.tolist()]
 
 
 def read_tables(source: BitReader) -> TableSet:
@@ -228,7 +222,7 @@ def read_tables(source: BitReader) -> TableSet:
     if num_tables > MAX_TABLES or not -(2**31) <= low <= 2**31 - NUM_SYMBOLS:
         raise ArtifactError(f"{num_tables} tables from the value {low} on; at most {MAX_TABLES} can be")
     table_of: list[int] = []
-    rows, before = [], [0] * NUM_SYMBOLS
+    rows, before = [], np.zeros(NUM_SYMBOLS, np.int64)
     for i in range(num_tables):
         num_classes = source.gamma() + 1
         if len(table_of) + num_classes > MAX_CLASSES:
@@ -236,20 +230,22 @@ def read_tables(source: BitReader) -> TableSet:
         table_of += [i] * num_classes
         before = read_table(before, source)
         rows.append(before)
-    return TableSet(low, np.array(rows, np.int64), np.array(table_of, np.int32))
+    return TableSet(low, np.stack(rows), np.array(table_of, np.int32))
 
 
-def read_table(before: Sequence[int], source: BitReader) -> list[int]:
+def read_table(before: Int64[ndarray, " symbol"], source: BitReader) -> Int64[ndarray, " symbol"]:
     """The inverse of `write_table`: the logarithms of all symbols."""
-    logs = [source.raw(7)] + [0] * (NUM_SYMBOLS - 1)
+    logs = np.zeros(NUM_SYMBOLS, np.int64)
+    logs[0] = source.raw(7)
     first = source.raw(8) + 1
     end = first + source.raw(8)
-    follow, k, latest = source.raw(1), source.raw(3), 0
+    follow, k = source.raw(1), source.raw(3)
     if end > NUM_SYMBOLS or not 1 <= logs[0] <= LARGEST:
         raise ArtifactError(f"a table of the symbols {first} to {end - 1}, its escape at {logs[0]}")
-    for i, step in enumerate(source.rices(k, end - first), first):
-        latest = (guess(latest, before, i, first, follow) if follow else latest) + unzigzag(step)
-        if not 0 <= latest <= LARGEST:
-            raise ArtifactError(f"the logarithm {latest} of a count; 0 to {LARGEST} can be")
-        logs[i] = latest
+    place = loops().read_logs(source.padded, source.place, k, follow, before[first - 1 : end], logs[first:end])
+    if place < 0:
+        raise ArtifactError(
+            f"the logarithms of the symbols {first} to {end - 1}: they end too early, or leave 0 to {LARGEST}"
+        )
+    source.place = place
     return logs

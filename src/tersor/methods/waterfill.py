@@ -45,6 +45,7 @@ SPARSE = 0.01  # of the weights being zero, a site has no trellis, which takes o
 UNREACHED = 0.01  # a site that the data never reaches counts as if its output were this share of the loss
 BIT = log(2) / 6  # squared error, in steps, that a bit is worth where each weight adds `level^2 / 24` to the loss
 FEW_BITS = 2.2  # a weight; below it the loudest inputs are solved last
+GAP = log(pi * e / 6, 2) / 2  # bits a weight that steps alone take above the bound where many are spent
 PER_OCTAVE = 8  # deviations that are told apart
 REACH = 60  # octaves around 1 in which rows and columns deviate
 
@@ -209,18 +210,27 @@ def histogram(values: Float[Tensor, " n"]) -> "np.ndarray[tuple[int], np.dtype[n
 
 def bits_at(counts: Float[Tensor, " bin"], level: float, num_states: int = 0) -> float:
     """About how many bits codes of these deviations (at level 1) take, as if they were normal numbers. A trellis goes a
-    part of the way to the bound."""
-    octaves = torch.arange(len(counts), dtype=torch.float64) / PER_OCTAVE - 2 * REACH - log(level, 2)
-    bits = counts.dot(entropy(octaves.exp2())).item()
-    share = log(1 / (3 * NOISE[num_states])) / log(pi * e / 6) if num_states else 0.0
-    return bits - share * (bits - bound_at(counts, level))
+    part of the way to the bound, where that is not further than at many bits."""
+    bits, bounds = entropy(deviations_at(counts, level).exp2()), bounds_at(counts, level)
+    if num_states:
+        bits = bits - log(1 / (3 * NOISE[num_states]), 2) / 2 * ((bits - bounds) / GAP).clamp_max(1)
+    return counts.dot(bits).item()
 
 
 def bound_at(counts: Float[Tensor, " bin"], level: float) -> float:
     """Bits that no code can do without, at the error of this level, were the weights normal numbers: their
     rate-distortion function (Shannon 1959)."""
-    octaves = torch.arange(len(counts), dtype=torch.float64) / PER_OCTAVE - 2 * REACH - log(level, 2)
-    return counts.dot((octaves + log(12, 2) / 2).clamp_min(0)).item()
+    return counts.dot(bounds_at(counts, level)).item()
+
+
+def bounds_at(counts: Float[Tensor, " bin"], level: float) -> Float[Tensor, " bin"]:
+    """The bound for a weight of each deviation."""
+    return (deviations_at(counts, level) + log(12, 2) / 2).clamp_min(0)
+
+
+def deviations_at(counts: Float[Tensor, " bin"], level: float) -> Float[Tensor, " bin"]:
+    """In steps and octaves."""
+    return torch.arange(len(counts), dtype=torch.float64) / PER_OCTAVE - 2 * REACH - log(level, 2)
 
 
 def entropy(deviation: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
