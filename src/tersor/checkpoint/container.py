@@ -137,17 +137,21 @@ class Container:
             scales: of the rows `[out]` and the columns `[in]` of some integer matrices, by name: those come back as
                 float32, each value times the product of its two scales, without integers in between.
         """
+        wanted = list(self.entries if names is None else names)
         decodings: dict[str, Decoding] = {}
-        tasks: list[Task] = []
-        for name in self.entries if names is None else names:
-            decodings[name] = self.decoding(name, (scales or {}).get(name))
-            tasks += decodings[name].tasks
-        if num_threads == 1 or len(tasks) < 2:
-            for task in tasks:
-                task()
+        if num_threads == 1 or sum(self.entries[name].chunks for name in wanted if name in self.entries) < 2:
+            for name in wanted:
+                decodings[name] = self.decoding(name, (scales or {}).get(name))
+                for task in decodings[name].tasks:
+                    task()
         else:
             with ThreadPoolExecutor(num_threads or num_cores()) as pool:
-                list(pool.map(lambda task: task(), tasks))
+                running = []
+                for name in wanted:  # while the heads of the next are read, chunks are decoded
+                    decodings[name] = self.decoding(name, (scales or {}).get(name))
+                    running += [pool.submit(task) for task in decodings[name].tasks]
+                for each in running:
+                    each.result()
         return {name: self.finished(name, decoding) for name, decoding in decodings.items()}
 
     def rows(self, name: str, first: int, end: int) -> Tensor:
