@@ -33,6 +33,7 @@ from torch import nn
 
 import tersor
 from tersor.analysis.divergence import divergence, outputs
+from tersor.budget.choices import NUM_STATES
 from tersor.budget.level import Searching
 from tersor.budget.limit import Limit, parse_size
 from tersor.calibrate import gather
@@ -52,7 +53,6 @@ from tersor.workflow import TaskChoice, open_task_for
 FORECAST = [
     *(f"encoder {bits}" for bits in (4, 3.5, 3, 2.5, 2, 1.5)),
     *(f"encoder {bits} 64" for bits in (4, 3.5, 3, 2.5, 2, 1.5)),
-    *(f"encoder 3 {num_states}" for num_states in (4, 8, 16, 256)),
     *(f"whole {bits}" for bits in (8, 6, 4.2, 3, 2, 1.5, 1)),
     *(f"whole {bits} 64" for bits in (8, 4.2, 3, 2, 1.5, 1)),
 ]
@@ -152,7 +152,7 @@ def by_tersor(model: nn.Module, folder: Path, task: Task, stats: dict[str, Stats
     """In a size, or by a scheme."""
     began = time.process_time()
     if kind == "size":
-        searching = Searching(model, task, Recipe.of(KEEP).weights[0], stats)
+        searching = Searching(model, task, Recipe.of(KEEP).weights[0], stats, num_states=NUM_STATES)
         made = searching.within(Limit(parse_size(setting), setting)).made.model
     else:
         made = tersor.compress(model, Recipe.of(setting), task, stats=stats).model
@@ -229,8 +229,8 @@ def line(result: dict[str, Any]) -> str:
     )
 
 
-SERIES = {"whole": "coded", "size": "coded", "scheme": "integers", "gguf": "GGUF of llama.cpp"}
-MARKS = {"coded": "o-", "coded, 64 states": "d-", "integers": "s", "GGUF of llama.cpp": "^"}
+SERIES = {"whole": "coded", "size": "coded by size", "scheme": "integers", "gguf": "GGUF of llama.cpp"}
+MARKS = {"coded": "o-", "coded, 64 states": "d-", "coded by size": "*", "integers": "s", "GGUF of llama.cpp": "^"}
 
 
 def series_of(row: str) -> str:

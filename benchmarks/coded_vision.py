@@ -40,6 +40,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tersor
+from tersor.budget.choices import NUM_STATES
 from tersor.budget.level import Searching
 from tersor.budget.limit import Limit, parse_size
 from tersor.calibrate import gather
@@ -153,7 +154,7 @@ def coded(setting: str, model: nn.Module, task: Task, tuning: dict[str, Any]) ->
     """At a level, in a size, or by a scheme."""
     stats = gather(model, task)
     if setting.endswith("kB"):
-        searching = Searching(model, task, tersor.Recipe.of("keep").weights[0], stats)
+        searching = Searching(model, task, tersor.Recipe.of("keep").weights[0], stats, num_states=NUM_STATES)
         job = Job(searching.within(Limit(parse_size(setting), setting)).made.model, model, task)
         if tuning:
             TuneScalesStep(**tuning).run(job)

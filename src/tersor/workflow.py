@@ -131,7 +131,7 @@ def compress_to_folder(
     if recipe is None:
         stats = gather(source.model, task, seed=seed, progress=progress)
     if recipe is None and budget.coded:
-        searching = Searching(source.model, task, step, stats, seed, progress, num_states=budget.num_states)
+        searching = Searching(source.model, task, step, stats, seed, progress, num_states=budget.trellis)
         found = searching.within(limit) if limit else searching.defended(original, tolerance, on_trial)
         recipe, made, trials = found.recipe, found.made, list(found.trials)
     elif recipe is None:

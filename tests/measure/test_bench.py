@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,7 +130,10 @@ def test_processor_time_is_that_of_this_process_and_of_one_thread(models):
         bench(sleeper, thread_counts=(1, 2), cpu_time=True)
 
 
-def test_one_runtime_is_for_all_models_and_several_are_in_order():
+def test_one_runtime_is_for_all_models_and_several_are_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.onnx", "b.onnx", "b.xml"):
+        Path(name).touch()
     assert [c.runtime for c in candidates_of(["a.onnx", "b.onnx"], ["openvino"])] == ["openvino"] * 2
     assert [c.runtime for c in candidates_of(["a.onnx", "a.onnx"], ["onnx", "openvino"])] == ["onnx", "openvino"]
     assert candidates_of(["a.onnx", "b.xml"]) == [Candidate("a.onnx", "onnx"), Candidate("b.xml", "openvino")]

@@ -3,6 +3,7 @@ counts the operations that can be counted by hand."""
 
 import sys
 from collections import defaultdict
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -115,7 +116,10 @@ def test_a_missing_library_is_an_extra_to_install(runtime, module, tmp_path, mon
         RUNTIMES[runtime].version()
 
 
-def test_the_file_chooses_the_runtime(tmp_path):
+def test_the_file_chooses_the_runtime(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model.onnx", "model.xml", "model.tflite"):
+        Path(name).touch()
     assert runtime_for("model.onnx").name == "onnx"
     assert runtime_for("model.xml").name == "openvino"
     assert runtime_for("some.package:factory").name == "torch"
@@ -124,9 +128,14 @@ def test_the_file_chooses_the_runtime(tmp_path):
         runtime_for(str(tmp_path), "onnx")
     with pytest.raises(UnknownName, match="did you mean 'openvino'"):
         runtime_for("model.onnx", "openvin")
-    (tmp_path / "model.tflite").touch()
     with pytest.raises(InputError, match=r"no runtime opens \*\.tflite"):
-        runtime_for(str(tmp_path / "model.tflite"))
+        runtime_for("model.tflite")
+
+
+def test_a_missing_file_is_said_before_a_missing_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ModelError, match=r"gone\.onnx: no such file"):
+        open_session("gone.onnx")
 
 
 # What they are fed.

@@ -8,19 +8,26 @@ from tersor.formats.trellis import POLYNOMIALS
 from tersor.recipe import Recipe
 from tersor.schemes import KEEP
 
+NUM_STATES = 64  # of a trellis: more take longer to choose, and gain a hundredth of a bit
+
 
 @dataclass(frozen=True)
 class Budget:
     """What the user allows; each field is a flag. Without size, ratio and bits, `drop` is searched. With `coded`, one
-    noise level for the whole model meets the budget, and weights are entropy-coded (budget/level.py), with `num_states`
-    along the paths of a trellis."""
+    noise level for the whole model meets the budget, and weights are entropy-coded (budget/level.py) along the paths of
+    a trellis of `num_states`; where nothing is said, of 64."""
 
     size: str | None = None
     ratio: str | None = None
     bits: float | None = None
     drop: str | None = None
     coded: bool = False
-    num_states: int = 0
+    num_states: int | None = None
+
+    @property
+    def trellis(self) -> int:
+        """Its number of states, 0 for none."""
+        return NUM_STATES if self.num_states is None else self.num_states
 
 
 def check_choices(
@@ -37,9 +44,8 @@ def check_choices(
     """The recipe that flags spell out; None when a budget or a recipe file decides. Contradictions are refused."""
     sized = budget.size or budget.ratio or budget.bits
     if recipe is not None:
-        flags = (
-            sized or budget.coded or budget.num_states or formats or rules or exclude or transforms or bias_correction
-        )
+        trellis = budget.num_states is not None
+        flags = any((sized, budget.coded, trellis, formats, rules, exclude, transforms, bias_correction))
         if flags or keep_float != "none":
             raise InputError(
                 "--recipe says everything already; leave out the budget, --format, --rule, --exclude, --transform, "
@@ -51,9 +57,9 @@ def check_choices(
     Recipe.of(KEEP, rules, exclude)
     if budget.coded and (formats or not (sized or budget.drop)):
         raise InputError("--coded needs a budget and no --format: --size 8MB, --ratio 8x, --bits 3 or --drop 1%")
-    if budget.num_states and not budget.coded:
+    if budget.num_states is not None and not budget.coded:
         raise InputError(f"--num-states {budget.num_states} is the trellis of coded weights; add --coded")
-    if budget.num_states not in (0, *POLYNOMIALS):
+    if budget.trellis not in (0, *POLYNOMIALS):
         raise InputError(f"--num-states {budget.num_states}: it can be 0, {', '.join(map(str, POLYNOMIALS))}")
     if sized or (budget.drop and len(formats) != 1):
         if transforms or bias_correction or keep_float != "none":

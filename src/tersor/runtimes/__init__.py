@@ -6,7 +6,7 @@
 
 from pathlib import Path
 
-from tersor.errors import InputError, UnknownName
+from tersor.errors import InputError, ModelError, UnknownName
 from tersor.runtimes.contract import Decoder, Decodes, Feeds, Input, LayerTime, Profile, Runtime, Session
 from tersor.runtimes.executorch import ExecuTorchRuntime
 from tersor.runtimes.llama_cpp import LlamaCpp
@@ -78,9 +78,11 @@ def runtime_named(name: str) -> Runtime:
 def runtime_for(model: str, name: str | None = None) -> Runtime:
     """The runtime of a model: the one named, or the first that opens such a file; folders and factories are torch's.
 
-    Raises InputError where the named runtime does not open such a file.
+    Raises InputError where the named runtime does not open such a file, ModelError where the file is not there.
     """
     suffix = Path(model).suffix if Path(model).is_file() or Path(model).suffix in FILES else ""
+    if suffix and not Path(model).is_file():
+        raise ModelError(f"{model}: no such file")
     if name is not None:
         runtime = runtime_named(name)
         if suffix not in runtime.suffixes:

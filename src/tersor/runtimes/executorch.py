@@ -76,8 +76,6 @@ class ExecuTorchSession:
 
     def load(self) -> None:
         """Open the file with a pool of the right size."""
-        if not self.path.is_file():
-            raise ModelError(f"{self.path}: no such file")
         self.pool = Pool.of(self.num_threads)
         try:
             self.program = library()._load_program(str(self.path))

@@ -35,8 +35,6 @@ class LlamaCppDecoder:
 
     def __init__(self, path: Path, num_threads: int):
         llama_cpp = library()
-        if not path.is_file():
-            raise ModelError(f"{path}: no such file")
         try:
             self.model = llama_cpp.Llama(
                 model_path=str(path),

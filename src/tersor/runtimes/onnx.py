@@ -87,8 +87,6 @@ def open_session(path: Path, num_threads: int, profile: Path | None = None) -> A
     """An InferenceSession with the settings that every number of ours is measured with; one that profiles writes its
     events and its optimized graph to a folder."""
     ort = library()
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file")
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads, options.inter_op_num_threads = num_threads, 1

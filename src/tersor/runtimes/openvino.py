@@ -111,8 +111,6 @@ def library() -> Any:
 def read_model(path: Path) -> Any:
     """The file as an openvino.Model."""
     openvino = library()
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file")
     try:
         return openvino.Core().read_model(str(path))
     except Exception as error:  # RuntimeError and others, of many frontends
