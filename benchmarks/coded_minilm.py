@@ -303,9 +303,9 @@ On the same protocol (minilm_quality.md), over the linear weights: `gptq:int4-g6
 ## Sizes, and the files of others
 
 All weights, embeddings inside. *coded*: the search of `tersor compress --coded --size`, {NUM_STATES} states, which
-corrects the level of every linear layer by its measured loss. A scheme is over all sites, in `model.safetensors`. llama.cpp: its own
-quantizer, without an importance matrix, from fp16; rows of 384 columns hold no block of 256, so that most matrices get
-other types than the file's name says, word embeddings Q8_0. No tokenizer is inside.
+corrects the level of every linear layer by its measured loss. A scheme is over all sites, in `model.safetensors`.
+llama.cpp: its own quantizer, without an importance matrix, from fp16; rows of 384 columns hold no block of 256, so that
+most matrices get other types than the file's name says, word embeddings Q8_0. No tokenizer is inside.
 
 | file | MB | 1 - cosine | Spearman | drop, verdict | CPU s |
 |---|---|---|---|---|---|

@@ -309,10 +309,10 @@ it.
 """
 SECTION_WHOLE = """## The whole file, beside GGUF
 
-Embeddings and head inside. tersor: the search of `tersor compress --coded --size`, 64 states. llama.cpp: its own quantizer,
-without an importance matrix, from the fp16 file that tersor exports. Rows of 576 columns hold no block of 256, so that
-most matrices get other types than the file's name says: the shares are of weights. The tokenizer is inside the GGUF
-files (OVERHEAD).
+Embeddings and head inside. tersor: the search of `tersor compress --coded --size`, 64 states. llama.cpp: its own
+quantizer, without an importance matrix, from the fp16 file that tersor exports. Rows of 576 columns hold no block of
+256, so that most matrices get other types than the file's name says: the shares are of weights. The tokenizer is inside
+the GGUF files (OVERHEAD).
 
 | file | made by | MB | bits a weight | perplexity | KL | CPU s |
 |---|---|---|---|---|---|---|
