@@ -47,6 +47,7 @@ FIXED = struct.Struct("<7sBQIIII")
 TRAILER = 32
 ALIGNMENT, ALIGNED_BYTES = 64, 4096
 LARGEST_HEADER = 2**28
+WORTH_A_THREAD = 2**13  # bytes of a tensor; smaller ones would wait longer for each other than they take
 LARGEST_TENSOR = 2**42
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -137,21 +138,21 @@ class Container:
             scales: of the rows `[out]` and the columns `[in]` of some integer matrices, by name: those come back as
                 float32, each value times the product of its two scales, without integers in between.
         """
-        wanted = list(self.entries if names is None else names)
         decodings: dict[str, Decoding] = {}
-        if num_threads == 1 or sum(self.entries[name].chunks for name in wanted if name in self.entries) < 2:
-            for name in wanted:
-                decodings[name] = self.decoding(name, (scales or {}).get(name))
+        large: list[Task] = []
+        for name in self.entries if names is None else names:
+            decodings[name] = self.decoding(name, (scales or {}).get(name))
+            if self.stored_bytes(name) < WORTH_A_THREAD:
                 for task in decodings[name].tasks:
                     task()
+            else:
+                large += decodings[name].tasks
+        if num_threads == 1 or len(large) < 2:
+            for task in large:
+                task()
         else:
             with ThreadPoolExecutor(num_threads or num_cores()) as pool:
-                running = []
-                for name in wanted:  # while the heads of the next are read, chunks are decoded
-                    decodings[name] = self.decoding(name, (scales or {}).get(name))
-                    running += [pool.submit(task) for task in decodings[name].tasks]
-                for each in running:
-                    each.result()
+                list(pool.map(lambda task: task(), large))
         return {name: self.finished(name, decoding) for name, decoding in decodings.items()}
 
     def rows(self, name: str, first: int, end: int) -> Tensor:
