@@ -293,10 +293,10 @@ drop in points on {NUM_TRAINED:,} training digits, by which a level may be chose
 
 ## ResNet-20 on CIFAR-10
 
-The original has {accuracy.get("resnet-20", "")}. A size is what the search for a level is to meet, {NUM_STATES} states, in `model.tersor`.
-NNCodec, the software of ISO/IEC 15938-17, codes all tensors of the same file by trellis-coded quantization and its
-context coder, without data; in brackets is its qp, all else as it comes. `gptq:int4`: a scale for each row, in
-`model.safetensors`.
+The original has {accuracy.get("resnet-20", "")}. A size is what the search for a level is to meet, {NUM_STATES} states,
+in `model.tersor`. NNCodec, the software of ISO/IEC 15938-17, codes all tensors of the same file by trellis-coded
+quantization and its context coder, without data; in brackets is its qp, all else as it comes. `gptq:int4`: a scale for
+each row, in `model.safetensors`.
 
 | setting | kB | smaller | bits | coded % | drop, verdict |
 |---|---|---|---|---|---|
