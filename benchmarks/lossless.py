@@ -1,13 +1,12 @@
-"""Lossless packing of a trained model, beside ZipNN in the same process; and what loading coded weights takes.
+"""Lossless packing of a trained model, beside ZipNN in the same process.
 
     python benchmarks/lossless.py --assets FOLDER [--rows ROW ...] [--results FILE] [--write]
 
 FOLDER (or TERSOR_ASSETS) holds `minilm/` (all-MiniLM-L6-v2, a Hugging Face folder). Rows `bf16`, `fp16`, `fp32`: all
 matrices of the model in that type (rounded from fp32), packed and unpacked by both tools in turns, on one thread; the
-times are CPU seconds of the process, medians of the repetitions, so that other work on the machine does not count. Row
-`load`: the model with `coded` weights from `model.tersor` into float matrices, beside its fp32 safetensors from a warm
-cache. Each row is appended to FILE (JSON lines); `--write` puts everything in FILE into lossless.md. ZipNN is optional:
-pip install zipnn.
+times are CPU seconds of the process, medians of the repetitions, so that other work on the machine does not count.
+Each row is appended to FILE (JSON lines); `--write` puts everything in FILE into lossless.md. ZipNN is optional: pip
+install zipnn.
 """
 
 import argparse
@@ -29,19 +28,13 @@ from rows import Results
 from safetensors.torch import load_file
 from torch import Tensor
 
-import tersor
-from tersor.checkpoint.container import Container
-from tersor.checkpoint.source import open_model
 from tersor.codecs.contract import Pieces
 from tersor.codecs.floats import Floats
 from tersor.codecs.raw import bytes_of
-from tersor.encoded import Encoded
-from tersor.formats import format_named
 from tersor.measure.scorecard import machine
-from tersor.recipe import Recipe
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ROWS = [*TYPES, "load"]
+ROWS = list(TYPES)
 ZIPNN_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -61,8 +54,7 @@ def main() -> int:
     results = Results(args.results)
     for row in args.rows:
         if row not in results:
-            found = loading(folder, args.repeat) if row == "load" else packing(folder, row, args.repeat)
-            print(json.dumps(results.add(row, found)), flush=True)
+            print(json.dumps(results.add(row, packing(folder, row, args.repeat))), flush=True)
     if args.write:
         Path(__file__).with_suffix(".md").write_text(page(results.among(ROWS)))
     return 0
@@ -115,47 +107,6 @@ def zipnn(row: str) -> dict[str, tuple[Callable, Callable]]:
     return {"zipnn": (lambda tensor: tool.compress(bytearray(bytes_of(tensor))), decode)}
 
 
-def loading(folder: Path, repeat: int) -> dict[str, Any]:
-    """Coded weights to float matrices, beside the safetensors file of the original, both from a warm cache."""
-    coded_format = format_named("coded")
-    with tempfile.TemporaryDirectory() as scratch:
-        made = tersor.compress(open_model(str(folder)).model, Recipe.of("coded"))
-        tersor.save(made.model, scratch, coded=True)
-        path = Path(scratch) / "model.tersor"
-        shapes = {f"{site.name}.weight": site.shape for site in made.sites}
-        num_weights = sum(shape[0] * shape[1] for shape in shapes.values())
-
-        def floats() -> list[Tensor]:
-            tensors = Container(path).tensors(num_threads=1)
-            sites = {name: {p: tensors[f"{name}.{p}"] for p in coded_format.layout(s)} for name, s in shapes.items()}
-            return [Encoded(coded_format, shapes[name], parts).decode() for name, parts in sites.items()]
-
-        def plain() -> list[Tensor]:
-            return [tensor.clone() for tensor in load_file(folder / "model.safetensors").values()]
-
-        runs: dict[str, list[float]] = {"coded": [], "integers": [], "plain": []}
-        for each in range(repeat + 1):
-            for name, work in (
-                ("coded", floats),
-                ("integers", lambda: Container(path).tensors(num_threads=1)),
-                ("plain", plain),
-            ):
-                seconds, _ = timed(work)
-                if each:
-                    runs[name].append(seconds)
-        stored = Container(path)
-        codes = sum(stored.stored_bytes(name) for name in stored.entries if name.endswith(".codes"))
-        return {
-            "row": "load",
-            "bytes": path.stat().st_size,
-            "plain_bytes": (folder / "model.safetensors").stat().st_size,
-            "num_weights": num_weights,
-            "bits": 8 * codes / num_weights,
-            "seconds": runs,
-            "about": about(),
-        }
-
-
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     """CPU seconds of this process."""
     start = time.process_time()
@@ -181,7 +132,7 @@ def page(results: list[dict[str, Any]]) -> str:
     """lossless.md."""
     info = results[0]["about"]
     lines = [
-        "# Lossless packing, and loading coded weights",
+        "# Lossless packing",
         "",
         f"`python benchmarks/lossless.py --assets FOLDER --write`; tersor {info['tersor']}, torch {info['torch']}, "
         f"numba {info['numba']}, zipnn {info['zipnn']}, {info['processor']}, one thread. all-MiniLM-L6-v2, all "
@@ -192,20 +143,9 @@ def page(results: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     for result in results:
-        for name, tool in result.get("tools", {}).items():
+        for name, tool in result["tools"].items():
             speeds = f"{middle(tool['encode'])} | {middle(tool['decode'])}"
             lines.append(f"| {result['row']} | {name} | {100 * tool['share']:.2f} % | {speeds} |")
-    for result in results:
-        if result["row"] == "load":
-            coded, integers, plain = (statistics.median(result["seconds"][k]) for k in ("coded", "integers", "plain"))
-            rate = result["num_weights"] / 1e6
-            lines += [
-                "",
-                f"Loading: `coded` weights at {result['bits']:.2f} bits, {result['bytes'] / 1e6:.2f} MB, into float "
-                f"matrices take {coded:.3f} CPU seconds ({rate / coded:.0f} million weights a second, into integers "
-                f"{rate / integers:.0f}); the fp32 safetensors file, {result['plain_bytes'] / 1e6:.2f} MB, from a warm "
-                f"cache into memory of its own {plain:.3f}: {coded / plain:.2f} times as long.",
-            ]
     return "\n".join(lines) + "\n"
 
 
