@@ -15,10 +15,12 @@ from torch import Tensor
 
 from golden.container.write_container import (
     GOLDEN,
+    GOLDEN_PLANES,
     GOLDEN_TRELLIS,
     PACKING,
     bell,
     on_paths,
+    plane_tensors,
     tensors,
     trellis_tensors,
 )
@@ -49,7 +51,8 @@ def small(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("small") / "model.tersor"
     chosen = {name: each for name, each in tensors().items() if name not in ("chunks", "wide", "bf16", "fp16")}
     path_of_8 = on_paths(bell(96, 64, 2), 8)
-    write(chosen | {"large": torch.arange(700), "path": path_of_8}, path, PACKING)
+    once_half = plane_tensors()["fp32 of fp16"]
+    write(chosen | {"large": torch.arange(700), "path": path_of_8, "once half": once_half}, path, PACKING)
     assert Container(path).header.tables
     return path
 
@@ -66,6 +69,8 @@ def test_golden_files_are_read_forever():
     codecs = {entry.name: entry.codec for entry in Container(GOLDEN_TRELLIS).header.tensors}
     assert codecs == {name: "integers" if name in plain else "trellis" for name in codecs}
     assert Container(GOLDEN_TRELLIS).header.tables
+    check_same(read(GOLDEN_PLANES), plane_tensors())
+    assert {entry.codec for entry in Container(GOLDEN_PLANES).header.tensors} == {"floats"}
 
 
 def test_round_trip(tmp_path):

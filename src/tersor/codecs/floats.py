@@ -3,11 +3,11 @@
 Exponents of trained weights take 2.6 bits instead of 8, whatever the type; mantissas and signs are as good as random
 (Hershcovitch et al. 2024, ZipNN, https://arxiv.org/abs/2411.05239; Zhang et al. 2025, DFloat11,
 https://arxiv.org/abs/2504.11651). Exponents are whole numbers, whose level follows the scale of the row and the column,
-so they are coded as integers are. A mantissa whose lowest bytes are all zero, as in numbers that came from a narrower
-type, does not store them.
+so they are coded as integers are. Of numbers that came from a narrower type, the lowest bytes of the mantissa are all
+zero and not stored, or far from random and coded, too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,9 +23,12 @@ from tersor.codecs.contract import Decoding, Pieces
 from tersor.codecs.head import Head, read_head, write_head
 from tersor.codecs.integers import check_size, matrix_shape, row_blocks
 from tersor.codecs.loops import loops
-from tersor.codecs.plan import CHUNK, Plan, lanes_and_rows, log_plan
+from tersor.codecs.plan import CHUNK, Plan, byte_plan, lanes_and_rows, log_plan, plan_bits
 from tersor.codecs.raw import bytes_of
 from tersor.errors import ArtifactError
+
+MOST_PLANES = 3
+ALMOST_RANDOM = 7.84  # bits of a byte, from where on it is stored as it is
 
 
 @dataclass(frozen=True)
@@ -73,20 +76,18 @@ class Floats:
         bits = bits_of(tensor)
         symbols, planes = parted(bits, split)
         plan = log_plan(symbols, split.per_octave)
-        kept = [plane for plane in range(num_planes(split)) if planes[plane].any()]
+        plans = {plane: plan_of(planes[plane], split) for plane in range(num_planes(split)) if planes[plane].any()}
         rows = row_blocks(len(bits), lanes_and_rows(bits.shape)[1])
-        head = bytes([sum(1 << plane for plane in kept)]) + write_head(plan)
-        return Pieces(head, [chunk_of(plan, symbols[block], planes[kept, block], block, split) for block in rows])
+        chunks = [chunk_of(plan, symbols[block], plans, planes[:, block], block, split) for block in rows]
+        return Pieces(head_of(plan, plans), chunks)
 
     def decode(
         self, head: memoryview, chunks: Sequence[memoryview], dtype: torch.dtype, shape: tuple[int, ...]
     ) -> Decoding:
         check_size(shape, len(head) + sum(map(len, chunks)))
         split = SPLITS[dtype]
-        if not head or head[0] >= 1 << num_planes(split):
-            raise ArtifactError("a head without a whole number of planes")
-        kept = [plane for plane in range(num_planes(split)) if head[0] >> plane & 1]
-        known = read_head(bytes(head[1:]), matrix_shape(shape), torch.uint8)
+        kept, rest = read_planes(head, split, matrix_shape(shape))
+        known = read_head(rest, matrix_shape(shape), torch.uint8)
         values: ndarray = np.empty(known.shape, split.integer)
         rows = row_blocks(known.shape[0], known.chunk_rows)
         if len(rows) != len(chunks):
@@ -122,31 +123,92 @@ def num_planes(split: Split) -> int:
     return -(-split.num_rest // 8)
 
 
-def chunk_of(plan: Plan, symbols: ndarray, planes: ndarray, block: slice, split: Split) -> bytes:
-    """Some rows: the length of their coded symbols, these, and those planes of the rest that are stored, one byte of
-    each number in each; signs alone are eight to a byte."""
-    coded = encode_chunk(plan, symbols, block)
+def plan_of(plane: UInt8[ndarray, "out in"], split: Split) -> Plan | None:
+    """How a plane of the rest is coded; None where it is stored as it is, for it would hardly be smaller."""
     if split.num_rest == 1:
-        planes = np.packbits(planes.reshape(len(planes), -1), axis=1, bitorder="little")
-    return b"".join([write_varint(len(coded)), coded, planes.tobytes()])
+        return None
+    share = np.bincount(plane.reshape(-1)) / plane.size
+    share = share[share > 0]
+    if -(share * np.log2(share)).sum() > ALMOST_RANDOM:
+        return None
+    plan = byte_plan(plane)
+    return plan if plan_bits(plan) < ALMOST_RANDOM * plane.size else None
 
 
-def fill(head: Head, data: memoryview, block: slice, values: ndarray, kept: Sequence[int], split: Split) -> None:
+def head_of(plan: Plan, plans: Mapping[int, Plan | None]) -> bytes:
+    """A byte that says which planes are stored, and which of them coded; the heads of these; that of the symbols."""
+    heads = {plane: write_head(coded) for plane, coded in plans.items() if coded is not None}
+    flags = sum(1 << plane for plane in plans) | sum(1 << plane + MOST_PLANES for plane in heads)
+    return b"".join([bytes([flags]), *(write_varint(len(head)) + head for head in heads.values()), write_head(plan)])
+
+
+def read_planes(head: memoryview, split: Split, shape: tuple[int, int]) -> tuple[dict[int, Head | None], bytes]:
+    """What `head_of` says of the planes that are stored, and the head of the symbols. Raises ArtifactError."""
+    flags = head[0] if head else 0
+    stored, coded = flags & (1 << MOST_PLANES) - 1, flags >> MOST_PLANES
+    if not head or stored >= 1 << num_planes(split) or coded & ~stored or (coded and split.num_rest == 1):
+        raise ArtifactError("a head without a whole number of planes")
+    kept: dict[int, Head | None] = {}
+    place = 1
+    for plane in range(num_planes(split)):
+        if coded >> plane & 1:
+            length, place = read_varint(head, place)
+            kept[plane] = read_head(bytes(head[place : place + length]), shape, torch.uint8)
+            place += length
+        elif stored >> plane & 1:
+            kept[plane] = None
+    return kept, bytes(head[place:])
+
+
+def chunk_of(
+    plan: Plan, symbols: ndarray, plans: Mapping[int, Plan | None], planes: ndarray, block: slice, split: Split
+) -> bytes:
+    """Some rows: their coded symbols and those planes of the rest that are stored, one byte of each number in each, or
+    coded as the symbols are; signs alone are eight to a byte. Before what is coded stands its length."""
+    parts = [encode_chunk(plan, symbols, block)]
+    parts.insert(0, write_varint(len(parts[0])))
+    for plane, own in plans.items():
+        if own is not None:
+            coded = encode_chunk(own, np.ascontiguousarray(planes[plane]), block)
+            parts += [write_varint(len(coded)), coded]
+        elif split.num_rest == 1:
+            parts.append(np.packbits(planes[plane].reshape(-1), bitorder="little").tobytes())
+        else:
+            parts.append(planes[plane].tobytes())
+    return b"".join(parts)
+
+
+def fill(
+    head: Head, data: memoryview, block: slice, values: ndarray, kept: Mapping[int, Head | None], split: Split
+) -> None:
     """Some rows back. Raises ArtifactError for damaged bytes."""
-    length, place = read_varint(data, 0)
-    per_plane = -(-values.size // 8) if split.num_rest == 1 else values.size
-    if place + length + per_plane * len(kept) != len(data):
-        raise ArtifactError(f"{len(data)} bytes for {length} of exponents and {len(kept)} planes of {per_plane}")
+    place = 0
+
+    def part(length: int | None = None) -> memoryview:
+        """The next bytes; without a length, as many as is said before them."""
+        nonlocal place
+        if length is None:
+            length, place = read_varint(data, place)
+        if length > len(data) - place:
+            raise ArtifactError(f"ends after {len(data)} bytes, {place + length} are described")
+        place += length
+        return data[place - length : place]
+
     symbols = np.empty(values.shape, np.uint8)
-    decode_chunk(head, data[place : place + length], block, symbols, np.uint8)
-    place += length
-    planes = np.zeros((num_planes(split), values.size), np.uint8)
-    for plane in kept:
-        stored = np.frombuffer(data[place : place + per_plane], np.uint8)
-        place += per_plane
-        planes[plane] = stored if split.num_rest > 1 else np.unpackbits(stored, count=values.size, bitorder="little")
+    decode_chunk(head, part(), block, symbols, np.uint8)
+    planes = np.zeros((num_planes(split), *values.shape), np.uint8)
+    for plane, own in kept.items():
+        if own is not None:
+            decode_chunk(own, part(), block, planes[plane], np.uint8)
+        elif split.num_rest == 1:
+            signs = np.frombuffer(part(-(-values.size // 8)), np.uint8)
+            planes[plane] = np.unpackbits(signs, count=values.size, bitorder="little").reshape(values.shape)
+        else:
+            planes[plane] = np.frombuffer(part(values.size), np.uint8).reshape(values.shape)
+    if place != len(data):
+        raise ArtifactError(f"{len(data)} bytes, {place} are described")
     if split.num_rest == 1:
-        values[:] = symbols | (planes[0].reshape(values.shape) << split.width)
+        values[:] = symbols | (planes[0] << split.width)
     else:
         join = loops().join16 if split.num_rest == 8 else loops().join32
-        join(symbols.reshape(-1), planes, values.reshape(-1))
+        join(symbols.reshape(-1), planes.reshape(len(planes), -1), values.reshape(-1))

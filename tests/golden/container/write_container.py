@@ -2,8 +2,9 @@
 
     python tests/golden/container/write_container.py
 
-writes `v1.tersor` and `v1-trellis.tersor` (the codec `trellis`, which came later) if there are none; it never touches
-one that exists. What the files hold is made by whole numbers alone, so that any machine can say what must come out.
+writes `v1.tersor`, `v1-trellis.tersor` (the codec `trellis`, which came later) and `v1-planes.tersor` (floats whose
+mantissas are coded, which came later still) if there are none; it never touches one that exists. What the files hold is
+made by whole numbers alone, so that any machine can say what must come out.
 """
 
 from pathlib import Path
@@ -15,6 +16,7 @@ from tersor.checkpoint.container_write import write
 
 GOLDEN = Path(__file__).parent / "v1.tersor"
 GOLDEN_TRELLIS = Path(__file__).parent / "v1-trellis.tersor"
+GOLDEN_PLANES = Path(__file__).parent / "v1-planes.tersor"
 PACKING = {"packed3": (3, 50), "packed4": (4, 33), "mask": (1, 70)}
 
 
@@ -106,8 +108,23 @@ def trellis_tensors() -> dict[str, Tensor]:
     }
 
 
+def plane_tensors() -> dict[str, Tensor]:
+    """Mantissas that are far from random: of numbers that came from a narrower type, or that are few."""
+    halves = (bell(50, 60, 40) + 2**14).to(torch.int16)
+    many = (bell(900, 700, 1).clamp(0, 1) * 1000 + 2**14).to(torch.int16)
+    few = (bell(50, 60, 1).clamp(-3, 3) * 1000 + 2**14).to(torch.int16)
+    return {
+        "fp32 of fp16": halves.view(torch.float16).float(),
+        "chunks": many.view(torch.float16).float(),
+        "bf16 of few": few.view(torch.bfloat16),
+        "fp16 of few": few.view(torch.float16),
+        "fp32 of few": few.to(torch.int32).mul(65536).add(few & 3).view(torch.float32),
+    }
+
+
 if __name__ == "__main__":
-    for path, content, packing in ((GOLDEN, tensors, PACKING), (GOLDEN_TRELLIS, trellis_tensors, {})):
+    written = ((GOLDEN, tensors, PACKING), (GOLDEN_TRELLIS, trellis_tensors, {}), (GOLDEN_PLANES, plane_tensors, {}))
+    for path, content, packing in written:
         if not path.exists():
             write(content(), path, packing, {"made": "golden"})
             print(f"wrote {path.name}")
