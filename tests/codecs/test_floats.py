@@ -1,5 +1,6 @@
 """Floats come back bit for bit, NaN payloads and signed zeros included, and trained ones as small as promised."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tersor.codecs import CODECS
+from tersor.codecs.classes import LARGEST_PART, MAX_PART, Classes, fit_classes
 from tersor.codecs.contract import Pieces
 from tersor.codecs.floats import SPLITS, Floats
 from tersor.errors import ArtifactError
@@ -60,6 +62,27 @@ def test_numbers_that_came_from_half_precision_take_no_more():
     """All but three bits of the second byte are zero, and the lowest byte is."""
     half = 0.05 * torch.randn(400, 500).half()
     assert Floats().encode(half.float()).num_bytes < 1.01 * Floats().encode(half).num_bytes
+
+
+def test_rows_that_were_never_trained_are_told_from_the_others():
+    """Most low bytes of the mantissa are random; those of some rows came from half precision."""
+    weight = torch.randn(3000, 64)
+    random = Floats().encode(weight)
+    weight[:300] = weight[:300].half().float()
+    pieces = Floats().encode(weight)
+    assert same(decoded(pieces, weight), weight)
+    assert pieces.num_bytes < random.num_bytes - 0.8 * 300 * 64 * 13 / 8
+
+
+def test_classes_far_apart_stay_within_what_a_file_can_hold():
+    """Rows of zeros are as far from others as classes can be."""
+    values = np.random.default_rng(0).integers(0, 256, (300, 200)).astype(np.uint8)
+    guess = Classes(np.full(300, MAX_PART, np.int32), np.full(200, 6, np.int32))
+    classes = fit_classes(values, guess, -1)
+    assert max(classes.row.max(), classes.column.max()) <= LARGEST_PART
+    weight = torch.randn(400, 500)
+    weight[:3] = 0
+    assert same(decoded(Floats().encode(weight), weight), weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -20,7 +20,8 @@ from tersor.codecs.tables import NUM_SYMBOLS, make_tables
 STEPS = 8  # classes per octave
 SMALLEST, LARGEST = -26, 60  # eighths of octaves of a standard deviation, in steps of the grid
 REACH = 4
-MAX_PART = 250  # of a row's or a column's class
+MAX_PART = 250  # of a row's or a column's class, at first
+LARGEST_PART = 254  # that the file can hold
 ENOUGH_ROWS = 4096  # rows looked at to class the columns
 
 
@@ -86,7 +87,7 @@ def fit_classes(symbols: UInt8[ndarray, "out in"], guess: Classes, low: int) -> 
         assign(symbols, column, make_tables(counted(symbols, row, column), low).costs, rates(row, 1), REACH, row)
         costs = make_tables(counted(symbols, row, column), low).costs
         assign(transposed, np.ascontiguousarray(row[::stride]), costs, rates(column, stride), REACH, column)
-    least = column.min()
+    least = min(column.min(), LARGEST_PART - row.max(initial=0))
     return Classes(row + least, column - least)
 
 

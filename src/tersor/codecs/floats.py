@@ -23,12 +23,14 @@ from tersor.codecs.contract import Decoding, Pieces
 from tersor.codecs.head import Head, read_head, write_head
 from tersor.codecs.integers import check_size, matrix_shape, row_blocks
 from tersor.codecs.loops import loops
-from tersor.codecs.plan import CHUNK, Plan, byte_plan, lanes_and_rows, log_plan, plan_bits
+from tersor.codecs.plan import CHUNK, Plan, lanes_and_rows, log_plan, plan_bits
 from tersor.codecs.raw import bytes_of
 from tersor.errors import ArtifactError
 
 MOST_PLANES = 3
 ALMOST_RANDOM = 7.84  # bits of a byte, from where on it is stored as it is
+LOOKED_AT = 2**14  # bytes together, to find rows that are not random among those that are
+PER_ROW_CLASS = 32  # rows of bytes are classed by their means, four to a class
 
 
 @dataclass(frozen=True)
@@ -125,14 +127,18 @@ def num_planes(split: Split) -> int:
 
 def plan_of(plane: UInt8[ndarray, "out in"], split: Split) -> Plan | None:
     """How a plane of the rest is coded; None where it is stored as it is, for it would hardly be smaller."""
-    if split.num_rest == 1:
+    blocks = row_blocks(len(plane), max(1, LOOKED_AT // max(1, plane.shape[1])))
+    if split.num_rest == 1 or sum(bits_in(plane[block]) for block in blocks) > ALMOST_RANDOM * plane.size:
         return None
-    share = np.bincount(plane.reshape(-1)) / plane.size
-    share = share[share > 0]
-    if -(share * np.log2(share)).sum() > ALMOST_RANDOM:
-        return None
-    plan = byte_plan(plane)
+    plan = log_plan(plane, PER_ROW_CLASS)
     return plan if plan_bits(plan) < ALMOST_RANDOM * plane.size else None
+
+
+def bits_in(values: UInt8[ndarray, "rows in"]) -> float:
+    """Bits of these bytes under a table of their own."""
+    often = np.bincount(values.reshape(-1))
+    often = often[often > 0]
+    return float((often * (np.log2(values.size) - np.log2(often))).sum())
 
 
 def head_of(plan: Plan, plans: Mapping[int, Plan | None]) -> bytes:

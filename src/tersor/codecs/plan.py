@@ -65,26 +65,16 @@ def make_plan(values: Int[ndarray, "out in"]) -> Plan:
 
 def log_plan(values: UInt8[ndarray, "out in"], per_octave: int) -> Plan:
     """As `make_plan`, for values that are logarithms themselves: exponents."""
-    low = below(values)
+    zeros = single_class(values)
+    often = counted(values, zeros.row, zeros.column)[0]
+    low = int(often.nonzero()[0].min(initial=NUM_SYMBOLS - 1)) - 1
+    if often.all() and often[0] < often[-1]:
+        low = 0  # of 256 values one has to be an escape
     symbols = symbols_of(values, low, 0)
     choices = [single_class(symbols)]
     if values.size and min(values.shape) > 1:
         choices.append(fit_classes(symbols, log_classes(symbols, per_octave), low))
     return cheapest(symbols, choices, low, 0)
-
-
-def byte_plan(values: UInt8[ndarray, "out in"]) -> Plan:
-    """As `make_plan`, for bytes of which rows and columns say nothing: one table for all."""
-    low = below(values)
-    symbols = symbols_of(values, low, 0)
-    return cheapest(symbols, [single_class(symbols)], low, 0)
-
-
-def below(values: UInt8[ndarray, "out in"]) -> int:
-    """The value below the lowest; of 256 values one has to be an escape."""
-    flat = single_class(values)
-    often = counted(values, flat.row, flat.column)[0]
-    return 0 if often.all() and often[0] < often[-1] else int(often.nonzero()[0].min(initial=NUM_SYMBOLS - 1)) - 1
 
 
 def symbols_of(values: Int[ndarray, "rows in"], low: int, num_low_bits: int) -> UInt8[ndarray, "rows in"]:
