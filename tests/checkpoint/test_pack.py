@@ -242,6 +242,15 @@ def test_info(artifact, tmp_path):
         assert site.overhead == pytest.approx(site.bits - site.class_entropy)
 
 
+def test_info_counts_mantissas_that_are_coded(tmp_path):
+    save_file({"weight": torch.randn(300, 400).half().float()}, tmp_path / "plain.safetensors")
+    pack(tmp_path / "plain.safetensors", tmp_path / "packed.tersor")
+    (site,) = info(tmp_path / "packed.tersor").sites
+    assert site.bits < 14
+    assert site.class_entropy <= site.entropy
+    assert 0 < site.overhead < 0.1
+
+
 def test_the_bound_of_normal_weights(tmp_path):
     """Codes of normal weights, one step: an ideal entropy code is 0.255 bits above the bound, ours a little more."""
     model = nn.Sequential(nn.Linear(400, 500), nn.ReLU())

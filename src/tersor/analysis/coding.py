@@ -8,7 +8,7 @@ high rate (Gish and Pierce 1968, https://doi.org/10.1109/TIT.1968.1054193).
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from tersor.checkpoint.manifest import MANIFEST, check_files, read_manifest, wei
 from tersor.checkpoint.pack import decoded, sites_of
 from tersor.checkpoint.source import open_model
 from tersor.checkpoint.weights import opened
-from tersor.codecs.classes import SMALLEST, STEPS, Classes, counted, scales_of
-from tersor.codecs.floats import SPLITS, bits_of, parted
-from tersor.codecs.head import read_head
+from tersor.codecs.classes import SMALLEST, STEPS, counted, scales_of
+from tersor.codecs.floats import SPLITS, bits_of, parted, read_planes
+from tersor.codecs.head import Head, read_head
 from tersor.codecs.integers import as_matrix, matrix_shape
 from tersor.codecs.plan import symbols_of
 from tersor.errors import InputError
@@ -186,8 +186,8 @@ def site_info(
             class_entropy += 8 * container.stored_bytes(part)
             continue
         known, num_states = True, max(num_states, codes.num_states)
-        entropy += codes.entropy(codes.in_one_class)
-        class_entropy += codes.entropy(codes.counts)
+        entropy += codes.entropy(by_class=False)
+        class_entropy += codes.entropy(by_class=True)
         if format == "coded" and bound is None:
             bound = coded_bound(codes.counts, codes.low, codes.num_states)
     bits = 8 * stored / num_weights
@@ -207,12 +207,14 @@ class Codes:
         num_raw: bits of each value that are stored as they are.
         num_states: of the trellis whose paths the columns are; 0 if they are none. Even and odd values are then counted
             apart: first the even ones of all classes, then the odd ones.
+        planes: of floats, the bytes of the mantissa that are coded, too.
     """
 
     counts: ndarray
     low: int
     num_raw: int
     num_states: int = 0
+    planes: "tuple[Codes, ...]" = ()
 
     @property
     def num_values(self) -> int:
@@ -224,11 +226,13 @@ class Codes:
         num_classes = len(self.counts) // (2 if self.num_states else 1)
         return self.counts.reshape(-1, num_classes, self.counts.shape[1]).sum(axis=1)
 
-    def entropy(self, counts: ndarray) -> float:
-        """Bits of all values given their class, a class in each row."""
+    def entropy(self, by_class: bool) -> float:
+        """Bits of all values, given their class or as if all were in the same."""
+        counts = self.counts if by_class else self.in_one_class
         totals = counts.sum(axis=1, keepdims=True)
         shares = np.where(counts > 0, counts / np.maximum(totals, 1), 1.0)
-        return float(-(counts * np.log2(shares)).sum()) + self.num_values * self.num_raw
+        besides = sum(plane.entropy(by_class) for plane in self.planes)
+        return float(-(counts * np.log2(shares)).sum()) + self.num_values * self.num_raw + besides
 
     @classmethod
     def of(cls, container: Container, name: str) -> "Codes | None":
@@ -238,11 +242,14 @@ class Codes:
             return None
         head = bytes(container.checked(container.chunks[name][0], f"{name}, its head"))
         tensor = container.tensor(name)
+        planes: list[Codes] = []
         if entry.codec == "floats":
             split = SPLITS[dtype]
-            values, _ = parted(bits_of(tensor), split)
-            known = read_head(head[1:], values.shape, torch.uint8)
-            num_raw = head[0].bit_count() * min(8, split.num_rest)
+            values, rest = parted(bits_of(tensor), split)
+            kept, own = read_planes(memoryview(head), split, values.shape)
+            known = read_head(own, values.shape, torch.uint8)
+            num_raw = list(kept.values()).count(None) * min(8, split.num_rest)
+            planes = [cls.counted(rest[plane], each) for plane, each in kept.items() if each is not None]
         else:
             if entry.packed is not None:
                 tensor, dtype = entry.packed.codes(tensor), torch.int8
@@ -250,14 +257,18 @@ class Codes:
             trellis = entry.codec == "trellis"
             known = read_head(head, matrix_shape(tuple(tensor.shape)), dtype, container.tables, trellis)
             num_raw = known.num_stored_low_bits
-        symbols = symbols_of(values, known.tables.low, known.num_low_bits)
-        classes: Classes = known.classes
-        counts = counted(symbols, classes.row, classes.column)
+        found = replace(cls.counted(values, known), num_raw=num_raw, planes=tuple(planes))
         if not known.num_states or known.num_low_bits:
-            return cls(counts, known.tables.low, num_raw)
-        odd = (np.arange(counts.shape[1]) + known.tables.low) & 1 == 1
-        counts = np.concatenate([np.where(odd, 0, counts), np.where(odd, counts, 0)])
-        return cls(counts, known.tables.low, num_raw, known.num_states)
+            return found
+        odd = (np.arange(found.counts.shape[1]) + found.low) & 1 == 1
+        counts = np.concatenate([np.where(odd, 0, found.counts), np.where(odd, found.counts, 0)])
+        return replace(found, counts=counts, num_states=known.num_states)
+
+    @classmethod
+    def counted(cls, values: ndarray, head: Head) -> "Codes":
+        """The symbols of a matrix under its head's classes."""
+        symbols = symbols_of(values, head.tables.low, head.num_low_bits)
+        return cls(counted(symbols, head.classes.row, head.classes.column), head.tables.low, 0)
 
 
 def coded_bound(counts: ndarray, low: int, num_states: int = 0) -> float:
