@@ -130,6 +130,7 @@ def test_coded_weights_end_just_below_the_budget_and_the_recipe_makes_the_same_b
     start = ["compress", *digits_arguments(digits), *labelled(digits)]
     made = tersor(capsys, *start, "--ratio", "12x", "--coded", *trellis, "-o", "a", "--json")
     assert made.status == 0, made.stdout
+    assert ("num_states=64" in Path("a/recipe.yaml").read_text()) == (not trellis)
     limit = made.json["limit"]["bytes"]
     assert 0.995 * limit <= (inside / "a" / "model.tersor").stat().st_size <= limit
     assert made.json["scorecards"][1]["file_bytes"] == (inside / "a" / "model.tersor").stat().st_size

@@ -249,7 +249,7 @@ class Codes:
             kept, own = read_planes(memoryview(head), split, values.shape)
             known = read_head(own, values.shape, torch.uint8)
             num_raw = list(kept.values()).count(None) * min(8, split.num_rest)
-            planes = [cls.counted(rest[plane], each) for plane, each in kept.items() if each is not None]
+            planes = [cls.under(each, rest[plane]) for plane, each in kept.items() if each is not None]
         else:
             if entry.packed is not None:
                 tensor, dtype = entry.packed.codes(tensor), torch.int8
@@ -257,7 +257,7 @@ class Codes:
             trellis = entry.codec == "trellis"
             known = read_head(head, matrix_shape(tuple(tensor.shape)), dtype, container.tables, trellis)
             num_raw = known.num_stored_low_bits
-        found = replace(cls.counted(values, known), num_raw=num_raw, planes=tuple(planes))
+        found = replace(cls.under(known, values), num_raw=num_raw, planes=tuple(planes))
         if not known.num_states or known.num_low_bits:
             return found
         odd = (np.arange(found.counts.shape[1]) + found.low) & 1 == 1
@@ -265,7 +265,7 @@ class Codes:
         return replace(found, counts=counts, num_states=known.num_states)
 
     @classmethod
-    def counted(cls, values: ndarray, head: Head) -> "Codes":
+    def under(cls, head: Head, values: ndarray) -> "Codes":
         """The symbols of a matrix under its head's classes."""
         symbols = symbols_of(values, head.tables.low, head.num_low_bits)
         return cls(counted(symbols, head.classes.row, head.classes.column), head.tables.low, 0)
