@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from tersor.errors import ModelError
+from tersor.runtimes import open_decoder, open_session
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -85,8 +86,6 @@ def measure_this_process(
     model: str, runtime: str, feeds: str, weights: str | None, num_threads: int, decode: bool
 ) -> dict[str, int] | None:
     """What `measure_opened` starts: `Memory` as a dictionary."""
-    from tersor.runtimes import open_decoder, open_session
-
     with np.load(feeds) as file:
         arrays = dict(file)
     try:

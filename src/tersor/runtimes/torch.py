@@ -16,6 +16,7 @@ from tersor.measure.latency import threads
 from tersor.modules import PackedConv, PackedEmbedding, PackedLinear
 from tersor.runtimes.contract import Decoder, Feeds, Input, Profile, Session, check_feeds
 from tersor.runtimes.torch_decoder import TorchDecoder
+from tersor.runtimes.torch_profile import profile
 
 TEXT = ("input_ids", "attention_mask")  # of a Hugging Face model that reads tokens
 
@@ -55,8 +56,6 @@ class TorchSession:
 
     def profile(self, feeds: Feeds, num_runs: int = 10) -> Profile:
         """By a stopwatch around every module, every decoding and every operator that Python calls."""
-        from tersor.runtimes.torch_profile import profile
-
         check_feeds(feeds, self.inputs, self.name)
         arguments = {name: torch.from_numpy(array) for name, array in feeds.items()}
         with torch.inference_mode(), threads(self.num_threads):

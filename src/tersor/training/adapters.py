@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.source import first_line
-from tersor.checkpoint.weights import check_finite, read_weights, refuse_pickle
+from tersor.checkpoint.weights import check_finite, read_weights, refuse_pickle, write_weights
 from tersor.errors import InputError, MissingExtra, ModelError
 from tersor.formats.nf4 import Nf4, Nf4Double
 from tersor.modules import PackedLinear
@@ -123,8 +123,6 @@ def state_of(wrapped: Any) -> dict[str, Tensor]:
 
 def save_adapter(adapter: Adapter, folder: Path, base: str) -> None:
     """Write what `PeftModel.from_pretrained(model, folder)` reads; `base` is the name of the model it belongs to."""
-    from tersor.checkpoint.weights import write_weights
-
     config = deepcopy(adapter.config)
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(str(folder))

@@ -44,6 +44,7 @@ from tersor.training.job import Job
 from tersor.training.loop import Curve, Progress, check_trainable, silent, train
 from tersor.training.merge import merge
 from tersor.training.settings import TrainingStep
+from tersor.walk import Walk
 
 DAMPING = 0.01  # of the second moment of a site's inputs, where EoRA weighs what packing lost by it
 
@@ -286,8 +287,6 @@ def start_at_losses(model: nn.Module, before: nn.Module, task: Task | None, seed
 
 def second_moments(model: nn.Module, task: Task, seed: int) -> dict[str, Tensor]:
     """`E[x x']` of the inputs of every linear layer of the blocks, by site."""
-    from tersor.walk import Walk
-
     moments: dict[str, Tensor] = {}
 
     def note(site: Site, stats: Stats) -> None:
