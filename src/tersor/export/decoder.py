@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import InputError
+from tersor.nn.cached_call import call_with_cache
 
 NEW = ("input_ids", "attention_mask", "position_ids")
 PAST, PRESENT = "past_key_values", "present"
@@ -89,16 +90,16 @@ def call_cached(model: nn.Module, inputs: Mapping[str, Tensor]) -> Decoded:
     keys = [tensor for name, tensor in inputs.items() if name.startswith(PAST) and name.endswith(".key")]
     values = [tensor for name, tensor in inputs.items() if name.startswith(PAST) and name.endswith(".value")]
     cache = DynamicCache(list(zip(keys, values, strict=True)))
-    made = model(**{name: inputs[name] for name in NEW}, past_key_values=cache, use_cache=True)
+    logits, cache = call_with_cache(model, cache, **{name: inputs[name] for name in NEW})
     present: dict[str, Tensor] = {}
-    for number, layer in enumerate(made.past_key_values.layers):
+    for number, layer in enumerate(cache.layers):
         if not isinstance(layer.keys, Tensor) or layer.keys.dim() != 4:
             raise InputError(
                 f"{type(model).__name__} keeps no keys and values in layer {number}; "
                 f"export it without a cache: --no-cache"
             )
         present |= {f"{PRESENT}.{number}.key": layer.keys, f"{PRESENT}.{number}.value": layer.values}
-    return Decoded({"logits": made.logits, **present})
+    return Decoded({"logits": logits, **present})
 
 
 def axes_of(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:

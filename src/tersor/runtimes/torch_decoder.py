@@ -1,13 +1,12 @@
 """Language models in PyTorch, token by token, with transformers' own cache."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import nn
 
 from tersor.errors import ModelError
 from tersor.measure.latency import threads
+from tersor.nn.cached_call import call_with_cache
 from tersor.runtimes.contract import Reading
 
 
@@ -27,12 +26,11 @@ class TorchDecoder:
     def feed(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         whole, positions = self.reading.add(ids, mask)
         with torch.inference_mode(), threads(self.num_threads):
-            made: Any = self.model(
-                torch.from_numpy(ids),
+            logits, self.cache = call_with_cache(
+                self.model,
+                self.cache,
+                input_ids=torch.from_numpy(ids),
                 attention_mask=torch.from_numpy(whole),
                 position_ids=torch.from_numpy(positions),
-                past_key_values=self.cache,
-                use_cache=True,
             )
-        self.cache = made.past_key_values
-        return made.logits.float().numpy()
+        return logits.float().numpy()

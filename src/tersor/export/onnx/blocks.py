@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from tersor.errors import ModelError
 from tersor.export.decoder import NEW, PAST, PRESENT
+from tersor.nn.cached_call import call_with_cache
 
 DOMAIN = "tersor"
 NAME = "tersor"  # of our attention in transformers' tables
@@ -42,7 +43,7 @@ def traced_call(model: nn.Module, inputs: Mapping[str, Tensor], kept: Kept) -> d
     kept.past, kept.present = {name: tensor for name, tensor in inputs.items() if name.startswith(PAST)}, {}
     num_new = inputs["input_ids"].shape[1]
     cache = counting_cache(inputs["attention_mask"].shape[1] - num_new)
-    made = model(**{name: inputs[name] for name in NEW}, past_key_values=cache, use_cache=True)
+    logits, _ = call_with_cache(model, cache, **{name: inputs[name] for name in NEW})
     missing = len(kept.past) - len(kept.present)
     if missing:
         raise ModelError(
@@ -50,7 +51,7 @@ def traced_call(model: nn.Module, inputs: Mapping[str, Tensor], kept: Kept) -> d
             f"export it without a cache: --no-cache"
         )
     names = [name.replace(PAST, PRESENT, 1) for name in kept.past]
-    return {"logits": made.logits, **{name: kept.present[name] for name in names}}
+    return {"logits": logits, **{name: kept.present[name] for name in names}}
 
 
 def counting_cache(num_past: Any) -> Any:

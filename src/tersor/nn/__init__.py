@@ -1,0 +1,1 @@
+"""What knows a model's insides: layers, their stand-ins, and how models of a family are called."""
