@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tersor.activations import ACTIVATIONS, Activation, IntStatic
 from tersor.assignment import Assignment
 from tersor.calibrate import gather
+from tersor.core.progress import Progress, silent
 from tersor.encoded import Encoded
 from tersor.errors import FormatError, ModelError, TersorError
 from tersor.keep_float import KeptFloat, check_number, choose, predicted_loss, spared
@@ -32,12 +33,6 @@ from tersor.training.student import make_student
 from tersor.transforms.bias_correction import corrected_bias
 from tersor.transforms.contract import Transform
 from tersor.walk import Around, Chosen, Walk
-
-Progress = Callable[[str, int, int], None]  # what, done, total
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """No progress shown."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from tersor.checkpoint.layout import packed_sites, tensors_of
 from tersor.checkpoint.source import Source, open_model
 from tersor.checkpoint.weights import write_weights
 from tersor.compress import key_of
+from tersor.core.progress import Progress, silent
 from tersor.errors import InputError
 from tersor.measure.scorecard import machine
 from tersor.measure.verdict import Tolerance, Verdict, judge
@@ -30,7 +31,7 @@ from tersor.tasks.progress import score
 from tersor.training import FinetuneStep, Job, LoraStep
 from tersor.training.adapters import Adapter, adapted_names, load_adapter, save_adapter
 from tersor.training.journal import Journal
-from tersor.training.loop import Curve, Progress, check_trainable, silent
+from tersor.training.loop import Curve, check_trainable
 from tersor.training.lora import check_lora, train_adapter
 from tersor.training.merge import divergences, merge, naive, own_float_copy, unmerged
 from tersor.workflow import DEFAULT_DROP, TaskChoice, about, open_task_for

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tersor.activations import Activation, IntStatic, activation_named
 from tersor.analysis.divergence import UNITS, divergence, outputs
 from tersor.calibrate import batch_size
+from tersor.core.progress import Progress
 from tersor.encoded import Encoded
 from tersor.errors import InputError
 from tersor.schemes import KEEP, Scheme
@@ -38,7 +39,6 @@ NEGLIGIBLE = 1e-3  # nats, or as a share of half the squared length of the outpu
 NUM_MEASURED = 24  # sites
 NUM_EXAMPLES = 128  # of the calibration split
 DYNAMIC = 0.25  # a dynamic input must leave no more than this share of the site's loss
-Progress = Callable[[str, int, int], None]
 Packed = Mapping[Site, tuple[Encoded, Activation | None]]
 
 

@@ -25,6 +25,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
 
 from tersor.assignment import Assignment, as_message
+from tersor.core.messages import first_mistake
 from tersor.errors import InputError
 from tersor.formats.contract import Format, Grid
 from tersor.schemes import KEEP, parse_options, parse_rule, spell_options
@@ -147,7 +148,7 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise InputError(f"{place}: {first_mistake(error)}") from None
+            raise InputError(f"{place}: {first_mistake(error, KINDS)}") from None
 
     @classmethod
     def from_yaml(cls, text: str, place: str = "the recipe") -> "Recipe":
@@ -175,17 +176,6 @@ class Recipe(BaseModel):
 def parse_transform(text: str) -> Transform:
     """`smooth` or `smooth(alpha=0.5)`."""
     return parse_options("transform", TRANSFORMS, text.strip())
-
-
-def first_mistake(error: ValidationError) -> str:
-    """Where pydantic found the first mistake, and what it is."""
-    first = error.errors()[0]
-    before_and_part = zip((None, *first["loc"]), first["loc"], strict=False)
-    parts = [str(part) for before, part in before_and_part if not (isinstance(before, int) and part in KINDS)]
-    where = ".".join(parts) or "top level"
-    if first["type"] == "union_tag_invalid":
-        return f"{where}.step: '{first['ctx']['tag']}' is no kind of step; known: {', '.join(KINDS)}"
-    return f"{where}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def misfit(site: Site, format: Format) -> str | None:

@@ -10,7 +10,8 @@ import torch
 
 from tersor.checkpoint.artifact import atomic_folder, read_manifest, write_manifest
 from tersor.checkpoint.streaming import OnBlock, StreamedModel, no_lines
-from tersor.compress import CURVATURE, Progress, WeightsRun, needs_of, silent
+from tersor.compress import CURVATURE, WeightsRun, needs_of
+from tersor.core.progress import Progress, silent
 from tersor.errors import InputError
 from tersor.measure.scorecard import machine
 from tersor.recipe import Recipe, WeightsStep

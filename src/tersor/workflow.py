@@ -29,8 +29,10 @@ from tersor.checkpoint.artifact import (
     write_manifest,
 )
 from tersor.checkpoint.layout import size_of
-from tersor.checkpoint.source import Source, call_factory, first_line, open_model
-from tersor.compress import Progress, SiteReport, compress, preflight_all, silent
+from tersor.checkpoint.source import Source, call_factory, open_model
+from tersor.compress import SiteReport, compress, preflight_all
+from tersor.core.messages import first_line
+from tersor.core.progress import Progress, silent
 from tersor.errors import BudgetError, InputError, ModelError
 from tersor.measure.scorecard import Scorecard, Subject, machine, measure
 from tersor.measure.verdict import Tolerance, Verdict, judge

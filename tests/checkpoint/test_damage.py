@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import tersor
 from tersor.checkpoint.artifact import MANIFEST, WEIGHTS
-from tersor.checkpoint.source import sha256
 from tersor.checkpoint.weights import METADATA, read_weights, write_weights
+from tersor.core.files import sha256
 from tersor.errors import ArtifactError, TersorError
 from tersor.recipe import Recipe
 from zoo import original

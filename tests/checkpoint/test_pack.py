@@ -14,9 +14,10 @@ from tersor.checkpoint.container import Container
 from tersor.checkpoint.layout import CODED, size_of
 from tersor.checkpoint.pack import pack, unpack
 from tersor.checkpoint.restore import read_decoded
-from tersor.checkpoint.source import open_model, sha256
+from tersor.checkpoint.source import open_model
 from tersor.checkpoint.streaming import StreamedModel, no_lines
 from tersor.checkpoint.weights import write_weights
+from tersor.core.files import sha256
 from tersor.errors import ArtifactError, InputError, ModelError
 from tersor.recipe import Recipe
 from tersor.sites import find_sites

@@ -17,7 +17,8 @@ from torch import nn
 from tersor.analysis.divergence import UNITS, divergence, outputs
 from tersor.budget.plan import Menu, measure_menus
 from tersor.calibrate import gather
-from tersor.compress import Progress, compress, silent
+from tersor.compress import compress
+from tersor.core.progress import Progress, silent
 from tersor.recipe import Recipe
 from tersor.schemes import KEEP, parse_rule
 from tersor.scores import spearman

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from tersor.checkpoint.source import first_line
+from tersor.core.messages import first_line
 from tersor.encoded import CHUNK, Encoded
 from tersor.errors import InputError
 from tersor.formats.contract import Format, Layout

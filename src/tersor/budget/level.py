@@ -23,7 +23,8 @@ from tersor.budget.limit import Limit
 from tersor.budget.search import ALPHA, NUM_TRIALS, Trial
 from tersor.checkpoint.container_write import write
 from tersor.checkpoint.layout import CODED, other_tensors, size_of
-from tersor.compress import Compressed, Progress, compress, silent
+from tersor.compress import Compressed, compress
+from tersor.core.progress import Progress, silent
 from tersor.errors import BudgetError
 from tersor.measure.verdict import Tolerance, judge
 from tersor.methods.solver import pose

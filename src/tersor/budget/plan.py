@@ -19,7 +19,8 @@ from tersor.budget.limit import Limit
 from tersor.calibrate import gather
 from tersor.checkpoint.layout import file_size, other_tensors, size_of
 from tersor.checkpoint.weights import METADATA
-from tersor.compress import Progress, check_finite, preflight, silent
+from tersor.compress import check_finite, preflight
+from tersor.core.progress import Progress, silent
 from tersor.errors import BudgetError, InputError
 from tersor.methods.gptq import Gptq
 from tersor.methods.mse import Mse

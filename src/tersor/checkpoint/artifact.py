@@ -34,16 +34,11 @@ from tersor.checkpoint.manifest import (
     write_manifest,
 )
 from tersor.checkpoint.restore import read_decoded, read_tensors, restore_rest, restore_site
-from tersor.checkpoint.source import (
-    first_line,
-    open_model,
-    quiet_transformers,
-    read_state,
-    sha256,
-    transformers_class,
-)
+from tersor.checkpoint.source import open_model, quiet_transformers, read_state, transformers_class
 from tersor.checkpoint.weights import write_weights
 from tersor.codecs.integers import EXPANSION
+from tersor.core.files import sha256
+from tersor.core.messages import first_line
 from tersor.errors import ArtifactError, InputError
 from tersor.sites import find_sites
 

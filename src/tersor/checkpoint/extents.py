@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tersor.checkpoint.layout import DTYPE_NAMES, header, in_file_order
-from tersor.checkpoint.source import first_line
 from tersor.checkpoint.weights import METADATA
+from tersor.core.messages import first_line
 from tersor.errors import ArtifactError, ModelError
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from tersor.checkpoint.layout import CODED
-from tersor.checkpoint.source import first_line, sha256
+from tersor.core.files import sha256
+from tersor.core.messages import first_line, first_mistake
 from tersor.errors import ArtifactError
-from tersor.recipe import first_mistake
 
 VERSION = 1
 WEIGHTS = "model.safetensors"

@@ -24,9 +24,10 @@ from tersor.checkpoint.manifest import (
     weights_path,
     write_manifest,
 )
-from tersor.checkpoint.source import sha256, weight_files
+from tersor.checkpoint.source import weight_files
 from tersor.checkpoint.views import Packing
 from tersor.checkpoint.weights import opened, write_weights
+from tersor.core.files import sha256
 from tersor.encoded import Encoded
 from tersor.errors import ArtifactError, FormatError, InputError, ModelError
 from tersor.formats import format_named

@@ -19,6 +19,8 @@ from torch import nn
 
 from tersor.checkpoint.layout import CODED, tensors_of
 from tersor.checkpoint.weights import PICKLES, check_file, check_finite, read_weights, refuse_pickle
+from tersor.core.files import sha256
+from tersor.core.messages import first_line
 from tersor.errors import InputError, ModelError
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "1_Pooling/*"]
@@ -262,17 +264,6 @@ def quiet_transformers() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for a message of one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def state_hash(model: nn.Module) -> str:

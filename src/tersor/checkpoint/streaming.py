@@ -21,8 +21,10 @@ from tersor.checkpoint.artifact import copy_side_files, describe
 from tersor.checkpoint.extents import Extent, Scratch, read_extents, write_extents
 from tersor.checkpoint.layout import CODED, kept_tensors, stored_parts, tensors_of
 from tersor.checkpoint.manifest import WEIGHTS
-from tersor.checkpoint.source import Source, few, first_line, from_hub, look_into, sha256
+from tersor.checkpoint.source import Source, few, from_hub, look_into
 from tersor.checkpoint.weights import check_finite
+from tersor.core.files import sha256
+from tersor.core.messages import first_line
 from tersor.errors import InputError, ModelError
 from tersor.modules import Stored
 from tersor.sites import check_has_sites

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tersor.compress import Progress as Report
-from tersor.compress import silent
+from tersor.core.progress import Progress as Report
+from tersor.core.progress import silent
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tersor.checkpoint.source import first_line
+from tersor.core.messages import first_line
 from tersor.errors import ModelError, TersorError
 from tersor.export.contract import Checkpoint, Runnable, Written
 from tersor.export.decoder import NUM_NEW

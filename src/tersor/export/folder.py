@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tersor.checkpoint.artifact import copy_side_files
-from tersor.checkpoint.source import sha256
 from tersor.checkpoint.weights import write_weights
+from tersor.core.files import sha256
 from tersor.export.contract import Checkpoint, PackedSite
 from tersor.sites import is_linear
 

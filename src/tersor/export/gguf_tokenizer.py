@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tersor.checkpoint.source import first_line
+from tersor.core.messages import first_line
 from tersor.errors import ModelError
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5

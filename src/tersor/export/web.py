@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from tersor.checkpoint.source import sha256
+from tersor.core.files import sha256
 from tersor.errors import ArtifactError, InputError, ModelError
 from tersor.export.check import DTYPES, as_arrays
 from tersor.export.contract import Checkpoint, Misfit, PackedSite, Written

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tersor.compress import Progress, silent
+from tersor.core.progress import Progress, silent
 from tersor.errors import InputError
 from tersor.measure.latency import Latency, measure_calls, threads
 from tersor.measure.memory import Memory, measure_opened

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tersor.compress import Progress, silent
+from tersor.core.progress import Progress, silent
 from tersor.errors import InputError
 from tersor.measure.bench import Candidate
 from tersor.measure.latency import Latency, measure_calls, threads

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from tersor.compress import Progress, silent
+from tersor.core.progress import Progress, silent
 from tersor.measure.latency import Latency, measure_latency
 from tersor.measure.macs import count_macs
 from tersor.measure.memory import measure_peak_memory

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tersor.checkpoint.source import first_line
+from tersor.core.messages import first_line
 from tersor.errors import InputError, MissingExtra, ModelError
 from tersor.runtimes.contract import Decoder, Feeds, Input, Profile, Reading, Session, check_feeds
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tersor.checkpoint.source import first_line
+from tersor.core.messages import first_line
 from tersor.errors import MissingExtra, ModelError
 from tersor.runtimes.contract import Decoder, Feeds, Input, Profile, Session, check_feeds, run_clock
 from tersor.runtimes.onnx_decoder import OnnxDecoder

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.checkpoint.source import first_line
 from tersor.checkpoint.weights import check_finite, read_weights, refuse_pickle, write_weights
+from tersor.core.messages import first_line
 from tersor.errors import InputError, MissingExtra, ModelError
 from tersor.formats.nf4 import Nf4, Nf4Double
 from tersor.modules import PackedLinear

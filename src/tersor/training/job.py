@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from tersor.core.progress import Progress, silent
 from tersor.site_report import SiteReport
 from tersor.tasks.contract import Task
 from tersor.training.journal import Journal
-from tersor.training.loop import Curve, Progress, silent
+from tersor.training.loop import Curve
 from tersor.training.masks import Masks
 
 

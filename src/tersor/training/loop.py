@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersor.core.progress import Progress, silent
 from tersor.errors import DataError, InputError
 from tersor.modules import Stored
 from tersor.tasks.contract import Task, Trainable
@@ -24,14 +25,9 @@ from tersor.training.masks import Masks
 from tersor.training.settings import TrainingStep
 from tersor.training.setup import checkpoint_activations, make_optimizer, make_scheduler, start, usual_groups
 
-Progress = Callable[[str, int, int], None]
 Objective = Callable[[nn.Module, Any], Tensor]  # model and batch to a scalar loss; an nn.Module if it is trained, too
 OnStep = Callable[[int, int], None]  # before each step: its number, and how many there are
 NUM_GOOD = 20  # copies of good weights taken in a run, evenly
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """No progress shown."""
 
 
 @dataclass

@@ -21,6 +21,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from tersor.assignment import spelled
+from tersor.core.progress import Progress, silent
 from tersor.errors import InputError, UnknownName
 from tersor.methods.svd import principal_components
 from tersor.modules import PackedLinear
@@ -41,7 +42,7 @@ from tersor.training.adapters import (
 )
 from tersor.training.finetune import task_loss
 from tersor.training.job import Job
-from tersor.training.loop import Curve, Progress, check_trainable, silent, train
+from tersor.training.loop import Curve, check_trainable, train
 from tersor.training.merge import merge
 from tersor.training.settings import TrainingStep
 from tersor.walk import Walk

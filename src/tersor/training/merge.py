@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from tersor.core.progress import Progress, silent
 from tersor.errors import InputError
 from tersor.formats.contract import Format, Grid, Sparse
 from tersor.modules import PackedLinear, Stored
@@ -22,7 +23,6 @@ from tersor.tasks.contract import Task
 from tersor.tasks.fidelity import kl_divergence
 from tersor.tasks.inputs import scoring
 from tersor.training.adapters import Adapter, adapted_names, put_in, replace_module
-from tersor.training.loop import Progress, silent
 
 Method = Callable[[Format], str]  # how a format is filled: a method's name
 

@@ -23,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tersor.core.progress import Progress, silent
 from tersor.errors import InputError
 from tersor.tasks.contract import Trainable
 from tersor.tasks.inputs import Batch, scoring
-from tersor.training.loop import Progress, silent
 from tersor.training.losses import top_and_tail
 
 BATCHES_A_FILE = 64
