@@ -1,18 +1,21 @@
 # Two commands matter: `make demo` and `make test`. Both build .venv themselves; no network beyond pip.
+# What is installed is written down in constraints.txt; `make constraints` writes it anew from pyproject.toml.
 
 PYTHON ?= python3
 VENV := .venv
 PEERS := $(VENV)/peers
+LATEST := $(VENV)/latest
+TORCH := torch==2.13.0
 BIN := $(VENV)/bin
 # Sleeping OpenMP threads: spinning ones stall each other when the machine has other work.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-slow check format bench bench-peers clean
+.PHONY: demo test test-slow test-latest check constraints format bench bench-peers clean
 
-$(VENV)/ready: pyproject.toml
+$(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[dev,demo]'
+	$(BIN)/pip install --quiet --constraint constraints.txt $(TORCH)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
 	touch $@
 
 demo: $(VENV)/ready
@@ -23,6 +26,19 @@ test: $(VENV)/ready
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow
+
+# The newest release of everything that pyproject.toml allows, in an environment of its own; run before a release.
+test-latest:
+	test -x $(LATEST)/bin/python || $(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/pip install --quiet $(TORCH)
+	$(LATEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev,demo]' $(TORCH)
+	$(LATEST)/bin/python -m pytest
+
+# Exact versions of everything that the extras need, with the torch that the tests run on.
+constraints: $(VENV)/ready
+	$(BIN)/pip install --quiet uv
+	echo '$(TORCH)' | $(BIN)/uv pip compile pyproject.toml --all-extras --upgrade --python-version 3.11 \
+		--constraint - --no-annotate --no-header --output-file constraints.txt
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
