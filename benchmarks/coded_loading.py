@@ -32,8 +32,8 @@ from transformers import AutoModel
 
 import tersor
 from tersor.checkpoint.container import Container
+from tersor.checkpoint.open import open_model
 from tersor.checkpoint.restore import read_decoded
-from tersor.checkpoint.source import open_model
 from tersor.codecs.integers import Integers
 from tersor.encoded import Encoded
 from tersor.formats import format_named

@@ -40,7 +40,7 @@ from tersor.calibrate import gather
 from tersor.checkpoint.container import Container
 from tersor.checkpoint.layout import CODED
 from tersor.checkpoint.manifest import WEIGHTS
-from tersor.checkpoint.source import open_model
+from tersor.checkpoint.open import open_model
 from tersor.measure.scorecard import machine
 from tersor.measure.verdict import Tolerance, judge
 from tersor.methods.waterfill import bound_at

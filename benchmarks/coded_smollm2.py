@@ -98,7 +98,7 @@ def main() -> int:
 
 def measure(rows: list[str], assets: Assets, results: Results, llama_python: Path | None) -> None:
     """One row after the other; what is done is appended to the results."""
-    from tersor.checkpoint.source import open_model
+    from tersor.checkpoint.open import open_model
 
     model, original, task = open_model(str(assets.model)).model, open_original(assets), open_protocol(assets)
     models = results.path.with_suffix(".models")
@@ -232,7 +232,7 @@ def measure_gguf(
 def write_whole(assets: Assets, output: Path) -> None:
     """The model in fp16, as llama.cpp reads it."""
     import tersor
-    from tersor.checkpoint.source import open_model
+    from tersor.checkpoint.open import open_model
     from tersor.export.artifact import open_checkpoint
     from tersor.export.gguf import Gguf
 

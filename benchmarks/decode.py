@@ -118,7 +118,7 @@ def place(work: Path, row: Row) -> Path:
 def make(scheme: str, assets: Assets, folder: Path) -> dict[str, Any]:
     """The artifact of a scheme, or a copy of the model in a float type."""
     import tersor
-    from tersor.checkpoint.source import open_model
+    from tersor.checkpoint.open import open_model
 
     model = open_model(str(assets.model)).model
     if scheme not in SCHEMES:

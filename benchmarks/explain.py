@@ -122,7 +122,7 @@ def main() -> int:
 def compressed(assets: Path, work: Path, scheme: str) -> Path:
     """MiniLM in a scheme, as an artifact."""
     import tersor
-    from tersor.checkpoint.source import open_model
+    from tersor.checkpoint.open import open_model
 
     folder = work / f"minilm-{scheme}"
     if not folder.exists():

@@ -92,7 +92,7 @@ def layer_row(shape: tuple[int, int], num_tokens: int) -> str:
 def model_rows(folder: Path) -> list[str]:
     """SmolLM2, one token at a time after a context, with a cache of keys and values."""
     import tersor
-    from tersor.checkpoint.source import open_model
+    from tersor.checkpoint.open import open_model
     from tersor.measure.size import measure_size
 
     if not (folder / "config.json").exists():

@@ -67,7 +67,7 @@ def measure_digits(assets: Path, share: float) -> dict[str, Any]:
     from models import open_mnist
 
     import tersor
-    from tersor.checkpoint.layout import size_of
+    from tersor.checkpoint.container_write import size_of
     from tersor.measure.verdict import Tolerance, judge
 
     task = open_mnist(assets)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import tersor
-from tersor.checkpoint.source import open_model
+from tersor.checkpoint.open import open_model
 from tersor.tasks import Task
 from tersor.workflow import TaskChoice, open_task_for
 

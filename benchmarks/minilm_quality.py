@@ -24,8 +24,8 @@ from torch import nn
 
 import tersor
 from tersor.analysis.sensitivity import divergence, outputs
-from tersor.checkpoint.layout import size_of
-from tersor.checkpoint.source import open_model
+from tersor.checkpoint.container_write import size_of
+from tersor.checkpoint.open import open_model
 from tersor.measure.scorecard import machine
 from tersor.measure.verdict import Tolerance, judge
 from tersor.recipe import Recipe

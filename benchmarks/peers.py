@@ -159,7 +159,7 @@ def run_auto_round(row: Row, assets: Assets, ids: Any, meter: Meter) -> tuple[nn
 
 def run_tersor(row: Row, assets: Assets, ids: Any, meter: Meter) -> tuple[nn.Module, float]:
     import tersor
-    from tersor.checkpoint.source import open_model
+    from tersor.checkpoint.open import open_model
 
     model, task = open_model(str(assets.model)).model, open_protocol(assets)  # of the same tokens
     with meter:

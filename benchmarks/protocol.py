@@ -78,7 +78,7 @@ def open_protocol(assets: Assets) -> Task:
 
 def open_original(assets: Assets) -> nn.Module:
     """The model in float32 and eval mode."""
-    from tersor.checkpoint.source import open_model
+    from tersor.checkpoint.open import open_model
 
     return open_model(str(assets.model)).model.float()
 

@@ -102,7 +102,7 @@ def made(model: Any, steps: list[dict[str, Any]], task: Any) -> tuple[Any, dict[
     import copy
 
     import tersor
-    from tersor.checkpoint.layout import size_of
+    from tersor.checkpoint.container_write import size_of
 
     if not steps:
         return model, {"bytes": size_of(model), "cpu": 0.0, "wall": 0.0}
@@ -142,7 +142,7 @@ def measure_resnet(steps: list[dict[str, Any]], assets: Assets, results: Path) -
 def measure_minilm(steps: list[dict[str, Any]], assets: Assets, results: Path) -> dict[str, Any]:
     """Calibrated and trained on unlabelled web text, judged on STS-B."""
     from tersor.analysis.sensitivity import divergence, outputs
-    from tersor.checkpoint.source import open_model
+    from tersor.checkpoint.open import open_model
     from tersor.workflow import TaskChoice, open_task_for
 
     text = assets.root / "text"

@@ -97,7 +97,7 @@ def open_text(root: Path, args: argparse.Namespace) -> Any:
 
 def original(root: Path) -> Any:
     """The model in float32."""
-    from tersor.checkpoint.source import open_model
+    from tersor.checkpoint.open import open_model
 
     return open_model(str(root / "smollm2")).model.float()
 

@@ -26,7 +26,7 @@ from rows import Results, in_turn, run_rows
 from torch import nn
 
 import tersor
-from tersor.checkpoint.source import open_model
+from tersor.checkpoint.open import open_model
 from tersor.export.artifact import export_model
 from tersor.measure.scorecard import machine
 from tersor.measure.verdict import Tolerance, judge

@@ -76,7 +76,7 @@ def main() -> int:
 def measure(row: str, assets: Assets) -> dict[str, Any]:
     """Compress, save, load and score one row, in this process; the costs are of compressing alone."""
     import tersor
-    from tersor.checkpoint.source import open_model
+    from tersor.checkpoint.open import open_model
 
     source, task = open_model(str(assets.model)), open_protocol(assets)
     with Meter() as meter:

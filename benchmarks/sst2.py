@@ -230,7 +230,7 @@ def tokenizer_of(folder: Path) -> Any:
 
 def opened(folder: Path, place: Place, data: Path | None = None) -> tuple[Any, Any]:
     """A model and the task."""
-    from tersor.checkpoint.source import open_model
+    from tersor.checkpoint.open import open_model
     from tersor.workflow import TaskChoice, open_task_for
 
     source = open_model(str(folder))

@@ -94,7 +94,7 @@ def measure(row: str, assets: Path, results: Path) -> dict[str, Any]:
     import copy
 
     import tersor
-    from tersor.checkpoint.layout import size_of
+    from tersor.checkpoint.container_write import size_of
 
     model, task, data, name = opened(row, assets, results)
     for each in (task, data):
@@ -130,7 +130,7 @@ def opened(row: str, assets: Path, results: Path) -> tuple[Any, Any, Any, str]:
 
 def open_minilm(assets: Path) -> tuple[Any, Any, Any, str]:
     """Judged on STS-B dev, calibrated on web text: nothing of STS-B is seen."""
-    from tersor.checkpoint.source import open_model
+    from tersor.checkpoint.open import open_model
     from tersor.workflow import TaskChoice, open_task_for
 
     text, source = assets / "text", open_model(str(assets / "minilm"))

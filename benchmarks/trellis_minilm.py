@@ -26,7 +26,7 @@ from rows import Results
 
 from tersor.analysis.divergence import divergence, outputs
 from tersor.calibrate import gather
-from tersor.checkpoint.source import open_model
+from tersor.checkpoint.open import open_model
 from tersor.measure.scorecard import machine
 from tersor.workflow import TaskChoice, open_task_for
 

@@ -153,15 +153,6 @@ CIRCLES = [
         "tersor.methods.waterfill",
     },
     {
-        "tersor.checkpoint.artifact",
-        "tersor.checkpoint.source",
-    },
-    {
-        "tersor.checkpoint.container",
-        "tersor.checkpoint.container_write",
-        "tersor.checkpoint.layout",
-    },
-    {
         "tersor.codecs.loops",
         "tersor.codecs.rans_numba",
         "tersor.codecs.rans_numpy",
@@ -192,8 +183,6 @@ LAZY = {
     "tersor.export.executorch": "executorch is optional",
     "tersor.export.onnx": "onnx is optional",
     "tersor.export.openvino": "openvino and onnx are optional",
-    "tersor.checkpoint.layout": "circle",
-    "tersor.checkpoint.source": "circle",
     "tersor.encoded": "circle",
     "tersor.keep_float": "circle",
     "tersor.methods.waterfill": "circle",

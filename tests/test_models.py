@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import tersor
 from cli_runner import tersor as run_tersor
-from tersor.checkpoint.layout import size_of
-from tersor.checkpoint.source import open_model
+from tersor.checkpoint.container_write import size_of
+from tersor.checkpoint.open import open_model
 from tersor.kernels import reference
 from tersor.modules import PackedLinear
 from tersor.scores import METRICS, Scores

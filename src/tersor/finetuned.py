@@ -17,7 +17,8 @@ from torch import nn
 from tersor.budget.search import ALPHA
 from tersor.checkpoint.artifact import WEIGHTS, atomic_folder, check_output, copy_side_files, save
 from tersor.checkpoint.layout import packed_sites, tensors_of
-from tersor.checkpoint.source import Source, open_model
+from tersor.checkpoint.open import open_model
+from tersor.checkpoint.source import Source
 from tersor.checkpoint.weights import write_weights
 from tersor.compress import key_of
 from tersor.core.progress import Progress, silent

@@ -28,8 +28,9 @@ from tersor.checkpoint.artifact import (
     weights_path,
     write_manifest,
 )
-from tersor.checkpoint.layout import size_of
-from tersor.checkpoint.source import Source, call_factory, open_model
+from tersor.checkpoint.container_write import size_of
+from tersor.checkpoint.open import open_model
+from tersor.checkpoint.source import Source, call_factory
 from tersor.compress import SiteReport, compress, preflight_all
 from tersor.core.messages import first_line
 from tersor.core.progress import Progress, silent

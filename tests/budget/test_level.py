@@ -25,7 +25,8 @@ from tersor.budget.level import (
 from tersor.budget.limit import Limit
 from tersor.budget.search import NUM_TRIALS
 from tersor.checkpoint.container import Container
-from tersor.checkpoint.layout import CODED, size_of
+from tersor.checkpoint.container_write import size_of
+from tersor.checkpoint.layout import CODED
 from tersor.errors import BudgetError, InputError
 from tersor.measure.verdict import Verdict
 from tersor.recipe import Recipe

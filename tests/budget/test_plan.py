@@ -24,7 +24,7 @@ from tersor.budget.plan import (
     smallest_size,
 )
 from tersor.checkpoint.artifact import WEIGHTS
-from tersor.checkpoint.layout import size_of
+from tersor.checkpoint.container_write import size_of
 from tersor.errors import BudgetError, FormatError, InputError, ModelError, UnknownName
 from tersor.formats.int_group import IntGroup
 from tersor.recipe import Recipe

@@ -11,10 +11,11 @@ import tersor
 from cli_runner import tersor as run
 from tersor.analysis.coding import info, water_filling
 from tersor.checkpoint.container import Container
-from tersor.checkpoint.layout import CODED, size_of
+from tersor.checkpoint.container_write import size_of
+from tersor.checkpoint.layout import CODED
+from tersor.checkpoint.open import open_model
 from tersor.checkpoint.pack import pack, unpack
 from tersor.checkpoint.restore import read_decoded
-from tersor.checkpoint.source import open_model
 from tersor.checkpoint.streaming import StreamedModel, no_lines
 from tersor.checkpoint.weights import write_weights
 from tersor.core.files import sha256

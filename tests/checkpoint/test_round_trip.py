@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import tersor
 from tersor.checkpoint.artifact import MANIFEST, WEIGHTS
-from tersor.checkpoint.layout import DTYPE_NAMES, file_size, size_of
-from tersor.checkpoint.source import open_model, state_hash
+from tersor.checkpoint.container_write import size_of
+from tersor.checkpoint.layout import DTYPE_NAMES, file_size
+from tersor.checkpoint.open import open_model
+from tersor.checkpoint.source import state_hash
 from tersor.checkpoint.weights import METADATA, read_weights, write_weights
 from tersor.errors import ArtifactError
 from tersor.modules import PackedWeight

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tersor.checkpoint import weights
-from tersor.checkpoint.source import open_model
+from tersor.checkpoint.open import open_model
 from tersor.errors import InputError, ModelError
 from zoo import PRETRAINED, original
 

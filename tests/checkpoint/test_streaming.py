@@ -48,7 +48,7 @@ def choice(tmp_path):
 
 def in_memory(folder, recipe, choice, output):
     """What `compress_to_folder` writes, without what it measures."""
-    source = tersor.checkpoint.source.open_model(str(folder))
+    source = tersor.checkpoint.open.open_model(str(folder))
     made = compress(source.model, recipe, open_task_for(source, choice))
     tersor.checkpoint.artifact.save(made.model, output, source=folder)
     return made

@@ -18,7 +18,7 @@ import tersor.export.check
 from cli_runner import tersor as command
 from tersor import Recipe, export_model
 from tersor.checkpoint.layout import packed_sites
-from tersor.checkpoint.source import open_model
+from tersor.checkpoint.open import open_model
 from tersor.errors import FormatError, InputError, MissingExtra, ModelError
 from tersor.export import onnx as client
 from tersor.export.artifact import checkpoint_of

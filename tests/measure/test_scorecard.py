@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tersor
-from tersor.checkpoint.layout import size_of
+from tersor.checkpoint.container_write import size_of
 from tersor.measure.latency import measure_latency
 from tersor.measure.macs import count_macs
 from tersor.measure.memory import measure_peak_memory

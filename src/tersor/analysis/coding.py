@@ -22,8 +22,8 @@ from torch import Tensor
 from tersor.checkpoint.container import DTYPES, Container
 from tersor.checkpoint.layout import CODED
 from tersor.checkpoint.manifest import MANIFEST, check_files, read_manifest, weights_path
+from tersor.checkpoint.open import open_model
 from tersor.checkpoint.pack import decoded, sites_of
-from tersor.checkpoint.source import open_model
 from tersor.checkpoint.weights import opened
 from tersor.codecs.classes import SMALLEST, STEPS, counted, scales_of
 from tersor.codecs.floats import SPLITS, bits_of, parted, read_planes

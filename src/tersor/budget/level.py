@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from tersor.budget.correct import measured_factors
 from tersor.budget.limit import Limit
 from tersor.budget.search import ALPHA, NUM_TRIALS, Trial
-from tersor.checkpoint.container_write import write
-from tersor.checkpoint.layout import CODED, other_tensors, size_of
+from tersor.checkpoint.container_write import size_of, write
+from tersor.checkpoint.layout import CODED, other_tensors
 from tersor.compress import Compressed, compress
 from tersor.core.progress import Progress, silent
 from tersor.errors import BudgetError

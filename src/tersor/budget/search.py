@@ -12,7 +12,7 @@ from torch import nn
 
 from tersor.budget.limit import Limit
 from tersor.budget.plan import Menu, largest_size, plan_size, smallest_size
-from tersor.checkpoint.layout import size_of
+from tersor.checkpoint.container_write import size_of
 from tersor.compress import compress
 from tersor.core.progress import Progress, silent
 from tersor.measure.verdict import Tolerance, Verdict, judge

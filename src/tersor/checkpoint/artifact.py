@@ -34,7 +34,7 @@ from tersor.checkpoint.manifest import (
     write_manifest,
 )
 from tersor.checkpoint.restore import read_decoded, read_tensors, restore_rest, restore_site
-from tersor.checkpoint.source import open_model, quiet_transformers, read_state, transformers_class
+from tersor.checkpoint.source import open_transformers, quiet_transformers, read_state, transformers_class
 from tersor.checkpoint.weights import write_weights
 from tersor.codecs.integers import EXPANSION
 from tersor.core.files import sha256
@@ -208,7 +208,7 @@ def unpacked(folder: Path, model: nn.Module | None) -> nn.Module:
         ArtifactError, ModelError: it is damaged, or does not fit the model.
     """
     if model is None:
-        return open_model(str(folder)).model
+        return open_transformers(str(folder), folder).model
     try:
         model.load_state_dict(read_state(folder / CODED))
     except RuntimeError as error:

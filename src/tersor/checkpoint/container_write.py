@@ -13,8 +13,9 @@ from typing import BinaryIO
 from torch import Tensor, nn
 
 from tersor.checkpoint.container import ALIGNMENT, FIXED, MAGIC, VERSION, Entry, Header, is_aligned
-from tersor.checkpoint.layout import DTYPE_NAMES, packed_sites, tensors_of
+from tersor.checkpoint.layout import CODED, DTYPE_NAMES, file_size, packed_sites, tensors_of
 from tersor.checkpoint.views import Packed, Packing
+from tersor.checkpoint.weights import METADATA
 from tersor.codecs import ROWS
 from tersor.codecs.bits import BitWriter
 from tersor.codecs.contract import Pieces
@@ -171,3 +172,12 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         with suppress(OSError):
             os.unlink(working)
         raise
+
+
+def size_of(model: nn.Module) -> int:
+    """Bytes of the model's weights file: computed without writing it, unless it is entropy-coded."""
+    if holds_codes(model):
+        with tempfile.TemporaryDirectory() as folder:
+            write_coded(model, Path(folder) / CODED)
+            return (Path(folder) / CODED).stat().st_size
+    return file_size(((n, t.dtype, tuple(t.shape)) for n, t in tensors_of(model).items()), METADATA)

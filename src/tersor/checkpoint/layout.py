@@ -5,14 +5,11 @@ under the names the model gives it. Tied tensors are stored once, under the firs
 """
 
 import json
-import tempfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from tersor.checkpoint.weights import METADATA
 from tersor.modules import InputQuantizer, PackedConv, PackedLinear, PackedWeight, Stored
 from tersor.recurrent import PackedRecurrent
 from tersor.sites import Site, find_sites, packed_weight
@@ -123,14 +120,3 @@ def file_size(tensors: Iterable[Described], metadata: Mapping[str, str]) -> int:
     tensors = list(tensors)
     num_bytes = sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in tensors)
     return len(header(tensors, metadata)) + num_bytes
-
-
-def size_of(model: nn.Module) -> int:
-    """Bytes of the model's weights file: computed without writing it, unless it is entropy-coded."""
-    from tersor.checkpoint.container_write import holds_codes, write_coded
-
-    if holds_codes(model):
-        with tempfile.TemporaryDirectory() as folder:
-            write_coded(model, Path(folder) / CODED)
-            return (Path(folder) / CODED).stat().st_size
-    return file_size(((n, t.dtype, tuple(t.shape)) for n, t in tensors_of(model).items()), METADATA)

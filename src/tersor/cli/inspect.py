@@ -9,8 +9,10 @@ from tersor.analysis.sensitivity import SCHEMES, Sensitivity
 from tersor.analysis.sensitivity import sensitivity as predict
 from tersor.analysis.training_memory import Tokens
 from tersor.analysis.training_memory import training_memory as predict_training
-from tersor.checkpoint.layout import kept_tensors, packed_sites, size_of
-from tersor.checkpoint.source import Source, open_model
+from tersor.checkpoint.container_write import size_of
+from tersor.checkpoint.layout import kept_tensors, packed_sites
+from tersor.checkpoint.open import open_model
+from tersor.checkpoint.source import Source
 from tersor.cli import options
 from tersor.cli.console import out, print_json, print_table, progress_bars
 from tersor.cli.finetune import step_of

@@ -7,8 +7,8 @@ import typer
 from pydantic import ValidationError
 
 from tersor.checkpoint.artifact import atomic_folder, check_output, copy_side_files
-from tersor.checkpoint.layout import size_of
-from tersor.checkpoint.source import open_model
+from tersor.checkpoint.container_write import size_of
+from tersor.checkpoint.open import open_model
 from tersor.cli import options
 from tersor.cli.console import out, print_json, print_table
 from tersor.errors import InputError

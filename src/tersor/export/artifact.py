@@ -16,7 +16,7 @@ from tersor.activations import Activation
 from tersor.checkpoint.artifact import atomic_folder, check_output, load
 from tersor.checkpoint.layout import kept_tensors, packed_sites
 from tersor.checkpoint.manifest import MANIFEST, read_manifest
-from tersor.checkpoint.source import open_model
+from tersor.checkpoint.open import open_model
 from tersor.errors import ArtifactError, FormatError, InputError, ModelError
 from tersor.export import export_named
 from tersor.export.check import Check, check

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tersor.checkpoint.source import Source, open_model
+from tersor.checkpoint.open import open_model
+from tersor.checkpoint.source import Source
 from tersor.errors import InputError
 from tersor.measure.latency import threads
 from tersor.modules import PackedConv, PackedEmbedding, PackedLinear

@@ -19,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from tersor.checkpoint.source import open_model
+from tersor.checkpoint.open import open_model
 from tersor.errors import InputError, UnknownName
 from tersor.tasks.classification import Classification
 from tersor.tasks.contract import Trainable
