@@ -6,6 +6,8 @@ low bits            of all values, row by row, if the head says that some are ke
 words               16 bits each, little-endian: two for every lane's state, and what the lanes take in turns
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float32, Int
 from numpy import ndarray
@@ -78,13 +80,16 @@ def decode_chunk(
     low, words = data[place : place + num_packed], data[place + num_packed :]
     if len(low) < num_packed or len(words) % 2:
         raise ArtifactError(f"{len(data)} bytes, cut in the middle of a value")
-    high = values if not head.num_low_bits else np.empty(values.shape, np.int32)
+    shift, reach = head.num_low_bits, np.iinfo(kind)
+    least, most = int(reach.min) >> shift, int(reach.max) >> shift
+    sure = head.tables.within(least, most)  # shared tables may hold values that this type does not
+    high = values if not shift and sure else np.empty(values.shape, np.int32)
     places = np.empty(num_escapes, np.int64)
     row_class = np.ascontiguousarray(head.classes.row[rows])
     stream = np.frombuffer(words, "<u2").astype(np.uint16, copy=False)
     unsigned = high.view(np.uint8) if high.dtype == np.int8 else high  # the same bits
-    factors = None if head.num_low_bits else scales
-    num_states = 0 if head.num_low_bits else head.num_states
+    factors = scales if high is values else None
+    num_states = 0 if shift else head.num_states
     found = decode_words(
         stream,
         head.tables,
@@ -99,17 +104,23 @@ def decode_chunk(
     )
     if found != num_escapes:
         raise ArtifactError("the coded values do not end where they should")
-    reach, shift = np.iinfo(kind), head.num_low_bits
-    if num_escapes and not reach.min >> shift <= min(written) <= max(written) <= reach.max >> shift:
-        raise ArtifactError(f"a value between {min(written)} and {max(written)} is too large for {np.dtype(kind)}")
+    check_reach(written, least, most, kind)
     if factors is None:
         high.reshape(-1)[places] = written
     elif num_escapes:
         row, column = np.divmod(places, values.shape[1])
         values[row, column] = np.array(written, np.float32) * (factors[0][row] * factors[1][column])
-    if head.num_low_bits:
+    if not sure and high.size:
+        check_reach([int(high.min()), int(high.max())], least, most, kind)
+    if high is not values:
         bits = unpack_low_bits(low, values.size, num_stored).reshape(values.shape)
         whole = (high << num_stored) | bits
-        if head.num_states:
+        if shift and head.num_states:
             complete(whole, head.num_states)
         values[:] = whole if scales is None else whole.astype(np.float32) * np.multiply.outer(*scales)
+
+
+def check_reach(found: Sequence[int], least: int, most: int, kind: type[np.integer]) -> None:
+    """Raises ArtifactError for a value, without its low bits, that the type does not hold."""
+    if found and not least <= min(found) <= max(found) <= most:
+        raise ArtifactError(f"a value between {min(found)} and {max(found)} is too large for {np.dtype(kind)}")

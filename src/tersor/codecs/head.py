@@ -93,18 +93,19 @@ def read_head(
     if uses_shared and shared is None:
         raise ArtifactError("tables of the file are named, and it has none")
     tables = shared if uses_shared and shared is not None else read_tables(source)
+    if not uses_shared:  # those of the file serve tensors of other types as well, so that values are checked one by one
+        check_symbols(tables, dtype, num_low_bits)
     row, column = read_sequence(shape[0], source), read_sequence(shape[1], source)
     num_classes = int(row.max(initial=0)) + int(column.max(initial=0)) + 1
     if num_classes > len(tables.table_of):
         raise ArtifactError(f"{num_classes} classes, and tables for {len(tables.table_of)}")
-    check_symbols(tables, dtype, num_low_bits)
     return Head(shape, num_low_bits, 2**lanes, chunk_rows, Classes(row, column), tables, num_states)
 
 
 def check_symbols(tables: TableSet, dtype: torch.dtype, num_low_bits: int) -> None:
     """Raises ArtifactError if a table holds a value that the type does not."""
     reach, span = torch.iinfo(dtype), tables.span
-    if span and not reach.min >> num_low_bits <= span[0] <= span[1] <= reach.max >> num_low_bits:
+    if span and not tables.within(reach.min >> num_low_bits, reach.max >> num_low_bits):
         raise ArtifactError(f"tables of the values {span[0]} to {span[1]} for {dtype}")
 
 

@@ -59,6 +59,10 @@ class TableSet:
         present = np.flatnonzero(self.logs[:, 1:].any(axis=0)) + 1 + self.low
         return (int(present[0]), int(present[-1])) if len(present) else None
 
+    def within(self, least: int, most: int) -> bool:
+        """Whether every value of every table lies between two numbers."""
+        return self.span is None or least <= self.span[0] <= self.span[1] <= most
+
     @cached_property
     def starts(self) -> UInt32[ndarray, "table symbol"]:
         """Counts of all symbols before each one."""
