@@ -35,8 +35,8 @@ from tersor.checkpoint.container import Container
 from tersor.checkpoint.open import open_model
 from tersor.checkpoint.restore import read_decoded
 from tersor.codecs.integers import Integers
-from tersor.encoded import Encoded
 from tersor.formats import format_named
+from tersor.formats.contract import Encoded
 from tersor.measure.scorecard import machine
 from tersor.recipe import Recipe
 

@@ -38,7 +38,7 @@ from rows import Results, child_environment, last_line
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from tersor.encoded import Encoded
+    from tersor.formats.contract import Encoded
     from tersor.sites import Site
     from tersor.stats import Stats
     from tersor.tasks.contract import Task

@@ -65,7 +65,7 @@ CASES = {
         "MiniLM, linear layers and embeddings in int4-g32, in PyTorch",
         torch_int4,
         ("decode",),
-        "tersor.encoded:Encoded.decode",
+        "tersor.formats.contract:Encoded.decode",
         "int8-dynamic instead",
     ),
     "a small int8 network": Case(

@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tersor.activations import ACTIVATIONS, Activation, ActivationFormat, activation_named
-from tersor.encoded import Encoded
 from tersor.errors import FormatError
 from tersor.formats import FORMATS, format_named
-from tersor.formats.contract import Format, Grid, Params, Sparse
+from tersor.formats.contract import Encoded, Format, Grid, Params, Sparse
 from tersor.kernels import reference
 from tersor.methods import METHODS
 from tersor.methods.contract import Method

@@ -145,10 +145,6 @@ def circles(graph):
 # Modules that import one another today. A set may lose modules and none may gain one.
 CIRCLES = [
     {
-        "tersor.encoded",
-        "tersor.formats.contract",
-    },
-    {
         "tersor.methods.viterbi",
         "tersor.methods.waterfill",
     },
@@ -183,7 +179,6 @@ LAZY = {
     "tersor.export.executorch": "executorch is optional",
     "tersor.export.onnx": "onnx is optional",
     "tersor.export.openvino": "openvino and onnx are optional",
-    "tersor.encoded": "circle",
     "tersor.keep_float": "circle",
     "tersor.methods.waterfill": "circle",
     "tersor.training.adapters": "circle",
@@ -199,7 +194,7 @@ def test_lazy_imports_have_a_reason():
     assert not LAZY.keys() - lazy, f"no lazy import any more: take {', '.join(sorted(LAZY.keys() - lazy))} off the list"
 
 
-GROUND = {"tersor.compiled", "tersor.errors", "tersor.encoded", "tersor.stats"}
+GROUND = {"tersor.compiled", "tersor.errors", "tersor.stats"}
 
 
 @pytest.mark.parametrize(("folder", "may"), [("formats", {"formats"}), ("methods", {"formats", "methods"})])

@@ -114,5 +114,5 @@ def test_large_weights_are_decoded_a_few_rows_at_a_time(name, dtype, monkeypatch
     encoded = embeddings[name][0].packed.encoded
     whole = encoded.decode()
     for chunk in (1, 64, 200, 40 * 64 - 1):
-        monkeypatch.setattr("tersor.encoded.CHUNK", chunk)
+        monkeypatch.setattr("tersor.formats.contract.CHUNK", chunk)
         assert torch.equal(encoded.decode(dtype), whole.to(dtype))

@@ -15,8 +15,8 @@ from tersor.activations import ACTIVATIONS, Activation, IntStatic
 from tersor.assignment import Assignment
 from tersor.calibrate import gather
 from tersor.core.progress import Progress, silent
-from tersor.encoded import Encoded
 from tersor.errors import FormatError, ModelError, TersorError
+from tersor.formats.contract import Encoded
 from tersor.keep_float import KeptFloat, check_number, choose, predicted_loss, spared
 from tersor.methods.contract import BlockMethod
 from tersor.moments import has_inputs

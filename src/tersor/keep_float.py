@@ -23,8 +23,8 @@ from tersor.activations import Activation, IntStatic, activation_named
 from tersor.analysis.divergence import UNITS, divergence, outputs
 from tersor.calibrate import batch_size
 from tersor.core.progress import Progress
-from tersor.encoded import Encoded
 from tersor.errors import InputError
+from tersor.formats.contract import Encoded
 from tersor.schemes import KEEP, Scheme
 from tersor.sites import Site, escape
 from tersor.stats import Stats

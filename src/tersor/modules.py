@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tersor.activations import Activation
-from tersor.encoded import Encoded
+from tersor.formats.contract import Encoded
 from tersor.kernels import Memory, linear
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tersor.activations import Activation
 from tersor.codecs.integers import estimate_bits
-from tersor.encoded import Encoded
 from tersor.formats.coded import Coded
+from tersor.formats.contract import Encoded
 from tersor.schemes import Scheme
 from tersor.sites import Site
 

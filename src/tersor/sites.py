@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, type_before_parametrizations
 
 from tersor.activations import ACTIVATIONS, Activation
-from tersor.encoded import Encoded
 from tersor.errors import FormatError, ModelError, UnknownName
+from tersor.formats.contract import Encoded
 from tersor.modules import (
     PREFIX,
     Fold,

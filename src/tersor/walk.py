@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from tersor.activations import Activation
-from tersor.encoded import Encoded
 from tersor.errors import DataError, ModelError
+from tersor.formats.contract import Encoded
 from tersor.kernels import reference
 from tersor.modules import PackedConv, PackedEmbedding, PackedLinear, PackedWeight
 from tersor.moments import Moments, groups_of, has_inputs, inputs_of, takes_inputs

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from laws import random
-from tersor.encoded import Encoded
 from tersor.errors import FormatError
 from tersor.formats.bitmask import Bitmask
+from tersor.formats.contract import Encoded
 
 
 def sparse(density=0.25):

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from laws import random, same_bits
-from tersor.encoded import Encoded
 from tersor.errors import FormatError
 from tersor.formats.coded import LARGEST, Coded, finer, scales, steps
+from tersor.formats.contract import Encoded
 
 
 def odd_params(num_rows=5, num_columns=7, octave=1 / 16):

@@ -5,9 +5,9 @@ import safetensors.torch
 import torch
 
 from laws import random
-from tersor.encoded import Encoded
 from tersor.errors import FormatError
 from tersor.formats.bitmask import Bitmask
+from tersor.formats.contract import Encoded
 from tersor.formats.semi_structured import SemiStructured
 
 PATTERNS = [SemiStructured(2, 4), SemiStructured(4, 8)]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from laws import odd_weights, random
-from tersor.encoded import Encoded
 from tersor.formats import FORMATS
+from tersor.formats.contract import Encoded
 from tersor.formats.mx import E2M1
 from tersor.formats.nf4 import NORMAL_FLOAT, Nf4, Nf4Double, dynamic_levels
 

@@ -5,11 +5,10 @@ import safetensors.torch
 import torch
 
 from laws import random
-from tersor.encoded import Encoded
 from tersor.errors import FormatError
 from tersor.formats import FORMATS
 from tersor.formats.bitmask import Bitmask
-from tersor.formats.contract import Sparse
+from tersor.formats.contract import Encoded, Sparse
 from tersor.formats.int_group import IntGroup
 from tersor.formats.semi_structured import SemiStructured
 from tersor.formats.sparse_int import SparseInt

@@ -12,9 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from tersor.encoded import Encoded
 from tersor.formats import FORMATS
-from tersor.formats.contract import Format
+from tersor.formats.contract import Encoded, Format
 from tersor.formats.lowrank import Corrected, LowRank
 from tersor.methods.magnitude import Magnitude
 from tersor.methods.nearest import Nearest

@@ -10,11 +10,11 @@ from torch import nn
 import tersor
 from laws import check_layout, random, widened
 from tersor.checkpoint.artifact import load, save
-from tersor.encoded import Encoded
 from tersor.errors import DataError, InputError
 from tersor.formats import FORMATS, format_named
 from tersor.formats.bitmask import Bitmask
 from tersor.formats.codebook import Codebook
+from tersor.formats.contract import Encoded
 from tersor.formats.float_cast import FloatCast
 from tersor.formats.mx import Mxfp4
 from tersor.formats.semi_structured import SemiStructured

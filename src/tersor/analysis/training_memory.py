@@ -29,9 +29,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from tersor.core.messages import first_line
-from tersor.encoded import CHUNK, Encoded
 from tersor.errors import InputError
-from tersor.formats.contract import Format, Layout
+from tersor.formats.contract import CHUNK, Encoded, Format, Layout
 from tersor.modules import PackedWeight, Stored
 from tersor.schemes import KEEP, parse_rule
 from tersor.scores import Scores

@@ -28,10 +28,9 @@ from tersor.checkpoint.source import weight_files
 from tersor.checkpoint.views import Packing
 from tersor.checkpoint.weights import opened, write_weights
 from tersor.core.files import sha256
-from tersor.encoded import Encoded
 from tersor.errors import ArtifactError, FormatError, InputError, ModelError
 from tersor.formats import format_named
-from tersor.formats.contract import PackedParts
+from tersor.formats.contract import Encoded, PackedParts
 from tersor.modules import Fold
 
 FILES = "files"  # in the container's metadata: the name of each file that was packed, and the tensors it held

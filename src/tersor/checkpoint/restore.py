@@ -12,10 +12,10 @@ from tersor.activations import Activation, activation_named
 from tersor.checkpoint.container import DTYPES, Container
 from tersor.checkpoint.layout import CODED
 from tersor.checkpoint.weights import read_weights
-from tersor.encoded import Encoded
 from tersor.errors import ArtifactError, FormatError, ModelError, UnknownName
 from tersor.formats import format_named
 from tersor.formats.coded import Coded, row_and_column_scales
+from tersor.formats.contract import Encoded
 from tersor.sites import Site
 
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor.encoded import Encoded
 from tersor.errors import FormatError
 from tersor.export.contract import Checkpoint, Misfit, PackedSite, misfit_of
 from tersor.export.folder import is_exact, kept_linears, packed_tensors, write_folder
 from tersor.export.integers import int_group, row_words, symmetric_grid, whole_groups
+from tersor.formats.contract import Encoded
 from tersor.formats.fp8 import Fp8
 from tersor.formats.mx import Mxfp4, Nvfp4
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor.encoded import Encoded
 from tersor.errors import MissingExtra, ModelError
 from tersor.export.contract import Checkpoint, Misfit, PackedSite
 from tersor.export.gguf_blocks import BLOCK, CODE_BITS, block_type, to_blocks
 from tersor.export.gguf_tokenizer import tokenizer_metadata
+from tersor.formats.contract import Encoded
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

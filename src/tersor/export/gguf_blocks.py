@@ -26,8 +26,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from tersor.encoded import Encoded
 from tersor.export.integers import int_group, unsigned_codes
+from tersor.formats.contract import Encoded
 from tersor.formats.k_quant import SUPER_BLOCK, KQuant
 from tersor.formats.mx import Mxfp4
 from tersor.formats.packing import unpack

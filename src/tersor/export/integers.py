@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Int32, UInt8
 from torch import Tensor
 
-from tersor.encoded import Encoded
 from tersor.errors import FormatError
 from tersor.export.contract import Checkpoint, PackedSite
+from tersor.formats.contract import Encoded
 from tersor.formats.int_group import IntGroup
 from tersor.formats.packing import unpack
 

@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.encoded import Encoded
-from tersor.formats.contract import Layout, Packing, Params, Projector, Weight
+from tersor.formats.contract import Encoded, Layout, Packing, Params, Projector, Weight
 from tersor.formats.float_cast import to_half
 from tersor.formats.packing import pack, packed_width, unpack
 

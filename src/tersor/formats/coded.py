@@ -14,9 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.encoded import Encoded
 from tersor.errors import FormatError
-from tersor.formats.contract import Layout, Params, Weight
+from tersor.formats.contract import Encoded, Layout, Params, Weight
 
 LARGEST = 2**15 - 1  # of codes and of exponents
 OCTAVE = 1 / 16  # that one in an exponent stands for, where nobody says better: 4 %

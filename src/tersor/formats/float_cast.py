@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tersor.encoded import Encoded
 from tersor.errors import FormatError
-from tersor.formats.contract import Layout, Params, Weight
+from tersor.formats.contract import Encoded, Layout, Params, Weight
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

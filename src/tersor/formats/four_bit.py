@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from tersor.encoded import Encoded
-from tersor.formats.contract import Layout, Params, Projector, Weight
+from tersor.formats.contract import Encoded, Layout, Params, Projector, Weight
 from tersor.formats.packing import grouped, packed_width, ungrouped
 
 

@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.encoded import Encoded
-from tersor.formats.contract import Layout, Params, Projector, Weight
+from tersor.formats.contract import Encoded, Layout, Params, Projector, Weight
 from tersor.formats.four_bit import divisor
 
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}

@@ -15,9 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.encoded import Encoded
 from tersor.errors import FormatError
-from tersor.formats.contract import Layout, Packing, Params, Projector, Weight
+from tersor.formats.contract import Encoded, Layout, Packing, Params, Projector, Weight
 from tersor.formats.packing import grouped, pack, packed_width, ungrouped, unpack
 
 # Suffixes: o output row, g group, k column within the group.

@@ -17,9 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Float16, UInt8
 from torch import Tensor
 
-from tersor.encoded import Encoded
 from tersor.errors import FormatError
-from tersor.formats.contract import Layout, Params, Projector, Weight
+from tersor.formats.contract import Encoded, Layout, Params, Projector, Weight
 from tersor.formats.packing import grouped, pack, packed_width, ungrouped, unpack
 
 # Suffixes: o output row, g block, k column within the block.

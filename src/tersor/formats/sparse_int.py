@@ -11,10 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tersor.encoded import Encoded
 from tersor.errors import FormatError
 from tersor.formats.bitmask import Bitmask, mask_layout, pack_mask
-from tersor.formats.contract import Layout, Packing, Params, Projector, Weight
+from tersor.formats.contract import Encoded, Layout, Packing, Params, Projector, Weight
 from tersor.formats.int_group import IntGroup
 from tersor.formats.packing import pack, packed_width, unpack
 from tersor.formats.semi_structured import SemiStructured

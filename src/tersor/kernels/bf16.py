@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tersor.activations import Activation
-from tersor.encoded import Encoded
+from tersor.formats.contract import Encoded
 from tersor.formats.int_group import IntGroup
 from tersor.formats.packing import unpack
 from tersor.kernels.contract import Kernel, Layout, scaled

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersor.activations import Activation
-from tersor.encoded import Encoded
+from tersor.formats.contract import Encoded
 from tersor.kernels.bf16 import INT4_PACK, INT8_PACK
 from tersor.kernels.contract import Kernel, Layout
 from tersor.kernels.decode import DECODE, run_decoded

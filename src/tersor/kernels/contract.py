@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tersor.activations import Activation
-from tersor.encoded import Encoded
+from tersor.formats.contract import Encoded
 
 Layout = Mapping[str, Any]
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tersor.activations import Activation
-from tersor.encoded import Encoded
+from tersor.formats.contract import Encoded
 from tersor.kernels.contract import Kernel, Layout
 from tersor.kernels.int8 import is_int8
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tersor.activations import Activation, Int8Dynamic, IntStatic
-from tersor.encoded import Encoded
+from tersor.formats.contract import Encoded
 from tersor.formats.int_group import IntGroup
 from tersor.kernels.contract import Kernel, Layout, scaled
 

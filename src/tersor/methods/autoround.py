@@ -15,9 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.encoded import Encoded
 from tersor.errors import InputError
-from tersor.formats.contract import Format, Params, Weight
+from tersor.formats.contract import Encoded, Format, Params, Weight
 from tersor.formats.int_group import IntGroup
 from tersor.methods.contract import BlockRun
 from tersor.methods.gptq import Gptq

@@ -5,8 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from tersor.encoded import Encoded
-from tersor.formats.contract import Format, Weight
+from tersor.formats.contract import Encoded, Format, Weight
 from tersor.stats import Stats
 
 

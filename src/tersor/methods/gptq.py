@@ -9,9 +9,8 @@ the scales, as long as the error falls.
 
 from dataclasses import dataclass
 
-from tersor.encoded import Encoded
 from tersor.errors import InputError
-from tersor.formats.contract import Format, Grid, Params, Weight
+from tersor.formats.contract import Encoded, Format, Grid, Params, Weight
 from tersor.formats.int_group import IntGroup
 from tersor.methods.mse import searched
 from tersor.methods.solver import Problem, polish, pose, rescaling, sweep

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tersor.encoded import Encoded
 from tersor.errors import InputError
-from tersor.formats.contract import Format, Params, Weight
+from tersor.formats.contract import Encoded, Format, Params, Weight
 from tersor.formats.int_group import IntGroup, by_rows
 from tersor.stats import Stats
 

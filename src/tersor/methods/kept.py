@@ -7,8 +7,7 @@ kept weights alone.
 
 from dataclasses import dataclass
 
-from tersor.encoded import Encoded
-from tersor.formats.contract import Format, Sparse, Weight
+from tersor.formats.contract import Encoded, Format, Sparse, Weight
 from tersor.methods.magnitude import encode_kept
 from tersor.stats import Stats
 

@@ -13,9 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.encoded import Encoded
 from tersor.formats.codebook import Codebook, clustered
-from tersor.formats.contract import Format, Params, Weight
+from tersor.formats.contract import Encoded, Format, Params, Weight
 from tersor.stats import Stats
 
 

@@ -7,9 +7,8 @@ columns is one bit per weight.
 
 from dataclasses import dataclass
 
-from tersor.encoded import Encoded
 from tersor.errors import InputError
-from tersor.formats.contract import Format, Weight
+from tersor.formats.contract import Encoded, Format, Weight
 from tersor.formats.lowrank import Corrected, LowRank
 from tersor.methods.gptq import Gptq
 from tersor.methods.mse import Mse

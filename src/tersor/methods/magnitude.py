@@ -6,9 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tersor.encoded import Encoded
 from tersor.errors import InputError
-from tersor.formats.contract import Format, Sparse, Weight
+from tersor.formats.contract import Encoded, Format, Sparse, Weight
 from tersor.formats.sparse_int import SparseInt
 from tersor.methods.kmeans import column_importance
 from tersor.methods.mse import Mse

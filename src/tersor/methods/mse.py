@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.encoded import Encoded
 from tersor.errors import InputError
 from tersor.formats.codebook import Codebook
-from tersor.formats.contract import Format, Grid, Params, Weight
+from tersor.formats.contract import Encoded, Format, Grid, Params, Weight
 from tersor.formats.int_group import IntGroup, by_rows
 from tersor.formats.k_quant import KQuant
 from tersor.methods.kmeans import column_importance, weighted_codebook

@@ -5,8 +5,7 @@ The baseline all post-training methods start from (Jacob et al. 2017, https://ar
 
 from dataclasses import dataclass
 
-from tersor.encoded import Encoded
-from tersor.formats.contract import Format, Weight
+from tersor.formats.contract import Encoded, Format, Weight
 from tersor.stats import Stats
 
 

@@ -12,9 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.encoded import Encoded
 from tersor.errors import InputError
-from tersor.formats.contract import Format, Params, Sparse, Weight
+from tersor.formats.contract import Encoded, Format, Params, Sparse, Weight
 from tersor.formats.semi_structured import SemiStructured
 from tersor.formats.sparse_int import SparseInt
 from tersor.methods.magnitude import check_sparsity, only_sparse

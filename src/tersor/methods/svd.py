@@ -15,9 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.encoded import Encoded
 from tersor.errors import InputError
-from tersor.formats.contract import Format, Weight
+from tersor.formats.contract import Encoded, Format, Weight
 from tersor.formats.lowrank import LowRank
 from tersor.methods.solver import check_finite
 from tersor.stats import Stats

@@ -30,10 +30,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tersor.encoded import Encoded
 from tersor.errors import InputError
 from tersor.formats.coded import LARGEST, Coded, scales
-from tersor.formats.contract import Format, Weight
+from tersor.formats.contract import Encoded, Format, Weight
 from tersor.formats.trellis import NOISE, POLYNOMIALS
 from tersor.methods.solver import Problem, polish, pose, sweep
 from tersor.stats import Stats

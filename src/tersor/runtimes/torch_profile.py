@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tersor.activations import ACTIVATIONS
-from tersor.encoded import Encoded
+from tersor.formats.contract import Encoded
 from tersor.kernels import reference
 from tersor.measure.macs import operation_counter
 from tersor.modules import PackedConv, PackedLinear, packed_parameters

@@ -22,8 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tersor.activations import ACTIVATIONS, Activation, IntStatic
-from tersor.encoded import Encoded
-from tersor.formats.contract import Params, Weight
+from tersor.formats.contract import Encoded, Params, Weight
 from tersor.formats.fp8 import Fp8
 from tersor.formats.int_group import IntGroup
 from tersor.modules import Fold, Simulated, straight_through

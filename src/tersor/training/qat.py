@@ -21,9 +21,8 @@ from torch.nn.utils import parametrize
 from tersor.activations import Activation
 from tersor.assignment import Assignment
 from tersor.checkpoint.layout import packed_sites
-from tersor.encoded import Encoded
 from tersor.errors import FormatError, InputError
-from tersor.formats.contract import Params
+from tersor.formats.contract import Encoded, Params
 from tersor.formats.fp8 import Fp8
 from tersor.formats.int_group import IntGroup
 from tersor.schemes import Scheme, parse_rule

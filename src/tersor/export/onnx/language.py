@@ -17,10 +17,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from tersor.encoded import Encoded
 from tersor.export.contract import PackedSite
 from tersor.export.onnx.blocks import DOMAIN
 from tersor.export.onnx.builder import MICROSOFT, Builder
+from tersor.formats.contract import Encoded
 from tersor.formats.int_group import IntGroup
 from tersor.modules import Fold
 
