@@ -231,8 +231,9 @@ def coded(scheme: str, level: float, weight: Tensor, stats: Stats) -> Encoded:
     import torch
 
     from tersor.formats.coded import Coded, scales
+    from tersor.methods.filling import Filling
     from tersor.methods.solver import pose, sweep
-    from tersor.methods.waterfill import STEPS_DAMPING, Filling, Waterfill, damping_of
+    from tersor.methods.waterfill import STEPS_DAMPING, Waterfill, damping_of
 
     if scheme != "step":
         return Waterfill(level).compress(weight, Coded(), curvature_of(scheme, stats))
@@ -248,8 +249,9 @@ def deviations_of(scheme: str, weight: Tensor, stats: Stats) -> Tensor:
     import numpy as np
     import torch
 
+    from tersor.methods.filling import spreads
     from tersor.methods.solver import pose
-    from tersor.methods.waterfill import STEPS_DAMPING, damping_of, deviations, histogram, row_curvature, spreads
+    from tersor.methods.waterfill import STEPS_DAMPING, damping_of, deviations, histogram, row_curvature
 
     problem = pose(weight, stats, damping_of(weight, stats, STEPS_DAMPING), drift=0.0)
     if scheme == "step":

@@ -1,7 +1,6 @@
 """Tables that tensors of several types share: whatever formats meet in one file, it is read again, bit for bit."""
 
 from functools import cache
-from itertools import combinations_with_replacement
 from pathlib import Path
 
 import pytest

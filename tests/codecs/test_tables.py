@@ -8,7 +8,8 @@ from hypothesis.extra import numpy as arrays
 
 from tersor.codecs import rans_numba, rans_numpy
 from tersor.codecs.bits import BitReader, BitWriter, unzigzag, zigzag
-from tersor.codecs.tables import LARGEST, MOST, TOTAL, make_tables, normalized, read_tables, write_tables
+from tersor.codecs.counts import LARGEST, TOTAL
+from tersor.codecs.tables import MOST, make_tables, normalized, read_tables, write_tables
 from tersor.errors import ArtifactError
 
 counts_of = arrays.arrays(

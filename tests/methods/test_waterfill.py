@@ -10,8 +10,9 @@ from tersor.codecs.integers import estimate_bits
 from tersor.errors import InputError
 from tersor.formats import FORMATS
 from tersor.formats.coded import Coded, steps
+from tersor.methods.filling import cheapest
 from tersor.methods.gptq import Gptq
-from tersor.methods.waterfill import UNREACHED, Waterfill, cheapest, unseen
+from tersor.methods.waterfill import UNREACHED, Waterfill, unseen
 from tersor.stats import Stats
 
 

@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Float32, Int, Int32, Int64, UInt8, UInt16
 from numpy import ndarray
 
+from tersor.codecs.counts import BITS
 from tersor.codecs.loops import loops
-from tersor.codecs.tables import BITS, TableSet
+from tersor.codecs.tables import TableSet
 from tersor.formats.trellis import taps
 
 Scales = tuple[Float32[ndarray, " rows"], Float32[ndarray, " in"]]  # what rows and columns of integers are times

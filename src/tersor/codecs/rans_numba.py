@@ -7,8 +7,8 @@ Imported only where coding happens.
 import numpy as np
 
 from tersor.codecs.bits import LONGEST
-from tersor.codecs.tables import BITS, TOTAL
-from tersor.codecs.tables import LARGEST as MOST_LOG
+from tersor.codecs.counts import BITS, TOTAL
+from tersor.codecs.counts import LARGEST as MOST_LOG
 from tersor.compiled import compiled
 
 START = np.uint32(65536)  # the state of every lane before the first symbol is coded

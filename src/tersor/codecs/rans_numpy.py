@@ -9,7 +9,7 @@ from jaxtyping import Float32, Int, Int32, Int64, UInt8, UInt16, UInt32
 from numpy import ndarray
 
 from tersor.codecs.bits import LONGEST, unzigzag
-from tersor.codecs.tables import LARGEST
+from tersor.codecs.counts import LARGEST
 
 START = 65536
 

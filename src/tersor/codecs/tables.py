@@ -17,16 +17,13 @@ from jaxtyping import Float, Float32, Int, Int64, UInt8, UInt32
 from numpy import ndarray
 
 from tersor.codecs.bits import LONGEST, BitReader, BitWriter, unzigzag, zigzag
+from tersor.codecs.counts import BITS, LARGEST, STEPS, TOTAL
 from tersor.codecs.loops import loops
 from tersor.errors import ArtifactError
 
-BITS = 14  # the counts of a table add up to two to this
-TOTAL = 1 << BITS
 NUM_SYMBOLS = 256
 # No symbol is so likely that a value takes less than 1/128 bits: a file cannot ask for more than 1024 values per byte.
 MOST = TOTAL - TOTAL * 23 // 4096
-STEPS = 8  # per octave of a stored logarithm
-LARGEST = STEPS * BITS + 1
 POWERS = np.array([4096, 4467, 4871, 5312, 5793, 6317, 6889, 7512])  # 4096 * 2 ** (step / 8)
 TABLE_BITS, SYMBOL_BITS = 24, 4.5  # of a stored table, about
 ESCAPE_BITS = 12  # of a value that is written out, about

@@ -18,8 +18,8 @@ from torch import Tensor
 from tersor.compiled import compiled
 from tersor.formats.coded import LARGEST, scales
 from tersor.formats.trellis import NOISE, PATH, taps
+from tersor.methods.filling import BIT, FINEST, NUM_SPREADS, PER_OCTAVE, Filling, code_masses, columns_at
 from tersor.methods.solver import Problem
-from tersor.methods.waterfill import BIT, FINEST, NUM_SPREADS, PER_OCTAVE, Filling, code_masses, columns_at
 
 NUM_CODES = 256  # whose bits are told apart, from 0 on
 MOST_BITS = 40.0
