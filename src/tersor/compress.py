@@ -20,6 +20,7 @@ from tersor.formats.contract import Encoded
 from tersor.keep_float import KeptFloat, check_number, choose, predicted_loss, spared
 from tersor.methods.contract import BlockMethod
 from tersor.moments import has_inputs
+from tersor.pretrained import guard
 from tersor.recipe import Recipe, TransformStep, WeightsStep, misfit
 from tersor.schemes import Scheme
 from tersor.site_report import SiteReport
@@ -92,6 +93,7 @@ def compress(
             job.reports |= weights.reports
             check_masks(job, job.reports)
     own_shared_weights(job.model, model)
+    guard(job.model)
     return Compressed(job.model, recipe, list(job.reports.values()), job.curves, choices)
 
 

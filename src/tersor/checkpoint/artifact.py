@@ -33,6 +33,7 @@ from tersor.checkpoint.manifest import (
     weights_path,
     write_manifest,
 )
+from tersor.checkpoint.notice import KEY, post
 from tersor.checkpoint.restore import read_decoded, read_tensors, restore_rest, restore_site
 from tersor.checkpoint.source import open_transformers, quiet_transformers, read_state, transformers_class
 from tersor.checkpoint.weights import write_weights
@@ -40,6 +41,7 @@ from tersor.codecs.integers import EXPANSION
 from tersor.core.files import sha256
 from tersor.core.messages import first_line
 from tersor.errors import ArtifactError, InputError
+from tersor.pretrained import guard
 from tersor.sites import find_sites
 
 NOT_COPIED = {
@@ -96,7 +98,7 @@ def save(
     describe(model, folder, manifest or {})
 
 
-VOLATILE = {"architectures", "dtype", "transformers_version", "_name_or_path", "use_cache"}
+VOLATILE = {"architectures", "dtype", "transformers_version", "_name_or_path", "use_cache", KEY}
 
 
 def differs(config: Any, folder: Path) -> bool:
@@ -105,12 +107,16 @@ def differs(config: Any, folder: Path) -> bool:
 
     if not (folder / "config.json").exists():
         return True
-    kept = AutoConfig.from_pretrained(folder).to_dict()
+    kept = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
     return any(value != kept.get(name) for name, value in config.to_dict().items() if name not in VOLATILE)
 
 
 def describe(model: nn.Module, folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write `tersor.json` for a model whose other files are all there; `manifest` holds more keys."""
+    """Write `tersor.json` for a model whose other files are all there, and what transformers is to know (notice.py);
+    `manifest` holds more keys."""
+    packed = packed_sites(model)
+    if packed or (folder / CODED).exists():
+        post(folder)
     weights = folder / CODED if (folder / CODED).exists() else folder / WEIGHTS
     is_transformers = (folder / "config.json").exists()
     about = {"class": type(model).__name__} if is_transformers else {"class": type(model).__name__, "factory": None}
@@ -119,14 +125,14 @@ def describe(model: nn.Module, folder: Path, manifest: Mapping[str, Any]) -> Non
         "model": about,
         "sites": {
             site.name: {
-                "format": packed.format.name,
+                "format": weight.format.name,
                 "shape": list(site.shape),
                 "dtype": str(site.dtype).removeprefix("torch."),
                 "view": site.fold.view,
                 "weight_shape": list(site.fold.weight_shape),
                 "activation": quantizer.format if quantizer else None,
             }
-            for site, packed, quantizer in packed_sites(model)
+            for site, weight, quantizer in packed
         },
         **manifest,
         "files": {weights.name: {"sha256": sha256(weights), "bytes": weights.stat().st_size}},
@@ -198,6 +204,8 @@ def load(
     decoded = [] if packed else [sites[name] for name in manifest["sites"]]
     rest = other_tensors(model, decoded)
     restore_rest(model, tensors if shelf is None else shelf.decoded(tensors), rest, folder)
+    if packed:
+        guard(model)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -229,7 +237,9 @@ def skeleton(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
 
     quiet_transformers()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if hasattr(config, KEY):
+            delattr(config, KEY)
         config.architectures = [manifest["model"]["class"]]
         model_class = transformers_class(config)
         if model_class is transformers.AutoModel:

@@ -24,6 +24,7 @@ from tersor.checkpoint.manifest import (
     weights_path,
     write_manifest,
 )
+from tersor.checkpoint.notice import withdraw
 from tersor.checkpoint.source import weight_files
 from tersor.checkpoint.views import Packing
 from tersor.checkpoint.weights import opened, write_weights
@@ -147,6 +148,7 @@ def unpack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
             copy_side_files(source, folder)
             (folder / "recipe.yaml").unlink(missing_ok=True)
             (folder / CODED).unlink(missing_ok=True)
+            withdraw(folder)
         after = sum((folder / name).stat().st_size for name in shards)
     return Written(output, file.stat().st_size, after)
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from tersor.checkpoint.artifact import copy_side_files
+from tersor.checkpoint.manifest import MANIFEST, read_manifest, weights_path
+from tersor.checkpoint.notice import without
 from tersor.checkpoint.weights import write_weights
 from tersor.core.files import sha256
 from tersor.export.contract import Checkpoint, PackedSite
@@ -44,16 +46,17 @@ def write_folder(
     else one that holds all scales exactly; returns a note where that is not the one the model came in.
     """
     copy_side_files(checkpoint.folder, folder)
-    config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    config = without(json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8")))
     original = config.pop("torch_dtype", None) or config.get("dtype") or "float32"
     scales = [p.encoded.parts["scale"] for p in checkpoint.quantized if "scale" in p.encoded.parts]
     config["dtype"] = dtype or exact_dtype(original, scales, checkpoint.tensors)
     config["quantization_config"] = dict(quantization_config)
     write_weights({**tensors, **checkpoint.tensors}, folder / WEIGHTS)
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    weights = weights_path(checkpoint.folder, read_manifest(checkpoint.folder))
     provenance = {
         "to": to,
-        "artifact": {file: sha256(checkpoint.folder / file) for file in ("tersor.json", "model.safetensors")},
+        "artifact": {file.name: sha256(file) for file in (checkpoint.folder / MANIFEST, weights)},
         "sites": {packed.site.name: packed.scheme for packed in checkpoint.sites},
     }
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
