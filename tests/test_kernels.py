@@ -280,3 +280,70 @@ def test_onednn_is_for_large_weights():
     """A second copy of a small weight gains nothing."""
     encoded = layer("int8", "int8-dynamic").packed.encoded
     assert not ONEDNN.fits(encoded, Activation("int8-dynamic"), torch.float32)
+
+
+MISALIGNED = """
+import sys, torch
+from pathlib import Path
+from torch import nn
+import tersor
+from tersor.checkpoint import weights
+from tersor.kernels import reference
+
+folder, scheme, header = Path(sys.argv[1]), sys.argv[2], weights.header
+
+def longer_by(offset):
+    # Spaces after the JSON, so that the data begin elsewhere.
+    def made(tensors, metadata):
+        padded = header(tensors, metadata)[8:] + b" " * offset
+        return len(padded).to_bytes(8, "little") + padded
+    return made
+
+def model(dtype):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 32, bias=False), nn.Linear(32, 64, bias=False)).to(dtype).eval()
+
+for source in (torch.bfloat16, torch.float32):
+    made = tersor.compress(model(source), tersor.Recipe.of(scheme)).model
+    for offset in (0, 1, 3, 8, 16):
+        weights.header = longer_by(offset)
+        place = folder / f"{source}-{offset}"
+        tersor.save(made, place)
+        for dtype in (None, torch.bfloat16):
+            loaded = tersor.load(place, model=model(source), dtype=dtype)
+            for num_tokens in (1, 4, 32):
+                at = torch.randn(num_tokens * 64 + 5).to(dtype or source)
+                for x in (at[:-5].view(-1, 64), at[5:].view(-1, 64)):
+                    with torch.no_grad():
+                        with reference():
+                            expected = loaded(x)
+                        room = 0.05 if x.dtype is torch.bfloat16 else 1e-4
+                        torch.testing.assert_close(loaded(x), expected, rtol=room, atol=room)
+print("all agree")
+"""
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-dynamic", "int4-g32"])
+def test_parts_that_lie_anywhere_in_a_file_do_not_end_the_process(scheme, tmp_path):
+    """`torch._weight_int8pack_mm` does, where codes or inputs do not begin at a multiple of 16 bytes."""
+    command = [sys.executable, "-c", MISALIGNED, str(tmp_path), scheme]
+    child = subprocess.run(command, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert "all agree" in child.stdout
+
+
+def test_a_kernel_only_gets_what_begins_where_it_must(monkeypatch):
+    """The last guard: however a part came to lie elsewhere, it is decoded; and what a packed weight is made of is
+    copied to where it may lie, and then it is not."""
+    only(monkeypatch, "int8pack")
+    module, x = layer("int8", dtype=torch.bfloat16), random(4, 128).bfloat16()
+    codes = module.packed.encoded.parts["codes"]
+    elsewhere = torch.empty(codes.numel() + 3, dtype=torch.int8)[3:].view_as(codes).copy_(codes)
+    module.packed._buffers["codes"] = elsewhere
+    fast, slow = both(module, x)
+    assert torch.equal(fast, slow)
+    assert kernel_of(module, 4) == "decode"
+    again = PackedLinear(PackedWeight(module.packed.encoded, Fold((64, 128)), torch.bfloat16), None, None)
+    assert again.packed.encoded.parts["codes"].data_ptr() % 64 == 0
+    assert torch.equal(again.packed.encoded.parts["codes"], codes)
+    assert kernel_of(again, 4) == "int8pack"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tersor.activations import Activation
+from tersor.core.memory import aligned
 from tersor.formats.contract import Encoded
 from tersor.kernels import Memory, linear
 
@@ -60,14 +61,15 @@ class Fold:
 class Stored(nn.Module):
     """Tensors that move with the model from device to device, and that no cast of the model ever changes.
 
-    Casting (`half()`, `to(torch.bfloat16)`) only changes `dtype`, the one results are given in.
+    Casting (`half()`, `to(torch.bfloat16)`) only changes `dtype`, the one results are given in. What does not begin
+    where kernels want it, as in a file that others have written, is copied.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
         for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, aligned(tensor))
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -15,11 +15,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import tersor
 from tersor.checkpoint.artifact import MANIFEST, WEIGHTS
 from tersor.checkpoint.container_write import size_of
-from tersor.checkpoint.layout import DTYPE_NAMES, file_size
 from tersor.checkpoint.notice import without
 from tersor.checkpoint.open import open_model
 from tersor.checkpoint.source import state_hash
-from tersor.checkpoint.weights import METADATA, read_weights, write_weights
+from tersor.checkpoint.weights import DTYPE_NAMES, METADATA, file_size, read_weights, write_weights
 from tersor.errors import ArtifactError
 from tersor.modules import PackedWeight
 from tersor.recipe import Recipe
@@ -251,3 +250,26 @@ def test_every_dtype_has_the_size_foretold(dtype, tmp_path):
 def test_the_empty_file_has_the_size_foretold(tmp_path):
     write_weights({}, tmp_path / "file.safetensors")
     assert file_size([], METADATA) == (tmp_path / "file.safetensors").stat().st_size
+
+
+def test_what_can_be_aligned_in_a_file_is(tmp_path):
+    """Safetensors leaves no room between tensors: those of a multiple of 64 bytes come first."""
+    for length in range(1, 70, 7):
+        tensors = {
+            "a" * length: torch.randint(-99, 99, (16, 12), dtype=torch.int8),
+            "b": torch.randn(3),
+            "c": torch.randn(5, 32).bfloat16(),
+            "d": torch.randn(7).half(),
+            "e": torch.ones(1, dtype=torch.int8),
+        }
+        write_weights(tensors, tmp_path / "file.safetensors")
+        read = read_weights(tmp_path / "file.safetensors")
+        assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+        assert all(read[name].data_ptr() % 64 == 0 for name in ("a" * length, "c"))
+        assert all(tensor.data_ptr() % tensor.itemsize == 0 for tensor in read.values())
+
+
+def test_a_type_that_no_file_holds_is_refused(tmp_path):
+    with pytest.raises(ArtifactError, match=r"a is torch\.complex128, which tersor does not store"):
+        write_weights({"a": torch.zeros(2, dtype=torch.complex128)}, tmp_path / "file.safetensors")
+    assert not (tmp_path / "file.safetensors").exists()

@@ -18,8 +18,8 @@ from tersor.budget.allocate import Option, allocate
 from tersor.budget.limit import Limit
 from tersor.calibrate import gather
 from tersor.checkpoint.container_write import size_of
-from tersor.checkpoint.layout import file_size, other_tensors
-from tersor.checkpoint.weights import METADATA
+from tersor.checkpoint.layout import other_tensors
+from tersor.checkpoint.weights import METADATA, file_size
 from tersor.compress import check_finite, preflight
 from tersor.core.progress import Progress, silent
 from tersor.errors import BudgetError, InputError

@@ -30,8 +30,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from tersor.checkpoint.layout import DTYPE_NAMES
 from tersor.checkpoint.views import Packed
+from tersor.checkpoint.weights import DTYPE_NAMES
 from tersor.codecs import CODECS
 from tersor.codecs.bits import BitReader
 from tersor.codecs.contract import Decoding, Task

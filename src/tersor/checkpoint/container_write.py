@@ -13,9 +13,9 @@ from typing import BinaryIO
 from torch import Tensor, nn
 
 from tersor.checkpoint.container import ALIGNMENT, FIXED, MAGIC, VERSION, Entry, Header, is_aligned
-from tersor.checkpoint.layout import CODED, DTYPE_NAMES, file_size, packed_sites, tensors_of
+from tersor.checkpoint.layout import CODED, packed_sites, tensors_of
 from tersor.checkpoint.views import Packed, Packing
-from tersor.checkpoint.weights import METADATA
+from tersor.checkpoint.weights import DTYPE_NAMES, METADATA, file_size
 from tersor.codecs import ROWS
 from tersor.codecs.bits import BitWriter
 from tersor.codecs.contract import Pieces

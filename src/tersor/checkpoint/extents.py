@@ -9,8 +9,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from tersor.checkpoint.layout import DTYPE_NAMES, header, in_file_order
-from tersor.checkpoint.weights import METADATA
+from tersor.checkpoint.weights import DTYPE_NAMES, METADATA, bytes_of, header, in_file_order
 from tersor.core.messages import first_line
 from tersor.errors import ArtifactError, ModelError
 
@@ -55,11 +54,6 @@ class Extent:
                     raise ModelError(f"{self.path}: ends inside a tensor; download or save it again")
                 target.write(piece)
                 left -= len(piece)
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_extents(path: Path) -> dict[str, Extent]:

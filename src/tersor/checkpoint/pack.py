@@ -15,7 +15,7 @@ from torch import Tensor
 from tersor.checkpoint.artifact import atomic_folder, check_output, copy_side_files
 from tersor.checkpoint.container import Container
 from tersor.checkpoint.container_write import write
-from tersor.checkpoint.layout import CODED, DTYPE_NAMES
+from tersor.checkpoint.layout import CODED
 from tersor.checkpoint.manifest import (
     MANIFEST,
     WEIGHTS,
@@ -27,7 +27,7 @@ from tersor.checkpoint.manifest import (
 from tersor.checkpoint.notice import withdraw
 from tersor.checkpoint.source import weight_files
 from tersor.checkpoint.views import Packing
-from tersor.checkpoint.weights import opened, write_weights
+from tersor.checkpoint.weights import DTYPE_NAMES, opened, write_weights
 from tersor.core.files import sha256
 from tersor.errors import ArtifactError, FormatError, InputError, ModelError
 from tersor.formats import format_named

@@ -1,34 +1,105 @@
-"""Safetensors files in and out, with errors that say the file, the tensor and the way out."""
+"""Safetensors files in and out, with errors that say the file, the tensor and the way out.
 
-from collections.abc import Iterator, Mapping
+A file is mapped into memory when it is read, and some kernels want their codes at a multiple of 64 bytes. Safetensors
+leaves no room between tensors, so that those whose size is such a multiple come first here, after a header padded to
+one. The others, which are few and small, are copied before a kernel sees them (modules.py).
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from tersor.core.memory import ALIGNMENT
 from tersor.errors import ArtifactError, ModelError
 
 METADATA = {"format": "pt"}
+DTYPE_NAMES = {  # the widest first, so that each begins at a multiple of its own width
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+Described = tuple[str, torch.dtype, tuple[int, ...]]  # a tensor by its name, type and shape
+RANKS = {dtype: rank for rank, dtype in enumerate(DTYPE_NAMES)}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def in_file_order(tensors: Iterable[Described]) -> list[Described]:
+    """The order in which a file holds tensors: those that end where the next may begin come first, of these and of the
+    others the widest types, then by name."""
+
+    def place(tensor: Described) -> tuple[bool, int, str]:
+        name, dtype, shape = tensor
+        return (size(dtype, shape) % ALIGNMENT != 0, RANKS[dtype], name)
+
+    return sorted(tensors, key=place)
+
+
+def size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor."""
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def header(tensors: Iterable[Described], metadata: Mapping[str, str]) -> bytes:
+    """What comes before the data in a safetensors file: 8 bytes of length, and the JSON header, padded so that the data
+    begin at a multiple of `ALIGNMENT`."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, dtype, shape in in_file_order(tensors):
+        end = offset + size(dtype, shape)
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    padded = encoded.ljust(-(-(8 + len(encoded)) // ALIGNMENT) * ALIGNMENT - 8)
+    return len(padded).to_bytes(8, "little") + padded
+
+
+def file_size(tensors: Iterable[Described], metadata: Mapping[str, str]) -> int:
+    """Bytes of the safetensors file with these tensors.
+
+    >>> file_size([("a", torch.float16, (2, 3))], {}) - 128
+    12
+    """
+    tensors = list(tensors)
+    return len(header(tensors, metadata)) + sum(size(dtype, shape) for _, dtype, shape in tensors)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write one file; raises ArtifactError when the disk or the place refuses."""
-    apart: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        pointer = own.untyped_storage().data_ptr()
-        apart[name] = own.clone() if pointer in storages else own  # safetensors refuses tensors that share memory
-        storages.add(pointer)
+    strange = [f"{name} is {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in DTYPE_NAMES]
+    if strange:
+        raise ArtifactError(f"{path}: cannot write the weights: {strange[0]}, which tersor does not store; cast it")
+    described = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     try:
-        save_file(apart, path, METADATA)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path}: cannot write the weights: {error}") from None
+        with path.open("wb") as file:
+            file.write(header(described, METADATA))
+            for name, _, _ in in_file_order(described):
+                file.write(bytes_of(tensors[name].detach().cpu().contiguous()))
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot write the weights: {error.strerror}") from None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

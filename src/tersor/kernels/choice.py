@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersor.activations import Activation
+from tersor.core.memory import aligned, is_aligned
 from tersor.formats.contract import Encoded
 from tersor.kernels.bf16 import INT4_PACK, INT8_PACK
 from tersor.kernels.contract import Kernel, Layout
@@ -66,7 +67,9 @@ class Memory:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def kernels(self, encoded: Encoded, activation: Activation | None, dtype: torch.dtype) -> list[Kernel]:
-        """Those that fit."""
+        """Those that fit; only decoding takes parts from wherever they lie."""
+        if not all(map(is_aligned, encoded.parts.values())):
+            return [DECODE]
         if dtype not in self.fitting:
             self.fitting[dtype] = [kernel for kernel in ROWS if kernel.fits(encoded, activation, dtype)]
         return self.fitting[dtype]
@@ -121,6 +124,7 @@ def linear(
         fitting = memory.kernels(encoded, activation, x.dtype)
         if fitting == [DECODE]:
             return None
+        tokens = aligned(tokens)
         kernel = choose(tokens, encoded, activation, bias, memory)
         layout = memory.layout(kernel, encoded, activation)
     return kernel.run(tokens, encoded, activation, layout, bias).view(*x.shape[:-1], -1)

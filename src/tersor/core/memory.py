@@ -1,0 +1,17 @@
+"""Where tensors begin in memory: kernels may end the process where what they read begins elsewhere."""
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64  # bytes, to a multiple of which operands of kernels begin
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether a tensor begins at such a multiple."""
+    return tensor.data_ptr() % ALIGNMENT == 0
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """A tensor that does: the same, or a copy where it lies elsewhere, as in a mapped file."""
+    whole = tensor.device.type != "cpu" or is_aligned(tensor)
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
