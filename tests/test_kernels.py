@@ -294,8 +294,8 @@ folder, scheme, header = Path(sys.argv[1]), sys.argv[2], weights.header
 
 def longer_by(offset):
     # Spaces after the JSON, so that the data begin elsewhere.
-    def made(tensors, metadata):
-        padded = header(tensors, metadata)[8:] + b" " * offset
+    def made(*args):
+        padded = header(*args)[8:] + b" " * offset
         return len(padded).to_bytes(8, "little") + padded
     return made
 

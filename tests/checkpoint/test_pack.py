@@ -73,7 +73,7 @@ def test_a_checkpoint_there_and_back(checkpoint, tmp_path):
 
 
 def test_a_single_file(tmp_path):
-    write_weights({"a": torch.randn(30, 30)}, tmp_path / "weights.safetensors")
+    save_file({"a": torch.randn(30, 30)}, tmp_path / "weights.safetensors", {"format": "pt"})
     pack(tmp_path / "weights.safetensors", tmp_path / "packed")
     unpack(tmp_path / "packed" / CODED, tmp_path / "plain")
     assert sha256(tmp_path / "plain" / "model.safetensors") == sha256(tmp_path / "weights.safetensors")
@@ -81,7 +81,7 @@ def test_a_single_file(tmp_path):
 
 def test_a_file_to_a_file(tmp_path, checkpoint):
     plain, packed = tmp_path / "weights.safetensors", tmp_path / "weights.tersor"
-    write_weights({"a": torch.randn(30, 30)}, plain)
+    save_file({"a": torch.randn(30, 30)}, plain, {"format": "pt"})
     pack(plain, packed)
     unpack(packed, tmp_path / "again.safetensors")
     assert sha256(tmp_path / "again.safetensors") == sha256(plain)

@@ -132,13 +132,13 @@ def unpack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
         tensors = decoded(tensors, manifest)
     if as_file:
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as scratch:
-            write_weights(tensors, Path(scratch) / output.name)
+            write_weights(tensors, Path(scratch) / output.name, alignment=1)
             os.replace(Path(scratch) / output.name, output)
         return Written(output, file.stat().st_size, output.stat().st_size)
     with atomic_folder(output, overwrite, WEIGHTS) as folder:
         shards = shards_of(container, tensors, file)
         for name, names in shards.items():
-            write_weights({each: tensors[each] for each in names}, folder / name)
+            write_weights({each: tensors[each] for each in names}, folder / name, alignment=1)
         if len(shards) > 1 or WEIGHTS not in shards:
             index = {each: name for name, names in shards.items() for each in names}
             size = sum(tensor.nbytes for tensor in tensors.values())

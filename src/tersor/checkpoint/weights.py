@@ -7,7 +7,7 @@ one. The others, which are few and small, are copied before a kernel sees them (
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,13 @@ RANKS = {dtype: rank for rank, dtype in enumerate(DTYPE_NAMES)}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
-def in_file_order(tensors: Iterable[Described]) -> list[Described]:
+def in_file_order(tensors: Iterable[Described], alignment: int = ALIGNMENT) -> list[Described]:
     """The order in which a file holds tensors: those that end where the next may begin come first, of these and of the
-    others the widest types, then by name."""
+    others the widest types, then by name. With an alignment of 1, that of the safetensors library."""
 
     def place(tensor: Described) -> tuple[bool, int, str]:
         name, dtype, shape = tensor
-        return (size(dtype, shape) % ALIGNMENT != 0, RANKS[dtype], name)
+        return (size(dtype, shape) % alignment != 0, RANKS[dtype], name)
 
     return sorted(tensors, key=place)
 
@@ -58,17 +58,18 @@ def size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def header(tensors: Iterable[Described], metadata: Mapping[str, str]) -> bytes:
+def header(tensors: Iterable[Described], metadata: Mapping[str, str], alignment: int = ALIGNMENT) -> bytes:
     """What comes before the data in a safetensors file: 8 bytes of length, and the JSON header, padded so that the data
-    begin at a multiple of `ALIGNMENT`."""
+    begin at a multiple of `alignment`, or of 8."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for name, dtype, shape in in_file_order(tensors):
+    for name, dtype, shape in in_file_order(tensors, alignment):
         end = offset + size(dtype, shape)
         entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    padded = encoded.ljust(-(-(8 + len(encoded)) // ALIGNMENT) * ALIGNMENT - 8)
+    step = max(8, alignment)
+    padded = encoded.ljust(-(-(8 + len(encoded)) // step) * step - 8)
     return len(padded).to_bytes(8, "little") + padded
 
 
@@ -87,18 +88,23 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write one file; raises ArtifactError when the disk or the place refuses."""
+def write_weights(tensors: Mapping[str, Tensor], path: Path, alignment: int = ALIGNMENT) -> None:
+    """Write one file; with an alignment of 1, the bytes that the safetensors library writes. Raises ArtifactError when
+    the disk or the place refuses."""
     strange = [f"{name} is {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in DTYPE_NAMES]
     if strange:
         raise ArtifactError(f"{path}: cannot write the weights: {strange[0]}, which tersor does not store; cast it")
     described = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    beside = path.with_name(f".{path.name}.part")  # the tensors may lie in the file that is to be replaced
     try:
-        with path.open("wb") as file:
-            file.write(header(described, METADATA))
-            for name, _, _ in in_file_order(described):
+        with beside.open("wb") as file:
+            file.write(header(described, METADATA, alignment))
+            for name, _, _ in in_file_order(described, alignment):
                 file.write(bytes_of(tensors[name].detach().cpu().contiguous()))
+        beside.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise ArtifactError(f"{path}: cannot write the weights: {error.strerror}") from None
 
 
