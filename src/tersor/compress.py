@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -16,21 +17,21 @@ from tersor.assignment import Assignment
 from tersor.calibrate import gather
 from tersor.core.progress import Progress, silent
 from tersor.errors import FormatError, ModelError, TersorError
-from tersor.formats.contract import Encoded
-from tersor.keep_float import KeptFloat, check_number, choose, predicted_loss, spared
+from tersor.formats.contract import Encoded, Sparse
+from tersor.keep_float import KeptFloat, choose, predicted_loss, spared
 from tersor.methods.contract import BlockMethod
-from tersor.moments import has_inputs
+from tersor.moments import has_inputs, shows_inputs
+from tersor.preflight import preflight, preflight_all
 from tersor.pretrained import guard
-from tersor.recipe import Recipe, TransformStep, WeightsStep, misfit
+from tersor.recipe import Recipe, Step, TransformStep, WeightsStep
 from tersor.schemes import Scheme
 from tersor.site_report import SiteReport
-from tersor.sites import Site, check_patterns, find_sites
+from tersor.sites import Site, find_sites, packed_weight
 from tersor.stats import Stats
 from tersor.stream import BlockRun, find_blocks, part_of
 from tersor.tasks.contract import Task
-from tersor.training import Curve, DistilStep, Job, StudentStep, TrainingStep
+from tersor.training import Curve, Job, StudentStep, TrainingStep
 from tersor.training.journal import Journal
-from tersor.training.student import make_student
 from tersor.transforms.bias_correction import corrected_bias
 from tersor.transforms.contract import Transform
 from tersor.walk import Around, Chosen, Walk
@@ -50,7 +51,7 @@ class Compressed:
 
 def compress(
     model: nn.Module,
-    recipe: Recipe,
+    recipe: Recipe | str,
     task: Task | None = None,
     *,
     stats: Mapping[str, Stats] | None = None,
@@ -60,7 +61,9 @@ def compress(
     """Compress a copy of `model` as the recipe says; the model itself is left as it was.
 
     Args:
-        task: gives calibration data to the methods that ask for statistics; without it they do without.
+        recipe: or the scheme for every site alone: `"int4-g64"`.
+        task: gives calibration data to the methods that ask for statistics; without it they do without. Schemes that
+            name no method get the best that the data allows, and the recipe of the result says which.
         stats: statistics already gathered for this model and task.
         journal: folder for the checkpoints of steps that train; a run that was killed goes on from there.
         progress: called with what is done, how many sites are done, and of how many.
@@ -69,11 +72,17 @@ def compress(
         FormatError: a scheme does not fit a site's shape (before any work starts).
         ModelError: a weight is not finite.
     """
+    recipe = Recipe.of(recipe) if isinstance(recipe, str) else recipe
+    preflight_all(model, recipe)
     job = Job(copy_but_sites(model), model, task, recipe.seed, progress)
     choices: list[KeptFloat] = []
+    done: list[Step] = []
     for number, step in enumerate(recipe.steps):
+        if isinstance(step, Assignment):
+            step = step.with_methods(find_sites(job.model), partial(sees_inputs, job, step))
+        done.append(step)
         if isinstance(step, TransformStep):
-            apply_transform(job.model, recipe.transform_of(step), task, seed=recipe.seed, progress=progress)
+            apply_transform(job.model, recipe.transform_of(number), task, seed=recipe.seed, progress=progress)
             stats = None  # they described the model before
         elif isinstance(step, StudentStep):
             step.run(job)
@@ -94,12 +103,25 @@ def compress(
             check_masks(job, job.reports)
     own_shared_weights(job.model, model)
     guard(job.model)
+    recipe = recipe.model_copy(update={"steps": tuple(done)})
     return Compressed(job.model, recipe, list(job.reports.values()), job.curves, choices)
+
+
+def sees_inputs(job: Job, step: Assignment, site: Site) -> bool:
+    """Whether the usual methods of a step are those that read what a site is multiplied with. QAT begins with weights
+    that were only rounded; and where weights are zero on purpose, what makes up for errors would fill them again."""
+    if job.task is None or not isinstance(step, WeightsStep) or site.name in job.masks.masks:
+        return False
+    packed = packed_weight(job.model.get_submodule(site.places[0].module), site.places[0].parameter)
+    return shows_inputs(job.model, site) and not (packed and isinstance(packed.format, Sparse))
 
 
 def key_of(model: nn.Module, recipe: Recipe, number: int, task: Task | None) -> str:
     """What the checkpoints of a recipe's step depend on, as a hash: not on the steps that come after it."""
-    steps = [recipe.transform_of(s) if isinstance(s, TransformStep) else s for s in recipe.steps[: number + 1]]
+    steps = [
+        recipe.transform_of(place) if isinstance(step, TransformStep) else step
+        for place, step in enumerate(recipe.steps[: number + 1])
+    ]
     sums = [f"{name} {parameter.detach().double().sum().item()}" for name, parameter in model.named_parameters()]
     data = [task.fingerprint, task.description] if task else []
     return hashlib.sha256("\0".join([str(recipe.seed), *map(repr, steps), *data, *sums]).encode()).hexdigest()
@@ -290,29 +312,6 @@ def named(site: Site) -> Iterator[None]:
         yield
     except TersorError as problem:
         raise type(problem)(f"{site.name}: {problem}; or exclude it with --exclude '{site.name}'") from None
-
-
-def preflight_all(model: nn.Module, recipe: Recipe | None) -> None:
-    """Before anything is measured: every pattern matches a site, and every scheme fits its shape."""
-    for step in recipe.steps if recipe else ():
-        if isinstance(step, StudentStep):
-            model = make_student(model, step, weights=False)
-        if isinstance(step, DistilStep):
-            step.check_teacher()
-        if isinstance(step, TrainingStep):
-            check_patterns(step.patterns, find_sites(model))
-        if isinstance(step, Assignment):
-            work = [(site, scheme) for site, scheme in step.assign(find_sites(model)) if scheme is not None]
-            preflight(work)
-            check_number(getattr(step, "keep_float", "none"), len(work))
-
-
-def preflight(work: list[tuple[Site, Scheme]]) -> None:
-    """Every shape fits its format, or one message names what does not."""
-    problems = [problem for site, scheme in work if (problem := misfit(site, scheme.format))]
-    if problems:
-        more = f" (and {len(problems) - 1} more sites)" if len(problems) > 1 else ""
-        raise FormatError(problems[0] + more)
 
 
 def check_finite(site: Site, weight: torch.Tensor) -> None:

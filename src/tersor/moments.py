@@ -136,6 +136,12 @@ def has_inputs(model: nn.Module, site: Site) -> bool:
     return any(takes_inputs(model.get_submodule(place.module)) for place in site.places)
 
 
+def shows_inputs(model: nn.Module, site: Site) -> bool:
+    """Whether everything a site's weight does is to be multiplied with inputs that the walk can see. An embedding that
+    is tied to a head is looked up, too."""
+    return all(takes_inputs(model.get_submodule(place.module)) for place in site.places)
+
+
 def inputs_of(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> Iterator[Float[Tensor, "token in"]]:
     """What the site's matrix is multiplied with, one row for each time it is, in pieces; nothing where it is not known.
 

@@ -24,12 +24,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
 
-from tersor.assignment import Assignment, as_message
+from tersor.assignment import Assignment, as_message, one_or_more
 from tersor.core.messages import first_mistake
 from tersor.errors import InputError
-from tersor.formats.contract import Format, Grid
+from tersor.formats.contract import Grid
 from tersor.schemes import KEEP, parse_options, parse_rule, spell_options
-from tersor.sites import Site
 from tersor.training import TRAINING_STEPS, StudentStep, TrainingStep
 from tersor.transforms import TRANSFORMS
 from tersor.transforms.contract import Transform
@@ -93,7 +92,7 @@ class Recipe(BaseModel):
 
     >>> recipe = Recipe.from_yaml("steps: [{step: weights, scheme: int4-g64}]")
     >>> recipe.steps[0].scheme
-    'mse:int4-g64'
+    'int4-g64'
     >>> Recipe.from_yaml(recipe.to_yaml()) == recipe
     True
     """
@@ -109,16 +108,16 @@ class Recipe(BaseModel):
         cls,
         scheme: str = KEEP,
         rules: dict[str, str] | None = None,
-        exclude: Iterable[str] = (),
+        exclude: str | Iterable[str] = (),
         seed: int = 0,
-        transforms: Iterable[str] = (),
+        transforms: str | Iterable[str] = (),
         bias_correction: bool = False,
         keep_float: str | int = "none",
     ) -> "Recipe":
         """A recipe of some transforms and one weights step."""
-        weights: dict[str, Any] = {"scheme": scheme, "rules": rules or {}, "exclude": tuple(exclude)}
+        weights: dict[str, Any] = {"scheme": scheme, "rules": rules or {}, "exclude": tuple(one_or_more(exclude))}
         weights |= {"bias_correction": bias_correction, "keep_float": keep_float}
-        steps = [*({"step": "transform", "transform": text} for text in transforms), weights]
+        steps = [*({"step": "transform", "transform": text} for text in one_or_more(transforms)), weights]
         return cls.validated({"seed": seed, "steps": steps}, "the recipe")
 
     @property
@@ -131,13 +130,14 @@ class Recipe(BaseModel):
         """The steps that choose formats."""
         return tuple(step for step in self.steps if isinstance(step, WeightsStep))
 
-    def transform_of(self, step: TransformStep) -> Transform:
-        """The transform of a step of this recipe. One that rounds weights to judge itself, and names no format, takes
+    def transform_of(self, number: int) -> Transform:
+        """The transform of the step of this number. One that rounds weights to judge itself, and names no format, takes
         the format that the next weights step gives to most sites."""
+        step = self.steps[number]
+        assert isinstance(step, TransformStep)
         transform = parse_transform(step.transform)
         if getattr(transform, "format", "none") is None:
-            following = self.steps[self.steps.index(step) + 1 :]
-            schemes = (parse_rule(s.scheme) for s in following if isinstance(s, Assignment))
+            schemes = (parse_rule(s.scheme) for s in self.steps[number + 1 :] if isinstance(s, Assignment))
             scheme = next(filter(None, schemes), None)
             if scheme is not None and isinstance(scheme.format, Grid):
                 return replace(transform, format=scheme.format.name)  # type: ignore[type-var]
@@ -176,11 +176,3 @@ class Recipe(BaseModel):
 def parse_transform(text: str) -> Transform:
     """`smooth` or `smooth(alpha=0.5)`."""
     return parse_options("transform", TRANSFORMS, text.strip())
-
-
-def misfit(site: Site, format: Format) -> str | None:
-    """Why a format cannot hold a site, in one line with the way out."""
-    problem = format.misfit(site.shape)
-    if not site.places[0].module and site.kind in ("linear", "conv", "embedding"):
-        return f"{site.name}: the model is a single layer; wrap it in nn.Sequential so that its weight can be replaced"
-    return problem and f"{format.name}: {site.name} {problem}, or exclude it with --exclude '{site.name}'"

@@ -1,6 +1,6 @@
 """A scheme: what is done to one site. `[method:]format[/[observer:]activation]`, or `keep`.
 
-int4-g64                    the format's usual method
+int4-g64                    the format's usual method: the best that the data at hand allows
 hqq:int4-g64-asym           a method by name
 magnitude(sparsity=0.7):bitmask
 wanda:2:4                   a format may have a colon too (alone in YAML, quote it: '2:4')
@@ -21,10 +21,7 @@ from typing import Any
 from tersor.activations import ACTIVATIONS, IntStatic, activation_named
 from tersor.errors import InputError, UnknownName
 from tersor.formats import FORMATS, format_named
-from tersor.formats.codebook import Codebook
-from tersor.formats.coded import Coded
-from tersor.formats.contract import Format, Grid, Sparse
-from tersor.formats.lowrank import Corrected, LowRank
+from tersor.formats.contract import Format
 from tersor.methods import METHODS
 from tersor.methods.contract import Method
 from tersor.observers import OBSERVERS, Observer
@@ -33,15 +30,9 @@ SHORTHANDS = {"int8-dynamic": "int8/int8-dynamic", "int8-static": "int8/int8-sta
 KEEP = "keep"
 
 
-def usual_method(format: Format) -> str:
-    """The method a format gets when none is named."""
-    if isinstance(format, Sparse):
-        return "magnitude"
-    if isinstance(format, LowRank | Corrected):
-        return "svd" if isinstance(format, LowRank) else "lqer"
-    if isinstance(format, Codebook | Coded):
-        return "kmeans" if isinstance(format, Codebook) else "waterfill"
-    return "mse" if isinstance(format, Grid) else "nearest"
+def usual_method(format: Format, sees_inputs: bool = False) -> str:
+    """The method a format gets when none is named: the best there is without the inputs of a site, or with them."""
+    return format.usual_methods[sees_inputs]
 
 
 @dataclass(frozen=True)
@@ -61,16 +52,17 @@ class Scheme:
     observer: Observer | None = None
 
     @classmethod
-    def parse(cls, text: str) -> "Scheme":
-        """Raises UnknownName with the nearest name, or InputError when method and format do not go together."""
-        spelled = SHORTHANDS.get(text.strip(), text.strip())
-        head, _, activation = spelled.partition("/")
-        # A method begins with a letter: the colon of `2:4` does not end one.
-        before, after = re.fullmatch(r"(?:([A-Za-z_][^:]*)?:)?(.*)", head, re.DOTALL).groups()  # type: ignore[union-attr]
+    def parse(cls, text: str, sees_inputs: bool = False) -> "Scheme":
+        """Raises UnknownName with the nearest name, or InputError when method and format do not go together.
+
+        Args:
+            sees_inputs: whether calibration shows the inputs of the site, which decides on the usual method.
+        """
+        before, after, activation = parts_of(text)
         if before is None and after not in FORMATS and after.split("(")[0] in METHODS:
             raise InputError(f"'{text}' names a method without a format; write for example '{after}:int4-g64'")
-        format = format_named(after.strip())
-        method = parse_method((before or "").strip() or usual_method(format))
+        format = format_named(after)
+        method = parse_method(before or usual_method(format, sees_inputs))
         problem = method.accepts(format)
         if problem:
             raise InputError(f"'{text}': {problem}")
@@ -83,6 +75,15 @@ class Scheme:
         observer = f"{spell_options(self.observer)}:" if self.observer else ""
         activation = f"/{observer}{self.activation}" if self.activation else ""
         return f"{spell_options(self.method)}:{self.format.name}{activation}"
+
+
+def parts_of(text: str) -> tuple[str | None, str, str]:
+    """How a scheme spells its method (None: it names none), its format, and the rest."""
+    spelled = SHORTHANDS.get(text.strip(), text.strip())
+    head, _, activation = spelled.partition("/")
+    # A method begins with a letter: the colon of `2:4` does not end one.
+    before, after = re.fullmatch(r"(?:([A-Za-z_][^:]*)?:)?(.*)", head, re.DOTALL).groups()  # type: ignore[union-attr]
+    return (before or "").strip() or None, after.strip(), activation
 
 
 def parse_observer(text: str, activation: str) -> Observer:
@@ -138,6 +139,27 @@ def spell_options(made: Any) -> str:
     return f"{made.name}({', '.join(changed)})" if changed else made.name
 
 
-def parse_rule(text: str | None) -> Scheme | None:
+def parse_rule(text: str | None, sees_inputs: bool = False) -> Scheme | None:
     """A scheme, or None for `keep`."""
-    return None if text is None or text.strip() == KEEP else Scheme.parse(text)
+    return None if text is None or text.strip() == KEEP else Scheme.parse(text, sees_inputs)
+
+
+def in_full(text: str, sees_inputs: bool = False) -> str:
+    """A scheme with its method by name.
+
+    >>> in_full("int8-dynamic"), in_full("int8-dynamic", sees_inputs=True)
+    ('mse:int8/int8-dynamic', 'gptq:int8/int8-dynamic')
+    """
+    return str(parse_rule(text, sees_inputs) or KEEP)
+
+
+def as_written(text: str) -> str:
+    """A scheme in its one spelling, without a method where it names none.
+
+    >>> as_written(" int8-dynamic "), as_written("gptq( damping=0.02 ):int4")
+    ('int8/int8-dynamic', 'gptq(damping=0.02):int4')
+    """
+    scheme = parse_rule(text)
+    if scheme is None:
+        return KEEP
+    return str(scheme) if parts_of(text)[0] else str(scheme).removeprefix(f"{spell_options(scheme.method)}:")

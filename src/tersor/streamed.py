@@ -3,6 +3,7 @@
 Nothing is evaluated: that takes the whole original in memory. `tersor compare` does it where there is room.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from tersor.compress import CURVATURE, WeightsRun, needs_of
 from tersor.core.progress import Progress, silent
 from tersor.errors import InputError
 from tersor.measure.scorecard import machine
+from tersor.moments import shows_inputs
 from tersor.recipe import Recipe, WeightsStep
 from tersor.report.card import UNMEASURED, model_card
+from tersor.sites import find_sites
 from tersor.workflow import TaskChoice, about, open_task_for
 
 
@@ -46,6 +49,8 @@ def compress_streamed(
         streamed = StreamedModel(model, folder, on_block)
         source = streamed.source
         task = open_task_for(source, task_choice)
+        step = step.with_methods(find_sites(streamed.model), partial(shows_inputs, streamed.model))
+        recipe = recipe.model_copy(update={"steps": (step,)})
         run = WeightsRun(streamed.model, step, task, None, recipe.seed, progress, streamed.original, streamed.around)
         progress("opening the model", 1, 1)
         run.run()

@@ -31,12 +31,13 @@ from tersor.checkpoint.artifact import (
 from tersor.checkpoint.container_write import size_of
 from tersor.checkpoint.open import open_model
 from tersor.checkpoint.source import Source, call_factory
-from tersor.compress import SiteReport, compress, preflight_all
+from tersor.compress import SiteReport, compress
 from tersor.core.messages import first_line
 from tersor.core.progress import Progress, silent
 from tersor.errors import BudgetError, InputError, ModelError
 from tersor.measure.scorecard import Scorecard, Subject, machine, measure
 from tersor.measure.verdict import Tolerance, Verdict, judge
+from tersor.preflight import preflight_all
 from tersor.recipe import Recipe
 from tersor.report.card import model_card
 from tersor.schemes import KEEP
@@ -148,6 +149,7 @@ def compress_to_folder(
             recipe = defensible(trials, tolerance)
     journal = output.with_name(f".{output.name}.journal") if recipe.trains else None
     made = made or compress(source.model, recipe, task, stats=stats, journal=journal, progress=progress)
+    recipe = made.recipe
     with atomic_folder(output, overwrite) as folder:
         save(made.model, folder, source=source.folder, manifest=about(source))
         loaded = load(folder, model=call_factory(source.architecture) if source.kind == "custom" else None)

@@ -113,7 +113,7 @@ class Searching:
         """The model of one level, and the exact bytes of its file."""
         recipe = recipe_at(level, self.step, self.seed, self.factors, self.num_states)
         made = compress(self.model, recipe, self.task, stats=self.stats, progress=self.progress)
-        return Found(recipe, made, size_of(made.model))
+        return Found(made.recipe, made, size_of(made.model))
 
     def within(self, limit: Limit) -> Found:
         """The largest file that the limit allows, or one less than half a percent smaller. Raises BudgetError naming

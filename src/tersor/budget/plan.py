@@ -4,8 +4,9 @@ The loss of a candidate is predicted from the error it really makes: the site is
 which are independent), and the squared error is weighed by the loss's curvature there (`Stats.loss`). Without data the
 error relative to the weights stands in.
 
-Losses are measured with a coarse `mse`, which needs little time. Where the walk can show a site's inputs, the recipe
-then names `gptq`: the same format and the same bytes, with less error.
+Losses are measured with a coarse `mse`, which needs little time. Where the walk can show a site's inputs, and a
+candidate names no method, the recipe then names the one that reads them (`gptq`): the same format and the same bytes,
+with less error.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,20 +15,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from tersor.assignment import one_or_more
 from tersor.budget.allocate import Option, allocate
 from tersor.budget.limit import Limit
 from tersor.calibrate import gather
 from tersor.checkpoint.container_write import size_of
 from tersor.checkpoint.layout import other_tensors
 from tersor.checkpoint.weights import METADATA, file_size
-from tersor.compress import check_finite, preflight
+from tersor.compress import check_finite
 from tersor.core.progress import Progress, silent
 from tersor.errors import BudgetError, InputError
-from tersor.methods.gptq import Gptq
 from tersor.methods.mse import Mse
-from tersor.moments import takes_inputs
+from tersor.moments import shows_inputs
+from tersor.preflight import preflight
 from tersor.recipe import Recipe, WeightsStep
-from tersor.schemes import KEEP, Scheme, parse_rule
+from tersor.schemes import KEEP, Scheme, as_written, in_full, parse_rule
 from tersor.sites import Site, check_has_sites, escape, find_sites, matches
 from tersor.stats import Stats
 from tersor.tasks.contract import Task
@@ -58,70 +60,57 @@ def measure_menus(
     model: nn.Module,
     stats: Mapping[str, Stats],
     step: WeightsStep,
-    candidates: Iterable[str] = CANDIDATES,
+    candidates: str | Iterable[str] = CANDIDATES,
     progress: Progress = silent,
 ) -> list[Menu]:
     """Options and predicted losses for every site. Rules and excludes of `step` fix their sites.
 
-    Where there are statistics, there is calibration data: candidates that name no method are then filled by `gptq` at
-    the sites whose inputs it can see.
+    Where there are statistics, there is calibration data: schemes that name no method are then filled by the one that
+    reads inputs at the sites whose inputs it can see.
     """
-    candidates = list(candidates)
+    candidates = [as_written(text) for text in one_or_more(candidates)]
     sites = find_sites(model)
-    assigned = {site.name: scheme for site, scheme in step.assign(sites)}
+    assigned = {site.name: text for site, text in step.texts(sites)}
     floor = UNREACHED * median_curvature(stats)
-    parsed = [parse_rule(text) for text in candidates]
     menus = []
     for done, site in enumerate(sites):
         progress("measuring formats", done, len(sites))
         weight = site.matrix(model)
         check_finite(site, weight)
-        schemes = candidate_schemes(step, site, assigned[site.name], parsed)
+        texts = candidates_for(step, site, assigned[site.name], candidates)
         rows, scale = sample_rows(site, stats.get(site.name, Stats()))
         site_stats = site_curvature(site, stats.get(site.name, Stats()), weight, floor)
         sampled = weight[rows]
         sampled_stats = Stats(site_stats.row_weight[rows] * scale, site_stats.column_weight)  # type: ignore[index]
-        options = [measured_option(site, scheme, weight, sampled, sampled_stats) for scheme in schemes]
-        if stats and not is_fixed(step, site) and shows_inputs(model, site):
-            options = [option if option.scheme in candidates else with_feedback(option) for option in options]
+        sees_inputs = bool(stats) and shows_inputs(model, site)
+        options = [
+            replace(
+                measured_option(site, parse_rule(text), weight, sampled, sampled_stats),
+                scheme=in_full(text, sees_inputs),
+            )
+            for text in texts
+        ]
         menus.append(Menu(site, options))
     progress("measuring formats", len(sites), len(sites))
     return menus
 
 
-def candidate_schemes(
-    step: WeightsStep, site: Site, assigned: Scheme | None, candidates: list[Scheme | None]
-) -> list[Scheme | None]:
+def candidates_for(step: WeightsStep, site: Site, assigned: str, candidates: list[str]) -> list[str]:
     """What a rule or exclude fixed, or the candidates that fit the site's shape.
 
     Raises FormatError when nothing fits.
     """
-    if is_fixed(step, site):
-        preflight([(site, assigned)] if assigned else [])
-        return [assigned]
-    fitting = [scheme for scheme in candidates if scheme is None or scheme.format.misfit(site.shape) is None]
+    texts = [assigned] if is_fixed(step, site) else candidates
+    schemes = {text: parse_rule(text) for text in texts}
+    fitting = [text for text, scheme in schemes.items() if scheme is None or not scheme.format.misfit(site.shape)]
     if not fitting:
-        preflight([(site, scheme) for scheme in candidates if scheme is not None])
+        preflight([(site, scheme) for scheme in schemes.values() if scheme is not None])
     return fitting
 
 
 def is_fixed(step: WeightsStep, site: Site) -> bool:
     """Whether a rule or exclude says what becomes of a site."""
     return any(matches(pattern, site.name) for pattern in (*step.rules, *step.exclude))
-
-
-def shows_inputs(model: nn.Module, site: Site) -> bool:
-    """Whether everything a site's weight does is to be multiplied with inputs that the walk can see. An embedding that
-    is tied to a head is looked up, too."""
-    return all(takes_inputs(model.get_submodule(place.module)) for place in site.places)
-
-
-def with_feedback(option: Option) -> Option:
-    """An option of `mse` filled by `gptq` instead."""
-    scheme = parse_rule(option.scheme)
-    if scheme is None or scheme.method != Mse():
-        return option
-    return replace(option, scheme=str(replace(scheme, method=Gptq())))
 
 
 def measured_option(site: Site, scheme: Scheme | None, weight: Tensor, sampled: Tensor, stats: Stats) -> Option:
@@ -196,13 +185,13 @@ def plan_size(model: nn.Module, menus: list[Menu], limit: Limit, seed: int = 0) 
     raise BudgetError(why_infeasible(kept, menus, limit))
 
 
-def check_reachable(model: nn.Module, step: WeightsStep, candidates: Iterable[str], limit: Limit | None) -> None:
+def check_reachable(model: nn.Module, step: WeightsStep, candidates: str | Iterable[str], limit: Limit | None) -> None:
     """Before anything is measured: raises BudgetError if even the smallest formats exceed the limit."""
-    parsed = [parse_rule(text) for text in candidates]
+    candidates = list(one_or_more(candidates))
     menus = []
-    for site, assigned in step.assign(find_sites(model)):
-        schemes = candidate_schemes(step, site, assigned, parsed)
-        menus.append(Menu(site, [option_of(site, scheme) for scheme in schemes]))
+    for site, assigned in step.texts(find_sites(model)):
+        texts = candidates_for(step, site, assigned, candidates)
+        menus.append(Menu(site, [option_of(site, parse_rule(text)) for text in texts]))
     if limit is not None and smallest_size(model, menus) > limit.num_bytes:
         raise BudgetError(why_infeasible(kept_layout(model, menus), menus, limit))
 
@@ -277,8 +266,8 @@ def plan(
     ratio: str | None = None,
     bits: float | None = None,
     rules: dict[str, str] | None = None,
-    exclude: Iterable[str] = (),
-    candidates: Iterable[str] = CANDIDATES,
+    exclude: str | Iterable[str] = (),
+    candidates: str | Iterable[str] = CANDIDATES,
     seed: int = 0,
 ) -> Recipe:
     """The recipe with the least predicted loss under one limit on the weights file, for `tersor.compress`.
@@ -300,4 +289,4 @@ def plan(
     check_has_sites(model)
     stats = gather(model, task, seed=seed) if task is not None else {}
     step = Recipe.of(KEEP, rules, exclude).weights[0]
-    return plan_size(model, measure_menus(model, stats, step, list(candidates)), limit, seed)
+    return plan_size(model, measure_menus(model, stats, step, candidates), limit, seed)

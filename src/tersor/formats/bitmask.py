@@ -33,6 +33,7 @@ class Bitmask:
 
     name = "bitmask"
     rows_apart = False
+    usual_methods = ("magnitude", "sparsegpt")
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
         return None

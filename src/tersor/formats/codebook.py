@@ -34,6 +34,7 @@ class Codebook:
     num_values: int
     per_tensor: bool = False
     rows_apart = True
+    usual_methods = ("kmeans", "gptq")
     lopsided = False
 
     @property

@@ -39,6 +39,8 @@ class Coded:
 
     name = "coded"
     rows_apart = True
+    entropy_coded = True
+    usual_methods = ("waterfill", "waterfill")
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
         return None

@@ -81,6 +81,11 @@ class Format(Protocol):
     def rows_apart(self) -> bool:
         """Whether row i of every part decodes to row i of the weight; a part of a single row serves all rows."""
 
+    @property
+    def usual_methods(self) -> tuple[str, str]:
+        """The names of the methods that fill it where nobody names one: the best without the inputs of the site, and
+        the best with them."""
+
     def misfit(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix of this shape cannot be held, with the way out; None when it can."""
 

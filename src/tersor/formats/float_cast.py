@@ -21,6 +21,7 @@ class FloatCast:
 
     name: str
     rows_apart = True
+    usual_methods = ("nearest", "nearest")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -65,6 +65,7 @@ class FourBit(ABC):
 
     name: str
     rows_apart = True
+    usual_methods = ("mse", "gptq")
     group_size: int
     levels: Levels
     lopsided = False

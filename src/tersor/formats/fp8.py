@@ -33,6 +33,7 @@ class Fp8:
     kind: str
     per_tensor: bool = False
     rows_apart = True
+    usual_methods = ("mse", "gptq")
     lopsided = False
 
     @property

@@ -45,6 +45,7 @@ class IntGroup:
     group_size: int | None = None
     symmetric: bool = True
     rows_apart = True
+    usual_methods = ("mse", "gptq")
 
     @property
     def name(self) -> str:

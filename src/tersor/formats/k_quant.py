@@ -62,6 +62,7 @@ class KQuant:
 
     bits: int
     rows_apart = True
+    usual_methods = ("mse", "gptq")
 
     @property
     def name(self) -> str:

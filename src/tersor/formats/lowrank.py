@@ -36,6 +36,7 @@ class LowRank:
 
     name = "lowrank"
     rows_apart = False
+    usual_methods = ("svd", "svd")
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
         return None
@@ -89,6 +90,7 @@ class Corrected:
 
     base: IntGroup
     rows_apart = False
+    usual_methods = ("lqer", "lqer")
 
     @property
     def name(self) -> str:

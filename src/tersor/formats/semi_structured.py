@@ -37,6 +37,7 @@ class SemiStructured:
     n: int
     m: int
     rows_apart = True
+    usual_methods = ("magnitude", "sparsegpt")
 
     @property
     def name(self) -> str:

@@ -39,6 +39,7 @@ class SparseInt:
 
     pattern: Bitmask | SemiStructured
     grid: IntGroup
+    usual_methods = ("magnitude", "sparsegpt")
 
     @property
     def name(self) -> str:

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from tersor.assignment import Patterns
 from tersor.errors import InputError
 from tersor.training.finetune import task_loss
 from tersor.training.job import Job
@@ -53,7 +54,7 @@ class LotteryStep(TrainingStep):
     reinit: bool = False
     scope: Scope = "global"
     rules: dict[str, float] = Field(default_factory=dict)
-    exclude: tuple[str, ...] = ()
+    exclude: Patterns = ()
 
     @model_validator(mode="after")
     def fields_go_together(self) -> Self:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tersor.core.progress import Progress, silent
 from tersor.errors import InputError
-from tersor.formats.contract import Format, Grid, Sparse
+from tersor.formats.contract import Format, Grid
 from tersor.modules import PackedLinear, Stored
 from tersor.schemes import KEEP, usual_method
 from tersor.sites import Site, find_sites
@@ -29,9 +29,7 @@ Method = Callable[[Format], str]  # how a format is filled: a method's name
 
 def resolving(format: Format) -> str:
     """The method that sees the inputs, for each kind of format."""
-    if isinstance(format, Sparse):
-        return "sparsegpt"
-    return "gptq" if isinstance(format, Grid) else usual_method(format)
+    return usual_method(format, sees_inputs=True)
 
 
 def naive(format: Format) -> str:

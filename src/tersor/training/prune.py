@@ -9,6 +9,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from tersor.assignment import Patterns
 from tersor.training.imitation import imitation
 from tersor.training.job import Job
 from tersor.training.loop import check_trainable, train
@@ -42,7 +43,7 @@ class PruneStep(TrainingStep):
     scope: Scope = "global"
     pattern: Pattern = "unstructured"
     rules: dict[str, float] = Field(default_factory=dict)
-    exclude: tuple[str, ...] = ()
+    exclude: Patterns = ()
     alpha: float = Field(default=1.0, ge=0, le=1)
     temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
 
