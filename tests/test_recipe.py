@@ -15,6 +15,7 @@ from tersor.methods import METHODS
 from tersor.recipe import Recipe
 from tersor.schemes import Scheme, parse_rule
 from tersor.sites import find_sites, matches
+from tersor.training import FinetuneStep
 from tersor.transforms.awq import Awq
 from tersor.transforms.smooth import Smooth
 
@@ -167,9 +168,13 @@ def test_a_pattern_that_matches_nothing_says_the_nearest_site(options):
 def test_a_format_that_does_not_fit_is_refused_before_any_work(monkeypatch):
     module = sys.modules["tersor.compress"]  # `tersor.compress` itself is the function
     monkeypatch.setattr(module, "compress_site", lambda *_: pytest.fail("work had started"))
+    monkeypatch.setattr(FinetuneStep, "run", lambda *_: pytest.fail("training had started"))
     model = nn.Sequential(nn.Linear(256, 8), nn.Linear(24, 8))
     with pytest.raises(FormatError, match=r"q4_k: 1 has in=24 columns.*--exclude '1'"):
         tersor.compress(model, Recipe.of("q4_k"))
+    steps = [{"step": "finetune"}, {"scheme": "q4_k"}]
+    with pytest.raises(FormatError, match=r"q4_k: 1 has in=24 columns.*--exclude '1'"):
+        tersor.compress(model, Recipe.validated({"steps": steps}, "test"))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +185,7 @@ def test_a_format_that_does_not_fit_is_refused_before_any_work(monkeypatch):
         ("steps: [{shceme: int8}]", r"steps\.0\.shceme: Extra inputs are not permitted"),
         ("steps: [{step: weigths}]", r"steps\.0\.step: 'weigths' is no kind of step"),
         ("steps: [{rules: [int8]}]", r"steps\.0\.rules: Input should be a valid dictionary"),
-        ("steps: [{exclude: head}]", r"steps\.0\.exclude: Input should be a valid tuple"),
+        ("steps: [{exclude: 3}]", r"steps\.0\.exclude: Input should be a valid tuple"),
         ("steps: 3", "steps: Input should be a valid tuple"),
         ("steps: []\nseed: -1", "seed: Input should be greater than or equal to 0"),
         ("steps: []\nseed: lots", "seed: Input should be a valid integer"),
@@ -249,10 +254,136 @@ def test_transforms_are_spelled_in_full_and_read_back():
 
 def test_awq_takes_the_format_of_the_weights_that_follow():
     recipe = Recipe.of("int3-g64", transforms=["awq", "awq(format=int2-g32)", "smooth"])
-    transforms = [recipe.transform_of(step) for step in recipe.steps[:3]]
+    transforms = [recipe.transform_of(number) for number in range(3)]
     assert transforms == [Awq(format="int3-g64"), Awq(format="int2-g32"), Smooth()]
     alone = Recipe.from_yaml("steps: [{step: transform, transform: awq}]")
-    assert alone.transform_of(alone.steps[0]) == Awq()
+    assert alone.transform_of(0) == Awq()
+
+
+def test_of_two_equal_transforms_each_takes_the_format_that_follows_it():
+    awq = {"step": "transform", "transform": "awq"}
+    recipe = Recipe.validated({"steps": [awq, {"scheme": "int4-g32"}, awq, {"scheme": "int3-g64"}]}, "test")
+    assert recipe.transform_of(0) == Awq(format="int4-g32")
+    assert recipe.transform_of(2) == Awq(format="int3-g64")
+
+
+@pytest.mark.parametrize("pattern", ["20", "*.head", "inner.*"])
+def test_a_single_pattern_is_one_pattern(pattern):
+    assert Recipe.of("int8", exclude=pattern) == Recipe.of("int8", exclude=[pattern])
+    assert Recipe.of("int8", transforms="fold-bn") == Recipe.of("int8", transforms=["fold-bn"])
+    for step in ("weights", "qat", "prune", "lottery"):
+        scheme = {"scheme": "int8"} if step in ("weights", "qat") else {}
+        text = Recipe.validated({"steps": [{"step": step, **scheme, "exclude": pattern}]}, "test")
+        assert text.steps[0].exclude == (pattern,)
+
+
+def test_a_single_pattern_and_a_single_candidate_of_a_plan():
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(21)))
+    recipe = tersor.plan(model, ratio="2.5x", exclude="20", candidates="int8")
+    found = {site.name: scheme for site, scheme in recipe.weights[0].assign(find_sites(model))}
+    assert [name for name, scheme in found.items() if scheme is None] == ["20"]
+    assert {str(scheme) for scheme in found.values() if scheme} == {"mse:int8"}
+
+
+# The usual method: the best that the data at hand allows.
+
+
+class Reader(nn.Module):
+    """A looked-up weight, one that shows its inputs, and one that a module of its own runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(40, 32)
+        self.rnn = nn.LSTM(32, 32, batch_first=True)
+        self.head = nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.head(self.rnn(self.embed(x))[0][:, -1])
+
+
+class Tokens:
+    name = description = fingerprint = "tokens"
+    output = "logits"
+
+    def __init__(self, seed=0):
+        self.x = torch.randint(0, 40, (64, 6), generator=torch.Generator().manual_seed(seed))
+
+    def batches(self, split, batch_size=None):
+        return iter(self.x.split(batch_size or 32))
+
+    def forward(self, model, batch):
+        return model(batch)
+
+
+def reader():
+    torch.manual_seed(0)
+    return Reader().eval()
+
+
+def chosen(recipe, task, model=None):
+    return {site.name: site.scheme for site in tersor.compress(model or reader(), recipe, task).sites}
+
+
+def test_the_usual_method_reads_the_inputs_where_calibration_shows_them():
+    recipe = Recipe.of("int8", {"head": "int8-dynamic"})
+    looked_up = dict.fromkeys(("embed", "rnn.weight_ih_l0", "rnn.weight_hh_l0"), "mse:int8")
+    assert chosen(recipe, Tokens()) == {**looked_up, "head": "gptq:int8/int8-dynamic"}
+    assert chosen(recipe, None) == {**looked_up, "head": "mse:int8/int8-dynamic"}
+
+
+def test_the_recipe_of_the_result_names_every_method_and_makes_the_same_again():
+    made = tersor.compress(reader(), "int4-g32", Tokens())
+    step = made.recipe.weights[0]
+    assert step.scheme == "gptq:int4-g32"
+    assert step.rules["embed"] == "mse:int4-g32"
+    again = tersor.compress(reader(), Recipe.from_yaml(made.recipe.to_yaml()), Tokens())
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(made.model.state_dict().values(), again.model.state_dict().values(), strict=True)
+    )
+
+
+def test_the_usual_method_with_data_loses_less_than_the_one_without():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+
+    class Numbers(Tokens):
+        def __init__(self):
+            self.x = torch.randn(256, 32) @ torch.randn(32, 32).triu()
+
+    task = Numbers()
+
+    def loss(recipe):
+        return (tersor.compress(model, recipe, task).model(task.x) - model(task.x)).square().mean()
+
+    assert loss("int4") < 0.7 * loss("mse:int4")
+    assert loss("2:4") < 0.7 * loss("magnitude:2:4")
+
+
+def test_a_method_that_is_named_stays():
+    assert chosen(Recipe.of("nearest:int8", exclude="rnn*"), Tokens()) == {
+        "embed": "nearest:int8",
+        "head": "nearest:int8",
+    }
+
+
+def test_zeros_that_an_earlier_step_made_stay():
+    steps = [{"scheme": "magnitude(sparsity=0.5):bitmask", "exclude": ["embed", "rnn*"]}, {"scheme": "int8"}]
+    made = tersor.compress(reader(), Recipe.validated({"steps": steps}, "test"), Tokens())
+    assert (made.model.head.packed.encoded.decode() == 0).float().mean() >= 0.5
+    assert {site.name: site.scheme for site in made.sites}["head"] == "mse:int8"
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=str)
+def test_every_format_names_its_usual_methods(format):
+    for name in format.usual_methods:
+        assert METHODS[name]().accepts(format) is None
+
+
+def test_a_recipe_may_be_a_scheme_and_its_mistakes_are_ours():
+    assert chosen("nearest:int8", None) == chosen(Recipe.of("nearest:int8"), None)
+    with pytest.raises(InputError, match=r"did you mean 'int4-g64'"):
+        tersor.compress(reader(), "int4-g63")
 
 
 @pytest.mark.parametrize(

@@ -332,10 +332,13 @@ def test_a_plan_with_feedback_is_as_exact(ratio, tmp_path):
 
 def test_a_method_that_was_asked_for_stays():
     wanted = ["keep", "mse:int4-g32", "hqq:int4-g64-asym", "int3-g32"]
-    recipe = tersor.plan(reader(), Tokens(), ratio="7x", rules={"conv": "int4-g64"}, candidates=wanted)
+    rules = {"conv": "mse:int4-g64", "layers.0": "int4-g64", "embed": "int4-g32"}
+    recipe = tersor.plan(reader(), Tokens(), ratio="7x", rules=rules, candidates=wanted)
     found = dict(assigned(recipe, reader()))
     assert found["conv"] == "mse:int4-g64"
-    assert set(found.values()) <= {*wanted[:3], "mse:int3-g32", "gptq:int3-g32", "mse:int4-g64"}
+    assert found["layers.0"] == "gptq:int4-g64"
+    assert found["embed"] == "mse:int4-g32"
+    assert set(found.values()) <= {*wanted[:3], "mse:int3-g32", "gptq:int3-g32", "mse:int4-g64", "gptq:int4-g64"}
 
 
 def test_feedback_pays(tmp_path):
