@@ -239,13 +239,13 @@ def methods_table() -> str:
 
 
 def formats_table() -> str:
-    rows = ["| formats | bits per weight | usual method |", "|---|---|---|"]
+    rows = ["| formats | bits per weight | usual method without data | with calibration data |", "|---|---|---|---|"]
     for _, names in groupby(FORMATS, key=family):
         listed = list(names)
         bits = [found for name in listed if (found := bits_per_weight(FORMATS[name])) is not None]
         spread = " to ".join(f"{b:.3f}" for b in sorted({min(bits), max(bits)})) if bits else DATA
-        usual = sorted({usual_method(FORMATS[name]) for name in listed})
-        rows.append(f"| {', '.join(f'`{name}`' for name in listed)} | {spread} | `{'`, `'.join(usual)}` |")
+        usual = ["`, `".join(sorted({usual_method(FORMATS[name], sees) for name in listed})) for sees in (False, True)]
+        rows.append(f"| {', '.join(f'`{name}`' for name in listed)} | {spread} | `{usual[0]}` | `{usual[1]}` |")
     return "\n".join(rows)
 
 

@@ -40,7 +40,7 @@ from tersor.measure.verdict import Tolerance, Verdict, judge
 from tersor.preflight import preflight_all
 from tersor.recipe import Recipe
 from tersor.report.card import model_card
-from tersor.schemes import KEEP
+from tersor.schemes import KEEP, parse_rule
 from tersor.sites import check_has_sites
 from tersor.stats import Stats
 from tersor.tasks import Task, open_task
@@ -179,7 +179,8 @@ def compress_to_folder(
             "machine": machine(),
             "keep_float": [choice.to_dict() for choice in made.kept_float],
             "notes": [
-                *(*source.notes, *unreached(stats), *(choice.note() for choice in made.kept_float)),
+                *(*source.notes, *unreached(stats), *uncorrected(recipe)),
+                *(choice.note() for choice in made.kept_float),
                 *(note for curve in made.curves for note in curve.notes),
             ],
         }
@@ -224,6 +225,17 @@ def unreached(stats: Mapping[str, Stats]) -> list[str]:
     listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
     return [
         f"the task never uses {listed}: a budget squeezes what costs the task nothing; --rule or --exclude protects it"
+    ]
+
+
+def uncorrected(recipe: Recipe) -> list[str]:
+    """A note for a bias correction that the method of a step makes superfluous."""
+    schemes = [parse_rule(step.scheme) for step in recipe.weights if step.bias_correction]
+    return [
+        f"bias correction leaves the sites of {scheme} alone, which repairs earlier errors itself; mse or "
+        f"gptq(drift=0) does not"
+        for scheme in schemes
+        if scheme is not None and "cross_moment" in scheme.method.needs
     ]
 
 

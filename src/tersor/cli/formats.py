@@ -14,9 +14,14 @@ DATA = "depends on the data"
 
 
 def formats(json: options.Json = False) -> None:
-    """List the formats, their bits per weight, and the method each gets when none is named."""
+    """List the formats, their bits per weight, and the method each gets when none is named, without and with data."""
     rows = [
-        {"format": name, "bits_per_weight": bits_per_weight(format), "usual_method": usual_method(format)}
+        {
+            "format": name,
+            "bits_per_weight": bits_per_weight(format),
+            "usual_method": usual_method(format),
+            "usual_method_with_data": usual_method(format, sees_inputs=True),
+        }
         for name, format in FORMATS.items()
     ]
     if json:
@@ -31,12 +36,13 @@ def formats(json: options.Json = False) -> None:
         return
     print_table(
         "formats (bits per weight at 1024 x 1024, scales and zero points counted)",
-        ["format", "bits per weight", "usual method"],
+        ["format", "bits per weight", "usual method without data", "with calibration data"],
         [
             (
                 r["format"],
                 f"{r['bits_per_weight']:.3f}" if r["bits_per_weight"] else DATA,
                 r["usual_method"],
+                r["usual_method_with_data"],
             )
             for r in rows
         ],
