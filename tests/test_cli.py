@@ -230,6 +230,22 @@ def test_rules_excludes_and_the_tables(digits, inside, capsys):
     )  # fmt: skip
     assert compared.status == 0, compared.stdout
     assert compared.json["verdict"]["num_examples"] == compared.json["scorecards"][0]["num_examples"]
+    assert compared.json["verdict"]["sentence"].startswith(compared.json["verdict"]["outcome"])
+
+
+@pytest.mark.parametrize(("outcome", "status"), [("within", 0), ("exceeds", 1), ("cannot tell", 3)])
+def test_the_exit_code_is_that_of_the_verdict_where_it_is_asked_for(outcome, status, digits, inside, capsys):
+    """A model beside itself, and beside one without its last weights; tolerance 0 cannot be shown."""
+    state = load_file(digits / "digits.safetensors")
+    save_file({**state, "10.weight": torch.zeros_like(state["10.weight"])}, "broken.safetensors")
+    other = "broken.safetensors" if outcome == "exceeds" else digits / "digits.safetensors"
+    arguments = [
+        "compare", *digits_arguments(digits), "digits_factory:digits_net", "--weights", other, *labelled(digits),
+        "--drop", "0" if outcome == "cannot tell" else "5%", "--json",
+    ]  # fmt: skip
+    asked = tersor(capsys, *arguments, "--exit-code")
+    assert (asked.json["verdict"]["outcome"], asked.status) == (outcome, status)
+    assert status == 3 or tersor(capsys, *arguments).status == 0
 
 
 @pytest.mark.parametrize("verb", ["formats", "methods"])
@@ -475,7 +491,7 @@ def test_code_that_an_artifact_names_is_not_run(digits, inside, capsys):
 
 
 FLAGS = {
-    "compress": "--output -o --size --ratio --bits --drop --coded --num-states --format --method --rule --exclude "
+    "compress": "--exit-code --output -o --size --ratio --bits --drop --coded --num-states --format --method --rule --exclude "
     "--transform --bias-correction --keep-float --recipe --weights --task --data --calibration --train --task-option "
     "--batch --seed --threads --overwrite --stream --json",
     "inspect": "--weights --format --sensitivity --measure --training-memory --batch-size --context --lora --base "
@@ -485,13 +501,13 @@ FLAGS = {
     "explain": "--against --runtime --weights --batch --length --shape --threads --seconds --rows --remeasure --seed "
     "--json",
     "evaluate": "--weights --task --data --calibration --task-option --batch --threads --lazy --json",
-    "compare": "--weights --task --data --calibration --task-option --drop --batch --seed --threads --json",
+    "compare": "--exit-code --weights --task --data --calibration --task-option --drop --batch --seed --threads --json",
     "pack": "--output -o --overwrite --json",
     "unpack": "--output -o --overwrite --json",
     "verify": "--json",
     "info": "--against --json",
     "student": "--output -o --layers --width --hidden --intermediate --heads --json",
-    "finetune": "--output -o --lora --base --save-base --weights --task --data --calibration --train --task-option "
+    "finetune": "--exit-code --output -o --lora --base --save-base --weights --task --data --calibration --train --task-option "
     "--epochs --steps --batch-size --accumulate --learning-rate --warmup --schedule --optimizer --weight-decay "
     "--precision --gradient-checkpointing --evaluations --patience --dtype --drop --seed --overwrite --json",
     "merge": "--output -o --task --data --calibration --train --task-option --seed --overwrite --json",

@@ -5,6 +5,7 @@ theory or from a huge sample. A simulated rate may exceed what is allowed only b
 """
 
 import json
+import math
 import time
 from dataclasses import replace
 from functools import cache
@@ -329,7 +330,49 @@ def test_identical_flips_ask_for_enough():
 # 7: small, degenerate and wrong inputs
 
 
-def test_few_examples_claim_nothing():
+def test_few_examples_show_what_is_far_above_the_tolerance():
+    """Eight examples that all lose a half: the interval is above the tolerance, and the verdict says so."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(8, 1))
+    metric = METRICS["mean"]
+    worse = Scores(metric, base - 0.5 - 0.05 * rng.normal(size=(8, 1)))
+    verdict = judge(Scores(metric, base), worse, "0.02")
+    assert verdict.outcome == "exceeds"
+    assert verdict.drop_interval[0] > 0.3
+    assert verdict.drop_interval[1] == math.inf, "how bad it may be, eight examples do not tell"
+    assert verdict.num_examples_needed is None
+    four = judge(Scores(metric, base[:4]), Scores(metric, worse.examples[:4]), "0.02")
+    assert (four.outcome, four.drop_interval) == ("cannot tell", (-math.inf, math.inf))
+
+
+@pytest.mark.parametrize("metric", ["mean", "loss", "spearman", "perplexity", "accuracy"])
+def test_the_verdict_is_what_the_interval_says(metric):
+    """Whatever the examples, however few: never `cannot tell` beside an interval on one side of the tolerance."""
+    rng = np.random.default_rng(3)
+    found = METRICS[metric]
+    seen = set()
+    for n in (1, 2, 4, 5, 8, 19, 20, 40):
+        for loss in (0.0, 0.01, 0.3, 3.0):
+            rows = rng.normal(2, 0.5, (n, len(found.columns)))
+            if metric == "accuracy":
+                rows = (rows > 1.8).astype(float)
+                other = np.where(rng.random(rows.shape) < loss / 3, 0.0, rows)
+            else:
+                worse = loss * (1 if found.higher_is_better else -1) * (1 + 0.1 * rng.normal(size=n))
+                other = rows.copy()
+                other[:, 0] -= worse * (rng.random(n) if metric == "spearman" else 1)
+            if metric in ("perplexity", "spearman"):
+                rows[:, 1] = other[:, 1] = 10.0 if metric == "perplexity" else rng.normal(size=n)
+            verdict = judge(Scores(found, rows), Scores(found, other), "0.1", num_resamples=200)
+            low, high = verdict.drop_interval
+            seen.add(verdict.outcome)
+            assert (verdict.outcome == "within") == (high < verdict.tolerance)
+            assert (verdict.outcome == "exceeds") == (low > verdict.tolerance)
+            assert (verdict.num_examples_needed is None) == (verdict.outcome != "cannot tell")
+    assert {"within", "cannot tell"} <= seen
+
+
+def test_few_examples_are_never_within():
     rng = np.random.default_rng(0)
     for n in range(1, FEWEST):
         for metric, width in (("mean", 1), ("spearman", 2)):

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tersor.cli import options
-from tersor.cli.console import out, print_json, print_table, progress_bars
+from tersor.cli.console import leave, out, print_json, print_table, progress_bars
 from tersor.kernels import choices
 from tersor.report.card import comparison
 from tersor.workflow import compare_models
@@ -27,6 +27,7 @@ def compare(
     batch: options.Batch = "1,32",
     seed: options.Seed = 0,
     threads: options.Threads = 1,
+    exit_code: options.ExitCode = False,
     json: options.Json = False,
 ) -> None:
     """Measure two models on the same examples, in turn, and judge the difference."""
@@ -44,7 +45,9 @@ def compare(
     if json:
         found = {"scorecards": [card.to_dict() for card in cards], "verdict": verdicts[0].to_dict()}
         print_json(found | {"measured_on": description, "kernels": [asdict(choice) for choice in choices()]})
+        leave(verdicts[0], exit_code)
         return
     print_table("side by side", ["", a, b], comparison(*cards))
     out.print(f"measured on: {description}", markup=False, highlight=False)
     out.print(f"verdict: {verdicts[0].sentence()}", style="bold", markup=False, highlight=False)
+    leave(verdicts[0], exit_code)

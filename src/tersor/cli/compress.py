@@ -8,7 +8,7 @@ import typer
 from tersor.budget.choices import Budget, check_choices
 from tersor.checkpoint.streaming import no_lines
 from tersor.cli import options
-from tersor.cli.console import err, out, print_json, print_table, progress_bars
+from tersor.cli.console import err, leave, out, print_json, print_table, progress_bars
 from tersor.errors import InputError
 from tersor.recipe import Recipe
 from tersor.report.card import comparison, megabytes
@@ -95,11 +95,14 @@ def compress(
             help="Read and compress a checkpoint larger than memory block by block; it is not evaluated.",
         ),
     ] = False,
+    exit_code: options.ExitCode = False,
     json: options.Json = False,
 ) -> None:
     """Make a model smaller under a budget, and prove what it cost."""
     kept = parse_keep_float(keep_float)
     if stream:
+        if exit_code:
+            raise InputError("--exit-code is the verdict's, and --stream judges nothing; leave it out")
         if weights is not None:
             raise InputError("--stream reads a Hugging Face folder, and --weights goes with package.module:factory")
         given = Recipe.from_file(recipe) if recipe else None
@@ -146,6 +149,7 @@ def compress(
         print_json({"output": str(outcome.output), **outcome.manifest})
     else:
         show(outcome)
+    leave(outcome.verdict, exit_code)
 
 
 def with_method(formats: list[str], method: str | None) -> list[str]:

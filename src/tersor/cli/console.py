@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from tersor.core.progress import Progress as Report
 from tersor.core.progress import silent
+from tersor.measure.verdict import Verdict
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
@@ -24,6 +26,15 @@ def fail(message: str, *, as_json: bool, status: int = 2) -> NoReturn:
     else:
         err.print("error:", message, style="red", markup=False, highlight=False)
     sys.exit(status)
+
+
+STATUS = {"within": 0, "exceeds": 1, "cannot tell": 3}  # 2 is for errors
+
+
+def leave(verdict: Verdict, exit_code: bool) -> None:
+    """End with the status of a verdict, where the user asked for it (`--exit-code`)."""
+    if exit_code and STATUS[verdict.outcome]:
+        raise typer.Exit(STATUS[verdict.outcome])
 
 
 def print_json(data: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from tersor.cli import options
-from tersor.cli.console import err, out, print_json, progress_bars
+from tersor.cli.console import err, leave, out, print_json, progress_bars
 from tersor.errors import InputError
 from tersor.finetuned import Finetuned, finetune_to_folder
 from tersor.recipe import Recipe
@@ -70,6 +70,7 @@ def finetune(
     drop: options.Drop = "1%",
     seed: options.Seed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if tersor finetune made it.")] = False,
+    exit_code: options.ExitCode = False,
     json: options.Json = False,
 ) -> None:
     """Train a model on a task, whole or by adapters (LoRA, QLoRA, DoRA)."""
@@ -106,6 +107,7 @@ def finetune(
         print_json({"output": str(output), **made.to_dict()})
     else:
         show(made, save_base)
+    leave(made.verdict, exit_code)
 
 
 def step_of(lora: list[str] | None, base: str | None, fields: dict[str, Any]) -> FinetuneStep | LoraStep:

@@ -37,6 +37,10 @@ TaskOption = Annotated[
 Batch = Annotated[str, typer.Option(help="Batch sizes for latency, separated by commas.")]
 Drop = Annotated[str, typer.Option(help="Largest tolerated loss of the score: 1% (relative) or 0.01 (absolute).")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+ExitCode = Annotated[
+    bool,
+    typer.Option("--exit-code", help="End with status 1 where the verdict is `exceeds`, 3 where it is `cannot tell`."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Threads = Annotated[int, typer.Option(help="CPU threads for latency.")]
 

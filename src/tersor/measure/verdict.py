@@ -10,8 +10,9 @@ Papers:
 
 drop = how much worse the compressed model is, on the same examples, in units of the score. Its interval at confidence
 1 - 2 alpha lies wholly below the tolerance: within. Wholly above: exceeds. Otherwise: cannot tell, and how many more
-examples would settle it. So each wrong claim, "within" or "exceeds", has a chance of about alpha at most. (Measured at
-alpha 0.05: up to 0.06 for 0/1 scores, Spearman and perplexity; up to 0.10 for a lognormal drop on 20 to 50 examples.)
+examples would settle it. Nothing but the interval decides: where a few examples cannot show a bound, it is infinite.
+So each wrong claim, "within" or "exceeds", has a chance of about alpha at most. (Measured at alpha 0.05: up to 0.06
+for 0/1 scores, Spearman and perplexity; up to 0.10 for a lognormal drop on 20 to 50 examples.)
 """
 
 import math
@@ -28,7 +29,8 @@ from tersor.scores import Scores, mean
 
 POWER = 0.8  # chance of a clear answer that num_examples_needed aims at
 MOST_NEEDED = 1_000_000  # num_examples_needed stops counting here
-FEWEST = 20  # a bootstrap of fewer examples never claims anything
+FEWEST = 20  # examples; a bootstrap of fewer does not say how bad it may be, so the interval has no upper end
+FEW = 5  # examples; a bootstrap of fewer says nothing, and the interval has no ends
 CONTINUITY = 0.5  # half an example: keeps Tango's one-sided error below alpha where few examples flip
 NUM_GROUPS = 200  # groups left out in turn to find how skewed a statistic is
 CHUNK_BYTES = 8 << 20  # rows resampled at once; ranking needs about ten times as much
@@ -118,8 +120,8 @@ class Verdict:
         return f"{line}: need about {math.ceil(self.num_examples_needed / step) * step} more examples"
 
     def to_dict(self) -> dict:
-        """All fields, ready for JSON: the interval is a list, infinities are None."""
-        fields = asdict(self)
+        """All fields and the sentence, ready for JSON: the interval is a list, infinities are None."""
+        fields = asdict(self) | {"sentence": self.sentence()}
         fields["drop_interval"] = [end if math.isfinite(end) else None for end in self.drop_interval]
         return {name: None if value in (math.inf, -math.inf) else value for name, value in fields.items()}
 
@@ -146,14 +148,20 @@ def interval(scores: Scores, confidence: float = 0.95, seed: int = 0, num_resamp
 
 
 def judge(
-    original: Scores, compressed: Scores, tolerance: Tolerance, alpha: float = 0.05, seed: int = 0, num_resamples=2000
+    original: Scores,
+    compressed: Scores,
+    tolerance: Tolerance | str,
+    alpha: float = 0.05,
+    seed: int = 0,
+    num_resamples=2000,
 ) -> Verdict:
     """Compare two models on the same examples; a wrong "within" or "exceeds" has a chance of about `alpha` each.
 
-    A relative tolerance is taken of the observed original score. 0/1 rows are judged by Tango's interval, all else by a
-    paired bootstrap. The comparison is strict: at tolerance 0 identical rows are "cannot tell", for no number of
-    examples shows that nothing at all was lost; so is a bootstrap of fewer than 20 examples. A compressed score that
-    is infinitely bad "exceeds". InputError: other metric, other examples, none at all, NaN, infinite original score.
+    A relative tolerance is taken of the observed original score. 0/1 rows are judged by Tango's interval, all else by
+    a paired bootstrap. The comparison is strict: at tolerance 0 identical rows are "cannot tell", for no number of
+    examples shows that nothing at all was lost. A bootstrap of fewer than 20 examples has no upper end, and so is
+    never "within"; of fewer than 5 it has no lower end either. A compressed score that is infinitely bad "exceeds".
+    InputError: other metric, other examples, none at all, NaN, infinite original score.
 
     >>> from tersor.scores import METRICS
     >>> right, flipped = np.ones((500, 1)), np.array([[0.0]] * 3 + [[1.0]] * 497)
@@ -163,6 +171,7 @@ def judge(
     """
     if not 0 < alpha < 0.5:
         raise InputError(f"alpha {alpha}: must lie between 0 and 0.5, e.g. 0.05")
+    tolerance = Tolerance.parse(tolerance) if isinstance(tolerance, str) else tolerance
     _check_pair(original, compressed)
     metric, n, sign = original.metric, original.num_examples, 1 if original.metric.higher_is_better else -1
     with np.errstate(over="ignore"):
@@ -185,8 +194,7 @@ def judge(
         test = f"paired BCa bootstrap, {num_resamples} resamples"
 
     rounding = 1e-12 * max(abs(before), limit)
-    enough = bool(flips) or n >= FEWEST or math.isinf(drop)
-    within, exceeds = enough and high < limit - rounding, enough and low > limit + rounding
+    within, exceeds = high < limit - rounding, low > limit + rounding
     outcome = "within" if within else "exceeds" if exceeds else "cannot tell"
     needed = None if within or exceeds else int(min(max(settle - n, 1), MOST_NEEDED))
     values = (before, after, drop, (low, high), limit)
@@ -221,6 +229,7 @@ def _judge_resamples(original, compressed, sign, limit, alpha, seed, num_resampl
         sd, power, extra = tied * error * math.sqrt(2 * n), 0.0, z**2
     margin = z**2 / 2 * sd / n
     low, high = drop - margin - math.hypot(drop - low, margin), drop + margin + math.hypot(high - drop, margin)
+    low, high = low if n >= FEW else -math.inf, high if n >= FEWEST else math.inf
     return low, high, max(FEWEST, _sample_size(abs(limit - drop), power * sd, extra * sd))
 
 
