@@ -491,9 +491,9 @@ def test_code_that_an_artifact_names_is_not_run(digits, inside, capsys):
 
 
 FLAGS = {
-    "compress": "--exit-code --output -o --size --ratio --bits --drop --coded --num-states --format --method --rule --exclude "
+    "compress": "--output -o --size --ratio --bits --drop --coded --num-states --format --method --rule --exclude "
     "--transform --bias-correction --keep-float --recipe --weights --task --data --calibration --train --task-option "
-    "--batch --seed --threads --overwrite --stream --json",
+    "--batch --seed --threads --overwrite --stream --exit-code --json",
     "inspect": "--weights --format --sensitivity --measure --training-memory --batch-size --context --lora --base "
     "--optimizer --task --data --calibration --train --task-option --seed --json",
     "bench": "--runtime --weights --batch --threads --new-tokens --prompt --length --shape --task --data --task-option "
@@ -501,15 +501,16 @@ FLAGS = {
     "explain": "--against --runtime --weights --batch --length --shape --threads --seconds --rows --remeasure --seed "
     "--json",
     "evaluate": "--weights --task --data --calibration --task-option --batch --threads --lazy --json",
-    "compare": "--exit-code --weights --task --data --calibration --task-option --drop --batch --seed --threads --json",
+    "compare": "--weights --task --data --calibration --task-option --drop --batch --seed --threads --exit-code --json",
     "pack": "--output -o --overwrite --json",
     "unpack": "--output -o --overwrite --json",
     "verify": "--json",
     "info": "--against --json",
     "student": "--output -o --layers --width --hidden --intermediate --heads --json",
-    "finetune": "--exit-code --output -o --lora --base --save-base --weights --task --data --calibration --train --task-option "
+    "finetune": "--output -o --lora --base --save-base --weights --task --data --calibration --train --task-option "
     "--epochs --steps --batch-size --accumulate --learning-rate --warmup --schedule --optimizer --weight-decay "
-    "--precision --gradient-checkpointing --evaluations --patience --dtype --drop --seed --overwrite --json",
+    "--precision --gradient-checkpointing --evaluations --patience --dtype --drop --seed --overwrite --exit-code "
+    "--json",
     "merge": "--output -o --task --data --calibration --train --task-option --seed --overwrite --json",
     "export": "--to --output -o --weights --task --data --task-option --shape --fixed --dtype --per-token "
     "--float-outputs --decode --no-cache --runtime-path --threads --overwrite --json",

@@ -147,6 +147,7 @@ CIRCLES = [
     {
         "tersor.compress",
         "tersor.keep_float",
+        "tersor.preflight",
         "tersor.recipe",
         "tersor.training",
         "tersor.training.lora",
