@@ -188,7 +188,7 @@ def measure_one(bench: Bench, scheme: str, level: float, factors: Mapping[str, f
     from tersor.analysis.divergence import divergence, outputs
     from tersor.checkpoint.container import Container
     from tersor.checkpoint.layout import CODED
-    from tersor.compress import copy_but_sites
+    from tersor.copies import copy_but_sites
     from tersor.walk import Chosen, Walk
 
     sites, predicted = coded_sites(bench), 0.0

@@ -1,7 +1,6 @@
 """compress(): the original stays as it was, and steps follow one another."""
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -12,11 +11,11 @@ from laws import random, same_bits
 from tersor.errors import DataError
 from tersor.recipe import Recipe
 from tersor.sites import find_sites
+from tersor.steps import weights_run
 from test_walk import Toy, assert_same_state, stack, state
 from zoo import REMARKS, ZOO
 
 pytestmark = [pytest.mark.filterwarnings(remark) for remark in REMARKS]
-compress_module = sys.modules["tersor.compress"]
 
 
 def task_for(case, model):
@@ -142,7 +141,7 @@ def test_statistics_that_are_not_numbers_name_the_site_and_a_way_out():
 def test_the_curvature_is_gathered_only_where_it_is_read(scheme, name, read, monkeypatch):
     """It costs a backward pass over all the data."""
     calls = []
-    monkeypatch.setattr(compress_module, "gather", lambda *args, **options: calls.append(args) or {})
+    monkeypatch.setattr(weights_run, "gather", lambda *args, **options: calls.append(args) or {})
     model = ZOO[name].model()
     tersor.compress(model, Recipe.of(scheme), task_for(ZOO[name], model))
     assert bool(calls) == read
@@ -155,7 +154,7 @@ def test_a_model_on_its_way_is_left_as_it_was_when_compression_fails(monkeypatch
     def fail(*args):
         raise ArithmeticError("no more")
 
-    monkeypatch.setattr(compress_module, "compress_site", fail)
+    monkeypatch.setattr(weights_run, "compress_site", fail)
     with pytest.raises(ArithmeticError):
         tersor.compress(model, Recipe.of("gptq:int4"), task_for(ZOO["llama"], model))
     assert_same_state(state(model), before)

@@ -142,40 +142,19 @@ def circles(graph):
     return [sorted(ring) for ring in rings if len(ring) > 1]
 
 
-# Modules that import one another today. A set may lose modules and none may gain one.
-CIRCLES = [
-    {
-        "tersor.compress",
-        "tersor.keep_float",
-        "tersor.preflight",
-        "tersor.recipe",
-        "tersor.training",
-        "tersor.training.lora",
-        "tersor.training.merge",
-        "tersor.training.qat",
-    },
-]
-
-
 def test_no_import_circle():
     """Imports inside functions and for type checkers count: a circle is no better for being hidden."""
-    assert not circles(arrows())
-    for circle in circles({module: all_imports(file) for module, file in MODULES.items()}):
-        assert any(known.issuperset(circle) for known in CIRCLES), f"import circle of {', '.join(circle)}"
+    assert not circles(arrows()), "import circle"
+    assert not circles({module: all_imports(file) for module, file in MODULES.items()}), "hidden import circle"
 
 
-# Why a module imports tersor's own modules inside functions. "circle" is no reason to add one.
+# Why a module imports tersor's own modules inside functions.
 LAZY = {
     "tersor.codecs.loops": "numba is optional",
     "tersor.export.executorch": "executorch is optional",
     "tersor.export.onnx": "onnx is optional",
     "tersor.export.openvino": "openvino and onnx are optional",
-    "tersor.keep_float": "circle",
     "tersor.methods.waterfill": "the loops of viterbi.py are compiled when it is imported",
-    "tersor.training.adapters": "circle",
-    "tersor.training.lora": "circle",
-    "tersor.training.merge": "circle",
-    "tersor.training.qat": "circle",
 }
 
 

@@ -10,9 +10,10 @@ from tersor.analysis.divergence import divergence, outputs
 from tersor.errors import InputError
 from tersor.formats import format_named
 from tersor.keep_float import MOST_SITES, predicted_loss
-from tersor.recipe import Recipe, WeightsStep
+from tersor.recipe import Recipe
 from tersor.sites import find_sites
 from tersor.stats import Stats
+from tersor.steps.weights import WeightsStep
 from test_walk import Toy
 
 

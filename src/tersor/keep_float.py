@@ -15,23 +15,22 @@ whose static input is to blame gets a dynamic one instead. A number keeps that m
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from tersor.activations import Activation, IntStatic, activation_named
 from tersor.analysis.divergence import UNITS, divergence, outputs
 from tersor.calibrate import batch_size
+from tersor.copies import copy_but_sites
 from tersor.core.progress import Progress
 from tersor.errors import InputError
 from tersor.formats.contract import Encoded
 from tersor.schemes import KEEP, Scheme
 from tersor.sites import Site, escape
 from tersor.stats import Stats
+from tersor.steps.weights import WeightsStep
 from tersor.tasks.contract import Task
-
-if TYPE_CHECKING:
-    from tersor.recipe import WeightsStep
 
 LEFT = 0.5  # share of the whole loss that may be left
 MOST_SITES = 0.1  # share of the sites that may be kept
@@ -89,25 +88,29 @@ class KeptFloat:
         return vars(self) | {"sites": [vars(site) for site in self.sites]}
 
 
-def choose(
-    model: nn.Module, step: "WeightsStep", task: Task | None, stats: Mapping[str, Stats], seed: int, progress: Progress
-) -> KeptFloat:
-    """Try `step` on a copy of `model` and choose the sites that `step.keep_float` asks for.
-
-    Raises InputError without calibration data, or where more sites are to be kept than there are.
-    """
-    from tersor.compress import WeightsRun, copy_but_sites
-
+def check_task(asked: str | int, task: Task | None) -> Task:
+    """The task. Raises InputError without one."""
     if task is None:
-        raise InputError(
-            f"keep_float: {step.keep_float} measures the loss on calibration data; give a task, or leave it"
-        )
-    run = WeightsRun(copy_but_sites(model), step, task, stats, seed, progress)
-    schemes = {site.name: scheme for site, scheme in run.work.items()}
-    asked = step.keep_float
-    check_number(asked, len(schemes))
-    run.predicted = {}
-    run.run()
+        raise InputError(f"keep_float: {asked} measures the loss on calibration data; give a task, or leave it")
+    return task
+
+
+def choose(
+    model: nn.Module,
+    asked: str | int,
+    task: Task,
+    schemes: Mapping[str, Scheme],
+    packed: Packed,
+    predicted: Mapping[str, float],
+    progress: Progress,
+) -> KeptFloat:
+    """Measure sites of `model` alone and choose those that `asked`, a step's `keep_float`, lets stay float.
+
+    Args:
+        schemes: of each site, by name.
+        packed: what each site would get, made for `model` as it is.
+        predicted: the loss of each site by `predicted_loss`, by name.
+    """
     size = batch_size(model, task)
 
     def said(model: nn.Module) -> list[Tensor]:
@@ -115,32 +118,31 @@ def choose(
 
     original = said(model)
 
-    def loss_of(packed: Packed) -> float:
+    def loss_of(sites: Packed) -> float:
         made = copy_but_sites(model)
-        for site, (encoded, activation) in packed.items():
+        for site, (encoded, activation) in sites.items():
             site.replace(made, encoded, activation)
         return divergence(original, said(made), task.output)
 
-    predicted = run.predicted
-    ranked = sorted(run.made, key=lambda site: predicted[site.name], reverse=True)
+    ranked = sorted(packed, key=lambda site: predicted[site.name], reverse=True)
     num_measured = max(NUM_MEASURED, asked if isinstance(asked, int) else 0)
     losses = []
     for done, site in enumerate(ranked):
         measured = None
         if done < num_measured:
             progress("measuring sites alone", done, min(num_measured, len(ranked)))
-            measured = loss_of({site: run.made[site]})
+            measured = loss_of({site: packed[site]})
         losses.append(SiteLoss(site.name, str(schemes[site.name]), predicted[site.name], measured))
     losses.sort(key=lambda each: each.rank, reverse=True)
     places = {each.site: place for place, each in enumerate(losses)}
-    worst = sorted(run.made, key=lambda site: places[site.name])
-    whole, unit = loss_of(run.made), UNITS[task.output]
+    worst = sorted(packed, key=lambda site: places[site.name])
+    whole, unit = loss_of(packed), UNITS[task.output]
     if isinstance(asked, int):
         kept = {site.name: KEEP for site in worst[:asked]}
-        left = loss_of({site: made for site, made in run.made.items() if site.name not in kept})
+        left = loss_of({site: made for site, made in packed.items() if site.name not in kept})
         reason = f"{asked} were asked for: {left:.3g} of {whole:.3g} {unit} are left"
         return KeptFloat(unit, whole, left, kept, losses, reason)
-    return automatic(run.made, schemes, worst, losses, loss_of, whole, negligible(original, task), unit)
+    return automatic(packed, schemes, worst, losses, loss_of, whole, negligible(original, task), unit)
 
 
 def check_number(asked: str | int, num_sites: int) -> None:
@@ -209,7 +211,7 @@ def predicted_loss(weight: Tensor, encoded: Encoded, activation: Activation | No
     return 0.5 * weight.shape[1] / length * (stats.row_weight @ error.square().mean(0)).item()
 
 
-def spared(step: "WeightsStep", choice: KeptFloat) -> "WeightsStep":
+def spared(step: WeightsStep, choice: KeptFloat) -> WeightsStep:
     """The step with what was kept as rules; it keeps nothing by itself."""
     instead = {escape(name): scheme for name, scheme in choice.kept.items()}
     rules = {pattern: scheme for pattern, scheme in step.rules.items() if pattern not in instead} | instead

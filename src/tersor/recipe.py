@@ -29,30 +29,12 @@ from tersor.core.messages import first_mistake
 from tersor.errors import InputError
 from tersor.formats.contract import Grid
 from tersor.schemes import KEEP, parse_options, parse_rule, spell_options
+from tersor.steps.weights import WeightsStep
 from tersor.training import TRAINING_STEPS, StudentStep, TrainingStep
 from tersor.transforms import TRANSFORMS
 from tersor.transforms.contract import Transform
 
 VERSION = 1
-
-
-class WeightsStep(Assignment):
-    """Choose a format and a method for every site.
-
-    With `bias_correction`, the bias of a linear layer or convolution takes back what its new weight did to the mean of
-    its outputs over the calibration data. Layers without a bias stay without, for another tensor would be another
-    checkpoint. The bias also stays where the weight is used more than once, and where the method makes up for earlier
-    errors itself (`gptq` with drift): it moves the mean on purpose.
-
-    With `keep_float`, the sites that cost most by measured loss stay float: `auto` chooses how many, a number says it
-    (see keep_float.py).
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    step: Literal["weights"] = "weights"
-    bias_correction: bool = False
-    keep_float: Literal["auto", "none"] | Annotated[int, Field(ge=0, strict=True)] = "none"
 
 
 class TransformStep(BaseModel):

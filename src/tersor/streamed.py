@@ -11,14 +11,15 @@ import torch
 
 from tersor.checkpoint.artifact import atomic_folder, read_manifest, write_manifest
 from tersor.checkpoint.streaming import OnBlock, StreamedModel, no_lines
-from tersor.compress import CURVATURE, WeightsRun, needs_of
 from tersor.core.progress import Progress, silent
 from tersor.errors import InputError
 from tersor.measure.scorecard import machine
 from tersor.moments import shows_inputs
-from tersor.recipe import Recipe, WeightsStep
+from tersor.recipe import Recipe
 from tersor.report.card import UNMEASURED, model_card
 from tersor.sites import find_sites
+from tersor.steps.weights import WeightsStep
+from tersor.steps.weights_run import CURVATURE, WeightsRun, needs_of
 from tersor.workflow import TaskChoice, about, open_task_for
 
 

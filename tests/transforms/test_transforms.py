@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from models import MODELS, in_float64, measured, model_of
 
 import tersor.transforms
-from tersor.compress import copy_but_sites
+from tersor.copies import copy_but_sites
 from tersor.errors import ModelError
 from tersor.stats import Stats
 from tersor.transforms import TRANSFORMS

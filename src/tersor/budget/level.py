@@ -29,10 +29,11 @@ from tersor.errors import BudgetError
 from tersor.measure.verdict import Tolerance, judge
 from tersor.methods.solver import pose
 from tersor.methods.waterfill import STEPS_DAMPING, Waterfill, bits_at, damping_of, deviations, row_curvature
-from tersor.recipe import Recipe, WeightsStep
+from tersor.recipe import Recipe
 from tersor.scores import Scores
 from tersor.sites import Site, escape, find_sites
 from tersor.stats import Stats
+from tersor.steps.weights import WeightsStep
 from tersor.tasks.contract import Task
 from tersor.tasks.progress import score
 from tersor.walk import Walk

@@ -22,16 +22,16 @@ from tersor.calibrate import gather
 from tersor.checkpoint.container_write import size_of
 from tersor.checkpoint.layout import other_tensors
 from tersor.checkpoint.weights import METADATA, file_size
-from tersor.compress import check_finite
 from tersor.core.progress import Progress, silent
 from tersor.errors import BudgetError, InputError
 from tersor.methods.mse import Mse
 from tersor.moments import shows_inputs
-from tersor.preflight import preflight
-from tersor.recipe import Recipe, WeightsStep
+from tersor.recipe import Recipe
 from tersor.schemes import KEEP, Scheme, as_written, in_full, parse_rule
 from tersor.sites import Site, check_has_sites, escape, find_sites, matches
 from tersor.stats import Stats
+from tersor.steps.weights import WeightsStep, preflight
+from tersor.steps.weights_run import check_finite
 from tersor.tasks.contract import Task
 
 CANDIDATES = [

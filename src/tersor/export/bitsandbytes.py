@@ -7,17 +7,14 @@ weight.nested_absmax, .nested_quant_map  scales and levels of the scales
 weight.quant_state.bitsandbytes__nf4     JSON as bytes: sizes, dtype and offset
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from tersor.checkpoint.nf4_module import module_tensors
 from tersor.export.contract import Checkpoint, Misfit, PackedSite, misfit_of
 from tersor.export.folder import kept_linears, packed_tensors, write_folder
-from tersor.formats.nf4 import BLOCK, NORMAL_FLOAT, Nf4, Nf4Double, dynamic_levels
+from tersor.formats.nf4 import Nf4, Nf4Double
 
 HOLDS = "nf4 and nf4-dq in plain linear layers whose columns are a multiple of 64"
 
@@ -52,27 +49,5 @@ class BitsAndBytes:
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": kept_linears(checkpoint),
         }
-        tensors = packed_tensors(checkpoint, module_tensors)
+        tensors = packed_tensors(checkpoint, lambda packed: module_tensors(packed.encoded, packed.site.dtype))
         return write_folder(checkpoint, output, to=self.name, tensors=tensors, quantization_config=config)
-
-
-def module_tensors(packed: PackedSite) -> dict[str, Tensor]:
-    """What stands in the place of the weight, by its name in the module."""
-    parts = packed.encoded.parts
-    state = {
-        "quant_type": "nf4",
-        "blocksize": Nf4.group_size,
-        "dtype": str(packed.site.dtype).removeprefix("torch."),
-        "shape": list(packed.encoded.shape),
-    }
-    nested: dict[str, Tensor] = {}
-    if isinstance(packed.encoded.format, Nf4Double):
-        nested = {"nested_absmax": parts["nested_absmax"], "nested_quant_map": dynamic_levels()}
-        state |= {"nested_blocksize": BLOCK, "nested_dtype": "float32", "nested_offset": parts["offset"].item()}
-    tensors = {
-        "absmax": parts["absmax"].flatten(),
-        "quant_map": NORMAL_FLOAT.of_code,
-        "quant_state.bitsandbytes__nf4": torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8),
-        **nested,
-    }
-    return {"weight": parts["codes"].view(-1, 1), **{f"weight.{name}": tensor for name, tensor in tensors.items()}}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersor.checkpoint.nf4_module import module_tensors
 from tersor.checkpoint.weights import check_finite, read_weights, refuse_pickle, write_weights
 from tersor.core.messages import first_line
 from tersor.errors import InputError, MissingExtra, ModelError
@@ -242,16 +243,13 @@ def to_bitsandbytes(model: nn.Module, runs_on: str) -> dict[str, PackedLinear]:
         if runs_on == "bitsandbytes":
             raise MissingExtra("bitsandbytes", "lora: runs_on=bitsandbytes")
         return {}
-    from tersor.export.bitsandbytes import module_tensors
-    from tersor.export.contract import PackedSite
-
     replaced = {}
     for site in find_sites(model):
         name = site.places[0].module
         layer = model.get_submodule(name)
         if not isinstance(layer, PackedLinear) or len(site.places) > 1 or not runs_there(layer):
             continue
-        tensors = module_tensors(PackedSite(site, layer.packed.encoded, None))
+        tensors = module_tensors(layer.packed.encoded, site.dtype)
         linear = bnb.nn.Linear4bit(
             layer.in_features, layer.out_features, bias=False, compute_dtype=layer.packed.dtype, device="meta"
         )

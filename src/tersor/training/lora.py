@@ -21,6 +21,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from tersor.assignment import spelled
+from tersor.copies import copy_but_sites
 from tersor.core.progress import Progress, silent
 from tersor.errors import InputError, UnknownName
 from tersor.methods.svd import principal_components
@@ -28,6 +29,8 @@ from tersor.modules import PackedLinear
 from tersor.schemes import KEEP, parse_rule
 from tersor.sites import Site, find_sites, is_linear, is_transposed_linear
 from tersor.stats import Stats
+from tersor.steps.weights import WeightsStep
+from tersor.steps.weights_run import CURVATURE, WeightsRun
 from tersor.stream import find_blocks
 from tersor.tasks.contract import Task
 from tersor.training.adapters import (
@@ -254,9 +257,6 @@ def pack_base(model: nn.Module, step: LoraStep, task: Task | None, seed: int, pr
     """Pack the linear layers of the blocks in place. The model as it was before that, where EoRA needs it."""
     if step.base == KEEP:
         return None
-    from tersor.compress import CURVATURE, WeightsRun, copy_but_sites
-    from tersor.recipe import WeightsStep
-
     before = copy_but_sites(model) if step.init == "eora" else None
     sites = {site.name: model.get_submodule(site.places[0].module) for site in block_sites(model)}
     rules = {name: step.base for name, module in sites.items() if not isinstance(module, PackedLinear)}

@@ -19,6 +19,8 @@ from tersor.formats.contract import Format, Grid
 from tersor.modules import PackedLinear, Stored
 from tersor.schemes import KEEP, usual_method
 from tersor.sites import Site, find_sites
+from tersor.steps.weights import WeightsStep
+from tersor.steps.weights_run import WeightsRun
 from tersor.tasks.contract import Task
 from tersor.tasks.fidelity import kl_divergence
 from tersor.tasks.inputs import scoring
@@ -56,15 +58,11 @@ def merge(
     Raises:
         ModelError: the adapter is not this model's.
     """
-    from tersor.compress import compress
-    from tersor.recipe import Recipe, WeightsStep
-
     target = merged_float(model, adapter)
     packed = packed_adapted(model, adapter)
     if packed:
         rules = {site.name: scheme_of(layer, method) for site, layer in packed.items()}
-        recipe = Recipe(seed=seed, steps=(WeightsStep(scheme=KEEP, rules=rules),))
-        target = compress(target, recipe, task, progress=progress).model
+        WeightsRun(target, WeightsStep(scheme=KEEP, rules=rules), task, None, seed, progress).run()
     return with_types_of(target, model)
 
 

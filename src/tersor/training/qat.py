@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from tersor.activations import Activation
 from tersor.assignment import Assignment
 from tersor.checkpoint.layout import packed_sites
+from tersor.copies import copy_but_sites
 from tersor.errors import FormatError, InputError
 from tersor.formats.contract import Encoded, Params
 from tersor.formats.fp8 import Fp8
@@ -28,6 +29,8 @@ from tersor.formats.int_group import IntGroup
 from tersor.schemes import Scheme, parse_rule
 from tersor.site_report import SiteReport
 from tersor.sites import Site, find_sites, leave_fused_path, packed_weight
+from tersor.steps.weights import WeightsStep
+from tersor.steps.weights_run import WeightsRun
 from tersor.tasks.inputs import device_of
 from tersor.training.fake_quant import FakeInput, FakeWeight
 from tersor.training.imitation import imitation
@@ -136,9 +139,6 @@ class Begun(NamedTuple):
 def beginning(job: Job, step: QatStep) -> dict[str, Begun]:
     """What the weights step of the same spelling makes of the model as it is, by site. The inputs of recurrent layers
     are trained, and stay, in float."""
-    from tersor.compress import WeightsRun, copy_but_sites
-    from tersor.recipe import WeightsStep
-
     packed, weights = copy_but_sites(job.model), WeightsStep(scheme=step.scheme, rules=step.rules, exclude=step.exclude)
     WeightsRun(packed, weights, job.task, None, job.seed, job.progress).run()
     return {

@@ -1,0 +1,1 @@
+"""Steps of a recipe, and how each is run over a model."""
