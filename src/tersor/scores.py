@@ -65,6 +65,7 @@ METRICS = {
         Metric("perplexity", ("nll", "num_tokens"), perplexity, higher_is_better=False),
         Metric("agreement", ("top1_agreement",), mean),
         Metric("cosine", ("cosine",), mean),
+        Metric("explained", ("explained_variance",), mean),
         Metric("mean", ("score",), mean),
         Metric("loss", ("loss",), mean, higher_is_better=False),
     ]

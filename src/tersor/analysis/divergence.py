@@ -27,20 +27,20 @@ def outputs(
         batch_size: None takes 1 where the outputs are logits, else 32.
     """
     num_examples = num_rows = 0
-    with scoring(model):
-        for batch in task.batches(split, batch_size or (1 if task.output == "logits" else 32)):
+    for batch in task.batches(split, batch_size or (1 if task.output == "logits" else 32)):
+        with scoring(model):  # left again before the caller goes on, who may read two models in turn
             output = task.forward(model, batch).float()
-            mask = position_mask(batch)
-            if task.output != "logits":
-                rows = output.reshape(len(output), -1)
-            elif mask is not None and mask.shape == output.shape[:-1]:
-                rows = output[mask.bool().to(output.device)]
-            else:
-                rows = output.flatten(0, -2)
-            yield rows[: NUM_PREDICTIONS - num_rows].cpu()
-            num_examples, num_rows = num_examples + len(output), num_rows + len(rows)
-            if num_examples >= num_wanted or num_rows >= NUM_PREDICTIONS:
-                return
+        mask = position_mask(batch)
+        if task.output != "logits":
+            rows = output.reshape(len(output), -1)
+        elif mask is not None and mask.shape == output.shape[:-1]:
+            rows = output[mask.bool().to(output.device)]
+        else:
+            rows = output.flatten(0, -2)
+        yield rows[: NUM_PREDICTIONS - num_rows].cpu()
+        num_examples, num_rows = num_examples + len(output), num_rows + len(rows)
+        if num_examples >= num_wanted or num_rows >= NUM_PREDICTIONS:
+            return
 
 
 def divergence(original: Iterable[Tensor], compressed: Iterable[Tensor], kind: Output) -> float:

@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 
 from tersor.errors import DataError
 from tersor.tasks.contract import Output
-from tersor.tasks.inputs import Batch, consecutive, device_of, float_type_of, logits_of
+from tersor.tasks.inputs import Batch, consecutive, device_of, float_type_of
+from tersor.tasks.outputs import logits_of
+from tersor.tasks.processor import Processor, read_processor
+from tersor.tasks.source import Source
 from tersor.tasks.split import RowNumbers
 
 UNREADABLE = (  # what numpy and zipfile raise on damaged files
@@ -41,6 +45,12 @@ class ArrayInputs:
     parts: tuple[Shaped[np.ndarray, " _ *shape"], ...]
     mean: Numbers = 0.0
     std: Numbers = 1.0
+    processor: Processor | None = None
+
+    @property
+    def description(self) -> str:
+        how = f", {self.processor.description}" if self.processor is not None else ""
+        return f"shape {list(self.parts[0].shape[1:])}{how}"
 
     @property
     def output(self) -> Output:
@@ -59,22 +69,82 @@ class ArrayInputs:
             inside = (rows >= start) & (rows < start + len(part))
             pieces.append(part[rows[inside] - start])
             start += len(part)
-        return Batch(rows, {"x": normalise(to_model_layout(np.concatenate(pieces)), self.mean, self.std)})
+        stored = np.concatenate(pieces)
+        if self.processor is not None:
+            return Batch(rows, self.processor(list(as_pictures(stored))))
+        return Batch(rows, {"x": normalise(to_model_layout(stored), self.mean, self.std)})
+
+    def call(self, model: nn.Module, batch: Batch) -> Any:
+        """What the model returns."""
+        return run_model(model, batch)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Logits `[row, ..., class]`."""
-        return run_array(model, batch)
+        """Logits as the model returns them."""
+        return logits_of(self.call(model, batch))
 
 
-def run_array(model: nn.Module, batch: Batch) -> Tensor:
-    """Call a model with `x` as its only argument, in the model's own floating-point type."""
-    x = batch.inputs["x"].to(device_of(model))
+def open_arrays(
+    parts: tuple[np.ndarray, ...], source: Source, mean: Numbers | None = None, std: Numbers | None = None
+) -> ArrayInputs:
+    """Arrays as a model takes them. uint8 pictures go through the model's own image processor where it has one; other
+    numbers are taken to be what the model wants already."""
+    pictures = parts[0].dtype == np.uint8 and parts[0].ndim in (3, 4)
+    processor = read_processor(source.model_folder, mean=mean, std=std) if pictures else None
+    return ArrayInputs(parts, 0.0 if mean is None else mean, 1.0 if std is None else std, processor)
+
+
+def as_pictures(x: np.ndarray) -> Shaped[np.ndarray, "row height width channel"]:
+    """uint8 pictures with their channels last."""
+    if x.ndim == 3:
+        return x[..., None]
+    return x if x.shape[-1] in (1, 3) else x.transpose(0, 2, 3, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class NamedArrays:
+    """Arrays that a model takes by name, one row of each an example: what models of several inputs need."""
+
+    arrays: Arrays
+
+    @property
+    def output(self) -> Output:
+        return "logits"
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def chunks(self, rows: RowNumbers, batch_size: int) -> list[RowNumbers]:
+        return consecutive(rows, batch_size)
+
+    def batch(self, rows: RowNumbers) -> Batch:
+        """Each array under its name: float32, or int64 for whole numbers."""
+        return Batch(rows, {name: as_tensor(array[rows]) for name, array in self.arrays.items()})
+
+    def call(self, model: nn.Module, batch: Batch) -> Any:
+        """What the model returns."""
+        return run_model(model, batch)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits as the model returns them."""
+        return logits_of(self.call(model, batch))
+
+
+def run_model(model: nn.Module, batch: Batch) -> Any:
+    """Call a model with the batch's inputs by name, or with `x` as its only argument, in the model's own
+    floating-point type. Raises DataError for what it cannot take."""
+    kind = float_type_of(model)
+    given = {name: x.to(kind) if x.is_floating_point() else x for name, x in batch.to(device_of(model)).items()}
     try:
-        output = model(x.to(float_type_of(model)) if x.is_floating_point() else x)
-    except (RuntimeError, TypeError, IndexError, ValueError) as error:
-        what = f"{type(model).__name__} cannot take x of shape {list(x.shape)}, {x.dtype}"
-        raise DataError(f"{what}: {str(error).strip().splitlines()[0]}; check the data's axes and type") from error
-    return logits_of(output)
+        if given.keys() != {"x"}:
+            return model(**given)
+        name = getattr(model, "main_input_name", None)  # of transformers' models
+        return model(**{name: given["x"]}) if isinstance(name, str) else model(given["x"])
+    except (RuntimeError, TypeError, IndexError, ValueError, AttributeError) as error:
+        sizes = ", ".join(f"{name} of shape {list(x.shape)}, {x.dtype}" for name, x in batch.inputs.items())
+        what = f"{type(model).__name__} cannot take {sizes}"
+        raise DataError(
+            f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]}; check the data's axes and type"
+        ) from error
 
 
 def to_model_layout(x: Shaped[np.ndarray, " example *shape"]) -> Tensor:
@@ -89,6 +159,11 @@ def to_model_layout(x: Shaped[np.ndarray, " example *shape"]) -> Tensor:
         x = x.transpose(0, 3, 1, 2)
     if x.dtype == np.uint8:
         return torch.from_numpy(np.ascontiguousarray(x)).float() / 255
+    return as_tensor(x)
+
+
+def as_tensor(x: np.ndarray) -> Tensor:
+    """float32, or int64 for whole numbers."""
     kind = np.int64 if np.issubdtype(x.dtype, np.integer) else np.float32
     return torch.from_numpy(np.ascontiguousarray(x, dtype=kind))
 

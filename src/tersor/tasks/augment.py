@@ -52,11 +52,12 @@ def check_augment(names: Sequence[str], is_text: bool) -> tuple[str, ...]:
 
 
 def augmented(batch: Batch, names: Sequence[str], seed: tuple[int, int]) -> Batch:
-    """The batch with every augmentation done to its pictures `x`, drawn from `seed` (of the epoch, and its batch)."""
-    x = batch.inputs["x"]
+    """The batch with every augmentation done to its pictures, drawn from `seed` (of the epoch, and its batch)."""
+    place = "pixel_values" if "pixel_values" in batch.inputs else "x"
+    x = batch.inputs[place]
     if x.ndim != 4:
         raise DataError(f"option augment needs pictures [row, channel, height, width], and x is {list(x.shape)}")
     generator = torch.Generator().manual_seed(seed[0] * 1_000_003 + seed[1])
     for name in names:
         x = AUGMENTATIONS[name](x, generator)
-    return replace(batch, inputs={**batch.inputs, "x": x})
+    return replace(batch, inputs={**batch.inputs, place: x})

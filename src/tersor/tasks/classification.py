@@ -18,13 +18,14 @@ from torch.nn.functional import cross_entropy
 
 from tersor.errors import DataError, InputError
 from tersor.scores import METRICS, Scores
-from tersor.tasks.arrays import ArrayInputs, Arrays, Numbers, check_same_shape, examples, find_name, read_npz
+from tersor.tasks.arrays import Arrays, Numbers, check_same_shape, examples, find_name, open_arrays, read_npz
 from tersor.tasks.augment import augmented, check_augment
 from tersor.tasks.contract import Output, Split
 from tersor.tasks.encoder import MAX_LENGTH, Texts, tokenize
 from tersor.tasks.images import find_images, open_images
-from tersor.tasks.inputs import Batch, Inputs, batches, check_classes, epoch, scatter, scoring
+from tersor.tasks.inputs import Batch, Inputs, batches, epoch, scatter, scoring
 from tersor.tasks.labels import Label, class_numbers
+from tersor.tasks.outputs import check_classes, one_class_each
 from tersor.tasks.source import Source
 from tersor.tasks.split import Rows, split_rows
 from tersor.tasks.table import is_table, read_rows, read_texts
@@ -81,7 +82,7 @@ class Classification:
 
     def forward(self, model: nn.Module, batch: Batch) -> Float[Tensor, "row class_"]:
         """Logits."""
-        return self.inputs.forward(model, batch)
+        return one_class_each(self.inputs.forward(model, batch))
 
     def score(self, model: nn.Module, split: Split = "eval") -> Scores:
         """Rows of one column, 1 correct or 0 wrong, in the order of the data."""
@@ -92,8 +93,6 @@ class Classification:
         with scoring(model):
             for batch in self.batches(split):
                 logits = self.forward(model, batch)
-                if logits.ndim != 2:
-                    raise InputError(f"the model gives logits {list(logits.shape)}; expected [example, class]")
                 check_classes(logits, max(2, int(self.labels.max()) + 1))
                 predicted = logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1).cpu().numpy()
                 pieces.append((batch.rows, (predicted == self.labels[batch.rows]).astype(np.float64)))
@@ -106,8 +105,8 @@ def open_classification(
     batch_size: int | None = None,
     max_length: int = MAX_LENGTH,
     image_size: int | None = None,
-    mean: Numbers = 0.0,
-    std: Numbers = 1.0,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
     augment: str | tuple[str, ...] = (),
     max_examples: int | None = None,
     calibration_examples: int = 128,
@@ -117,12 +116,12 @@ def open_classification(
     inputs: Inputs
     if data.is_dir():
         paths, labels, sizes = _read_folder(data, source)
-        inputs = open_images(paths, image_size=image_size, mean=mean, std=std)
-        unit, how, default_batch = "pictures", f"size {image_size}" if image_size else "size as stored", 128
+        inputs = pictures = open_images(paths, source, image_size=image_size, mean=mean, std=std)
+        unit, how, default_batch = "pictures", pictures.description, 128
     elif data.suffix.lower() == ".npz":
         parts, labels, sizes = _read_arrays(data, source)
-        inputs = ArrayInputs(parts, mean, std)
-        unit, how, default_batch = "rows", f"shape {list(parts[0].shape[1:])}", 128
+        inputs = arrays = open_arrays(parts, source, mean, std)
+        unit, how, default_batch = "rows", arrays.description, 128
     else:
         texts, labels, sizes = _read_texts(data, source)
         inputs = tokenized = tokenize(texts, source, max_length=max_length, embedding=False)

@@ -21,13 +21,20 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tersor.errors import DataError, InputError
 from tersor.tasks.contract import Output
-from tersor.tasks.inputs import Batch, consecutive, device_of, logits_of
+from tersor.tasks.inputs import Batch, consecutive, device_of
+from tersor.tasks.outputs import logits_of
 from tersor.tasks.source import Source
 from tersor.tasks.split import SEED, RowNumbers
+from tersor.tasks.takes import part_of
 
 MAX_LENGTH = 256
 POOLINGS = ("mean", "cls", "lasttoken")
 NO_LIMIT = 1_000_000  # tokenizers that know no limit say 10^30
+COUNT_FROM_PADDING = (  # model types whose first token has position pad_token_id + 1: the rows before are not used
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer"),
+    *("data2vec-text", "xmod", "ibert", "luke", "mluke", "markuplm", "layoutlmv3", "lilt", "esm", "clap_text_model"),
+    *("altclip_text_model", "bridgetower_text_model"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,30 +92,38 @@ class Texts:
             },
         )
 
-    def forward(self, model: nn.Module, batch: Batch) -> Float[Tensor, " row *rest"]:
-        """Unit embeddings `[row, dim]`, or logits `[row, class]` (per token: `[row, position, class]`)."""
+    def call(self, model: nn.Module, batch: Batch) -> Any:
+        """What the model returns."""
         arguments = batch.to(device_of(model))
         if "token_type_ids" in arguments and "token_type_ids" not in inspect.signature(model.forward).parameters:
             del arguments["token_type_ids"]
-        output = model(**arguments)
+        return model(**arguments)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Float[Tensor, " row *rest"]:
+        """Unit embeddings `[row, dim]`, or logits `[row, class]` (per token: `[row, position, class]`)."""
+        output = self.call(model, batch)
         if self.pooling is None:
             return logits_of(output)
-        return normalize(pool(hidden_of(output), arguments["attention_mask"], self.pooling), dim=-1)
+        mask = batch.inputs["attention_mask"].to(device_of(model))
+        return normalize(pool(hidden_of(output), mask, self.pooling), dim=-1)
 
 
 def tokenize(texts: Sequence[str], source: Source, *, max_length: int = MAX_LENGTH, embedding: bool) -> Texts:
     """Tokenize texts once, with special tokens, cut to `max_length` tokens or to what the model can take."""
     tokenizer = source.need_tokenizer("the data")
-    limit = min(max_length, length_limit(source), getattr(tokenizer, "model_max_length", NO_LIMIT))
+    limit = min(max_length, length_limit(source), tokenizer_limit(tokenizer))
     encoded = tokenizer(list(texts), truncation=True, max_length=limit, return_attention_mask=True, verbose=False)
     tokens = [{name: encoded[name][i] for name in encoded} for i in range(len(texts))]
     for text, lists in zip(texts, tokens, strict=True):
         if not lists["input_ids"]:
             raise DataError(f"the tokenizer makes no tokens of {text[:40]!r}; remove this text")
+    check_vocabulary(max(max(lists["input_ids"]) for lists in tokens), source)
     full = [text for text, lists in zip(texts, tokens, strict=True) if len(lists["input_ids"]) >= limit]
     num_truncated = sum(len(ids) > limit for ids in tokenizer(full, verbose=False)["input_ids"]) if full else 0
+    vocabulary = getattr(part_of(source.config, "text_config"), "vocab_size", None) or NO_LIMIT
+    pad = tokenizer.pad_token_id if (tokenizer.pad_token_id or 0) < vocabulary else None  # no row: one text at a time
     padding = {
-        "input_ids": tokenizer.pad_token_id or 0,
+        "input_ids": pad or 0,
         "attention_mask": 0,
         "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0),
     }
@@ -119,14 +134,43 @@ def tokenize(texts: Sequence[str], source: Source, *, max_length: int = MAX_LENG
         read_pooling(source.model_folder) if embedding else None,
         limit,
         num_truncated,
-        tokenizer.pad_token_id is not None,
+        pad is not None,
     )
 
 
 def length_limit(source: Source) -> int:
     """How many positions the model has, as far as its configuration says."""
-    limit = getattr(source.config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else NO_LIMIT
+    config = part_of(source.config, "text_config")
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return NO_LIMIT
+    if getattr(config, "model_type", None) in COUNT_FROM_PADDING:
+        limit -= (getattr(config, "pad_token_id", None) or 0) + 1
+    return max(1, limit)
+
+
+def tokenizer_limit(tokenizer: Any) -> int:
+    """How many tokens the tokenizer says that a text may have. Raises DataError where it says no number."""
+    limit = getattr(tokenizer, "model_max_length", None)
+    if limit is None:
+        return NO_LIMIT
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 1:
+        raise DataError(
+            f"the tokenizer's model_max_length is {limit!r}; write a whole number into tokenizer_config.json"
+        )
+    return int(min(limit, NO_LIMIT))
+
+
+def check_vocabulary(largest: int, source: Source) -> None:
+    """Raises DataError for a token that the model has no embedding for."""
+    size = getattr(part_of(source.config, "text_config"), "vocab_size", None)
+    if not isinstance(size, int) or largest < size:
+        return
+    raise DataError(
+        f"the data has token {largest} ({source.tokenizer.convert_ids_to_tokens(int(largest))!r}), and the model's "
+        f"vocabulary has {size:,} (its tokenizer {len(source.tokenizer):,}): put in the tokenizer it was trained with, "
+        f"or give the model rows for the new tokens (model.resize_token_embeddings)"
+    )
 
 
 def pool(

@@ -2,7 +2,10 @@
 
 For logits: how often both rank the same class first (`agreement`; for token logits, the fraction of a window's
 positions), and the mean KL divergence from the original to the compressed model, in nats per prediction. For
-embeddings: their cosine, and how many of an example's 10 nearest neighbours among the others stay the same.
+embeddings: their cosine, and how many of an example's 10 nearest neighbours among the others stay the same. For any
+other values (several outputs, pictures, regressions): how much of the original's variance each example explains
+(`explained`: 1 minus its squared distance over the mean squared distance of the original's outputs from their mean; at
+least 0), and the relative error.
 
 `prepare` keeps the original's outputs for the eval split in memory: float32 up to 1 GiB, else logits rounded to float16
 (then on both sides of the comparison, so that a model always agrees with itself). Token logits are kept for at most
@@ -20,7 +23,9 @@ from torch import Tensor, nn
 from tersor.errors import DataError, InputError
 from tersor.scores import METRICS, Scores
 from tersor.tasks.contract import Output, Split
-from tersor.tasks.inputs import Batch, Inputs, batches, check_classes, epoch, scatter, scoring
+from tersor.tasks.inputs import Batch, Inputs, batches, epoch, scatter, scoring
+from tersor.tasks.judged import Judged
+from tersor.tasks.outputs import check_classes
 from tersor.tasks.split import Rows
 
 FLOAT32_BYTES = 2**30
@@ -43,7 +48,7 @@ class Fidelity:
 
     inputs: Inputs
     rows: Rows
-    description: str
+    about: str
     fingerprint: str
     batch_size: int
     name: str = "fidelity"
@@ -53,12 +58,25 @@ class Fidelity:
     def output(self) -> Output:
         return self.inputs.output
 
+    @property
+    def description(self) -> str:
+        """What was read and how it was split, and how outputs are read where the model had to be asked."""
+        reading = self.inputs.reading if isinstance(self.inputs, Judged) else None
+        return f"{self.about}; {reading.note}" if reading is not None and reading.note else self.about
+
     def prepare(self, original: nn.Module) -> None:
         """Run the original on the eval split and keep its outputs."""
         reference = Reference()
+        if isinstance(self.inputs, Judged):
+            self.inputs.reading = None
         with scoring(original):
             for batch in self.batches("eval"):
                 output = self.forward(original, batch)
+                if len(output) != len(batch.rows):
+                    raise InputError(
+                        f"the model returned {list(output.shape)} for {len(batch.rows)} examples; their axis must be "
+                        f"the first"
+                    )
                 if self.output == "logits":
                     check_classes(output)
                     if not reference.outputs:
@@ -101,6 +119,8 @@ class Fidelity:
         with scoring(model):
             if self.output == "logits":
                 return self._score_logits(model, self.reference)
+            if self.output == "values":
+                return self._score_values(model, self.reference)
             return self._score_embeddings(model, self.reference)
 
     def _score_logits(self, model: nn.Module, reference: Reference) -> Scores:
@@ -117,6 +137,21 @@ class Fidelity:
             count += int(mask.sum())
         agreement = scatter(pieces, self.rows.eval)[:, None]
         return Scores(METRICS["agreement"], agreement, {"kl": divergence / count})
+
+    def _score_values(self, model: nn.Module, reference: Reference) -> Scores:
+        pieces = []
+        for batch, kept in zip(self.batches("eval"), reference.outputs, strict=True):
+            values = self.forward(model, batch).float().cpu()
+            if values.shape != kept.shape:
+                raise InputError(f"outputs {list(values.shape)}, but the original gave {list(kept.shape)}")
+            distances = (values.double() - kept.double()).square().sum(1)
+            pieces.append((batch.rows, distances.nan_to_num(torch.inf).numpy()))
+        squares, spread = scatter(pieces, self.rows.eval), spread_of(reference.outputs)
+        length = sum(kept.double().square().sum().item() for kept in reference.outputs) / len(squares)
+        explained = np.clip(1 - squares / spread, 0, 1)[:, None]
+        return Scores(
+            METRICS["explained"], explained, {"relative_error": float(np.sqrt(squares.mean() / max(length, 1e-300)))}
+        )
 
     def _score_embeddings(self, model: nn.Module, reference: Reference) -> Scores:
         old, new = [], []
@@ -142,6 +177,18 @@ def _mask(batch: Batch, logits: Tensor) -> Tensor:
     if attention is not None and logits.ndim == 3:
         return attention.bool().to(logits.device)
     return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+
+
+def spread_of(outputs: list[Float[Tensor, "row value"]]) -> float:
+    """The mean squared distance of an example's values from their mean over all examples; where examples have unlike
+    numbers of values or are all the same, from nothing. Never 0."""
+    count = sum(len(rows) for rows in outputs)
+    length = sum(rows.double().square().sum().item() for rows in outputs) / count
+    if len({rows.shape[1] for rows in outputs}) > 1:
+        return max(length, 1e-300)
+    mean = sum(rows.double().sum(0) for rows in outputs) / count
+    spread = length - float(mean.square().sum()) if isinstance(mean, Tensor) else length
+    return spread if spread > 1e-9 * length else max(length, 1e-300)
 
 
 def kl_divergence(original: Float[Tensor, "row class_"], compressed: Float[Tensor, "row class_"]) -> float:

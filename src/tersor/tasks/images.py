@@ -1,7 +1,8 @@
 """Image folders: `class_name/picture.png`, opened when they are needed.
 
 The shorter side is resized to `image_size` (bilinear), the centre square is cropped, and values are scaled to [0, 1],
-then `(x - mean) / std`. The first picture decides between grey and RGB for all.
+then `(x - mean) / std`. The first picture decides between grey and RGB for all. Where the model's folder has an image
+processor, that one does it all instead, but for what the user's options say (processor.py).
 """
 
 from dataclasses import dataclass
@@ -13,10 +14,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tersor.errors import DataError, MissingExtra
-from tersor.tasks.arrays import Numbers, normalise, run_array, to_model_layout
+from tersor.tasks.arrays import Numbers, normalise, run_model, to_model_layout
 from tersor.tasks.contract import Output
 from tersor.tasks.inputs import Batch, consecutive
+from tersor.tasks.outputs import logits_of
+from tersor.tasks.processor import Processor, read_processor
+from tersor.tasks.source import Source
 from tersor.tasks.split import RowNumbers
+from tersor.tasks.takes import part_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 GREY = ("1", "L", "LA")
@@ -32,6 +37,13 @@ class ImageInputs:
     image_size: int | None = None
     mean: Numbers = 0.0
     std: Numbers = 1.0
+    processor: Processor | None = None
+
+    @property
+    def description(self) -> str:
+        if self.processor is not None and self.image_size is None:
+            return self.processor.description
+        return f"size {self.image_size}" if self.image_size else "size as stored"
 
     @property
     def output(self) -> Output:
@@ -44,8 +56,10 @@ class ImageInputs:
         return consecutive(rows, batch_size)
 
     def batch(self, rows: RowNumbers) -> Batch:
-        """`x [row, channel, height, width]`, float32."""
+        """`x [row, channel, height, width]`, float32; or what the model's processor makes, by name."""
         pictures = [read_picture(self.paths[row], self.mode, self.image_size) for row in rows]
+        if self.processor is not None:
+            return Batch(rows, self.processor(pictures))
         for row, picture in zip(rows, pictures, strict=True):
             if picture.shape != pictures[0].shape:
                 raise DataError(
@@ -54,13 +68,24 @@ class ImageInputs:
                 )
         return Batch(rows, {"x": normalise(to_model_layout(np.stack(pictures)), self.mean, self.std)})
 
+    def call(self, model: nn.Module, batch: Batch) -> Any:
+        """What the model returns."""
+        return run_model(model, batch)
+
     def forward(self, model: nn.Module, batch: Batch) -> Float[Tensor, " row *rest"]:
-        """Logits `[row, class]`."""
-        return run_array(model, batch)
+        """Logits as the model returns them."""
+        return logits_of(self.call(model, batch))
 
 
-def open_images(paths: list[Path], *, image_size: int | None, mean: Numbers, std: Numbers) -> ImageInputs:
-    """Pictures by path; the first one says whether they are grey."""
+def open_images(
+    paths: list[Path],
+    source: Source,
+    *,
+    image_size: int | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
+) -> ImageInputs:
+    """Pictures by path, as the model's own processor wants them; without one the first says whether they are grey."""
     pil = import_pil()
     try:
         with pil.open(paths[0]) as picture:
@@ -69,7 +94,12 @@ def open_images(paths: list[Path], *, image_size: int | None, mean: Numbers, std
         raise DataError(f"{paths[0]}: not a readable picture ({error})") from None
     if stored in DEEP:
         raise DataError(f"{paths[0]}: more than 8 bits a channel (mode {stored}); use 8-bit pictures or .npz arrays")
-    return ImageInputs(tuple(paths), "L" if stored in GREY else "RGB", image_size, mean, std)
+    processor = read_processor(source.model_folder, image_size, mean, std)
+    mode = "L" if stored in GREY else "RGB"
+    if processor is not None:
+        mode = "L" if getattr(part_of(source.config, "vision_config"), "num_channels", 3) == 1 else "RGB"
+    shift, scale = 0.0 if mean is None else mean, 1.0 if std is None else std
+    return ImageInputs(tuple(paths), mode, image_size, shift, scale, processor)
 
 
 def find_images(folder: Path) -> list[Path]:

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tersor.errors import InputError
@@ -102,30 +101,6 @@ def device_of(model: nn.Module) -> torch.device:
 def float_type_of(model: nn.Module) -> torch.dtype:
     """The type of the first floating-point parameter; float32 for a model without any."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-def logits_of(output: Any) -> Float[Tensor, "..."]:
-    """The logits in what a model returned: a tensor, `.logits`, or a tuple's first tensor."""
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-        return output[0]
-    raise InputError(
-        f"the model returned {type(output).__name__}, which holds no logits: this task needs a model with a "
-        f"prediction head (a classifier or a language model); for sentence encoders use similarity or fidelity"
-    )
-
-
-def check_classes(logits: Tensor, num_needed: int = 2) -> None:
-    """Tell a model with too few outputs apart from a model that is wrong."""
-    if logits.ndim < 2 or logits.shape[-1] < num_needed:
-        raise InputError(
-            f"the model gives outputs of shape {list(logits.shape)}; expected [example, class] with at least "
-            f"{num_needed} classes; for other outputs write your own task and name it package.module:factory"
-        )
 
 
 def scatter(pieces: list[tuple[RowNumbers, np.ndarray]], rows: RowNumbers) -> np.ndarray:

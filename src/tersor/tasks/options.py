@@ -15,12 +15,15 @@ HELP = {
     "image_size": "resize the shorter side to this and crop the centre square",
     "mean": "subtracted from pixels on the [0, 1] scale: one number or one per channel",
     "std": "what pixels are then divided by: one number or one per channel",
+    "output": "how outputs are judged: logits, embedding or values (default: as the model shows it)",
+    "field": "which of several outputs is judged, by name or number (default: all)",
+    "class_axis": "which axis of the outputs holds the classes, 1 being the first after the examples",
     "augment": "what is done to pictures in training: flip, shift, or both as flip,shift",
     "max_examples": "evaluate a random subset of this many",
     "calibration_examples": "examples for calibration, at most",
 }
 NUMBERS = ("mean", "std")
-NAMES = ("augment",)
+NAMES = ("augment", "output", "field")
 
 
 def check_options(task: str, options: Mapping[str, Any], known: list[str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from tersor.tasks.contract import Output, Split
 from tersor.tasks.inputs import Batch, batches, epoch, scatter, scoring
 from tersor.tasks.source import Source
 from tersor.tasks.split import Rows
+from tersor.tasks.takes import refuse_encoder_decoder
 from tersor.tasks.text import fingerprint, read_text
 from tersor.tasks.windows import Windows, open_windows
 
@@ -101,6 +102,7 @@ def open_perplexity(
 ) -> Perplexity:
     """Read a UTF-8 text for a causal language model; `context` None is 512 or what the model can take."""
     data = source.need_data("perplexity", "a UTF-8 text file")
+    refuse_encoder_decoder(source.config, "perplexity")
     source.need_tokenizer(str(data))
     windows, rows = open_windows(
         read_text(data),

@@ -1,28 +1,35 @@
 """Opening `fidelity`: which unlabelled examples suit a model.
 
-.npz                        x (or x_test; x_train calibrates) for a model that takes one array
+.npz                        x (or x_test; x_train calibrates) for a model that takes one array; without x, the model's
+                            inputs by name (input_ids, pixel_values, ...), one row an example
 folder of pictures          for a model that takes images
 text (.txt, .csv, .jsonl)   windows for a language model, texts for a classifier or an encoder
-nothing                     the docstrings of the Python standard library
+nothing                     the docstrings of the Python standard library; pictures and sound are made up
+
+A model of pictures and texts gets both: what is not given is made up.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from tersor.errors import DataError, InputError
-from tersor.tasks.arrays import ArrayInputs, Numbers, check_same_shape, examples, find_name, read_npz
+from tersor.errors import DataError
+from tersor.tasks.arrays import Numbers, check_same_shape, examples, find_name, open_arrays, read_npz
+from tersor.tasks.contract import Output
 from tersor.tasks.encoder import MAX_LENGTH, tokenize
 from tersor.tasks.fidelity import Fidelity
 from tersor.tasks.images import find_images, open_images
 from tersor.tasks.inputs import Inputs
+from tersor.tasks.judged import Asked, Calls, Judged
+from tersor.tasks.several import Sizes, open_made_up, open_named, open_pairs
 from tersor.tasks.source import Source
 from tersor.tasks.split import Rows, choose, split_rows
 from tersor.tasks.table import is_table, read_texts
+from tersor.tasks.takes import architecture_of, refuse_encoder_decoder, takes
 from tersor.tasks.text import fingerprint, fingerprint_texts, read_text, standard_library_docstrings
 from tersor.tasks.windows import open_windows
 
@@ -39,7 +46,6 @@ MODES = {  # how the end of an architecture's name in config.json tells what the
 }
 
 Example = TypeVar("Example", str, Path)
-Sizes = tuple[int, int, int]  # examples of the data, for calibration, for training
 Opened = tuple[Inputs, Rows, str, int]  # inputs, split, how they are read, default batch size
 
 
@@ -51,20 +57,26 @@ def open_fidelity(
     context: int | None = None,
     max_tokens: int | None = None,
     image_size: int | None = None,
-    mean: Numbers = 0.0,
-    std: Numbers = 1.0,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
+    output: Output | None = None,
+    field: str | int | None = None,
+    class_axis: int | None = None,
     max_examples: int = MAX_EXAMPLES,
     calibration_examples: int = 128,
 ) -> Fidelity:
-    """Read unlabelled arrays, pictures or texts, or fall back to standard-library docstrings."""
+    """Read unlabelled arrays, pictures or texts, or fall back to standard-library docstrings and made-up inputs."""
     data = source.data
     limits = {"max_examples": max_examples, "calibration_examples": calibration_examples}
+    asked = Asked(output, None if field is None else str(field), class_axis)
     if data is not None and not data.exists():
         raise DataError(f"{data}: no such file or folder")
-    if data is not None and data.is_dir():
-        opened = _open_pictures(data, source, limits, image_size, mean, std)
-    elif data is not None and data.suffix.lower() == ".npz":
-        opened = _open_arrays(data, source, limits, mean, std)
+    refuse_encoder_decoder(source.config, "fidelity")
+    pixels = {"image_size": image_size, "mean": mean, "std": std}
+    wanted = takes(source.config)
+    is_array = data is not None and data.suffix.lower() == ".npz"
+    if is_array or wanted != "text" or (data is not None and data.is_dir()):
+        opened = _open_tensors(source, limits, asked, pixels, max_length)
     elif source.tokenizer is None and data is None:
         raise DataError(
             "no data, and this model has no tokenizer for the fallback text; give data: .npz with x, a folder of "
@@ -73,22 +85,22 @@ def open_fidelity(
     elif reading_mode(source) == "windows":
         opened = _open_windows(source, limits, context, max_tokens)
     else:
-        opened = _open_texts(source, limits, reading_mode(source), max_length)
+        opened = _open_texts(source, limits, reading_mode(source), max_length, asked)
     inputs, rows, how, default_batch = opened
-    name = "docstrings of the Python standard library (no data was given)" if data is None else data.name
-    mark = fingerprint_texts(standard_library_docstrings()) if data is None else fingerprint(data)
+    made = wanted != "text" and data is None
+    fallback = "made-up examples" if made else "docstrings of the Python standard library"
+    name = f"{fallback} (no data was given)" if data is None else data.name
+    mark = fingerprint_texts([*standard_library_docstrings(), how] if made else standard_library_docstrings())
+    mark = mark if data is None else fingerprint(data)
     return Fidelity(inputs, rows, f"fidelity on {name}: {rows.description}; {how}", mark, batch_size or default_batch)
 
 
 def reading_mode(source: Source) -> str:
-    """`windows`, `text logits`, `token logits` or `embedding`, from the configuration's architecture."""
-    if getattr(source.config, "is_encoder_decoder", False):
-        raise InputError(
-            "fidelity cannot feed an encoder-decoder model, which also needs decoder inputs; write your own task and "
-            "name it package.module:factory"
-        )
-    architecture = (getattr(source.config, "architectures", None) or [""])[0]
-    return next((mode for ending, mode in MODES.items() if architecture.endswith(ending)), "embedding")
+    """`windows`, `text logits`, `token logits`, `embedding` or, for heads of any other kind, `any`, from the
+    configuration's architecture."""
+    architecture = architecture_of(source.config)
+    other = "any" if "For" in architecture else "embedding"
+    return next((mode for ending, mode in MODES.items() if architecture.endswith(ending)), other)
 
 
 def fit_memory(rows: Rows, lengths: Int[np.ndarray, " example"], source: Source) -> Rows:
@@ -103,18 +115,39 @@ def fit_memory(rows: Rows, lengths: Int[np.ndarray, " example"], source: Source)
     return replace(rows, eval=kept, description=note)
 
 
-def _open_pictures(
-    data: Path, source: Source, limits: dict[str, int], image_size: int | None, mean: Numbers, std: Numbers
+def _open_tensors(
+    source: Source, limits: dict[str, int], asked: Asked, pixels: dict[str, Any], max_length: int
 ) -> Opened:
-    paths, sizes = _with_others(find_images(data), source, find_images)
-    inputs = open_images(paths, image_size=image_size, mean=mean, std=std)
-    rows = split(sizes, source, limits, "pictures")
-    return inputs, rows, f"size {image_size}" if image_size else "size as stored", 128
+    """Arrays, pictures, pictures with texts, or made-up examples, for a model that may return anything."""
+    data, wanted = source.data, takes(source.config)
+    inputs: Calls
+    how: str
+    if data is not None and data.suffix.lower() == ".npz":
+        inputs, sizes, unit, how, batch_size = _arrays(source, pixels)
+    elif wanted == "pictures and text":
+        inputs, how = open_pairs(source, max_length, pixels)
+        sizes, unit, batch_size = (len(inputs), 0, 0), "pairs", 32
+    elif data is not None and data.is_dir():
+        paths, sizes = _with_others(find_images(data), source, find_images)
+        inputs = pictures = open_images(paths, source, **pixels)
+        unit, how, batch_size = "pictures", pictures.description, 128
+    elif data is not None:
+        raise DataError(f"{data}: this model takes {wanted}, and the data is text; give a folder of pictures or .npz")
+    else:
+        inputs, how = open_made_up(source, wanted, pixels)
+        sizes, unit, batch_size = (len(inputs), 0, 0), "examples", 32
+    return Judged(inputs, asked), split(sizes, source, limits, unit), how, batch_size
 
 
-def _open_arrays(data: Path, source: Source, limits: dict[str, int], mean: Numbers, std: Numbers) -> Opened:
-    parts, sizes = _read_arrays(data, source)
-    return ArrayInputs(parts, mean, std), split(sizes, source, limits, "rows"), f"shape {list(parts[0].shape[1:])}", 128
+def _arrays(source: Source, pixels: dict[str, Any]) -> tuple[Calls, Sizes, str, str, int]:
+    """The arrays of a file: `x`, or the model's inputs by name."""
+    assert source.data is not None
+    if not {"x", "x_test"} & read_npz(source.data).keys():
+        inputs, sizes = open_named(source)
+        return inputs, sizes, "rows", f"inputs {', '.join(inputs.arrays)}", 32
+    parts, sizes = _read_arrays(source.data, source)
+    arrays = open_arrays(parts, source, pixels["mean"], pixels["std"])
+    return arrays, sizes, "rows", arrays.description, 128
 
 
 def _open_windows(source: Source, limits: dict[str, int], context: int | None, max_tokens: int | None) -> Opened:
@@ -134,13 +167,14 @@ def _open_windows(source: Source, limits: dict[str, int], context: int | None, m
     return inputs, rows, f"context {width}, no special tokens", 4
 
 
-def _open_texts(source: Source, limits: dict[str, int], mode: str, max_length: int) -> Opened:
+def _open_texts(source: Source, limits: dict[str, int], mode: str, max_length: int, asked: Asked) -> Opened:
     texts, sizes = _with_others(_texts(source.data), source, read_texts)
     inputs = tokenize(texts, source, max_length=max_length, embedding=mode == "embedding")
     rows = split(sizes, source, limits, "texts")
     if mode == "token logits":
         rows = fit_memory(rows, inputs.lengths, source)
-    return inputs, rows, inputs.description, 32
+    judged: Inputs = Judged(inputs, asked) if mode == "any" or asked != Asked() else inputs
+    return judged, rows, inputs.description, 32
 
 
 def split(sizes: Sizes, source: Source, limits: dict[str, int], unit: str) -> Rows:

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from tersor.errors import DataError, InputError
 from tersor.tasks.contract import Output
-from tersor.tasks.encoder import length_limit
-from tersor.tasks.inputs import Batch, consecutive, device_of, logits_of
+from tersor.tasks.encoder import check_vocabulary, length_limit
+from tersor.tasks.inputs import Batch, consecutive, device_of
+from tersor.tasks.outputs import logits_of
 from tersor.tasks.source import Source
 from tersor.tasks.split import SEED, RowNumbers, Rows, choose, split_rows
 
@@ -127,7 +128,9 @@ def check_context(context: int | None, source: Source) -> int:
 def token_ids(text: str, source: Source) -> Int[np.ndarray, " token"]:
     """The whole text as tokens, without special tokens."""
     tokenizer = source.need_tokenizer("the data")
-    return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    check_vocabulary(int(ids.max(initial=-1)), source)
+    return ids
 
 
 def window_starts(num_tokens: int, context: int, stride: int) -> Int[np.ndarray, " window"]:

@@ -1,0 +1,82 @@
+"""How a Hugging Face model wants its pictures: the folder's own image processor.
+
+Size, crop, resampling, order of channels, scale, mean and standard deviation are all in `preprocessor_config.json` (or
+`processor_config.json`), and transformers' processor does what they say.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tersor.errors import DataError, MissingExtra
+
+FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+@dataclass(frozen=True, eq=False)
+class Processor:
+    """A folder's processor, and what the user's options change of it.
+
+    Attributes:
+        own: transformers' image processor.
+        changes: its arguments that the user's options stand for.
+    """
+
+    own: Any
+    changes: dict[str, Any]
+
+    @property
+    def description(self) -> str:
+        """What is done, in a few words."""
+        given = {name: getattr(self.own, name, None) for name in ("size", "crop_size", "image_mean", "image_std")}
+        crop = "crop_size" if getattr(self.own, "do_center_crop", None) else "size"
+        sides = [side for side in dict(given[crop] or given["size"] or {}).values() if side]
+        size = " x ".join(map(str, dict.fromkeys(sides)))
+        return f"pictures as the model's own processor makes them ({type(self.own).__name__}, size {size})"
+
+    def __call__(self, pictures: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        """The model's inputs of uint8 pictures `[height, width, channel]`."""
+        images = [picture[..., 0] if picture.shape[-1] == 1 else picture for picture in pictures]
+        options: dict[str, Any] = {"return_tensors": "pt", **self.changes}
+        if images[0].ndim == 3:
+            options["input_data_format"] = "channels_last"
+        try:
+            made = dict(self.own(images=images, **options))
+        except Exception as error:  # a processor's settings may trip over anything
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"the model's image processor cannot take pictures of {list(images[0].shape)}: {why}; give others, or "
+                f"arrays (.npz) that the model takes as they are"
+            ) from None
+        return {name: each for name, each in made.items() if isinstance(each, Tensor)}
+
+
+def read_processor(
+    folder: Path | None, image_size: int | None = None, mean: Any = None, std: Any = None
+) -> Processor | None:
+    """The image processor of a model folder; None where there is none.
+
+    `image_size`, `mean` and `std` take the place of what it says: pictures then come in that size.
+    """
+    if folder is None or not any((Path(folder) / name).is_file() for name in FILES):
+        return None
+    from transformers import AutoImageProcessor
+
+    try:
+        own = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    except ImportError:
+        raise MissingExtra("vision", "preparing pictures") from None
+    except Exception as error:  # whatever a damaged file trips over
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{folder}: the image processor cannot be read ({why})") from None
+    changes: dict[str, Any] = {}
+    if image_size is not None:
+        changes |= {"do_resize": False, "do_center_crop": False}
+    for name, value in (("image_mean", mean), ("image_std", std)):
+        if value is not None:
+            changes[name] = list(value) if isinstance(value, tuple) else value
+    return Processor(own, changes)
