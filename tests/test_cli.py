@@ -528,3 +528,11 @@ def test_flags_are_frozen():
         for name, command in commands.items()
     }
     assert found == {name: set(flags.split()) for name, flags in FLAGS.items()}
+
+
+def test_a_model_is_measured_in_another_type(digits, inside, capsys):
+    half = tersor(capsys, "inspect", *digits_arguments(digits), "--dtype", "float16", "--json")
+    assert {site["dtype"] for site in half.json["sites"]} == {"float16"}
+    wrong = tersor(capsys, "inspect", *digits_arguments(digits), "--dtype", "fp16")
+    assert wrong.status == 2
+    assert "unknown --dtype 'fp16'" in wrong.stderr

@@ -46,6 +46,17 @@ def test_bfloat16_inputs_are_summed_in_float32():
     assert torch.equal(moments.stats().cross_moment, moments.stats().second_moment)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_inputs_do_not_overflow_or_round_in_the_sums(dtype):
+    """Half a million as a product, where float16 ends at 65,504."""
+    x, original = (random(600, 8) + 30).to(dtype), (random(600, 8, seed=1) + 90).to(dtype)
+    moments = Moments(8, ALL)
+    moments.add(x, original)
+    a, b = x.double().numpy(), original.double().numpy()
+    close(moments.stats().second_moment, a.T @ a / 600)
+    close(moments.stats().cross_moment, b.T @ a / 600)
+
+
 def test_without_a_token_there_is_nothing():
     assert Moments(6, ALL).stats() == Stats()
     moments = Moments(6, ALL)

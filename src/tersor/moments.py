@@ -69,8 +69,7 @@ class Moments:
             exact = x if x.dtype is torch.bfloat16 and x.device.type == "cpu" else wide
             add_square(self.second, exact)
         if original is not None and "cross_moment" in self.needs:
-            # Only the gap to the original is small enough to be summed in the model's own precision.
-            product = ((original - x).t() @ x).float()
+            product = (original.float() - wide).t() @ wide
             self.gap = product if self.gap is None else self.gap.add_(product)
 
     def keep_sample(self, x: Tensor) -> None:

@@ -29,6 +29,7 @@ def compress_streamed(
     recipe: Recipe | None,
     *,
     task_choice: TaskChoice = TaskChoice(),
+    dtype: torch.dtype | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
     on_block: OnBlock = no_lines,
@@ -47,7 +48,7 @@ def compress_streamed(
     with atomic_folder(output, overwrite) as folder:
         torch.manual_seed(recipe.seed)
         progress("opening the model", 0, 1)
-        streamed = StreamedModel(model, folder, on_block)
+        streamed = StreamedModel(model, folder, on_block, dtype)
         source = streamed.source
         task = open_task_for(source, task_choice)
         step = step.with_methods(find_sites(streamed.model), partial(shows_inputs, streamed.model))

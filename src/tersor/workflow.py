@@ -94,6 +94,7 @@ def compress_to_folder(
     seed: int = 0,
     batch_sizes: Sequence[int] = (1, 32),
     num_threads: int = 1,
+    dtype: torch.dtype | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
     on_trial: Callable[[Trial], None] = lambda trial: None,
@@ -104,7 +105,7 @@ def compress_to_folder(
     given = check_choices(budget, recipe, formats, rules, exclude, transforms, seed, bias_correction, keep_float)
     torch.manual_seed(seed)
     progress("opening the model", 0, 1)
-    source = open_model(model, weights=weights)
+    source = open_model(model, weights=weights, dtype=dtype)
     check_has_sites(source.model)
     if source.kind == "artifact":
         raise InputError(f"{model} is a tersor artifact already; compress the original model instead")
@@ -277,6 +278,7 @@ def evaluate_model(
     batch_sizes: Sequence[int] = (1, 32),
     num_threads: int = 1,
     lazy: bool = False,
+    dtype: torch.dtype | None = None,
     progress: Progress = silent,
 ) -> tuple[Scorecard, str]:
     """The scorecard of one model or artifact, and what it was measured on; with `lazy`, entropy-coded sites stay in
@@ -288,6 +290,7 @@ def evaluate_model(
         batch_sizes=batch_sizes,
         num_threads=num_threads,
         lazy=lazy,
+        dtype=dtype,
         progress=progress,
     )
     return cards[0], description
@@ -303,6 +306,7 @@ def compare_models(
     batch_sizes: Sequence[int] = (1, 32),
     num_threads: int = 1,
     lazy: bool = False,
+    dtype: torch.dtype | None = None,
     progress: Progress = silent,
 ) -> tuple[list[Scorecard], str, list[Verdict]]:
     """Scorecards of all models, measured together, and each one's verdict against the first."""
@@ -314,7 +318,7 @@ def compare_models(
             f"{len(weights)} --weights for {len(factories)} models given as package.module:factory; one each"
         )
     files = iter([*weights, *[None] * len(names)])
-    sources = [open_model(name, weights=next(files) if ":" in name else None, lazy=lazy) for name in names]
+    sources = [open_model(name, weights=next(files) if ":" in name else None, lazy=lazy, dtype=dtype) for name in names]
     task = open_task_for(sources[0], task_choice)
     task.prepare(sources[0].model)
     scores = [score(task, source.model, progress, f"evaluating {source.name}") for source in sources]

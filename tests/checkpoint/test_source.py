@@ -240,3 +240,16 @@ def test_weights_that_cannot_be_read(module, tmp_path):
         open_model(f"{module}:make", weights=tmp_path / "none.safetensors")
     with pytest.raises(ModelError, match="pickle"):
         open_model(f"{module}:make", weights=tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_opens_in_the_type_asked_for(dtype, folder, module):
+    for name in (str(folder), f"{module}:make"):
+        model = open_model(name, dtype=dtype).model
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_weights_beyond_the_type_asked_for_are_refused(module, tmp_path):
+    save_file({"0.weight": torch.full((3, 4), 1e5), "0.bias": torch.zeros(3)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ModelError, match=r"0\.weight holds weights beyond float16; open it with --dtype bfloat16"):
+        open_model(f"{module}:make", weights=tmp_path / "weights.safetensors", dtype=torch.float16)

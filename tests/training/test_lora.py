@@ -23,7 +23,7 @@ from tersor.stats import Stats
 from tersor.tasks.perplexity import Perplexity
 from tersor.tasks.split import Rows
 from tersor.tasks.windows import Windows
-from tersor.training.adapters import ADAPTER, adapted_layers, load_adapter, put_in, save_adapter
+from tersor.training.adapters import ADAPTER, Adapter, adapted_layers, load_adapter, put_in, save_adapter
 from tersor.training.job import Job
 from tersor.training.lora import LoraStep, adapt, block_sites, short_names, train_adapter
 
@@ -372,3 +372,16 @@ def test_bad_settings_name_the_place():
             Recipe.from_yaml(f"steps: [{{step: lora, {settings}}}]")
     with pytest.raises(DataError, match="train split"):
         LoraStep().run(Job(llama(), llama(), None))
+
+
+def test_what_is_written_does_not_depend_on_the_order_of_hashes(tmp_path):
+    """peft keeps names as sets, and lists them as these come."""
+    import peft
+
+    names = ["q", "value", "key_proj", "o", "gate", "up", "down"]
+    adapter = Adapter(peft.LoraConfig(target_modules=names, exclude_modules=names[:3]), {"a": torch.zeros(1)})
+    save_adapter(adapter, tmp_path, "the/base")
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["target_modules"] == sorted(names)
+    assert written["exclude_modules"] == sorted(names[:3])
+    assert adapter.config.target_modules == set(names)

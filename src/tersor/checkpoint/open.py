@@ -2,21 +2,41 @@
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from tersor.checkpoint.artifact import load, read_manifest, weights_path
 from tersor.checkpoint.source import Source, call_factory, from_hub, open_transformers, read_state, state_hash
-from tersor.checkpoint.weights import refuse_pickle
+from tersor.checkpoint.weights import finite_range, refuse_pickle
 from tersor.core.files import sha256
 from tersor.errors import InputError, ModelError
 
 
-def open_model(name: str, *, weights: Path | None = None, lazy: bool = False) -> Source:
+def open_model(
+    name: str, *, weights: Path | None = None, lazy: bool = False, dtype: torch.dtype | None = None
+) -> Source:
     """Open what the user named. Raises ModelError or InputError, each with the way out.
 
     Args:
         lazy: leave the entropy-coded sites of an artifact in their file until they run.
+        dtype: what the model computes in; None: as it was saved.
     """
+    source = open_as_saved(name, weights, lazy)
+    return source if dtype is None else cast(source, dtype)
+
+
+def cast(source: Source, dtype: torch.dtype) -> Source:
+    """A model that computes in `dtype`. Raises ModelError where a weight is too large for it."""
+    source.model.to(dtype)
+    for name, parameter in source.model.named_parameters():
+        if not finite_range(parameter.detach()):
+            text = str(dtype).removeprefix("torch.")
+            raise ModelError(f"{source.name}: {name} holds weights beyond {text}; open it with --dtype bfloat16")
+    return source
+
+
+def open_as_saved(name: str, weights: Path | None, lazy: bool) -> Source:
+    """What the user named, in the types of its files."""
     folder = Path(name).expanduser()
     if lazy and not ((folder if weights is None else weights) / "tersor.json").exists():
         raise InputError(f"{name}: only an artifact's entropy-coded weights can be left in their file; drop --lazy")

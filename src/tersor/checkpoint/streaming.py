@@ -48,12 +48,13 @@ class StreamedModel:
         block_names: the parts beside "".
     """
 
-    def __init__(self, name: str, output: Path, on_block: OnBlock = no_lines):
+    def __init__(self, name: str, output: Path, on_block: OnBlock = no_lines, dtype: torch.dtype | None = None):
         """Open a Hugging Face folder or hub id without reading its weights.
 
         Args:
             output: the artifact's folder, which exists.
             on_block: called when a block has been written, with its number and how many there are.
+            dtype: what the model computes in; None: as it was saved.
 
         Raises:
             ModelError: the checkpoint lacks a tensor, or holds it in another shape, or cannot be read.
@@ -66,7 +67,8 @@ class StreamedModel:
         if files[0].name == CODED:
             raise InputError(f"{name}: packed; --stream reads plain safetensors: `tersor unpack {name} -o plain`")
         stored = {tensor: extent for file in files for tensor, extent in read_extents(file).items()}
-        dtype = config.dtype or next((e.dtype for e in stored.values() if e.dtype.is_floating_point), torch.float32)
+        types = [extent.dtype for extent in stored.values() if extent.dtype.is_floating_point]
+        dtype = dtype or config.dtype or next(iter(types), torch.float32)
         try:
             self.model = without_weights(model_class, config, dtype)
         except Exception as error:  # a config whose numbers do not go together can trip over anything

@@ -24,6 +24,7 @@ def compare(
     calibration: options.Calibration = None,
     task_option: options.TaskOption = None,
     drop: options.Drop = "1%",
+    dtype: options.Dtype = None,
     batch: options.Batch = "1,32",
     seed: options.Seed = 0,
     threads: options.Threads = 1,
@@ -40,6 +41,7 @@ def compare(
             seed=seed,
             batch_sizes=options.batch_sizes(batch),
             num_threads=options.checked_threads(threads),
+            dtype=options.dtype_named(dtype),
             progress=progress,
         )
     if json:

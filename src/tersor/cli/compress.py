@@ -84,6 +84,7 @@ def compress(
     calibration: options.Calibration = None,
     train: options.Train = None,
     task_option: options.TaskOption = None,
+    dtype: options.Dtype = None,
     batch: options.Batch = "1,32",
     seed: options.Seed = 0,
     threads: options.Threads = 1,
@@ -116,6 +117,7 @@ def compress(
                     Budget(size, ratio, bits, drop, coded, num_states), given, *chosen, seed, bias_correction, kept
                 ),
                 task_choice=options.task_choice(task, data, calibration, task_option, train),
+                dtype=options.dtype_named(dtype),
                 overwrite=overwrite,
                 progress=progress,
                 on_block=no_lines if json else show_block,
@@ -142,6 +144,7 @@ def compress(
             seed=seed,
             batch_sizes=options.batch_sizes(batch),
             num_threads=options.checked_threads(threads),
+            dtype=options.dtype_named(dtype),
             overwrite=overwrite,
             progress=progress,
         )

@@ -19,6 +19,7 @@ def evaluate(
     data: options.Data = None,
     calibration: options.Calibration = None,
     task_option: options.TaskOption = None,
+    dtype: options.Dtype = None,
     batch: options.Batch = "1,32",
     threads: options.Threads = 1,
     lazy: Annotated[
@@ -34,6 +35,7 @@ def evaluate(
             task_choice=options.task_choice(task, data, calibration, task_option),
             batch_sizes=options.batch_sizes(batch),
             num_threads=options.checked_threads(threads),
+            dtype=options.dtype_named(dtype),
             lazy=lazy,
             progress=progress,
         )

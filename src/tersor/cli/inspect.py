@@ -56,13 +56,14 @@ def inspect(
     calibration: options.Calibration = None,
     train: options.Train = None,
     task_option: options.TaskOption = None,
+    dtype: options.Dtype = None,
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
     """List the sites of a model, what is kept, and the cost of every format."""
     if not (sensitivity or training_memory) and (task or data or calibration or task_option):
         raise InputError("inspect runs data only for --sensitivity; add it, or leave --task and --data out")
-    source = open_model(model, weights=weights)
+    source = open_model(model, weights=weights, dtype=options.dtype_named(dtype))
     if training_memory:
         choice = options.task_choice(task, data, calibration, task_option, train)
         steps = training_steps(source, {"batch_size": batch_size, "optimizer": optimizer}, lora or ["r=16"], base)

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
-from tersor.errors import InputError
+from tersor.errors import InputError, UnknownName
 from tersor.workflow import TaskChoice
 
 Weights = Annotated[
@@ -42,6 +43,10 @@ ExitCode = Annotated[
     typer.Option("--exit-code", help="End with status 1 where the verdict is `exceeds`, 3 where it is `cannot tell`."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="What the model computes in: float32, bfloat16 or float16. Without it: as it was saved."),
+]
 Threads = Annotated[int, typer.Option(help="CPU threads for latency.")]
 
 
@@ -54,6 +59,16 @@ def task_choice(
 ) -> TaskChoice:
     """The task's flags as the library takes them."""
     return TaskChoice(task, data, calibration, dict(key_value(text, "--task-option") for text in options or []), train)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_named(text: str | None) -> torch.dtype | None:
+    """A `--dtype`. Raises UnknownName for another one."""
+    if text is not None and text not in DTYPES:
+        raise UnknownName("--dtype", text, DTYPES)
+    return None if text is None else DTYPES[text]
 
 
 def key_value(text: str, flag: str) -> tuple[str, Any]:

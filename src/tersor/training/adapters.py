@@ -126,6 +126,9 @@ def save_adapter(adapter: Adapter, folder: Path, base: str) -> None:
     """Write what `PeftModel.from_pretrained(model, folder)` reads; `base` is the name of the model it belongs to."""
     config = deepcopy(adapter.config)
     config.base_model_name_or_path, config.inference_mode = base, True
+    for name, value in vars(config).items():
+        if isinstance(value, set):  # which peft writes in the order of hashes
+            setattr(config, name, sorted(value))
     config.save_pretrained(str(folder))
     write_weights(adapter.tensors, folder / TENSORS)
 
