@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.container_write import holds_codes, write_coded
+from tersor.checkpoint.guards import at_most, check_config, check_links, shapes_of
 from tersor.checkpoint.layout import CODED, other_tensors, packed_sites, tensors_of
 from tersor.checkpoint.lazy import Shelf
 from tersor.checkpoint.manifest import (
@@ -168,6 +169,7 @@ def load(
     if dtype is not None and not dtype.is_floating_point:
         raise InputError(f"dtype={dtype} is no floating-point type; give for example torch.bfloat16")
     folder = Path(folder)
+    check_links(folder)
     if (folder / CODED).exists() and not (folder / MANIFEST).exists():
         if lazy:
             raise InputError(f"{folder}: packed without loss; lazy=True is for the packed sites of an artifact")
@@ -236,7 +238,9 @@ def skeleton(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
     from transformers.initialization import no_init_weights
 
     quiet_transformers()
+    weights = weights_path(folder, manifest)
     try:
+        check_config(folder, shapes_of([weights]))
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if hasattr(config, KEY):
             delattr(config, KEY)
@@ -244,17 +248,14 @@ def skeleton(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
         model_class = transformers_class(config)
         if model_class is transformers.AutoModel:
             raise ValueError(f"it has no class {manifest['model']['class']}")
-        with torch.device("meta"):
-            num_weights = sum(parameter.numel() for parameter in model_class._from_config(config).parameters())
-        weights = weights_path(folder, manifest)
         each, most = (EXPANSION, "can hold") if weights.name == CODED else (8, "has bits")
-        if num_weights > each * weights.stat().st_size:
-            raise ValueError(f"config.json describes {num_weights:,} weights, more than {weights.name} {most}")
+        with torch.device("meta"), at_most(each * weights.stat().st_size, f"{weights.name} {most}"):
+            model_class._from_config(config)
         with no_init_weights():
             model = model_class._from_config(config, dtype=config.dtype)
         model.tie_weights()
         if (folder / "generation_config.json").exists() and model.can_generate():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a garbled config trips over
         raise ArtifactError(f"{folder}: transformers cannot build the model: {first_line(error)}") from None
     return model
@@ -262,6 +263,7 @@ def skeleton(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
 
 def copy_side_files(source: Path, folder: Path) -> None:
     """Config, tokenizer and pooling files as they came; weights and code stay behind."""
+    check_links(source)
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         hidden = any(part.startswith(".") for part in relative.parts)

@@ -11,13 +11,14 @@ import logging
 import os
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import nn
 
 from tersor.checkpoint.container import read
+from tersor.checkpoint.guards import at_most, check_config, check_links, room_for, shapes_of
 from tersor.checkpoint.layout import CODED, tensors_of
 from tersor.checkpoint.weights import PICKLES, check_file, check_finite, read_weights, refuse_pickle
 from tersor.core.files import sha256
@@ -63,9 +64,10 @@ def open_transformers(name: str, folder: Path) -> Source:
             check_file(file)
         weights = {"use_safetensors": True}
     try:
-        model, info = model_class.from_pretrained(
-            None if packed else folder, **weights, dtype="auto", output_loading_info=True, trust_remote_code=False
-        )
+        with at_most(room_for(shapes_of(files)), "the weights files and a new head have"):
+            model, info = model_class.from_pretrained(
+                None if packed else folder, **weights, dtype="auto", output_loading_info=True, trust_remote_code=False
+            )
     except Exception as error:  # a config whose numbers do not go together can trip over anything
         raise ModelError(
             f"{name}: transformers cannot load it as {model_class.__name__}: {first_line(error)}"
@@ -105,7 +107,10 @@ def look_into(name: str, folder: Path) -> tuple[Any, Any, list[Path]]:
             refuse_pickle(pickled)
         raise ModelError(f"{name}: no *.safetensors file in the folder; save the model with save_pretrained")
     quiet_transformers()
+    check_links(folder)
+    shapes = shapes_of(files)
     try:
+        check_config(folder, shapes)
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model_class = transformers_class(config)
     except Exception as error:  # whatever a garbled config trips over
@@ -130,10 +135,20 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.exists():
         return sorted(folder.glob("*.safetensors"))
     try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(shards))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index}: cannot be read ({first_line(error)}); download it again") from None
+    for name in shards:
+        if not is_inside(name):
+            raise ModelError(f"{index}: names {name[:80]!r}, which is no .safetensors file in the folder")
+    return [folder / name for name in shards]
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name of a weights file stays in the folder it is read from, and can be a file's."""
+    parts = PurePosixPath(name).parts
+    plain = all(part not in ("..", "/") and len(os.fsencode(part)) < 256 for part in parts)
+    return plain and len(os.fsencode(name)) < 1024 and name.endswith(".safetensors") and "\0" not in name
 
 
 def transformers_class(config: Any) -> Any:

@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from tersor.checkpoint.artifact import copy_side_files, describe
 from tersor.checkpoint.extents import Extent, Scratch, read_extents, write_extents
+from tersor.checkpoint.guards import at_most, room_for
 from tersor.checkpoint.layout import CODED, kept_tensors, stored_parts, tensors_of
 from tersor.checkpoint.manifest import WEIGHTS
 from tersor.checkpoint.source import Source, few, from_hub, look_into
@@ -70,7 +71,7 @@ class StreamedModel:
         types = [extent.dtype for extent in stored.values() if extent.dtype.is_floating_point]
         dtype = dtype or config.dtype or next(iter(types), torch.float32)
         try:
-            self.model = without_weights(model_class, config, dtype)
+            self.model = without_weights(model_class, config, dtype, room_for([e.shape for e in stored.values()]))
         except Exception as error:  # a config whose numbers do not go together can trip over anything
             raise ModelError(f"{name}: transformers cannot build {model_class.__name__}: {first_line(error)}") from None
         check_has_sites(self.model)
@@ -187,8 +188,9 @@ def return_memory_at_once() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
-def without_weights(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
-    """The model in eval mode: its parameters on the meta device, its buffers (rotary frequencies and the like) real."""
+def without_weights(model_class: Any, config: Any, dtype: torch.dtype, num_weights: int) -> Any:
+    """The model in eval mode: its parameters on the meta device, its buffers (rotary frequencies and the like) real.
+    Raises ValueError where it has more weights than it may."""
     from transformers.initialization import no_init_weights
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
@@ -196,6 +198,8 @@ def without_weights(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
             return None
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
 
+    with torch.device("meta"), at_most(num_weights, "the weights files and a new head have"):
+        model_class._from_config(config)
     hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
     try:
         with no_init_weights():

@@ -5,7 +5,6 @@ it. An nf4 base may also run on bitsandbytes (https://github.com/bitsandbytes-fo
 codes and scales.
 """
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersor.checkpoint.guards import check_links
 from tersor.checkpoint.nf4_module import module_tensors
 from tersor.checkpoint.weights import check_finite, read_weights, refuse_pickle, write_weights
 from tersor.core.messages import first_line
@@ -25,8 +25,10 @@ from tersor.errors import InputError, MissingExtra, ModelError
 from tersor.formats.nf4 import Nf4, Nf4Double
 from tersor.modules import PackedLinear
 from tersor.sites import find_sites
+from tersor.training.adapter_config import read_settings
 
 ADAPTER = "default"  # peft's name of an only adapter
+UNFIT = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError)
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -97,7 +99,7 @@ def put_in(model: nn.Module, config: Any, *, tensors: dict[str, Tensor] | None =
         torch.manual_seed(seed)
         try:
             wrapped = peft.get_peft_model(model, config)
-        except ValueError as error:  # target modules that are not there
+        except UNFIT as error:  # target modules that are not there, or cannot be adapted so
             raise ModelError(f"the adapter does not fit {type(model).__name__}: {first_line(error)}") from None
     if tensors is not None:
         fill(wrapped, tensors)
@@ -113,7 +115,10 @@ def fill(wrapped: Any, tensors: dict[str, Tensor]) -> None:
         what = f"lacks {wrong[0]}" if wrong[0] not in tensors else f"holds {wrong[0]} {list(tensors[wrong[0]].shape)}"
         kind = type(wrapped.get_base_model()).__name__
         raise ModelError(f"the adapter {what}, which does not go with {kind}; give the base it was trained on")
-    import_peft().set_peft_model_state_dict(wrapped, tensors)
+    try:
+        import_peft().set_peft_model_state_dict(wrapped, tensors)
+    except UNFIT as error:
+        raise ModelError(f"the adapter does not fit: {first_line(error)}") from None
 
 
 def state_of(wrapped: Any) -> dict[str, Tensor]:
@@ -141,15 +146,14 @@ def load_adapter(folder: Path) -> Adapter:
             refuse_pickle(folder / name)
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{folder}: no {CONFIG}, so no adapter of peft; tersor finetune --lora writes one")
-    try:
-        kind = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["peft_type"]
-        if kind != "LORA":
-            raise ModelError(f"{folder}: an adapter of type {kind}, and only LORA can be merged")
-        config = peft.LoraConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder / CONFIG}: cannot be read ({first_line(error)}); save the adapter again") from None
+    check_links(folder)
     tensors = read_weights(folder / TENSORS)
     check_finite(tensors, str(folder / TENSORS))
+    settings = read_settings(folder / CONFIG, tensors)
+    try:
+        config = peft.LoraConfig(**settings)
+    except (ValueError, TypeError, ImportError) as error:  # fields that do not go together
+        raise ModelError(f"{folder / CONFIG}: {first_line(error)}") from None
     return Adapter(config, tensors)
 
 
