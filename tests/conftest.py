@@ -16,7 +16,7 @@ import torch
 # Shape annotations become checks. Modules whose signatures name a Protocol that is not runtime checkable are left out.
 CHECKED = [
     *("activations", "methods.nearest"),
-    *("encoded", "kernels", "scores", "stats"),
+    *("formats.contract", "kernels", "scores", "stats"),
     *("formats.bitmask", "formats.float_cast", "formats.int_group", "formats.packing"),
     *("formats.lowrank", "formats.semi_structured", "formats.sparse_int"),
 ]

@@ -122,7 +122,7 @@ def test_a_static_input_to_blame_becomes_dynamic():
 
     x = torch.cat([random(64, 32), torch.linspace(-4, 4, 64)[:, None]], 1)
     compressed = tersor.compress(Scaled().eval(), Recipe.of("int8/min-max:int8-static", keep_float="auto"), Toy((x,)))
-    assert compressed.kept_float[0].kept == {"layers.0": "mse:int8/int8-dynamic"}
+    assert compressed.kept_float[0].kept == {"layers.0": "gptq:int8/int8-dynamic"}
     assert compressed.model.layers[0].input_quantizer.format == "int8-dynamic"
     assert compressed.model.layers[1].input_quantizer.format == "int8-static"
 
