@@ -47,8 +47,8 @@ from tersor.methods.waterfill import bound_at
 from tersor.recipe import Recipe
 from tersor.schemes import KEEP, Scheme
 from tersor.stats import Stats
+from tersor.task_choice import TaskChoice, open_task_for
 from tersor.tasks.contract import Task
-from tersor.workflow import TaskChoice, open_task_for
 
 FORECAST = [
     *(f"encoder {bits}" for bits in (4, 3.5, 3, 2.5, 2, 1.5)),

@@ -131,7 +131,7 @@ def open_bench(name: str, assets: Assets) -> Bench:
     from tersor.analysis.divergence import outputs
     from tersor.calibrate import gather
     from tersor.checkpoint.open import open_model
-    from tersor.workflow import TaskChoice, open_task_for
+    from tersor.task_choice import TaskChoice, open_task_for
 
     model: nn.Module
     exclude: tuple[str, ...] = ()

@@ -17,7 +17,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from tersor.errors import TersorError
 from tersor.measure.scorecard import machine
-from tersor.workflow import Budget, Outcome, TaskChoice, compress_to_folder
+from tersor.task_choice import TaskChoice
+from tersor.workflow import Budget, Outcome, compress_to_folder
 
 ROWS = [
     ("--ratio 4x", {"budget": Budget(ratio="4x", drop="1%")}),

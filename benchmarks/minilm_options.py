@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import tersor
 from tersor.checkpoint.open import open_model
+from tersor.task_choice import TaskChoice, open_task_for
 from tersor.tasks import Task
-from tersor.workflow import TaskChoice, open_task_for
 
 Error = Callable[[tersor.Recipe, bool], float]
 BLOCKS = ["*embeddings*", "*pooler*"]  # excluded: the linear layers of the blocks are left

@@ -30,8 +30,8 @@ from tersor.measure.scorecard import machine
 from tersor.measure.verdict import Tolerance, judge
 from tersor.recipe import Recipe
 from tersor.scores import Scores
+from tersor.task_choice import TaskChoice, open_task_for
 from tersor.tasks.contract import Task
-from tersor.workflow import TaskChoice, open_task_for
 
 ROWS = [
     *(f"{method}:int{bits}-g64" for bits in (4, 3, 2) for method in ("nearest", "mse", "gptq")),

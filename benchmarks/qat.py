@@ -143,7 +143,7 @@ def measure_minilm(steps: list[dict[str, Any]], assets: Assets, results: Path) -
     """Calibrated and trained on unlabelled web text, judged on STS-B."""
     from tersor.analysis.sensitivity import divergence, outputs
     from tersor.checkpoint.open import open_model
-    from tersor.workflow import TaskChoice, open_task_for
+    from tersor.task_choice import TaskChoice, open_task_for
 
     text = assets.root / "text"
     source = open_model(str(assets.root / "minilm"))

@@ -33,7 +33,7 @@ from tersor.measure.verdict import Tolerance, judge
 from tersor.recipe import Recipe
 from tersor.runtimes import Session, runtime_named
 from tersor.scores import Scores
-from tersor.workflow import TaskChoice, open_task_for
+from tersor.task_choice import TaskChoice, open_task_for
 
 INT8, INT4 = {"embeddings.*": "int8"}, {"embeddings.*": "int4-g32"}
 ROWS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {  # scheme, rules, options of the ONNX export

@@ -87,7 +87,7 @@ def opened(row: str, assets: Path, folder: Path, num_pictures: int) -> tuple[Any
     from static_int8 import NUM_CALIBRATION, large_pictures
 
     import tersor
-    from tersor.workflow import TaskChoice
+    from tersor.task_choice import TaskChoice
 
     if ROWS[row].shape == LARGE:
         options = {"mean": 127 / 255, "std": 128 / 255, "calibration_examples": NUM_CALIBRATION}

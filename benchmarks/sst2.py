@@ -231,7 +231,7 @@ def tokenizer_of(folder: Path) -> Any:
 def opened(folder: Path, place: Place, data: Path | None = None) -> tuple[Any, Any]:
     """A model and the task."""
     from tersor.checkpoint.open import open_model
-    from tersor.workflow import TaskChoice, open_task_for
+    from tersor.task_choice import TaskChoice, open_task_for
 
     source = open_model(str(folder))
     choice = TaskChoice("classification", place.dev, train=data, options={"max_length": MAX_LENGTH})
@@ -289,7 +289,8 @@ def measure(row: str, place: Place) -> dict[str, Any]:
     """Pack a model, save and load it, and measure it beside the fp32 teacher."""
     import tersor
     from tersor.measure.scorecard import machine
-    from tersor.workflow import TaskChoice, compare_models
+    from tersor.task_choice import TaskChoice
+    from tersor.workflow import compare_models
 
     model, packing = row.split(" | ")
     folder, schemes = place.folder(model), PACKINGS[packing]

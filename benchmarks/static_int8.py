@@ -131,7 +131,7 @@ def opened(row: str, assets: Path, results: Path) -> tuple[Any, Any, Any, str]:
 def open_minilm(assets: Path) -> tuple[Any, Any, Any, str]:
     """Judged on STS-B dev, calibrated on web text: nothing of STS-B is seen."""
     from tersor.checkpoint.open import open_model
-    from tersor.workflow import TaskChoice, open_task_for
+    from tersor.task_choice import TaskChoice, open_task_for
 
     text, source = assets / "text", open_model(str(assets / "minilm"))
     options = {"max_length": 64, "max_examples": NUM_PASSAGES + 1, "calibration_examples": NUM_PASSAGES}

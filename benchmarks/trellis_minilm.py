@@ -28,7 +28,7 @@ from tersor.analysis.divergence import divergence, outputs
 from tersor.calibrate import gather
 from tersor.checkpoint.open import open_model
 from tersor.measure.scorecard import machine
-from tersor.workflow import TaskChoice, open_task_for
+from tersor.task_choice import TaskChoice, open_task_for
 
 ENCODER, WHOLE = (4, 3, 2, 1.5), (4, 3, 2, 1.5)
 ROWS = [

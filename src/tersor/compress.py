@@ -15,17 +15,17 @@ from tersor.errors import FormatError
 from tersor.formats.contract import Sparse
 from tersor.keep_float import KeptFloat, check_number, check_task, choose, spared
 from tersor.moments import shows_inputs
-from tersor.preflight import preflight_all
 from tersor.pretrained import guard
 from tersor.recipe import Recipe, Step, TransformStep
 from tersor.site_report import SiteReport
-from tersor.sites import Site, find_sites, packed_weight
+from tersor.sites import Site, check_patterns, find_sites, packed_weight
 from tersor.stats import Stats
-from tersor.steps.weights import WeightsStep
+from tersor.steps.weights import WeightsStep, preflight
 from tersor.steps.weights_run import WeightsRun
 from tersor.tasks.contract import Task
-from tersor.training import Curve, Job, StudentStep, TrainingStep
+from tersor.training import Curve, DistilStep, Job, StudentStep, TrainingStep
 from tersor.training.journal import Journal
+from tersor.training.student import make_student
 from tersor.transforms.contract import Transform
 from tersor.walk import Walk
 
@@ -161,3 +161,18 @@ def apply_transform(
         Walk(model, model, task, sites, note, transform.needs, seed=seed).run()
         progress(f"measuring inputs for {transform.name}", len(sites), len(sites))
     transform.apply(model, stats)
+
+
+def preflight_all(model: nn.Module, recipe: Recipe | None) -> None:
+    """Before anything is measured: every pattern matches a site, and every scheme fits its shape."""
+    for step in recipe.steps if recipe else ():
+        if isinstance(step, StudentStep):
+            model = make_student(model, step, weights=False)
+        if isinstance(step, DistilStep):
+            step.check_teacher()
+        if isinstance(step, TrainingStep):
+            check_patterns(step.patterns, find_sites(model))
+        if isinstance(step, Assignment):
+            work = [(site, scheme) for site, scheme in step.assign(find_sites(model)) if scheme is not None]
+            preflight(work)
+            check_number(getattr(step, "keep_float", "none"), len(work))

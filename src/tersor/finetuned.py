@@ -27,6 +27,7 @@ from tersor.measure.scorecard import machine
 from tersor.measure.verdict import Tolerance, Verdict, judge
 from tersor.recipe import Recipe
 from tersor.scores import Scores
+from tersor.task_choice import TaskChoice, open_task_for
 from tersor.tasks import Task
 from tersor.tasks.progress import score
 from tersor.training import FinetuneStep, Job, LoraStep
@@ -35,7 +36,7 @@ from tersor.training.journal import Journal
 from tersor.training.loop import Curve, check_trainable
 from tersor.training.lora import check_lora, train_adapter
 from tersor.training.merge import divergences, merge, naive, own_float_copy, unmerged
-from tersor.workflow import DEFAULT_DROP, TaskChoice, about, open_task_for
+from tersor.workflow import DEFAULT_DROP, about
 
 TRAINING, MERGE = "training.json", "merge.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -20,7 +20,8 @@ from tersor.report.card import UNMEASURED, model_card
 from tersor.sites import find_sites
 from tersor.steps.weights import WeightsStep
 from tersor.steps.weights_run import CURVATURE, WeightsRun, needs_of
-from tersor.workflow import TaskChoice, about, open_task_for
+from tersor.task_choice import TaskChoice, open_task_for
+from tersor.workflow import about
 
 
 def compress_streamed(

@@ -4,10 +4,9 @@ What is measured is what was written: the artifact is loaded from its temporary 
 folder appears under its own name only when everything went well.
 """
 
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,32 +30,19 @@ from tersor.checkpoint.artifact import (
 from tersor.checkpoint.container_write import size_of
 from tersor.checkpoint.open import open_model
 from tersor.checkpoint.source import Source, call_factory
-from tersor.compress import SiteReport, compress
-from tersor.core.messages import first_line
+from tersor.compress import SiteReport, compress, preflight_all
 from tersor.core.progress import Progress, silent
-from tersor.errors import BudgetError, InputError, ModelError
+from tersor.errors import BudgetError, InputError
 from tersor.measure.scorecard import Scorecard, Subject, machine, measure
 from tersor.measure.verdict import Tolerance, Verdict, judge
-from tersor.preflight import preflight_all
 from tersor.recipe import Recipe
 from tersor.report.card import model_card
 from tersor.schemes import KEEP, parse_rule
 from tersor.sites import check_has_sites
 from tersor.stats import Stats
-from tersor.tasks import Task, open_task
+from tersor.task_choice import TaskChoice, open_task_for
 from tersor.tasks.progress import score
 from tersor.training.loop import check_trainable
-
-
-@dataclass(frozen=True)
-class TaskChoice:
-    """What the user says about the task; each field is a flag of the command line."""
-
-    task: str | None = None
-    data: Path | None = None
-    calibration: Path | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    train: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -238,29 +224,6 @@ def uncorrected(recipe: Recipe) -> list[str]:
         for scheme in schemes
         if scheme is not None and "cross_moment" in scheme.method.needs
     ]
-
-
-def open_task_for(source: Source, choice: TaskChoice) -> Task:
-    """The task, with the model's tokenizer where it has one."""
-    tokenizer = config = None
-    if source.folder is not None and re.search(r"tokenizer|vocab", " ".join(p.name for p in source.folder.iterdir())):
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-        except Exception as error:  # whatever a damaged file trips over
-            raise ModelError(f"{source.folder}: the tokenizer cannot be read ({first_line(error)})") from None
-    config = getattr(source.model, "config", None)
-    return open_task(
-        choice.task,
-        choice.data,
-        tokenizer=tokenizer,
-        config=config,
-        model_folder=source.folder,
-        calibration=choice.calibration,
-        train=choice.train,
-        options=choice.options,
-    )
 
 
 def about(source: Source) -> dict[str, Any]:

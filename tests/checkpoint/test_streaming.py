@@ -18,7 +18,7 @@ from tersor.compress import compress
 from tersor.errors import ModelError, TersorError
 from tersor.recipe import Recipe
 from tersor.streamed import compress_streamed
-from tersor.workflow import TaskChoice, open_task_for
+from tersor.task_choice import TaskChoice, open_task_for
 
 NUM_BLOCKS = 5
 

@@ -13,7 +13,7 @@ from tersor.measure import latency
 from tersor.measure.bench import Candidate, bench, candidates_of
 from tersor.measure.latency import Latency, measure_calls
 from tersor.measure.memory import measure_opened
-from tersor.workflow import TaskChoice
+from tersor.task_choice import TaskChoice
 
 MODELS = '''
 import time

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 import tersor
 from tersor.errors import DataError, InputError
 from tersor.recipe import Recipe
+from tersor.task_choice import TaskChoice
 from tersor.tasks import open_task
 from tersor.tasks.inputs import scoring
 from tersor.training import DistilStep, FinetuneStep, Job, StudentStep
@@ -23,7 +24,7 @@ from tersor.training.distil import Distillation
 from tersor.training.features import hidden_loss, pairs_of_blocks, relation_loss
 from tersor.training.journal import Journal
 from tersor.training.teacher_cache import TeacherCache, predictions
-from tersor.workflow import TaskChoice, compress_to_folder
+from tersor.workflow import compress_to_folder
 from zoo import SIZES, pretrained
 
 pytestmark = pytest.mark.usefixtures("one_thread")

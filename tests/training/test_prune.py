@@ -13,6 +13,7 @@ from tersor.errors import DataError, FormatError, InputError, UnknownName
 from tersor.measure.verdict import Tolerance, judge
 from tersor.recipe import Recipe
 from tersor.sites import find_sites
+from tersor.task_choice import TaskChoice
 from tersor.tasks import open_task
 from tersor.training import Job, PruneStep
 from tersor.training.finetune import task_loss
@@ -20,7 +21,7 @@ from tersor.training.imitation import imitation
 from tersor.training.journal import Journal
 from tersor.training.loop import train
 from tersor.training.prune import cubic
-from tersor.workflow import TaskChoice, compress_to_folder
+from tersor.workflow import compress_to_folder
 
 NUM_WEIGHTS = 16 * 64 + 64 * 4
 

@@ -9,6 +9,7 @@ from tersor.analysis.sensitivity import SCHEMES, Sensitivity
 from tersor.analysis.sensitivity import sensitivity as predict
 from tersor.analysis.training_memory import Tokens
 from tersor.analysis.training_memory import training_memory as predict_training
+from tersor.budget.cost import cost_of
 from tersor.checkpoint.container_write import size_of
 from tersor.checkpoint.layout import kept_tensors, packed_sites
 from tersor.checkpoint.open import open_model
@@ -19,12 +20,10 @@ from tersor.cli.finetune import step_of
 from tersor.errors import InputError
 from tersor.formats import FORMATS
 from tersor.report.card import megabytes
-from tersor.schemes import Scheme
 from tersor.sites import find_sites
-from tersor.stats import Stats
+from tersor.task_choice import TaskChoice, open_task_for
 from tersor.tasks import Task
 from tersor.training import FinetuneStep, TrainingStep
-from tersor.workflow import TaskChoice, open_task_for
 
 
 def inspect(
@@ -244,30 +243,3 @@ SELECTION = [
     "int4-g32-asym",
     "bitmask",
 ]
-SAMPLED_ROWS = 64
-
-
-def cost_of(name: str, sites: list, kept_bytes: int, model: object) -> dict:
-    """Bytes over all sites (those that do not fit stay as they are), and the error on a sample of rows."""
-    scheme = Scheme.parse(name)
-    num_bytes, bits, num_weights, squared, energy, misfits = kept_bytes, 0.0, 0, 0.0, 0.0, 0
-    for site in sites:
-        if scheme.format.misfit(site.shape):
-            misfits += 1
-            num_bytes += site.num_weights * site.dtype.itemsize
-            continue
-        rows = site.matrix(model)[:: max(1, site.shape[0] // SAMPLED_ROWS)]
-        encoded = scheme.method.compress(rows, scheme.format, Stats())
-        scale = site.shape[0] / rows.shape[0]
-        squared += float((encoded.decode() - rows).square().sum()) * scale
-        energy += float(rows.square().sum()) * scale
-        bits += 8 * encoded.num_bytes * scale
-        num_bytes += round(encoded.num_bytes * scale)
-        num_weights += site.num_weights
-    return {
-        "format": str(scheme),
-        "bytes": num_bytes,
-        "bits_per_weight": bits / max(1, num_weights),
-        "relative_error": (squared / energy) ** 0.5 if energy else None,
-        "misfits": misfits,
-    }

@@ -7,7 +7,7 @@ import torch
 import typer
 
 from tersor.errors import InputError, UnknownName
-from tersor.workflow import TaskChoice
+from tersor.task_choice import TaskChoice
 
 Weights = Annotated[
     Path | None,

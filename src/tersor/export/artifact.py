@@ -24,7 +24,7 @@ from tersor.export.contract import Checkpoint, Layout, PackedSite, Runnable
 from tersor.export.decoder import has_cache
 from tersor.export.examples import Examples, examples_of, with_cache
 from tersor.export.folder import PROVENANCE
-from tersor.workflow import TaskChoice, open_task_for
+from tersor.task_choice import TaskChoice, open_task_for
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core.messages import first_line
+from tersor.core.threads import threads
 from tersor.errors import ModelError, TersorError
 from tersor.export.contract import Checkpoint, Runnable, Written
 from tersor.export.decoder import NUM_NEW
 from tersor.export.examples import Examples
-from tersor.measure.latency import Latency, measure_calls, threads
+from tersor.measure.latency import Latency, measure_calls
 from tersor.runtimes import Decoder, Decodes, runtime_named
 from tersor.runtimes.torch_decoder import TorchDecoder
 from tersor.tasks.inputs import scoring

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 
 from tersor.core.progress import Progress, silent
+from tersor.core.threads import threads
 from tersor.errors import InputError
-from tersor.measure.latency import Latency, measure_calls, threads
+from tersor.measure.latency import Latency, measure_calls
 from tersor.measure.memory import Memory, measure_opened
 from tersor.runtimes import Session, open_session, runtime_for
 from tersor.runtimes.feeds import LENGTH, feeds_from, synthetic_feeds
 from tersor.runtimes.torch import TorchSession
+from tersor.task_choice import TaskChoice, open_task_for
 from tersor.tasks import Batch, open_task
-from tersor.workflow import TaskChoice, open_task_for
 
 CACHE = ("past_key_values", "beam_idx")  # how the inputs of a language model's cache begin
 

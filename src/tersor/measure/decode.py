@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from tersor.core.progress import Progress, silent
+from tersor.core.threads import threads
 from tersor.errors import InputError
 from tersor.measure.bench import Candidate
-from tersor.measure.latency import Latency, measure_calls, threads
+from tersor.measure.latency import Latency, measure_calls
 from tersor.measure.memory import Memory, measure_opened
 from tersor.runtimes import Decoder, open_decoder, runtime_for
 from tersor.runtimes.feeds import NUM_TOKENS

@@ -5,14 +5,15 @@ ratio is the median over rounds of time(first) / time(other), with a bootstrap i
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
+
+from tersor.core.threads import threads
 
 
 @dataclass(frozen=True)
@@ -121,17 +122,6 @@ def measure_calls(
         )
         for i in range(len(calls))
     ]
-
-
-@contextmanager
-def threads(num_threads: int) -> Iterator[None]:
-    """Run on this many CPU threads inside the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def nothing() -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tersor.checkpoint.open import open_model
 from tersor.checkpoint.source import Source
+from tersor.core.threads import threads
 from tersor.errors import InputError
-from tersor.measure.latency import threads
 from tersor.modules import PackedConv, PackedEmbedding, PackedLinear
 from tersor.runtimes.contract import Decoder, Feeds, Input, Profile, Session, check_feeds
 from tersor.runtimes.torch_decoder import TorchDecoder

@@ -1,0 +1,32 @@
+"""What one format would make of a whole model: bytes, and the sites that it can hold."""
+
+from tersor.schemes import Scheme
+from tersor.stats import Stats
+
+SAMPLED_ROWS = 64
+
+
+def cost_of(name: str, sites: list, kept_bytes: int, model: object) -> dict:
+    """Bytes over all sites (those that do not fit stay as they are), and the error on a sample of rows."""
+    scheme = Scheme.parse(name)
+    num_bytes, bits, num_weights, squared, energy, misfits = kept_bytes, 0.0, 0, 0.0, 0.0, 0
+    for site in sites:
+        if scheme.format.misfit(site.shape):
+            misfits += 1
+            num_bytes += site.num_weights * site.dtype.itemsize
+            continue
+        rows = site.matrix(model)[:: max(1, site.shape[0] // SAMPLED_ROWS)]
+        encoded = scheme.method.compress(rows, scheme.format, Stats())
+        scale = site.shape[0] / rows.shape[0]
+        squared += float((encoded.decode() - rows).square().sum()) * scale
+        energy += float(rows.square().sum()) * scale
+        bits += 8 * encoded.num_bytes * scale
+        num_bytes += round(encoded.num_bytes * scale)
+        num_weights += site.num_weights
+    return {
+        "format": str(scheme),
+        "bytes": num_bytes,
+        "bits_per_weight": bits / max(1, num_weights),
+        "relative_error": (squared / energy) ** 0.5 if energy else None,
+        "misfits": misfits,
+    }
