@@ -368,7 +368,7 @@ def test_unwritable_and_existing_output(digits, inside, capsys):
     (inside / "mine").mkdir()
     (inside / "mine" / "thesis.txt").write_text("precious")
     assert "exists" in refused(capsys, inside, *arguments, "-o", "mine")
-    assert "not a tersor artifact" in refused(capsys, inside, *arguments, "-o", "mine", "--overwrite")
+    assert "mine: it holds thesis.txt" in refused(capsys, inside, *arguments, "-o", "mine", "--overwrite")
 
 
 def test_unknown_names_suggest_the_nearest(digits, inside, capsys):
@@ -506,7 +506,7 @@ FLAGS = {
     "unpack": "--output -o --overwrite --json",
     "verify": "--json",
     "info": "--against --json",
-    "student": "--output -o --layers --width --hidden --intermediate --heads --json",
+    "student": "--output -o --layers --width --hidden --intermediate --heads --overwrite --json",
     "finetune": "--output -o --lora --base --save-base --weights --task --data --calibration --train --task-option "
     "--epochs --steps --batch-size --accumulate --learning-rate --warmup --schedule --optimizer --weight-decay "
     "--precision --gradient-checkpointing --evaluations --patience --dtype --drop --seed --overwrite --exit-code "

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from tersor.budget.search import ALPHA
-from tersor.checkpoint.artifact import WEIGHTS, atomic_folder, check_output, copy_side_files, save
+from tersor.checkpoint.artifact import WEIGHTS, copy_side_files, fill
 from tersor.checkpoint.layout import packed_sites, tensors_of
 from tersor.checkpoint.open import open_model
+from tersor.checkpoint.output import atomic_folder, check_output
 from tersor.checkpoint.source import Source
 from tersor.checkpoint.weights import write_weights
 from tersor.compress import key_of
@@ -97,7 +98,7 @@ def finetune_to_folder(
 
     Raises a TersorError with the way out, and then leaves nothing behind but the journal of training.
     """
-    check_output(output, overwrite, TRAINING)
+    check_output(output, overwrite)
     if task_choice.task in (None, "fidelity"):
         raise InputError(
             "finetune needs labels or a text: add --task perplexity (or classification, ...) and --train FILE"
@@ -126,7 +127,7 @@ def finetune_to_folder(
     key = f"{key_of(source.model, recipe, 0, task)} {sorted(source.hashes.items())} {dtype}"
     journal = Journal(folder / "step-0.safetensors", key)
     job = Job(source.model, source.model, task, seed, progress, journal=journal)
-    with atomic_folder(output, overwrite, TRAINING) as place:
+    with atomic_folder(output, overwrite) as place:
         if isinstance(step, LoraStep):
             adapted, curve = train_adapter(job, step)
             save_adapter(adapted.adapter, place, source.name)
@@ -156,7 +157,7 @@ def write_base(
     for site, packed, _ in packed_sites(model):
         packed.dtype = kinds.get(site.parameter, packed.dtype)
     with atomic_folder(folder, overwrite) as place:
-        save(model, place, source=source.folder, manifest=about(source))
+        fill(model, place, source=source.folder, manifest=about(source))
 
 
 def save_plain(model: nn.Module, folder: Path, source: Source) -> None:
@@ -231,7 +232,7 @@ def merge_to_folder(
     The task's calibration split is what packed weights are rounded for; its evaluation split is what the divergences
     are measured on. Raises a TersorError with the way out, and then leaves nothing behind.
     """
-    check_output(output, overwrite, MERGE)
+    check_output(output, overwrite)
     torch.manual_seed(seed)
     given = load_adapter(adapter)
     source = open_model(base)
@@ -240,9 +241,9 @@ def merge_to_folder(
     task = open_task_for(source, task_choice)
     merged = merge(source.model, given, task, seed=seed, progress=progress)
     num_packed = len(packed_names(source.model, given))
-    with atomic_folder(output, overwrite, MERGE) as place:
+    with atomic_folder(output, overwrite) as place:
         if source.kind == "artifact":
-            save(merged, place, source=source.folder, manifest=about(source) | {"adapter": str(adapter)})
+            fill(merged, place, source=source.folder, manifest=about(source) | {"adapter": str(adapter)})
         else:
             save_plain(merged, place, source)
         kl = measure_divergences(source.model, given, merged, task, seed, progress, rounded=num_packed > 0)

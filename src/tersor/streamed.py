@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from tersor.checkpoint.artifact import atomic_folder, read_manifest, write_manifest
+from tersor.checkpoint.manifest import read_manifest, write_manifest
+from tersor.checkpoint.output import atomic_folder
 from tersor.checkpoint.streaming import OnBlock, StreamedModel, no_lines
 from tersor.core.progress import Progress, silent
 from tersor.errors import InputError

@@ -18,17 +18,12 @@ from tersor.budget.limit import Limit
 from tersor.budget.plan import CANDIDATES, check_reachable, measure_menus, plan_size
 from tersor.budget.search import ALPHA, Trial, nearest_points, search_drop, smallest_within
 from tersor.calibrate import gather
-from tersor.checkpoint.artifact import (
-    atomic_folder,
-    check_output,
-    load,
-    read_manifest,
-    save,
-    weights_path,
-    write_manifest,
-)
+from tersor.checkpoint.artifact import fill, load
 from tersor.checkpoint.container_write import size_of
+from tersor.checkpoint.manifest import read_manifest, weights_path
 from tersor.checkpoint.open import open_model
+from tersor.checkpoint.output import atomic_folder, check_output
+from tersor.checkpoint.seal import MANIFEST, as_text, entry_of, listing
 from tersor.checkpoint.source import Source, call_factory
 from tersor.compress import SiteReport, compress, preflight_all
 from tersor.core.progress import Progress, silent
@@ -138,7 +133,7 @@ def compress_to_folder(
     made = made or compress(source.model, recipe, task, stats=stats, journal=journal, progress=progress)
     recipe = made.recipe
     with atomic_folder(output, overwrite) as folder:
-        save(made.model, folder, source=source.folder, manifest=about(source))
+        fill(made.model, folder, source=source.folder, manifest=about(source))
         loaded = load(folder, model=call_factory(source.architecture) if source.kind == "custom" else None)
         scores = score(task, loaded, progress, "evaluating the compressed model")
         file_bytes = weights_path(folder, read_manifest(folder)).stat().st_size
@@ -181,16 +176,24 @@ def compress_to_folder(
 def record(
     folder: Path, name: str, manifest: dict[str, Any], verdict: Verdict, cards: list[Scorecard]
 ) -> list[Scorecard]:
-    """Write `tersor.json` and the model card, which state the size of the folder they are part of."""
+    """Write `tersor.json` and the model card, which state the size of the folder they are part of.
+
+    More bytes can take more digits to state, or fewer ("1000 kB", "1 MB"): what the folder falls short of the stated
+    size is filled with spaces.
+    """
     original, compressed = cards
-    while True:
+    others, card = listing(folder, manifest["files"]), folder / "README.md"
+    stated, needed = 0, 1
+    while needed > stated:
+        stated = needed
+        compressed = replace(compressed, folder_bytes=stated)
         manifest["scorecards"] = [original.to_dict(), compressed.to_dict()]
-        write_manifest(folder, manifest)
-        (folder / "README.md").write_text(model_card(name, manifest, verdict, [original, compressed]), encoding="utf-8")
-        folder_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        if folder_bytes == compressed.folder_bytes:
-            return [original, compressed]
-        compressed = replace(compressed, folder_bytes=folder_bytes)
+        card.write_text(model_card(name, manifest, verdict, [original, compressed]), encoding="utf-8")
+        manifest["files"] = others | {card.name: entry_of(card)}
+        text = as_text(manifest)
+        needed = sum(entry["bytes"] for entry in manifest["files"].values()) + len(text.encode())
+    (folder / MANIFEST).write_text(text + " " * (stated - needed), encoding="utf-8")
+    return [original, compressed]
 
 
 def defensible(trials: list[Trial], tolerance: Tolerance) -> Recipe:

@@ -16,6 +16,7 @@ from tersor.checkpoint.layout import CODED
 from tersor.checkpoint.open import open_model
 from tersor.checkpoint.pack import pack, unpack
 from tersor.checkpoint.restore import read_decoded
+from tersor.checkpoint.seal import SEAL
 from tersor.checkpoint.streaming import StreamedModel, no_lines
 from tersor.checkpoint.weights import write_weights
 from tersor.core.files import sha256
@@ -61,7 +62,7 @@ def artifact(tmp_path_factory):
 def test_a_checkpoint_there_and_back(checkpoint, tmp_path):
     """The very same files, by their hashes."""
     written = pack(checkpoint, tmp_path / "packed")
-    assert sorted(p.name for p in written.output.iterdir()) == ["config.json", CODED, "tokenizer.json"]
+    assert sorted(p.name for p in written.output.iterdir()) == ["config.json", CODED, SEAL, "tokenizer.json"]
     assert written.after < 0.9 * written.before
     unpack(written.output, tmp_path / "plain")
     for path in checkpoint.iterdir():

@@ -47,6 +47,14 @@ def test_written_whole_and_replaced_only_on_demand(to, artifact, tmp_path):
     assert list(tmp_path.iterdir()) == [output]  # no temporary files are left
 
 
+@pytest.mark.parametrize("text", ["", "precious", "GGUF and more"])
+def test_a_file_of_others_is_never_replaced(text, artifact, tmp_path):
+    (tmp_path / "thesis.gguf").write_text(text)
+    with pytest.raises(InputError, match=r"thesis.gguf: it does not say that tersor wrote it"):
+        export_model(artifact(HELD["gguf"]), tmp_path / "thesis.gguf", to="gguf", overwrite=True)
+    assert (tmp_path / "thesis.gguf").read_text() == text
+
+
 @pytest.mark.parametrize("to", HELD)
 def test_what_is_not_an_export_is_never_replaced(to, artifact, tmp_path):
     output = place(tmp_path, to)

@@ -447,8 +447,26 @@ def test_large_weights_lie_beside_the_file(monkeypatch, tmp_path):
         made = export_model("test_onnx:factory", output, to="onnx", shape=(4, 9, 9), overwrite=True)
         assert {path.name for path in tmp_path.iterdir()} == {"out.onnx", "out.onnx.data"}
         assert made.num_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    output.with_name("out.onnx.data").write_text("precious")
+    with pytest.raises(InputError, match=r"out.onnx.data beside it was not written with it"):
+        export_model("test_onnx:factory", output, to="onnx", shape=(4, 9, 9), overwrite=True)
+    assert output.with_name("out.onnx.data").read_text() == "precious"
+
+
+def test_large_weights_can_be_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(file, "LARGEST", 100)
+    output = tmp_path / "out.onnx"
+    export_model("test_onnx:factory", output, to="onnx", shape=(4, 9, 9))
     assert not [t for t in onnx.load(output, load_external_data=False).graph.initializer if len(t.raw_data) > 300]
     assert runtime_named("onnx").open(output).inputs[0].shape == (None, 4, 9, 9)
+
+
+@pytest.mark.parametrize("text", ["", "precious", "tersor"])
+def test_a_file_of_others_is_never_replaced(text, tmp_path):
+    (tmp_path / "thesis.onnx").write_text(text)
+    with pytest.raises(InputError, match=r"thesis.onnx: it does not say that tersor wrote it"):
+        export_model("test_onnx:factory", tmp_path / "thesis.onnx", to="onnx", shape=(4, 9, 9), overwrite=True)
+    assert (tmp_path / "thesis.onnx").read_text() == text
 
 
 def test_without_the_packages(monkeypatch):

@@ -10,7 +10,7 @@ from torch import nn
 import tersor
 import tersor.export.check
 from tersor import Recipe
-from tersor.errors import FormatError, MissingExtra
+from tersor.errors import FormatError, InputError, MissingExtra
 from tersor.export import openvino as client
 from tersor.export.artifact import checkpoint_of
 from tersor.export.check import check, difference
@@ -122,6 +122,20 @@ def test_both_files_appear_and_are_replaced(tmp_path):
         )
         assert {path.name for path in tmp_path.iterdir()} == {"o.xml", "o.bin"}
         assert made.num_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("there", ["o.xml", "o.bin", "both"])
+def test_files_of_others_are_never_replaced(there, tmp_path):
+    """A model.bin may well be somebody's PyTorch weights, beside a file of ours as well."""
+    make = {"to": "openvino", "shape": (128,)}
+    if there == "both":
+        tersor.export_model("test_openvino:linear", tmp_path / "o.xml", **make)
+    mine = tmp_path / ("o.bin" if there == "both" else there)
+    mine.write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"o\.(xml|bin).*choose another --output"):
+            tersor.export_model("test_openvino:linear", tmp_path / "o.xml", overwrite=overwrite, **make)
+    assert mine.read_text() == "precious"
 
 
 def test_without_the_package(monkeypatch):

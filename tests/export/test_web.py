@@ -20,6 +20,7 @@ import tersor
 import tersor.export.check
 from cli_runner import tersor as command
 from tersor import Recipe, export_model
+from tersor.checkpoint.seal import SEAL
 from tersor.errors import FormatError, InputError
 from tersor.export import web
 from tersor.export.folder import PROVENANCE
@@ -110,7 +111,7 @@ def test_the_folder_holds_the_model_its_examples_and_what_onnx_runtime_made_of_t
     made = exported(linear, "int8/int8-dynamic")
     folder = made.output
     assert {path.name for path in folder.iterdir()} == {
-        *("model.onnx", "index.html", "app.js", "examples.bin", PROVENANCE)
+        *("model.onnx", "index.html", "app.js", "examples.bin", PROVENANCE, SEAL)
     }
     assert made.num_bytes == sum(path.stat().st_size for path in folder.iterdir())
     page = read(folder)
@@ -186,6 +187,7 @@ def test_an_earlier_page_is_replaced_and_other_folders_are_not():
     for _ in range(2):
         export_model("test_web:linear", "page", **again)
     Path("thesis").mkdir()
+    (Path("thesis") / "text").touch()
     with pytest.raises(InputError, match="does not touch it"):
         export_model("test_web:linear", "thesis", **again)
     assert {path.name for path in Path.cwd().iterdir()} == {"page", "thesis"}

@@ -6,14 +6,11 @@
     config.json, tokenizer files   as they came
     README.md           the model card
 
-A folder is written under a temporary name beside its place and appears by one rename.
+A folder appears whole or not at all (output.py), and lists every file in it (seal.py).
 """
 
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,11 +32,12 @@ from tersor.checkpoint.manifest import (
     write_manifest,
 )
 from tersor.checkpoint.notice import KEY, post
+from tersor.checkpoint.output import atomic_folder
 from tersor.checkpoint.restore import read_decoded, read_tensors, restore_rest, restore_site
+from tersor.checkpoint.seal import RECORDS, SEAL, listing
 from tersor.checkpoint.source import open_transformers, quiet_transformers, read_state, transformers_class
 from tersor.checkpoint.weights import write_weights
 from tersor.codecs.integers import EXPANSION
-from tersor.core.files import sha256
 from tersor.core.messages import first_line
 from tersor.errors import ArtifactError, InputError
 from tersor.pretrained import guard
@@ -58,8 +56,9 @@ NOT_COPIED = {
     ".ot",
     ".py",
     ".tflite",
+    ".tersor",
 }
-OWN_FILES = {MANIFEST, "README.md", ".gitattributes"}
+OWN_FILES = {MANIFEST, SEAL, "README.md", ".gitattributes"}
 
 
 def save(
@@ -70,19 +69,37 @@ def save(
     manifest: Mapping[str, Any] | None = None,
     coded: bool | None = None,
 ) -> None:
-    """Write `model`, packed weights and all, into `folder`, which is created if need be and should be empty.
+    """Write `model`, packed weights and all, into `folder`, which appears whole or not at all. One that tersor wrote is
+    replaced; one that holds anything else is left alone.
 
     Args:
         source: folder whose config and tokenizer files are copied as they are; without it, or where the model's sizes
             are no longer those of its config, a transformers model writes its config itself.
         manifest: more keys for `tersor.json`.
         coded: write the tensors entropy-coded, as `model.tersor`; by default, where a site's format is `coded`.
+
+    Raises:
+        InputError: the folder holds files that tersor did not write.
+        ArtifactError: the disk or the place refuses.
     """
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArtifactError(f"{folder}: cannot be created: {error.strerror}") from None
+    with atomic_folder(folder, overwrite=True) as working:
+        fill(model, working, source=source, manifest=manifest, coded=coded)
+
+
+def fill(
+    model: nn.Module,
+    folder: Path,
+    *,
+    source: Path | None = None,
+    manifest: Mapping[str, Any] | None = None,
+    coded: bool | None = None,
+) -> None:
+    """Write `model` into an empty folder, as `save` says."""
     config, generation_config = getattr(model, "config", None), getattr(model, "generation_config", None)
     if source is not None:
         copy_side_files(source, folder)
@@ -118,7 +135,6 @@ def describe(model: nn.Module, folder: Path, manifest: Mapping[str, Any]) -> Non
     packed = packed_sites(model)
     if packed or (folder / CODED).exists():
         post(folder)
-    weights = folder / CODED if (folder / CODED).exists() else folder / WEIGHTS
     is_transformers = (folder / "config.json").exists()
     about = {"class": type(model).__name__} if is_transformers else {"class": type(model).__name__, "factory": None}
     content = {
@@ -136,7 +152,7 @@ def describe(model: nn.Module, folder: Path, manifest: Mapping[str, Any]) -> Non
             for site, weight, quantizer in packed
         },
         **manifest,
-        "files": {weights.name: {"sha256": sha256(weights), "bytes": weights.stat().st_size}},
+        "files": listing(folder),
     }
     write_manifest(folder, content)
 
@@ -262,66 +278,16 @@ def skeleton(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
-    """Config, tokenizer and pooling files as they came; weights and code stay behind."""
+    """Config, tokenizer and pooling files as they came; weights and code stay behind, and so do folders that tersor
+    wrote."""
     check_links(source)
+    outputs = {record.parent for name in RECORDS for record in source.rglob(name)} - {source}
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
+        if not outputs.isdisjoint(path.parents):
+            continue
         hidden = any(part.startswith(".") for part in relative.parts)
         weights = path.suffix in NOT_COPIED or path.name.endswith(".index.json")
         if path.is_file() and not hidden and not weights and str(relative) not in OWN_FILES:
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / relative)
-
-
-def check_output(folder: Path, overwrite: bool, marker: str = MANIFEST) -> None:
-    """Before any work: the output can be written, and nothing of the user's is lost: a folder without the file
-    `marker` is not tersor's."""
-    if os.path.lexists(folder):
-        if not overwrite:
-            raise InputError(f"{folder} exists; choose another --output, or --overwrite it")
-        if not (folder / marker).exists():
-            raise InputError(
-                f"{folder} is not a tersor artifact, so --overwrite does not touch it; choose another --output"
-            )
-    parent = folder.absolute().parent
-    if not parent.is_dir():
-        raise InputError(f"{folder}: the folder {parent} does not exist")
-    try:
-        os.rmdir(tempfile.mkdtemp(prefix=f".{folder.absolute().name}.", dir=parent))
-    except OSError as error:
-        raise InputError(f"{folder}: cannot write in {parent}: {error.strerror}; choose another --output") from None
-
-
-@contextmanager
-def atomic_folder(folder: Path, overwrite: bool = False, marker: str = MANIFEST) -> Iterator[Path]:
-    """A temporary folder beside `folder`: takes its place when the block ends well, vanishes when it does not."""
-    check_output(folder, overwrite, marker)
-    target = folder.absolute()
-    try:
-        working = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise ArtifactError(f"{folder}: cannot be written: {error.strerror}") from None
-    try:
-        yield working
-        umask = os.umask(0)
-        os.umask(umask)
-        for path in (working, *working.rglob("*")):
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        if target.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)) / "old"
-            try:
-                target.rename(replaced)
-                working.rename(target)
-            finally:
-                if not target.exists():
-                    replaced.rename(target)
-                shutil.rmtree(replaced.parent)
-        else:
-            working.rename(target)
-    except OSError as error:
-        raise ArtifactError(f"{folder}: cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(working, ignore_errors=True)

@@ -8,13 +8,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from tersor.checkpoint.layout import CODED
+from tersor.checkpoint.seal import MANIFEST, VERSION, as_text
 from tersor.core.files import sha256
 from tersor.core.messages import first_line, first_mistake
 from tersor.errors import ArtifactError
 
-VERSION = 1
 WEIGHTS = "model.safetensors"
-MANIFEST = "tersor.json"
 
 
 class SiteEntry(BaseModel):
@@ -43,7 +42,8 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What loading relies on in `tersor.json`; more keys are welcome."""
+    """What loading relies on in `tersor.json`; more keys are welcome. `files` lists every other file of the folder; in
+    older artifacts, that of the weights alone."""
 
     model: ModelEntry
     sites: dict[str, SiteEntry]
@@ -85,10 +85,15 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def weights_path(folder: Path, manifest: Mapping[str, Any]) -> Path:
-    """The file with the tensors: coded, or as they are."""
-    return folder / (CODED if CODED in manifest["files"] else WEIGHTS)
+    """The file with the tensors."""
+    return folder / weights_name(manifest)
+
+
+def weights_name(manifest: Mapping[str, Any]) -> str:
+    """Of the file with the tensors: coded, or as they are."""
+    return CODED if CODED in manifest["files"] else WEIGHTS
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """Write `tersor.json`."""
-    (folder / MANIFEST).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(as_text(content), encoding="utf-8")

@@ -1,19 +1,18 @@
 """`tersor pack` and `tersor unpack`: checkpoints to `model.tersor` and back, bit for bit."""
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tersor.checkpoint.artifact import atomic_folder, check_output, copy_side_files
-from tersor.checkpoint.container import Container
+from tersor.checkpoint.artifact import copy_side_files
+from tersor.checkpoint.container import MAGIC, Container
 from tersor.checkpoint.container_write import write
 from tersor.checkpoint.layout import CODED
 from tersor.checkpoint.manifest import (
@@ -25,10 +24,11 @@ from tersor.checkpoint.manifest import (
     write_manifest,
 )
 from tersor.checkpoint.notice import withdraw
+from tersor.checkpoint.output import atomic_file, atomic_folder, check_output
+from tersor.checkpoint.seal import first_foreign, listing
 from tersor.checkpoint.source import weight_files
 from tersor.checkpoint.views import Packing
 from tersor.checkpoint.weights import DTYPE_NAMES, opened, write_weights
-from tersor.core.files import sha256
 from tersor.errors import ArtifactError, FormatError, InputError, ModelError
 from tersor.formats import format_named
 from tersor.formats.contract import Encoded, PackedParts
@@ -81,9 +81,8 @@ def pack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
     Raises:
         InputError, ModelError: the source is no checkpoint, is packed already, or the output is in the way.
     """
-    as_file = names_file(source, output, Path(CODED).suffix, overwrite)
-    if not as_file:
-        check_output(output, overwrite, CODED)
+    as_file = names_file(source, output, Path(CODED).suffix)
+    check_output(output, overwrite, not_packed if as_file else first_foreign)
     manifest: dict[str, Any] | None = None
     if (source / MANIFEST).exists():
         manifest = read_manifest(source)
@@ -99,13 +98,14 @@ def pack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
     metadata = {FILES: json.dumps({file.name: names_in(tensors, file) for file in files})} if len(files) > 1 else {}
     before = sum(file.stat().st_size for file in files)
     if as_file:
-        write(tensors, output, packing_of(manifest, tensors), metadata)
+        with atomic_file(output, overwrite, not_packed) as working:
+            write(tensors, working, packing_of(manifest, tensors), metadata)
         return Written(output, before, output.stat().st_size)
-    with atomic_folder(output, overwrite, CODED) as folder:
+    with atomic_folder(output, overwrite) as folder:
         write(tensors, folder / CODED, packing_of(manifest, tensors), metadata)
         copy_others(source, folder)
         if manifest is not None:
-            write_manifest(folder, with_file(manifest, folder / CODED))
+            write_manifest(folder, manifest | {"files": listing(folder)})
     return Written(output, before, (output / CODED).stat().st_size)
 
 
@@ -118,9 +118,9 @@ def unpack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
         InputError: the source is not packed, or the output is in the way.
         ArtifactError: the source is damaged.
     """
-    as_file = names_file(source, output, Path(WEIGHTS).suffix, overwrite)
+    as_file = names_file(source, output, Path(WEIGHTS).suffix)
     if not as_file:
-        check_output(output, overwrite, WEIGHTS)
+        check_output(output, overwrite)
     file = source / CODED if source.is_dir() else source
     if not file.is_file():
         raise InputError(f"{source}: has no {CODED}; `tersor pack` makes one")
@@ -131,11 +131,12 @@ def unpack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
         check_files(source, manifest)
         tensors = decoded(tensors, manifest)
     if as_file:
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as scratch:
-            write_weights(tensors, Path(scratch) / output.name, alignment=1)
-            os.replace(Path(scratch) / output.name, output)
+        foreign = partial(other_than, tensors=tensors, source=source)
+        check_output(output, overwrite, foreign)
+        with atomic_file(output, overwrite, foreign) as working:
+            write_weights(tensors, working, alignment=1)
         return Written(output, file.stat().st_size, output.stat().st_size)
-    with atomic_folder(output, overwrite, WEIGHTS) as folder:
+    with atomic_folder(output, overwrite) as folder:
         shards = shards_of(container, tensors, file)
         for name, names in shards.items():
             write_weights({each: tensors[each] for each in names}, folder / name, alignment=1)
@@ -153,19 +154,41 @@ def unpack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
     return Written(output, file.stat().st_size, after)
 
 
-def names_file(source: Path, output: Path, suffix: str, overwrite: bool) -> bool:
-    """Whether the output is a single file, by its name. Raises InputError where it cannot be one, or is in the way."""
+def names_file(source: Path, output: Path, suffix: str) -> bool:
+    """Whether the output is a single file, by its name. Raises InputError where it cannot be one."""
     if output.suffix != suffix:
         return False
     if source.is_dir():
         raise InputError(
             f"{output}: {source} is a folder, so the output is one, too; write -o {output.with_suffix('')}"
         )
-    if output.is_dir() or (output.exists() and not overwrite):
-        raise InputError(f"{output} exists; choose another --output, or --overwrite it")
-    if not output.absolute().parent.is_dir():
-        raise InputError(f"{output}: the folder {output.absolute().parent} does not exist")
     return True
+
+
+def not_packed(path: Path) -> str | None:
+    """Why a file is none that `tersor pack` wrote, by its first bytes."""
+    with path.open("rb") as file:
+        return None if file.read(len(MAGIC)) == MAGIC else "tersor did not write it"
+
+
+def other_than(path: Path, tensors: Mapping[str, Tensor], source: Path) -> str | None:
+    """Why a safetensors file, which says of no one that he wrote it, is not what would be written in its place."""
+    try:
+        with opened(path) as file:
+            same = set(file.keys()) == set(tensors) and all(
+                equal_bits(file.get_tensor(name), tensor) for name, tensor in tensors.items()
+            )
+    except ModelError:
+        same = False
+    return None if same else f"it is not what {source} holds"
+
+
+def equal_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are the same, NaN and all."""
+    alike = first.dtype == second.dtype and first.shape == second.shape
+    return alike and torch.equal(
+        first.contiguous().view(-1).view(torch.uint8), second.contiguous().view(-1).view(torch.uint8)
+    )
 
 
 def names_in(tensors: Shelved, file: Path) -> list[str]:
@@ -249,8 +272,3 @@ def copy_others(source: Path, folder: Path) -> None:
     for name in ("README.md", MANIFEST):
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
-
-
-def with_file(manifest: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The manifest with another weights file."""
-    return {**manifest, "files": {file.name: {"sha256": sha256(file), "bytes": file.stat().st_size}}}

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from tersor.budget.choices import Budget, check_choices
+from tersor.checkpoint.manifest import weights_name
 from tersor.checkpoint.streaming import no_lines
 from tersor.cli import options
 from tersor.cli.console import err, leave, out, print_json, print_table, progress_bars
@@ -88,7 +89,7 @@ def compress(
     batch: options.Batch = "1,32",
     seed: options.Seed = 0,
     threads: options.Threads = 1,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a tersor artifact.")] = False,
+    overwrite: options.Overwrite = False,
     stream: Annotated[
         bool,
         typer.Option(
@@ -199,7 +200,7 @@ def show_streamed(output: Path, manifest: dict[str, Any]) -> None:
     """What was made, and that nobody measured it."""
     for note in manifest["notes"]:
         err.print("note:", note, style="yellow", markup=False, highlight=False)
-    before, after = manifest["source"]["bytes"], manifest["files"]["model.safetensors"]["bytes"]
+    before, after = manifest["source"]["bytes"], manifest["files"][weights_name(manifest)]["bytes"]
     out.print(
         f"weights file: {megabytes(before)} to {megabytes(after)}, {before / after:.2f}x smaller", highlight=False
     )

@@ -17,7 +17,7 @@ def export(
     model: Annotated[str, typer.Argument(help="Artifact folder; --to onnx also takes a model that is not compressed.")],
     to: Annotated[str, typer.Option(help="Who reads it: see `tersor targets`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create; for clients of one file, a file.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is an earlier export.")] = False,
+    overwrite: options.Overwrite = False,
     weights: options.Weights = None,
     task: options.TaskName = None,
     data: Annotated[Path | None, typer.Option(help="Data whose first rows are the example inputs.")] = None,

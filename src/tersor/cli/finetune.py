@@ -69,7 +69,7 @@ def finetune(
     ] = "auto",
     drop: options.Drop = "1%",
     seed: options.Seed = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if tersor finetune made it.")] = False,
+    overwrite: options.Overwrite = False,
     exit_code: options.ExitCode = False,
     json: options.Json = False,
 ) -> None:

@@ -22,7 +22,7 @@ def merge(
     train: options.Train = None,
     task_option: options.TaskOption = None,
     seed: options.Seed = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if tersor merge made it.")] = False,
+    overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
     """Merge an adapter: into float weights by adding, into packed ones by rounding the sum anew."""

@@ -42,6 +42,9 @@ ExitCode = Annotated[
     bool,
     typer.Option("--exit-code", help="End with status 1 where the verdict is `exceeds`, 3 where it is `cannot tell`."),
 ]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace OUT if tersor wrote every file in it, and none was changed since.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Dtype = Annotated[
     str | None,

@@ -17,7 +17,7 @@ def pack(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder to create; FILE.tersor for a .safetensors file alone.")
     ],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is packed.")] = False,
+    overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
     """Make a checkpoint smaller without changing a bit: its tensors as model.tersor, everything else as it came."""

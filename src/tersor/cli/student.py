@@ -6,9 +6,10 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from tersor.checkpoint.artifact import atomic_folder, check_output, copy_side_files
+from tersor.checkpoint.artifact import copy_side_files
 from tersor.checkpoint.container_write import size_of
 from tersor.checkpoint.open import open_model
+from tersor.checkpoint.output import atomic_folder, check_output
 from tersor.cli import options
 from tersor.cli.console import out, print_json, print_table
 from tersor.errors import InputError
@@ -27,6 +28,7 @@ def student(
     hidden: Annotated[int | None, typer.Option(help="Hidden size.")] = None,
     intermediate: Annotated[int | None, typer.Option(help="Intermediate size of the feed-forward layers.")] = None,
     num_heads: Annotated[int | None, typer.Option("--heads", help="Attention heads.")] = None,
+    overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
     """Cut a smaller model from a larger one, to be taught by it."""
@@ -36,10 +38,10 @@ def student(
         )
     except ValidationError as error:
         raise InputError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
-    check_output(output, overwrite=False)
+    check_output(output, overwrite)
     source = open_model(teacher)
     made = make_student(source.model, step)
-    with atomic_folder(output) as folder:
+    with atomic_folder(output, overwrite) as folder:
         if source.folder is not None:
             copy_side_files(source.folder, folder)
         made.save_pretrained(folder)

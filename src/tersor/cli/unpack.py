@@ -15,7 +15,7 @@ def unpack(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder to create; FILE.safetensors for a .tersor file alone.")
     ],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds model.safetensors.")] = False,
+    overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
     """Write plain safetensors that transformers loads; an artifact's packed weights are decoded."""

@@ -4,26 +4,26 @@ Clients that run here (`Runnable`) take any model, and what they are given is op
 kept.
 """
 
-import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from tersor.activations import Activation
-from tersor.checkpoint.artifact import atomic_folder, check_output, load
+from tersor.checkpoint.artifact import load
 from tersor.checkpoint.layout import kept_tensors, packed_sites
 from tersor.checkpoint.manifest import MANIFEST, read_manifest
 from tersor.checkpoint.open import open_model
-from tersor.errors import ArtifactError, FormatError, InputError, ModelError
+from tersor.checkpoint.output import Foreign, atomic_file, atomic_folder, check_output
+from tersor.checkpoint.seal import seal
+from tersor.errors import FormatError, InputError, ModelError
 from tersor.export import export_named
 from tersor.export.check import Check, check
-from tersor.export.contract import Checkpoint, Layout, PackedSite, Runnable
+from tersor.export.contract import Checkpoint, Filed, Layout, PackedSite, Runnable
 from tersor.export.decoder import has_cache
 from tersor.export.examples import Examples, examples_of, with_cache
-from tersor.export.folder import PROVENANCE
 from tersor.task_choice import TaskChoice, open_task_for
 
 
@@ -80,7 +80,8 @@ def export_model(
         MissingExtra: the client's package is needed to write, and is not installed.
     """
     export, output = with_options(export_named(to), options), Path(output)
-    check_place(output, export, overwrite)
+    check_suffix(output, export)
+    check_output(output, overwrite, *standing(export, output))
     if isinstance(export, Runnable):
         checkpoint = open_any(
             str(model),
@@ -99,7 +100,7 @@ def export_model(
         checkpoint = open_checkpoint(Path(model))
     check_sites(checkpoint, export)
     checked = None
-    with atomic(output, export, overwrite) as working:
+    with place_for(output, export, overwrite) as working:
         if isinstance(export, Runnable):
             with tempfile.TemporaryDirectory() as scratch:
                 written = export.write(checkpoint, working, Path(scratch))
@@ -107,6 +108,8 @@ def export_model(
             notes = written.notes
         else:
             notes = tuple(export.write(checkpoint, working))
+        if working.is_dir():
+            seal(working)
         files = working.rglob("*") if working.is_dir() else working.parent.iterdir()
         num_bytes = sum(file.stat().st_size for file in files if file.is_file())
     formats = {packed.site.name: packed.scheme for packed in checkpoint.sites}
@@ -183,30 +186,20 @@ def check_sites(checkpoint: Checkpoint, export: Layout) -> None:
     export.check(checkpoint)
 
 
-def check_place(output: Path, export: Layout, overwrite: bool) -> None:
-    """Before any work: the output can be written, and nothing but an earlier export or a file of its kind is lost."""
+def check_suffix(output: Path, export: Layout) -> None:
+    """Before any work: a client of one file is given the name of one. Raises InputError."""
     if export.suffix and output.suffix != export.suffix:
         raise InputError(f"{output}: {export.name} writes one file; name it {output.with_suffix(export.suffix)}")
-    if overwrite and export.suffix and output.is_file():
-        return
-    check_output(output, overwrite, PROVENANCE)
 
 
-@contextmanager
-def atomic(output: Path, export: Layout, overwrite: bool) -> Iterator[Path]:
+def standing(export: Layout, output: Path) -> tuple[Foreign, Sequence[str]] | tuple[()]:
+    """For a client of files: what tells whether one that stands at the output may be replaced, and the names of the
+    files that may be written beside it."""
+    return (export.foreign, export.beside(output)) if isinstance(export, Filed) else ()
+
+
+def place_for(output: Path, export: Layout, overwrite: bool) -> AbstractContextManager[Path]:
     """Where to write: it takes the place of `output` when the block ends well, and vanishes when it does not."""
-    if not export.suffix:
-        with atomic_folder(output, overwrite, PROVENANCE) as working:
-            yield working
-        return
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as folder:
-            working = Path(folder) / output.name
-            yield working
-            beside = [path for path in sorted(Path(folder).iterdir()) if path != working]
-            for path in (*beside, working):  # the file that names the others comes last
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-                path.replace(output.parent / path.name)
-    except OSError as error:
-        raise ArtifactError(f"{output}: cannot be written: {error}") from None
+    if not isinstance(export, Filed):
+        return atomic_folder(output, overwrite)
+    return atomic_file(output, overwrite, *standing(export, output))

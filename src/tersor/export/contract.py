@@ -133,6 +133,21 @@ class Layout(Protocol):
         """What single sites cannot tell. Raises FormatError or ModelError with the way out."""
 
 
+UNMARKED = "it does not say that tersor wrote it"
+
+
+@runtime_checkable
+class Filed(Layout, Protocol):
+    """A client of one file, and what lies beside it."""
+
+    def foreign(self, output: Path) -> str | None:
+        """Why a file is not one that tersor wrote for this client, as it was written; None where it is. What it says of
+        the files beside it is looked at, too."""
+
+    def beside(self, output: Path) -> tuple[str, ...]:
+        """The names of the files that may be written beside it."""
+
+
 @runtime_checkable
 class Export(Layout, Protocol):
     """A client that reads artifacts of Hugging Face models."""

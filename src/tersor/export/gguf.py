@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from tersor.errors import MissingExtra, ModelError
-from tersor.export.contract import Checkpoint, Misfit, PackedSite
+from tersor.export.contract import UNMARKED, Checkpoint, Misfit, PackedSite
 from tersor.export.gguf_blocks import BLOCK, CODE_BITS, block_type, to_blocks
 from tersor.export.gguf_tokenizer import tokenizer_metadata
 from tersor.formats.contract import Encoded
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+WRITER = "tersor"
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 HOLDS = (
     f"q2_k to q6_k, mxfp4, and integer formats per row or in groups of a multiple of {BLOCK} columns, asymmetric ones "
@@ -38,6 +39,18 @@ class Gguf:
     holds = HOLDS
     extra = "gguf"
     holds_floats = True  # a model in 16-bit floats is a GGUF model, too
+
+    def foreign(self, output: Path) -> str | None:
+        """Why it is none of our files, by the key that says who quantized them."""
+        try:
+            field = gguf_package().GGUFReader(output).get_field("general.quantized_by")
+            written = field is not None and field.contents() == WRITER
+        except (ValueError, KeyError, IndexError, UnicodeError):  # what the reader trips over in another file
+            written = False
+        return None if written else UNMARKED
+
+    def beside(self, output: Path) -> tuple[str, ...]:
+        return ()
 
     def misfit(self, packed: PackedSite) -> Misfit | None:
         if packed.is_plain or (block_type(packed.encoded) and packed.activation is None):
@@ -151,6 +164,7 @@ def metadata(checkpoint: Checkpoint) -> dict[str, Any]:
         "general.type": "model",
         "general.name": checkpoint.folder.name,
         "general.quantization_version": 2,
+        "general.quantized_by": WRITER,
         **{f"{architecture}.{key}": value for key, value in about.items()},
         **tokenizer_metadata(checkpoint.folder, config.vocab_size),
     }

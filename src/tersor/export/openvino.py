@@ -8,6 +8,7 @@ of columns; the file says how large these are:
     32      where only weights are quantized; set DYNAMIC_QUANTIZATION_GROUP_SIZE to 0 for float inputs
 """
 
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +16,15 @@ from typing import Any
 
 import numpy as np
 
+from tersor.core.files import sha256
 from tersor.errors import ArtifactError, MissingExtra
-from tersor.export.contract import Checkpoint, Misfit, PackedSite, Written
+from tersor.export.contract import UNMARKED, Checkpoint, Misfit, PackedSite, Written
 from tersor.export.decoder import PAST
 from tersor.export.onnx import nearby, require
 from tersor.export.openvino_language import extensions, make_stateful, name_of
 
 SETTING = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
+WRITER, UNKNOWN = "tersor", "0" * 64  # where the file says who wrote it: the hash of its weights
 DYNAMIC, WEIGHT_ONLY, FLOAT = 128, 32, 0  # columns that share a scale
 
 
@@ -48,6 +51,19 @@ class OpenVinoIr:
         "integer grids of any bits, by row or group, in any layer; int8 with int8-dynamic or int8-static inputs; "
         "16-bit formats; models that are not quantized"
     )
+
+    def foreign(self, output: Path) -> str | None:
+        """Why it is none of our files, or the one beside it not its own, by the hash that it says."""
+        found = re.search(rf'<{WRITER}>\s*<weights value="([0-9a-f]{{64}})"', output.read_text(errors="replace"))
+        if found is None:
+            return UNMARKED
+        weights = output.with_suffix(".bin")
+        if weights.exists() and sha256(weights) != found[1]:
+            return f"{weights.name} beside it was not written with it"
+        return None
+
+    def beside(self, output: Path) -> tuple[str, ...]:
+        return (output.with_suffix(".bin").name,)
 
     def misfit(self, packed: PackedSite) -> Misfit | None:
         from tersor.export.onnx.layers import holds
@@ -119,7 +135,10 @@ def convert(graph: Path, output: Path, group_size: int) -> dict[str, int]:
             make_stateful(openvino, model)
         narrow_scales(model)
         model.set_rt_info(str(group_size), ["runtime_options", SETTING])
+        model.set_rt_info(UNKNOWN, [WRITER, "weights"])
         openvino.save_model(model, str(output), compress_to_fp16=False)
+        text = output.read_text(encoding="utf-8")
+        output.write_text(text.replace(UNKNOWN, sha256(output.with_suffix(".bin")), 1), encoding="utf-8")
     except Exception as error:  # its errors have no common base of their own
         raise ArtifactError(f"{output}: OpenVINO cannot convert the model: {error}") from None
     return products(openvino, output, group_size)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tersor.checkpoint.manifest import weights_name
 from tersor.measure.scorecard import Scorecard
 from tersor.measure.verdict import Verdict
 
@@ -19,7 +20,7 @@ def model_card(
         original, compressed = cards
         rows_and_labels = comparison(original, compressed)
     else:
-        before, after = manifest["source"]["bytes"], next(iter(manifest["files"].values()))["bytes"]
+        before, after = manifest["source"]["bytes"], manifest["files"][weights_name(manifest)]["bytes"]
         rows_and_labels = [("weights file", megabytes(before), f"{megabytes(after)} ({before / after:.2f}x smaller)")]
     headline = verdict.sentence() if verdict else UNMEASURED
     measured = f"Measured on: {manifest['task']['description']}" if cards else ""

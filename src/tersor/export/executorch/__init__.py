@@ -4,10 +4,12 @@ The graph comes from `torch.export` (trace.py), the weights from the artifact: e
 operators that layers.py lists. Nothing is quantized by ExecuTorch's tools, but for what codes.py says.
 """
 
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
-from tersor.export.contract import Checkpoint, Misfit, PackedSite, Written
+from tersor.export.contract import UNMARKED, Checkpoint, Misfit, PackedSite, Written
+from tersor.runtimes.executorch import SIGNATURE
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,16 @@ class ExecuTorch:
         "symmetric integers by row in linear layers, int8-static ones in convolutions, any integers in embeddings; "
         "16-bit formats as fp32; models that are not quantized"
     )
+
+    def foreign(self, output: Path) -> str | None:
+        """Why it is none of our files, which say the names of their inputs and outputs."""
+        if output.stat().st_size == 0:
+            return UNMARKED
+        with output.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return None if data.find(SIGNATURE.encode()) >= 0 else UNMARKED
+
+    def beside(self, output: Path) -> tuple[str, ...]:
+        return ()
 
     def misfit(self, packed: PackedSite) -> Misfit | None:
         from tersor.export.executorch.layers import holds, nearby

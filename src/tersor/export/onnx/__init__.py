@@ -10,6 +10,7 @@ from pathlib import Path
 from tersor.errors import FormatError, InputError, MissingExtra
 from tersor.export.check import DTYPES
 from tersor.export.contract import Checkpoint, Misfit, PackedSite, Written
+from tersor.export.onnx.mark import beside, foreign
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,14 @@ class Onnx:
         "integer grids of any bits, by row or group, in any layer; int8 with int8-dynamic or int8-static inputs; "
         "16-bit formats; models that are not quantized"
     )
+
+    def foreign(self, output: Path) -> str | None:
+        """Why it is none of our files, by its producer, or a file beside it not the one that it names."""
+        require()
+        return foreign(output)
+
+    def beside(self, output: Path) -> tuple[str, ...]:
+        return (beside(output).name,)
 
     def misfit(self, packed: PackedSite) -> Misfit | None:
         from tersor.export.onnx.layers import holds

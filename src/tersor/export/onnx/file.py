@@ -8,6 +8,7 @@ import onnx_ir.passes.common
 
 from tersor.errors import ArtifactError
 from tersor.export.onnx.builder import MICROSOFT
+from tersor.export.onnx.mark import PRODUCER, beside, name_data
 from tersor.export.onnx.names import make_unique
 from tersor.runtimes.onnx_decoder import CACHE, IN_PLACE
 
@@ -20,15 +21,18 @@ def save(model: ir.Model, path: Path) -> None:
     ir.passes.common.RemoveUnusedNodesPass()(model)
     make_unique(model.graph)
     num_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    data = beside(path) if num_bytes > LARGEST else None
     try:
-        ir.save(model, path, external_data=f"{path.name}.data" if num_bytes > LARGEST else None)
+        ir.save(model, path, external_data=data and data.name)
+        if data is not None:
+            name_data(path)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be written: {error}") from None
 
 
 def clean(model: ir.Model) -> None:
     """Take out what the tracer noted for its own developers, source files and their lines among it."""
-    model.producer_name, model.producer_version = "tersor", None
+    model.producer_name, model.producer_version = PRODUCER, None
     model.doc_string = None
     model.metadata_props.clear()
     if any(node.op_type == "GroupQueryAttention" for node in model.graph):

@@ -1,0 +1,253 @@
+"""Outputs appear whole or not at all, and take the place of nothing but what tersor wrote.
+
+Work is done in a hidden folder `.OUT.xxxxxxxx` beside OUT:
+
+    lock      held while the run lives; says its process and host, and what OUT is
+    new/      what will appear
+    old/      what stood at OUT and is being replaced; put back if the run ends before the new is in place
+
+A run that was killed leaves it behind, and the next one with the same output removes it.
+"""
+
+import glob
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tersor.checkpoint.seal import first_foreign, seal
+from tersor.core.lock import held, holder, is_held, told_by
+from tersor.errors import ArtifactError, InputError
+
+LOCK, NEW, OLD = "lock", "new", "old"
+Foreign = Callable[[Path], str | None]  # why what stands at an output is not tersor's to replace; None where it is
+
+
+def check_output(output: Path, overwrite: bool, foreign: Foreign = first_foreign, beside: Sequence[str] = ()) -> None:
+    """Before any work: the output can be written, nothing that tersor did not write is in the way, and no other run is
+    writing it. What a killed run left is removed. Raises InputError."""
+    target = place_of(output, overwrite)
+    for lock in leftovers(target):
+        about = told_by(lock)
+        raise InputError(
+            f"{output}: process {about['process']} on {about['host']} is writing it; wait for its end, or choose "
+            f"another --output"
+        )
+    check_replaceable(output, overwrite, foreign, beside)
+    try:
+        with tempfile.TemporaryDirectory(prefix=prefix_of(target), dir=target.parent) as place:
+            (Path(place) / target.name).mkdir()
+    except OSError as error:
+        reason = f"cannot write in {target.parent}: {error.strerror}"
+        raise InputError(f"{output}: {reason}; choose another --output") from None
+
+
+def check_replaceable(output: Path, overwrite: bool, foreign: Foreign, beside: Sequence[str] = ()) -> None:
+    """Nothing is at the place of the output, nor at those of files `beside` it, or only what may be replaced.
+
+    Raises InputError.
+    """
+    target = place_of(output, overwrite)
+    if not target.parent.is_dir():
+        raise InputError(f"{output}: the folder {target.parent} does not exist")
+    stands = os.path.lexists(target)
+    if not overwrite or not stands:
+        for name in ([output.name] if stands else []) + list(beside):
+            if os.path.lexists(target.parent / name):
+                way = "choose another --output" + ("" if overwrite else ", or --overwrite it")
+                raise InputError(f"{output.parent / name} exists; {way}")
+        return
+    try:
+        reason = foreign(target)
+    except OSError as error:
+        reason = f"it cannot be read ({error.strerror})"
+    if reason:
+        raise InputError(
+            f"{output}: {reason}, so --overwrite does not touch it; choose another --output, or delete it yourself"
+        )
+
+
+@contextmanager
+def atomic_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `folder`: takes its place when the block ends well, with a list of its files, and
+    vanishes when it does not."""
+    target = place_of(folder, overwrite)
+    check_replaceable(folder, overwrite, first_foreign)
+    with workplace(folder, target) as place:
+        working = place / NEW / target.name
+        working.mkdir()
+        yield working
+        seal(working)
+        settle([working])
+        replace(place, target, [working], overwrite, first_foreign)
+
+
+@contextmanager
+def atomic_file(output: Path, overwrite: bool, foreign: Foreign, beside: Sequence[str] = ()) -> Iterator[Path]:
+    """A path to write to, in a temporary folder: the file takes the place of `output` when the block ends well, and
+    those that were written beside it theirs.
+
+    Args:
+        foreign: why an existing file is not tersor's to replace.
+        beside: names of files that may be written beside it, and are replaced with it.
+    """
+    target = place_of(output, overwrite)
+    check_replaceable(output, overwrite, foreign, beside)
+    with workplace(output, target) as place:
+        yield place / NEW / target.name
+        made = sorted((place / NEW).iterdir(), key=lambda path: path.name == target.name)  # what names the others: last
+        settle(made)
+        replace(place, target, made, overwrite, foreign, beside)
+
+
+def place_of(output: Path, overwrite: bool) -> Path:
+    """Where an output is written: for one that is replaced, where links lead."""
+    return Path(os.path.realpath(output)) if overwrite else output.absolute()
+
+
+def prefix_of(target: Path) -> str:
+    """How the names of the temporary folders of an output begin."""
+    return f".{target.name[:200]}."
+
+
+def leftovers(target: Path) -> Iterator[Path]:
+    """Removes what runs with this output left that were killed; the locks of those that live."""
+    for lock in sorted(target.parent.glob(f"{glob.escape(prefix_of(target))}????????/{LOCK}")):
+        about = told_by(lock)
+        if about.get("output") != target.name or not {"process", "host"} <= about.keys():
+            continue
+        if is_held(lock):
+            yield lock
+        elif about["host"] != holder()["host"]:
+            warnings.warn(
+                f"{lock.parent} is left of process {about['process']} on {about['host']}; delete it if that has ended",
+                stacklevel=2,
+            )
+        else:
+            restore(lock.parent, target)
+            discard(lock.parent)
+
+
+@contextmanager
+def workplace(output: Path, target: Path) -> Iterator[Path]:
+    """The temporary folder of one run, locked; removed at the end, but for finished work that found its place taken."""
+    try:
+        for _ in leftovers(target):
+            pass  # another run that lives: whoever ends first has the place
+        place = Path(tempfile.mkdtemp(prefix=prefix_of(target), dir=target.parent))
+    except OSError as error:
+        raise ArtifactError(f"{output}: cannot be written: {error.strerror}") from None
+    try:
+        with held(place / LOCK, output=target.name):
+            (place / NEW).mkdir()
+            yield place
+    except Taken as taken:
+        (place / LOCK).unlink()  # so that nobody takes it for what a killed run left
+        place.chmod(0o777 & ~umask())
+        raise InputError(
+            f"{output}: {taken}, and is left alone; the finished work is in {place / NEW}: move it where you want it"
+        ) from None
+    except OSError as error:
+        discard(place)
+        raise ArtifactError(f"{output}: cannot be written: {error.strerror or error}") from None
+    except BaseException:
+        discard(place)
+        raise
+    discard(place)
+
+
+class Taken(Exception):
+    """Something stands at the output that the run must not replace."""
+
+
+def settle(paths: Sequence[Path]) -> None:
+    """Give files and folders the usual permissions, and have the disk hold all of their bytes."""
+    mask = umask()
+    for path in [each for made in paths for each in (made, *made.rglob("*"))]:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+        with open_to_flush(path) as handle:
+            os.fsync(handle)
+
+
+@contextmanager
+def open_to_flush(path: Path) -> Iterator[int]:
+    """A handle of a file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def umask() -> int:
+    """The permissions that new files do not get."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def replace(
+    place: Path, target: Path, made: Sequence[Path], overwrite: bool, foreign: Foreign, beside: Sequence[str] = ()
+) -> None:
+    """Put what was made where it belongs, the target last. What stands there is first set aside, looked at once more,
+    and put back if anything goes wrong. Raises Taken for what must not be replaced."""
+    (place / OLD).mkdir()
+    names = dict.fromkeys([target.name, *beside, *(path.name for path in made)]) if overwrite else {}
+    try:
+        for name in names:  # the target first: where it is missing, the old ones are put back
+            if os.path.lexists(target.parent / name):
+                (target.parent / name).rename(place / OLD / name)
+        if any((place / OLD).iterdir()):
+            found = place / OLD / target.name
+            reason = foreign(found) if os.path.lexists(found) else f"{sorted(os.listdir(place / OLD))[0]} appeared"
+            if reason:
+                raise Taken(f"it was changed while the command ran ({reason})")
+        for path in made:
+            appear(path, target.parent / path.name)
+    except BaseException:
+        restore(place, target)
+        raise
+    (place / OLD).rename(place / "replaced")
+
+
+def restore(place: Path, target: Path) -> None:
+    """Take back what a run put in place without coming to an end, and put back what it set aside."""
+    made = place / NEW / target.name
+    if os.path.lexists(target) and (not made.exists() or is_same(made, target)):
+        return  # the target is the last to appear
+    for path in (place / NEW).glob("*"):
+        if is_same(target.parent / path.name, path):
+            (target.parent / path.name).unlink()
+    for path in (place / OLD).glob("*"):
+        if not os.path.lexists(target.parent / path.name):
+            path.rename(target.parent / path.name)
+
+
+def is_same(first: Path, second: Path) -> bool:
+    """Whether both are there, and are one file."""
+    return first.exists() and second.exists() and os.path.samefile(first, second)
+
+
+def discard(place: Path) -> None:
+    """Remove a run's temporary folder, unless something that it set aside could not be put back."""
+    if not any((place / OLD).glob("*")):
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def appear(path: Path, target: Path) -> None:
+    """Give what was made its name, if nothing has it. Raises Taken."""
+    try:
+        if path.is_dir():
+            path.rename(target)  # refused by the system where a file or a folder that is not empty has the name
+        else:
+            os.link(path, target)
+    except OSError:
+        if os.path.lexists(target):
+            raise Taken(f"{target.name} appeared while the command ran") from None
+        if path.is_dir():
+            raise
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL))  # a disk without links: take the name, then fill it
+        os.replace(path, target)

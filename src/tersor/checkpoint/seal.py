@@ -1,0 +1,103 @@
+"""Which files of a folder tersor wrote: the list with the size and sha256 of every one of them.
+
+An artifact has it in `tersor.json`, under `files`; any other folder that tersor writes, such as an export, in
+`tersor-files.json`. Only a folder that holds nothing but what its list names is ever replaced.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tersor.core.files import sha256
+from tersor.errors import ArtifactError
+
+VERSION = 1  # of both
+MANIFEST, SEAL = "tersor.json", "tersor-files.json"
+RECORDS = (MANIFEST, SEAL)  # either holds the list, and is not in it
+Listed = dict[str, dict[str, Any]]
+
+
+def listing(folder: Path, known: Mapping[str, Any] = {}) -> Listed:
+    """Size and sha256 of every file in the folder, however deep, but the one that holds the list.
+
+    Args:
+        known: entries to take over for files that are there.
+    """
+    names = sorted(name for name in names_in(folder) if name not in RECORDS and (folder / name).is_file())
+    return {name: dict(known[name]) if name in known else entry_of(folder / name) for name in names}
+
+
+def entry_of(path: Path) -> dict[str, Any]:
+    """What a list says of one file."""
+    return {"sha256": sha256(path), "bytes": path.stat().st_size}
+
+
+def names_in(folder: Path) -> Iterator[str]:
+    """Everything in a folder, by its path from there: files, links, and folders that hold nothing."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        for name in (*files, *links):
+            yield (Path(place) / name).relative_to(folder).as_posix()
+        if not folders and not files and Path(place) != folder:
+            yield Path(place).relative_to(folder).as_posix()
+
+
+def seal(folder: Path) -> None:
+    """List every file of a folder that is complete: in its manifest, if it is an artifact, else in `tersor-files.json`.
+
+    What is listed already is taken as it is.
+    """
+    try:
+        record = next((folder / name for name in RECORDS if (folder / name).exists()), folder / SEAL)
+        content: dict[str, Any] = {"tersor": VERSION, "files": {}}
+        if record.exists():
+            content = json.loads(record.read_text(encoding="utf-8"))
+        files = listing(folder, content["files"])
+        if not record.exists() or files.keys() != content["files"].keys():
+            record.write_text(as_text(content | {"files": files}), encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(f"{folder}: cannot be written: {error}") from None
+
+
+def as_text(content: Mapping[str, Any]) -> str:
+    """What a file with a list holds."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def listed_in(folder: Path) -> Listed | None:
+    """The folder's list; None for a folder that has none, or one that cannot be read."""
+    for record in RECORDS:
+        try:
+            content = json.loads((folder / record).read_text(encoding="utf-8"))
+            return {str(name): {"sha256": e["sha256"], "bytes": e["bytes"]} for name, e in content["files"].items()}
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            continue
+    return None
+
+
+def first_foreign(folder: Path) -> str | None:
+    """Why a folder is not just what tersor wrote, by its first file that the list does not name, or that was changed.
+    None where every file is as it was written, and for an empty folder."""
+    if not folder.is_dir():
+        return "it is no folder"
+    listed = listed_in(folder)
+    try:
+        for name in sorted(names_in(folder)):
+            if listed is not None and name in RECORDS:
+                continue
+            path = folder / name
+            if listed is None:
+                return f"it holds {name}, and no list of files that tersor wrote"
+            if name not in listed or path.is_symlink() or not path.is_file():
+                return f"it holds {name}, which tersor did not write"
+            if path.stat().st_size != listed[name]["bytes"] or sha256(path) != listed[name]["sha256"]:
+                return f"{name} in it was changed since tersor wrote it"
+    except OSError as error:
+        return f"{error.filename} in it cannot be read"
+    return None

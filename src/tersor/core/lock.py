@@ -1,0 +1,55 @@
+"""Files that a process holds while it works. The system lets go of them when the process ends, however it ends."""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+
+def holder() -> dict[str, Any]:
+    """What a lock says of this process."""
+    return {"process": os.getpid(), "host": socket.gethostname()}
+
+
+@contextmanager
+def held(path: Path, **about: Any) -> Iterator[None]:
+    """Hold the file `path`, which is made if need be and says who holds it and what else it is told.
+
+    Raises BlockingIOError when another process holds it.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(handle, 0)
+        os.write(handle, json.dumps(holder() | about).encode())
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the file. A file that cannot be asked counts as held."""
+    try:
+        handle = os.open(path, os.O_RDWR)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def told_by(path: Path) -> dict[str, Any]:
+    """What the file says of who holds it or held it last; empty where it says nothing."""
+    with suppress(OSError, ValueError):
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(about, dict):
+            return about
+    return {}
