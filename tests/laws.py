@@ -26,7 +26,7 @@ from tersor.kernels import reference
 from tersor.methods import METHODS
 from tersor.methods.contract import Method
 from tersor.methods.kept import Kept
-from tersor.modules import Fold, PackedLinear, PackedWeight
+from tersor.modules import Fold, PackedLinear, PackedWeight, pack_layer
 from tersor.schemes import Scheme
 from tersor.stats import Stats
 
@@ -502,8 +502,9 @@ def kernel_agrees_with_reference(activation: ActivationFormat, format: Format, x
     encoded = format.encode(weight, format.fit(weight))
     offset = random(24, seed=41).to(x.dtype) if bias else torch.zeros(24, dtype=x.dtype)
     quantizer = Activation(activation.name, params_for(activation))
-    packed = PackedWeight(encoded, Fold(encoded.shape), x.dtype)
-    layer = PackedLinear(packed, torch.nn.Parameter(offset) if bias else None, quantizer)
+    layer = torch.nn.Linear(x.shape[-1], 24)
+    layer.bias = torch.nn.Parameter(offset) if bias else None
+    pack_layer(layer, PackedLinear, PackedWeight(encoded, Fold(encoded.shape), x.dtype), quantizer)
     with torch.no_grad():
         y = layer(x)
         with reference():

@@ -18,7 +18,7 @@ from tersor.formats import format_named
 from tersor.kernels import choice, choices, kernel_of, reference
 from tersor.kernels.int8 import ONEDNN
 from tersor.measure.size import measure_size
-from tersor.modules import Fold, PackedLinear, PackedWeight
+from tersor.modules import Fold, PackedLinear, PackedWeight, pack_layer
 from tersor.sites import find_sites
 from tersor.stats import Stats
 
@@ -35,8 +35,10 @@ def layer(format, activation=None, shape=(64, 128), dtype=torch.float32, bias=Tr
     quantizer = None
     if activation:
         quantizer = Activation(activation, ACTIVATIONS[activation].fit(Stats(sample=random(64, shape[1]) + 0.5)))
-    offset = nn.Parameter(random(shape[0], seed=2).to(dtype)) if bias else None
-    return PackedLinear(PackedWeight(encoded, Fold(shape), dtype), offset, quantizer).eval()
+    linear = nn.Linear(shape[1], shape[0])
+    linear.bias = nn.Parameter(random(shape[0], seed=2).to(dtype)) if bias else None
+    pack_layer(linear, PackedLinear, PackedWeight(encoded, Fold(shape), dtype), quantizer)
+    return linear.eval()
 
 
 def only(monkeypatch, name):

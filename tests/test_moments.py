@@ -8,7 +8,7 @@ from torch import nn
 
 from laws import random
 from tersor.formats import FORMATS
-from tersor.modules import Fold, PackedConv, PackedWeight
+from tersor.modules import Fold, PackedConv, PackedWeight, pack_layer
 from tersor.moments import CHUNK, SAMPLE, Moments, inputs_of
 from tersor.stats import Stats
 
@@ -167,16 +167,35 @@ def test_packed_convolutions_and_single_images():
     packed = PackedWeight(FORMATS["bf16"].encode(weight.flatten(1), {}), Fold(tuple(weight.shape)), weight.dtype)
     x = conv_input(conv)
     (wanted,) = inputs_of(conv, x)
-    (found,) = inputs_of(PackedConv(packed, conv, None), x)
+    pack_layer(conv, PackedConv, packed, None)
+    (found,) = inputs_of(conv, x)
     assert torch.equal(found, wanted)
     (one,) = inputs_of(conv, x[0])
     assert torch.equal(one, wanted[: len(one)])
 
 
+PADDED = [
+    {"padding": padding, "padding_mode": mode, "dilation": dilation, "groups": groups}
+    for padding, dilation in (("same", 1), ("same", 2), ("valid", 2), (1, 1), (2, 2))
+    for mode in ("zeros", "reflect", "replicate", "circular")
+    for groups in (1, 2)
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("options", PADDED, ids=str)
+def test_the_inputs_of_a_convolution_are_what_its_matrix_is_multiplied_with(axes, options):
+    kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[axes]
+    conv, x = kind(4, 6, (4, 3, 2)[-axes:], **options), random(2, 4, *(7, 6, 5)[:axes])
+    (rows,) = inputs_of(conv, x)
+    matrix = conv.weight.flatten(1).unflatten(0, (conv.groups, -1))
+    rows = rows.unflatten(0, (-1, conv.groups))
+    made = torch.einsum("tgi,goi->tgo", rows, matrix).flatten(1) + conv.bias
+    torch.testing.assert_close(made, conv(x).movedim(1, -1).flatten(0, -2), rtol=1e-4, atol=1e-5)
+
+
 def test_inputs_that_are_not_known_are_none_at_all():
-    x = random(2, 4, 8, 8)
-    assert list(inputs_of(nn.Conv2d(4, 6, 3, padding="same"), x)) == []
-    assert list(inputs_of(nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), x)) == []
     assert list(inputs_of(nn.Linear(4, 2), torch.ones(2, 4, dtype=torch.long))) == []
 
 

@@ -16,6 +16,7 @@ import tersor
 from tersor.activations import Int8Dynamic
 from tersor.errors import FormatError
 from tersor.formats import format_named
+from tersor.in_place import DECODED
 from tersor.kernels import reference
 from tersor.modules import PackedConv, PackedEmbedding, PackedLinear, PackedWeight, packed_parameters
 from tersor.recipe import Recipe
@@ -270,7 +271,7 @@ def test_an_exception_in_forward_leaves_nothing_decoded(name):
     for module in wrapped:
         with pytest.raises(Exception):  # noqa: B017
             module(object())
-        assert all(getattr(module, parameter) is None for parameter in packed_parameters(module))
+        assert DECODED not in module.__dict__
     assert num_bytes(small) == size
     assert same(case.run(small), before)
 
@@ -304,17 +305,24 @@ def test_only_the_asked_for_part_of_an_attention_block_may_be_packed():
 def test_packed_kinds_of_module():
     small = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(1, 2, 3), nn.Embedding(5, 4), ScaledEmbedding(5, 4))
     small = tersor.compress(small, Recipe.of("int8")).model
-    assert [type(module) for module in small] == [PackedLinear, PackedConv, PackedEmbedding, ScaledEmbedding]
+    for module, kind in zip(small, [PackedLinear, PackedConv, PackedEmbedding, ScaledEmbedding], strict=True):
+        assert isinstance(module, kind)
+    assert not isinstance(small[3], PackedEmbedding)
 
 
-def test_replace_refuses_another_shape_and_a_bare_layer():
+def test_replace_refuses_another_shape():
     encoded = Scheme.parse("nearest:int8").method.compress(torch.randn(3, 4), format_named("int8"), Stats())
     model = nn.Sequential(nn.Linear(5, 3))
     with pytest.raises(FormatError, match=r"0: encoded as \(3, 4\), but the model has \(3, 5\) here"):
         find_sites(model)[0].replace(model, encoded)
-    bare = nn.Linear(4, 3)
-    with pytest.raises(FormatError, match=r"nn\.Sequential"):
-        find_sites(bare)[0].replace(bare, encoded)
+
+
+def test_a_bare_layer_is_packed_saved_and_loaded(tmp_path):
+    bare, x = nn.Linear(4, 3), torch.randn(5, 4)
+    small = tersor.compress(bare, Recipe.of("int8")).model
+    assert torch.equal(small(x), F.linear(x, find_sites(small)[0].weight(small), bare.bias))
+    tersor.save(small, tmp_path)
+    assert torch.equal(tersor.load(tmp_path, model=nn.Linear(4, 3))(x), small(x))
 
 
 def test_nan_weights_are_refused_by_name():

@@ -14,11 +14,12 @@ from tersor.core.progress import Progress, silent
 from tersor.errors import FormatError
 from tersor.formats.contract import Sparse
 from tersor.keep_float import KeptFloat, check_number, check_task, choose, spared
+from tersor.modules import packed_weight
 from tersor.moments import shows_inputs
 from tersor.pretrained import guard
 from tersor.recipe import Recipe, Step, TransformStep
 from tersor.site_report import SiteReport
-from tersor.sites import Site, check_patterns, find_sites, packed_weight
+from tersor.sites import Site, check_patterns, find_sites
 from tersor.stats import Stats
 from tersor.steps.weights import WeightsStep, preflight
 from tersor.steps.weights_run import WeightsRun

@@ -1,8 +1,9 @@
 """The nn.Modules that run an Encoded. Weights stay packed in memory; what runs equals the decoded weight.
 
-`PackedLinear`, `PackedConv` and `PackedEmbedding` take the place of their float counterparts. Every other module that
-owns a weight (LSTM, GRU, multi-head attention, stacked experts, subclasses with a forward of their own) stays what it
-is, and `pack_parameter` has the weight decoded just before the module runs and dropped right after.
+Linear layers, convolutions and embeddings become `PackedLinear`, `PackedConv` and `PackedEmbedding`, with a forward
+that knows packed weights. Every other module that owns a weight (LSTM, GRU, multi-head attention, stacked experts,
+classes and instances with a forward of their own) runs its own forward, for which `pack_parameter` has the weight
+decoded. All of them stay the modules they were (in_place.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from tersor.activations import Activation
 from tersor.core.memory import aligned
 from tersor.formats.contract import Encoded
+from tersor.in_place import Packed, PackedModule, turn
 from tersor.kernels import Memory, linear
 
 
@@ -177,23 +179,17 @@ class DecodedLinear(torch.autograd.Function):
         return to_x, to_bias, None
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(Packed):
     """A linear map whose weight is packed and whose input may be quantized."""
 
+    packed: PackedWeight
     bias: nn.Parameter | None
+    input_quantizer: InputQuantizer | None
+    in_features: int
+    out_features: int
 
-    def __init__(self, packed: PackedWeight, bias: nn.Parameter | None, activation: Activation | None):
-        super().__init__()
-        self.packed = packed
-        self.register_parameter("bias", bias)
-        self.input_quantizer = InputQuantizer(activation) if activation else None
-        self.out_features, self.in_features = packed.shape
-
-    @property
-    def weight(self) -> Tensor:
-        return self.packed()
-
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+    def forward(self, input: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        x = input
         trained = torch.is_grad_enabled() and x.requires_grad
         activation = self.input_quantizer.activation if self.input_quantizer is not None else None
         y = linear(x, self.packed.encoded, activation, self.bias, self.packed.memory)
@@ -206,71 +202,82 @@ class PackedLinear(nn.Module):
         return F.linear(x, self.packed.matrix(), self.bias)
 
 
-class PackedConv(nn.Module):
-    """Conv1d, Conv2d or Conv3d with a packed weight; its input may be quantized, before it is padded."""
-
-    bias: nn.Parameter | None
-
-    def __init__(
-        self, packed: PackedWeight, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, activation: Activation | None = None
-    ):
-        super().__init__()
-        self.packed = packed
-        self.input_quantizer = InputQuantizer(activation) if activation else None
-        self.register_parameter("bias", conv.bias)  # type: ignore[arg-type]
-        self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
-        self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
-        self.padding, self.padding_mode = conv.padding, conv.padding_mode
-        self._reversed_padding_repeated_twice: list[int] = conv._reversed_padding_repeated_twice
-        self.convolve: Callable[..., Tensor] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(conv.kernel_size)]
+class PackedTransposedLinear(PackedLinear):
+    """Hugging Face's Conv1D, whose weight is `[in, out]`."""
 
     @property
-    def weight(self) -> Tensor:
-        return self.packed()
-
-    def forward(self, x: Tensor) -> Tensor:
-        padding: object = self.padding
-        if self.input_quantizer is not None:
-            x = self.input_quantizer(x)
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
-        return self.convolve(x, self.packed(), self.bias, self.stride, padding, self.dilation, self.groups)
-
-
-class PackedEmbedding(nn.Module):
-    """An embedding that decodes only the rows it is asked for."""
-
-    def __init__(self, packed: PackedWeight, padding_idx: int | None):
-        super().__init__()
-        self.packed = packed
-        self.padding_idx = padding_idx
-        self.num_embeddings, self.embedding_dim = packed.shape
+    def in_features(self) -> int:  # type: ignore[override]
+        return self.packed.shape[1]
 
     @property
-    def weight(self) -> Tensor:
-        return self.packed()
+    def out_features(self) -> int:  # type: ignore[override]
+        return self.packed.shape[0]
 
-    def forward(self, index: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:
-        if not 0 < index.numel() < self.num_embeddings or not self.packed.format.rows_apart:
-            return F.embedding(index, self.packed())
-        return self.packed.rows(index.reshape(-1)).view(*index.shape, -1)
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        return super().forward(x)
 
 
 class PackedProjection(PackedLinear):
     """nn.MultiheadAttention's output projection, which is never called: its weight and bias are read."""
 
 
-PREFIX = "packed_"
+class PackedConv(Packed):
+    """Conv1d, Conv2d or Conv3d with a packed weight; its input may be quantized, before it is padded."""
+
+    packed: PackedWeight
+    bias: nn.Parameter | None
+    input_quantizer: InputQuantizer | None
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input if self.input_quantizer is None else self.input_quantizer(input)
+        return self._conv_forward(x, self.packed(), self.bias)
 
 
-def pack_parameter(module: nn.Module, name: str, packed: PackedWeight) -> None:
-    """Keep `module.<name>` packed: decoded just before the module's forward, dropped right after."""
-    if not packed_parameters(module):
-        module.register_forward_pre_hook(_decode_parameters)
-        module.register_forward_hook(_drop_parameters, always_call=True)
-    module._parameters.pop(name, None)
-    setattr(module, name, None)
-    setattr(module, PREFIX + name, packed.train(module.training))
+class PackedEmbedding(Packed):
+    """An embedding that decodes only the rows it is asked for."""
+
+    packed: PackedWeight
+    num_embeddings: int
+
+    def forward(self, input: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:
+        if not 0 < input.numel() < self.num_embeddings or not self.packed.format.rows_apart:
+            return F.embedding(input, self.packed())
+        return self.packed.rows(input.reshape(-1)).view(*input.shape, -1)
+
+
+def with_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a layer's call with its input changed, whether it was given by position or by name.
+
+    >>> with_input((), {"input": 1}, lambda x: x + 1)
+    ((), {'input': 2})
+    """
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    given = {name: change(kwargs[name]) for name in ("input", "x") if name in kwargs}
+    return args, kwargs | given
+
+
+LAYER = "packed"  # where a packed layer keeps its one weight
+PREFIX = "packed_"  # before the names of weights that other modules keep
+
+
+def pack_layer(module: nn.Module, kind: type[Packed], packed: PackedWeight, activation: Activation | None) -> None:
+    """Have a linear layer, a convolution or an embedding run on a packed weight, as `kind` does."""
+    quantizer = InputQuantizer(activation).train(module.training) if activation else None
+    turn(module, kind, {"weight": LAYER})
+    module._modules[LAYER] = packed.train(module.training)
+    if kind is not PackedEmbedding:
+        module._modules["input_quantizer"] = quantizer
+
+
+def pack_parameter(module: nn.Module, name: str, packed: PackedWeight, kind: type[Packed] = PackedModule) -> None:
+    """Keep `module.<name>` packed: decoded whenever it is read, and once for the whole of the module's own forward."""
+    names = sorted({*packed_parameters(module), name})
+    turn(module, kind, {each: PREFIX + each for each in names})
+    module._modules[PREFIX + name] = packed.train(module.training)
 
 
 def packed_parameters(module: nn.Module) -> dict[str, PackedWeight]:
@@ -280,11 +287,8 @@ def packed_parameters(module: nn.Module) -> dict[str, PackedWeight]:
     return {name.removeprefix(PREFIX): child for name, child in packed.items() if name.startswith(PREFIX)}
 
 
-def _decode_parameters(module: nn.Module, args: object) -> None:
-    for name, packed in packed_parameters(module).items():
-        setattr(module, name, packed())
-
-
-def _drop_parameters(module: nn.Module, args: object, output: object) -> None:
-    for name in packed_parameters(module):
-        setattr(module, name, None)
+def packed_weight(module: nn.Module, parameter: str) -> PackedWeight | None:
+    """What stands in a parameter's place, if it was packed."""
+    layer = isinstance(module, PackedLinear | PackedConv | PackedEmbedding) and parameter == "weight"
+    packed = module._modules.get(LAYER if layer else PREFIX + parameter)
+    return packed if isinstance(packed, PackedWeight) else None

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tersor.histogram import Histogram
-from tersor.modules import PackedConv, PackedLinear, PackedProjection
+from tersor.modules import PackedLinear, PackedProjection
 from tersor.sites import Site, is_convolution, is_linear
 from tersor.stats import Stats
 
@@ -147,21 +147,20 @@ def inputs_of(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> Itera
     Args:
         mask: which positions `[example, position]` are real, for inputs `[example, position, in]`.
     """
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | PackedConv):
-        if module.padding_mode == "zeros" and not isinstance(module.padding, str):
-            x = x if x.ndim == len(module.kernel_size) + 2 else x.unsqueeze(0)
-            widening = torch.Size(module.kernel_size).numel() * x[:1].numel()
-            for part in x.split(max(1, PATCHES // widening)):
-                yield patches(module, part)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        x = x if x.ndim == len(module.kernel_size) + 2 else x.unsqueeze(0)
+        widening = torch.Size(module.kernel_size).numel() * x[:1].numel()
+        for part in x.split(max(1, PATCHES // widening)):
+            yield patches(module, part)
     elif x.ndim >= 2 and x.is_floating_point():
         masked = mask is not None and x.ndim > 2 and x.shape[:2] == mask.shape
         yield x[mask.bool()] if masked and mask is not None else x.flatten(0, -2)
 
 
-def patches(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d | PackedConv, x: Tensor) -> Float[Tensor, "token in"]:
+def patches(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Float[Tensor, "token in"]:
     """The unfolded inputs of a convolution `[positions * groups, channels / groups * kernel]`."""
-    padding = [int(side) for p in reversed(conv.padding) for side in (p, p)]  # type: ignore[call-overload]
-    x = nn.functional.pad(x, padding)
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    x = nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
     for axis, (size, stride, dilation) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)):
         x = x.unfold(2 + axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
     # [example, channel, positions..., kernel...] -> [example, positions..., group, channel of the group, kernel...]

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from tersor.errors import InputError
-from tersor.sites import find_sites, packed_weight
+from tersor.modules import packed_weight
+from tersor.sites import find_sites
 
 
 def guard(model: nn.Module) -> None:

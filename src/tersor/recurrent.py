@@ -21,38 +21,26 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from tersor.activations import Activation
 from tersor.errors import InputError
+from tersor.in_place import Packed
 from tersor.kernels import fast, linear
 from tersor.kernels.int8 import INT_MM
-from tersor.modules import PREFIX, InputQuantizer, PackedWeight, packed_parameters
+from tersor.modules import PREFIX, InputQuantizer, PackedWeight, pack_parameter
 
 State = tuple[Tensor, ...]  # h, and c for an LSTM; `[batch, hidden]`
 QUANTIZER = "quantizer_"
 
 
-class PackedRecurrent(nn.Module):
-    """Takes the place of an nn.LSTM or nn.GRU whose weights are packed with quantized inputs; called as they are.
+class PackedRecurrent(Packed):
+    """An nn.LSTM or nn.GRU whose weights are packed with quantized inputs; weights that are not stay parameters."""
 
-    Weights that are not packed (yet) stay parameters under their own names.
-    """
-
-    def __init__(self, layer: nn.RNNBase):
-        super().__init__()
-        self.mode = layer.mode
-        self.input_size, self.hidden_size, self.num_layers = layer.input_size, layer.hidden_size, layer.num_layers
-        self.bias, self.batch_first, self.dropout = layer.bias, layer.batch_first, layer.dropout
-        self.bidirectional = layer.bidirectional
-        for name, parameter in layer._parameters.items():
-            if parameter is not None:
-                self.register_parameter(name, parameter)
-        for name, packed in packed_parameters(layer).items():
-            self.pack(name, packed, None)
-        self.train(layer.training)
-
-    def pack(self, name: str, packed: PackedWeight, activation: Activation | None) -> None:
-        """Put a packed weight in the place of one of the weights."""
-        self._parameters.pop(name, None)
-        setattr(self, PREFIX + name, packed)
-        setattr(self, QUANTIZER + name, InputQuantizer(activation) if activation else None)
+    mode: str
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
 
     def quantizer(self, name: str) -> InputQuantizer | None:
         """What quantizes the input of one of the weights."""
@@ -87,9 +75,15 @@ class PackedRecurrent(nn.Module):
 
     def run_sequence(self, input: PackedSequence, hx: Tensor | State | None) -> tuple[PackedSequence, Tensor | State]:
         """Examples of different lengths; states stay as they are beyond an example's end."""
-        steps, lengths = pad_packed_sequence(input)
-        y, last = self.run(steps, self.states(hx, steps, batched=True), lengths.to(steps.device))
-        packed = pack_padded_sequence(y, lengths, enforce_sorted=False)
+        in_order = PackedSequence(input.data, input.batch_sizes)  # the longest first, whatever order they came in
+        steps, lengths = pad_packed_sequence(in_order)
+        states = self.states(hx, steps, batched=True)
+        if input.sorted_indices is not None and hx is not None:
+            states = tuple(state.index_select(1, input.sorted_indices) for state in states)
+        y, last = self.run(steps, states, lengths.to(steps.device))
+        if input.unsorted_indices is not None:
+            last = tuple(state.index_select(1, input.unsorted_indices) for state in last)
+        packed = input._replace(data=pack_padded_sequence(y, lengths).data)
         return packed, last if self.mode == "LSTM" else last[0]
 
     def states(self, hx: Tensor | State | None, steps: Tensor, batched: bool) -> State:
@@ -143,8 +137,11 @@ class PackedRecurrent(nn.Module):
             outputs[t] = state[0]
         return torch.stack(outputs), state
 
-    def extra_repr(self) -> str:
-        return f"{self.mode}, {self.input_size}, {self.hidden_size}, num_layers={self.num_layers}"
+
+def pack_recurrent(layer: nn.Module, name: str, packed: PackedWeight, activation: Activation | None) -> None:
+    """Have an nn.LSTM or nn.GRU run on a packed weight, with its input quantized."""
+    pack_parameter(layer, name, packed, PackedRecurrent)
+    layer._modules[QUANTIZER + name] = InputQuantizer(activation).train(layer.training) if activation else None
 
 
 class Map(NamedTuple):

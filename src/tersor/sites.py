@@ -18,19 +18,22 @@ from torch.nn.utils.parametrize import ParametrizationList, type_before_parametr
 from tersor.activations import ACTIVATIONS, Activation
 from tersor.errors import FormatError, ModelError, UnknownName
 from tersor.formats.contract import Encoded
+from tersor.in_place import Packed, own_class
 from tersor.modules import (
-    PREFIX,
     Fold,
     PackedConv,
     PackedEmbedding,
     PackedLinear,
     PackedProjection,
+    PackedTransposedLinear,
     PackedWeight,
     Simulated,
+    pack_layer,
     pack_parameter,
     packed_parameters,
+    packed_weight,
 )
-from tersor.recurrent import PackedRecurrent
+from tersor.recurrent import PackedRecurrent, pack_recurrent
 
 
 class Row(NamedTuple):
@@ -48,15 +51,15 @@ WEIGHTS = [
     Row((nn.Conv1d, nn.Conv2d, nn.Conv3d), "weight", "conv"),
     Row((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), "weight", "conv", "transposed"),
     Row((nn.Embedding, nn.EmbeddingBag), "weight", "embedding"),
-    Row((nn.RNNBase, nn.RNNCellBase, PackedRecurrent), r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?", "rnn"),
+    Row((nn.RNNBase, nn.RNNCellBase), r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?", "rnn"),
     Row((nn.MultiheadAttention,), "(in|q|k|v)_proj_weight", "attention"),
 ]
-PACKED_KINDS: dict[type[nn.Module], str] = {
-    PackedLinear: "linear",
-    PackedProjection: "attention",
-    PackedConv: "conv",
-    PackedEmbedding: "embedding",
-}
+PACKED_KINDS = [
+    (PackedProjection, "attention"),
+    (PackedLinear, "linear"),
+    (PackedConv, "conv"),
+    (PackedEmbedding, "embedding"),
+]
 SMALLEST_STACK = 16  # a bare 3-D parameter is taken for stacked experts when both matrix sides reach this
 
 
@@ -114,8 +117,7 @@ class Site:
         inputs calibration does not see."""
         modules = [model.get_submodule(place.module) for place in self.places]
         if self.kind == "rnn":
-            inside = all(place.module for place in self.places)
-            return inside and not ACTIVATIONS[activation].layout and all(map(is_recurrent, modules))
+            return not ACTIVATIONS[activation].layout and all(map(is_recurrent, modules))
         if self.kind == "conv":
             return bool(ACTIVATIONS[activation].layout) and all(map(is_convolution, modules))
         return self.kind == "linear" and all(is_linear(m) or isinstance(m, PackedLinear) for m in modules)
@@ -196,9 +198,10 @@ def owned_by(module: nn.Module) -> dict[str, nn.Parameter | PackedWeight]:
 
 def weights_of(module: nn.Module) -> list[tuple[str, nn.Parameter | PackedWeight, str, str]]:
     """The weights a module owns itself: parameter name, owner, kind, view."""
-    packed_kind = PACKED_KINDS.get(type(module))
-    if packed_kind:
-        return [("weight", module.packed, packed_kind, module.packed.fold.view)]  # type: ignore[list-item, union-attr]
+    for packed_class, kind in PACKED_KINDS:
+        if isinstance(module, packed_class):
+            packed: PackedWeight = module.packed  # type: ignore[assignment]
+            return [("weight", packed, kind, packed.fold.view)]
     owned = owned_by(module)
     row = next((row for row in WEIGHTS if isinstance(module, row.classes)), None)
     if row is None and is_transposed_linear(module):
@@ -220,21 +223,26 @@ def is_transposed_linear(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
+def runs_as_its_class(module: nn.Module) -> bool:
+    """Whether nobody gave this one module a forward of its own, or attributes that a packed layer needs."""
+    return not module.__dict__.keys() & {"forward", "packed", "input_quantizer"}
+
+
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module computes exactly `x @ W.T + b`, and may be replaced by one that does."""
-    plain = type(module).forward is nn.Linear.forward and type(module) is nn.Linear
-    return plain or is_transposed_linear(module)
+    """Whether a module computes exactly `x @ W.T + b`, and may become one that does."""
+    return (type(module) is nn.Linear or is_transposed_linear(module)) and runs_as_its_class(module)
 
 
 def is_convolution(module: nn.Module) -> bool:
     """Whether a module is a convolution as PyTorch runs it, packed or not."""
-    return isinstance(module, PackedConv) or type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    plain = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and runs_as_its_class(module)
+    return isinstance(module, PackedConv) or plain
 
 
 def is_recurrent(module: nn.Module) -> bool:
     """Whether a module is an LSTM or GRU as PyTorch runs it, without projections, packed or not."""
-    plain = isinstance(module, nn.LSTM | nn.GRU) and type(module) in (nn.LSTM, nn.GRU) and module.proj_size == 0
-    return plain or isinstance(module, PackedRecurrent)
+    kind = own_class(module)
+    return kind in (nn.LSTM, nn.GRU) and module.proj_size == 0 and runs_as_its_class(module)
 
 
 def simulated_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -243,39 +251,33 @@ def simulated_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: each.original for name, each in lists.items() if isinstance(each[0], Simulated)}
 
 
-def packed_weight(module: nn.Module, parameter: str) -> PackedWeight | None:
-    """What stands in a parameter's place, if it was packed."""
-    if isinstance(module, PackedLinear | PackedConv | PackedEmbedding):
-        return module.packed
-    packed = module._modules.get(PREFIX + parameter)
-    return packed if isinstance(packed, PackedWeight) else None
-
-
 def put(model: nn.Module, place: Place, packed: PackedWeight, activation: Activation | None) -> None:
-    """Make the module at `place` run on `packed`: by a packed module, or by decoding around its own forward."""
+    """Make the module at `place` run on `packed`, as its class allows."""
     module = model.get_submodule(place.module)
-    new: nn.Module
-    if isinstance(module, PackedProjection | nn.modules.linear.NonDynamicallyQuantizableLinear):
-        new = PackedProjection(packed, module.bias, None)
-    elif isinstance(module, PackedLinear) or is_linear(module):
-        new = PackedLinear(packed, module.bias, activation)  # type: ignore[arg-type]
-    elif is_convolution(module):
-        new = PackedConv(packed, module, activation)  # type: ignore[arg-type]
-    elif isinstance(module, PackedEmbedding) or (type(module) is nn.Embedding and module.max_norm is None):
-        new = PackedEmbedding(packed, module.padding_idx)
+    kind = layer_kind(module)
+    if kind is not None:
+        pack_layer(module, kind, packed, activation)
     elif isinstance(module, PackedRecurrent) or (activation is not None and is_recurrent(module)):
-        new = module if isinstance(module, PackedRecurrent) else PackedRecurrent(module)  # type: ignore[arg-type]
-        new.pack(place.parameter, packed, activation)
+        pack_recurrent(module, place.parameter, packed, activation)
     else:
         pack_parameter(module, place.parameter, packed)
-        leave_fused_path(model)
-        return
-    if not place.module:
-        raise FormatError("the model is a single layer; wrap it in nn.Sequential so that its weight can be replaced")
-    new.train(module.training)
-    parent, _, child = place.module.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
     leave_fused_path(model)
+
+
+def layer_kind(module: nn.Module) -> type[Packed] | None:
+    """What a layer becomes whose forward can be replaced; None for any other module."""
+    for kind, _ in PACKED_KINDS:
+        if isinstance(module, kind):
+            return PackedTransposedLinear if isinstance(module, PackedTransposedLinear) else kind
+    if not runs_as_its_class(module):
+        return None
+    if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        return PackedProjection
+    if is_linear(module):
+        return PackedTransposedLinear if is_transposed_linear(module) else PackedLinear
+    if is_convolution(module):
+        return PackedConv
+    return PackedEmbedding if type(module) is nn.Embedding and module.max_norm is None else None
 
 
 def leave_fused_path(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
+from tersor.in_place import own_class
 from tersor.modules import Fold
 from tersor.sites import find_sites
 from tersor.spill import Spill
@@ -207,7 +208,7 @@ def find_blocks(model: nn.Module) -> list[str]:
     total = sum(site.num_weights for site in sites if site.kind != "embedding")
     best: list[str] = []
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len({type(child) for child in module}) != 1 or len(module) < 2:
+        if not isinstance(module, nn.ModuleList) or len({own_class(child) for child in module}) != 1 or len(module) < 2:
             continue
         inside = sum(site.num_weights for site in sites if site.places[0].module.startswith(path + "."))
         if 2 * inside > total and len(module) > len(best):

@@ -22,9 +22,9 @@ from tersor.activations import Activation
 from tersor.errors import DataError, ModelError
 from tersor.formats.contract import Encoded
 from tersor.kernels import reference
-from tersor.modules import PackedConv, PackedEmbedding, PackedLinear, PackedWeight
+from tersor.modules import PackedWeight, packed_weight, with_input
 from tersor.moments import Moments, groups_of, has_inputs, inputs_of, takes_inputs
-from tersor.sites import Site, is_convolution, leave_fused_path
+from tersor.sites import Site, is_convolution, leave_fused_path, put
 from tersor.spill import Spill
 from tersor.stats import Stats
 from tersor.stream import BlockRun, Stop, Stream, find_blocks, hidden_bytes
@@ -171,8 +171,8 @@ class Walk:
         weight = nn.Parameter(packed(), requires_grad=False) if has_inputs(self.model, site) else None
         for place in site.places:
             module = self.model.get_submodule(place.module)
-            if isinstance(module, PackedLinear | PackedConv | PackedEmbedding):
-                module.packed = packed
+            if packed_weight(module, place.parameter) is not None:
+                put(self.model, place, packed, None)
             elif weight is not None:
                 setattr(module, place.parameter, weight)
             if chosen.bias is not None:
@@ -334,10 +334,10 @@ def before_sites(
                 module = model.get_submodule(place.module)
                 if takes_inputs(module):
 
-                    def hook(module: nn.Module, args: tuple[Any, ...], site: Site = site) -> tuple[Any, ...]:
-                        return (see(site, module, args[0]), *args[1:])
+                    def hook(module: nn.Module, args: Any, kwargs: Any, site: Site = site) -> Any:
+                        return with_input(args, kwargs, lambda x: see(site, module, x))
 
-                    stack.callback(module.register_forward_pre_hook(hook).remove)
+                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.container import DTYPES, Container
-from tersor.sites import Site, packed_weight
+from tersor.modules import packed_weight
+from tersor.sites import Site
 
 
 class Shelf:

@@ -23,10 +23,9 @@ from tersor.activations import ACTIVATIONS
 from tersor.formats.contract import Encoded
 from tersor.kernels import reference
 from tersor.measure.macs import operation_counter
-from tersor.modules import PackedConv, PackedLinear, packed_parameters
+from tersor.modules import PackedConv, PackedLinear, packed_parameters, packed_weight
 from tersor.recurrent import Int8Product
 from tersor.runtimes.contract import LayerTime, Profile, run_clock
-from tersor.sites import packed_weight
 
 PRODUCTS = {
     *("linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum"),

@@ -41,6 +41,4 @@ def preflight(work: list[tuple[Site, Scheme]]) -> None:
 def misfit(site: Site, format: Format) -> str | None:
     """Why a format cannot hold a site, in one line with the way out."""
     problem = format.misfit(site.shape)
-    if not site.places[0].module and site.kind in ("linear", "conv", "embedding"):
-        return f"{site.name}: the model is a single layer; wrap it in nn.Sequential so that its weight can be replaced"
     return problem and f"{format.name}: {site.name} {problem}, or exclude it with --exclude '{site.name}'"

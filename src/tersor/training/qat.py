@@ -26,9 +26,10 @@ from tersor.errors import FormatError, InputError
 from tersor.formats.contract import Encoded, Params
 from tersor.formats.fp8 import Fp8
 from tersor.formats.int_group import IntGroup
+from tersor.modules import packed_weight, with_input
 from tersor.schemes import Scheme, parse_rule
 from tersor.site_report import SiteReport
-from tersor.sites import Site, find_sites, leave_fused_path, packed_weight
+from tersor.sites import Site, find_sites, leave_fused_path
 from tersor.steps.weights import WeightsStep
 from tersor.steps.weights_run import WeightsRun
 from tersor.tasks.inputs import device_of
@@ -174,7 +175,7 @@ class Fakes:
                 parametrize.register_parametrization(module, name, fakes.weights[site.name])
                 if site.name in fakes.inputs:
                     module.add_module(INPUT, fakes.inputs[site.name])
-                    fakes.hooks.append(module.register_forward_pre_hook(quantize_input))
+                    fakes.hooks.append(module.register_forward_pre_hook(quantize_input, with_kwargs=True))
                 if isinstance(module, nn.RNNBase):
                     fakes.hooks.append(module.register_forward_pre_hook(gather_weights))
         leave_fused_path(model)
@@ -204,9 +205,9 @@ class Fakes:
             yield model.get_submodule(place.module), place.parameter
 
 
-def quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Before a module runs: its first argument as it will be quantized."""
-    return (module.get_submodule(INPUT)(args[0]), *args[1:])
+def quantize_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before a module runs: its input as it will be quantized."""
+    return with_input(args, kwargs, module.get_submodule(INPUT))
 
 
 def gather_weights(module: nn.RNNBase, args: object) -> None:

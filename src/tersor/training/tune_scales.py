@@ -25,8 +25,8 @@ from tersor.formats.lowrank import Corrected, LowRank
 from tersor.formats.mx import Nvfp4
 from tersor.formats.nf4 import Nf4, Nf4Double
 from tersor.formats.sparse_int import SparseInt
-from tersor.modules import PackedWeight
-from tersor.sites import find_sites, packed_weight
+from tersor.modules import PackedWeight, packed_weight
+from tersor.sites import find_sites
 from tersor.tasks.inputs import device_of
 from tersor.training.imitation import imitation
 from tersor.training.job import Job

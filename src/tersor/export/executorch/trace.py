@@ -18,9 +18,8 @@ from tersor.export.contract import PackedSite
 from tersor.export.examples import Examples, outputs_of
 from tersor.export.executorch.layers import Rounding, embedding, linear, quantized, weight
 from tersor.export.tracing import plain_attention, slow_attention
-from tersor.modules import InputQuantizer, PackedEmbedding, PackedLinear, PackedWeight
+from tersor.modules import InputQuantizer, PackedEmbedding, PackedLinear, PackedWeight, packed_weight
 from tersor.runtimes.executorch import quiet
-from tersor.sites import packed_weight
 
 LARGEST_BATCH, LARGEST_LENGTH = 32, 512  # rows, and tokens of a text
 
