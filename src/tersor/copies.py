@@ -88,8 +88,9 @@ class Copying:
             if self.held[id(thing)] and isinstance(thing, types.FunctionType):
                 closure = tuple(types.CellType() for _ in thing.__closure__ or ())
                 code = (thing.__code__, thing.__globals__, thing.__name__, thing.__defaults__, closure)
-                stand_in = functools.update_wrapper(types.FunctionType(*code), thing)
-                del stand_in.__wrapped__
+                stand_in = types.FunctionType(*code)
+                functools.update_wrapper(stand_in, thing)
+                del stand_in.__wrapped__  # type: ignore[attr-defined]
                 self.memo[id(thing)] = stand_in
                 self.functions.append((thing, stand_in))
         return self.held[id(thing)]

@@ -85,7 +85,7 @@ def refuse_writing(packed: Any) -> NoReturn:
     """Raise FormatError: a packed weight is not changed by writing to what it decodes to."""
     raise FormatError(
         f"a weight packed as {packed.format.name} cannot be written to: it is decoded whenever it is read, so that the "
-        f"change would be lost; change the float model before it is compressed, or load it with packed=False"
+        f"change would be lost; change a clone() of it, or the float model before it is compressed (load: packed=False)"
     )
 
 
@@ -153,7 +153,7 @@ def turn(module: nn.Module, kind: type[Packed], children: Mapping[str, str]) -> 
     if isinstance(module, nn.RNNBase):
         module.__dict__.pop("_flat_weights", None)
         module.__dict__["_flat_weight_refs"] = []
-    module.__class__ = packed_class(kind, own_class(module), tuple(children.items()))
+    module.__class__ = packed_class(kind, own_class(module), tuple(children.items()))  # type: ignore[arg-type]
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
@@ -175,7 +175,7 @@ def packed_class(kind: type[Packed], own: type[nn.Module], children: tuple[tuple
 
 def new_packed(kind: type[Packed], own: type[nn.Module], children: tuple[tuple[str, str], ...]) -> nn.Module:
     """A module to be filled from a pickle or a deep copy."""
-    made = packed_class(kind, own, children)
+    made = packed_class(kind, own, children)  # type: ignore[arg-type]
     return made.__new__(made)
 
 

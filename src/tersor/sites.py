@@ -242,7 +242,7 @@ def is_convolution(module: nn.Module) -> bool:
 def is_recurrent(module: nn.Module) -> bool:
     """Whether a module is an LSTM or GRU as PyTorch runs it, without projections, packed or not."""
     kind = own_class(module)
-    return kind in (nn.LSTM, nn.GRU) and module.proj_size == 0 and runs_as_its_class(module)
+    return kind in (nn.LSTM, nn.GRU) and not module.proj_size and runs_as_its_class(module)
 
 
 def simulated_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

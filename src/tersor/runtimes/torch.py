@@ -14,7 +14,7 @@ from tersor.checkpoint.open import open_model
 from tersor.checkpoint.source import Source
 from tersor.core.threads import threads
 from tersor.errors import InputError
-from tersor.modules import PackedConv, PackedEmbedding, PackedLinear
+from tersor.modules import PackedLinear
 from tersor.runtimes.contract import Decoder, Feeds, Input, Profile, Session, check_feeds
 from tersor.runtimes.torch_decoder import TorchDecoder
 from tersor.runtimes.torch_profile import profile
@@ -89,17 +89,17 @@ def inputs_of(model: nn.Module, name: str) -> tuple[Input, ...]:
             f"{name}: cannot tell what it must be fed ({type(model).__name__}.forward takes "
             f"{', '.join(arguments) or 'nothing by name'}); give data: --task and --data"
         )
-    dtype = "int64" if isinstance(first, nn.Embedding | PackedEmbedding) else "float32"
+    dtype = "int64" if isinstance(first, nn.Embedding) else "float32"
     return (Input(arguments[0], np.dtype(dtype), layer_shape(first) or ()),)
 
 
 def layer_shape(module: nn.Module) -> tuple[int | None, ...] | None:
     """The shape of the input of a layer that may stand first in a model; None for any other module."""
-    if isinstance(module, nn.Embedding | PackedEmbedding):
+    if isinstance(module, nn.Embedding):
         return (None, None)
     if isinstance(module, nn.Linear | PackedLinear):
         return (None, module.in_features)
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | PackedConv):
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return (None, module.in_channels, *(None for _ in module.kernel_size))
     if isinstance(module, nn.RNNBase):
         return (None, None, module.input_size)

@@ -102,7 +102,7 @@ def own_float_copy(model: nn.Module) -> nn.Module:
 
 def unpacked(layer: PackedLinear) -> nn.Module:
     """The float layer that a packed one stands for, without its input quantizer."""
-    num_out, num_in, bias = layer.out_features, layer.in_features, layer.bias
+    (num_out, num_in), bias = layer.packed.shape, layer.bias
     linear: nn.Module
     if layer.packed.fold.view == "transposed":
         from transformers.pytorch_utils import Conv1D
@@ -110,7 +110,7 @@ def unpacked(layer: PackedLinear) -> nn.Module:
         linear = Conv1D(num_out, num_in)
     else:
         linear = nn.Linear(num_in, num_out, bias=bias is not None)
-    linear.weight = nn.Parameter(layer.weight.detach().float())
+    linear.weight = nn.Parameter(layer.packed().detach().float())
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().float().clone())
     return linear.train(layer.training)
