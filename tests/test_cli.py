@@ -449,7 +449,7 @@ def test_the_rule_that_stands_last_counts(digits, inside, capsys):
         capsys, "compress", *digits_arguments(digits), *labelled(digits), "--rule", "0=int8", "--rule", "*=int4",
         "--rule", "0=int2", "-o", "s", "--json",
     )  # fmt: skip
-    assert {report["name"]: report["scheme"] for report in made.json["site_reports"]}["0"] == "mse:int2"
+    assert {report["name"]: report["scheme"] for report in made.json["site_reports"]}["0"] == "gptq:int2"
     assert (inside / "s" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~current_umask()
 
 

@@ -1,14 +1,12 @@
 """What became of one site."""
 
 from dataclasses import asdict, dataclass
-from math import ceil
 from typing import Any
 
 from torch import Tensor
 
 from tersor.activations import Activation
-from tersor.codecs.integers import estimate_bits
-from tersor.formats.coded import Coded
+from tersor.file_bytes import file_bytes
 from tersor.formats.contract import Encoded
 from tersor.schemes import Scheme
 from tersor.sites import Site
@@ -34,7 +32,7 @@ class SiteReport:
     ) -> "SiteReport":
         """Of a site whose matrix was `weight`."""
         error = (encoded.decode() - weight).square().sum() / weight.square().sum().clamp_min(1e-38)
-        num_bytes = bytes_in_file(encoded)
+        num_bytes = file_bytes(encoded)
         return cls(
             name=site.name,
             kind=site.kind,
@@ -48,12 +46,3 @@ class SiteReport:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def bytes_in_file(encoded: Encoded) -> int:
-    """Of all parts; whole numbers as the entropy coder takes them, if the format is made for it."""
-    if not isinstance(encoded.format, Coded):
-        return encoded.num_bytes
-    whole = [part for part in encoded.parts.values() if not part.is_floating_point()]
-    floats = sum(part.nbytes for part in encoded.parts.values() if part.is_floating_point())
-    return ceil(sum(map(estimate_bits, whole)) / 8) + floats

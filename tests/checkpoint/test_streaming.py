@@ -221,3 +221,26 @@ def test_extents_are_safetensors(tmp_path):
         (tmp_path / "broken").write_bytes(broken)
         with pytest.raises(ModelError, match="not a whole safetensors file"):
             read_extents(tmp_path / "broken")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_coded_weights_are_streamed_into_a_coded_file(tied, tmp_path, choice, capsys):
+    """Every number that is said of the file is the file's."""
+    folder = write_checkpoint(tmp_path / "checkpoint", tied)
+    rules = ["--rule", "*.embed_tokens=int8-g32", "--rule", "*.self_attn.*=int4-g32"]
+    made = run(
+        capsys, "compress", folder, "--stream", "--format", "waterfill(level=0.001):coded", *rules,
+        "--task", "perplexity", "--data", choice.data, "--task-option", "context=32", "-o", tmp_path / "streamed",
+    )  # fmt: skip
+    assert made.status == 0, made.stderr
+    manifest = json.loads((tmp_path / "streamed" / "tersor.json").read_text(encoding="utf-8"))
+    file = tmp_path / "streamed" / "model.tersor"
+    assert not (tmp_path / "streamed" / "model.safetensors").exists()
+    assert manifest["files"]["model.tersor"]["bytes"] == file.stat().st_size
+    assert f"to {file.stat().st_size / 1e3:.2f} kB" in made.stdout
+    reported = sum(report["num_bytes"] for report in manifest["site_reports"])
+    assert 0.5 * reported < file.stat().st_size < 1.5 * reported
+    tokens = torch.arange(20).unsqueeze(0)
+    expected = LlamaForCausalLM.from_pretrained(folder)(tokens).logits.float()
+    error = tersor.load(tmp_path / "streamed")(tokens).logits.float() - expected
+    assert error.norm() < 0.3 * expected.norm()

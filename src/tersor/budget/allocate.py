@@ -21,12 +21,14 @@ class Option:
         num_bytes: in the file, its entries in the header included.
         loss: predicted.
         num_values: how many values a sparse format keeps; the shape fixes all other sizes.
+        num_coded: bytes of an entropy-coded weight, as estimated; None where the file holds tensors as they are.
     """
 
     scheme: str
     num_bytes: int
     loss: float
     num_values: int = 0
+    num_coded: int | None = None
 
 
 def undominated(options: list[Option]) -> list[Option]:

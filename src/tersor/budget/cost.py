@@ -1,9 +1,11 @@
 """What one format would make of a whole model: bytes, and the sites that it can hold."""
 
+from tersor.file_bytes import file_bytes, file_bytes_of_shape
 from tersor.schemes import Scheme
 from tersor.stats import Stats
 
-SAMPLED_ROWS = 64
+SAMPLED_ROWS = 64  # on which the error is measured
+COUNTED_ROWS = 1024  # where the bytes depend on the values
 
 
 def cost_of(name: str, sites: list, kept_bytes: int, model: object) -> dict:
@@ -15,13 +17,16 @@ def cost_of(name: str, sites: list, kept_bytes: int, model: object) -> dict:
             misfits += 1
             num_bytes += site.num_weights * site.dtype.itemsize
             continue
-        rows = site.matrix(model)[:: max(1, site.shape[0] // SAMPLED_ROWS)]
+        exact = file_bytes_of_shape(scheme.format, site.shape)
+        wanted = SAMPLED_ROWS if exact is not None else COUNTED_ROWS
+        rows = site.matrix(model)[:: max(1, site.shape[0] // wanted)]
         encoded = scheme.method.compress(rows, scheme.format, Stats())
         scale = site.shape[0] / rows.shape[0]
         squared += float((encoded.decode() - rows).square().sum()) * scale
         energy += float(rows.square().sum()) * scale
-        bits += 8 * encoded.num_bytes * scale
-        num_bytes += round(encoded.num_bytes * scale)
+        taken = file_bytes(encoded) * scale if exact is None else exact
+        bits += 8 * taken
+        num_bytes += round(taken)
         num_weights += site.num_weights
     return {
         "format": str(scheme),

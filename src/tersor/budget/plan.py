@@ -9,8 +9,9 @@ candidate names no method, the recipe then names the one that reads them (`gptq`
 with less error.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,10 @@ from tersor.calibrate import gather
 from tersor.checkpoint.container_write import size_of
 from tersor.checkpoint.layout import other_tensors
 from tersor.checkpoint.weights import METADATA, file_size
+from tersor.compress import Compressed, compress
 from tersor.core.progress import Progress, silent
 from tersor.errors import BudgetError, InputError
+from tersor.file_bytes import file_bytes
 from tersor.methods.mse import Mse
 from tersor.moments import shows_inputs
 from tersor.recipe import Recipe
@@ -44,6 +47,7 @@ CANDIDATES = [
 ]
 SAMPLED_ROWS = 64  # the rows that matter most, and as many at random from the rest
 QUICK = Mse(num_steps=8)  # measures losses 1 % larger than the usual search, in half the time
+NUM_PLANS = 5  # made at most where what a weight takes is known only when it is coded
 UNREACHED = 0.01  # a site the data never reaches counts as much as this fraction of the median site
 Tensors = list[tuple[str, torch.dtype, tuple[int, ...]]]  # name, dtype and shape of each
 
@@ -121,6 +125,9 @@ def measured_option(site: Site, scheme: Scheme | None, weight: Tensor, sampled: 
     method = QUICK if scheme.method == Mse() else scheme.method
     encoded = method.compress(sampled, scheme.format, columns)
     num_values = 0
+    if scheme.format.entropy_coded:
+        num_coded = file_bytes(method.compress(weight, scheme.format, columns))
+        return option_of(site, scheme, stats.loss(encoded.decode() - sampled), num_coded=num_coded)
     if is_sparse(scheme, site):
         parts = scheme.method.compress(weight, scheme.format, columns).parts
         layout = scheme.format.layout(site.shape)
@@ -128,8 +135,11 @@ def measured_option(site: Site, scheme: Scheme | None, weight: Tensor, sampled: 
     return option_of(site, scheme, stats.loss(encoded.decode() - sampled), num_values)
 
 
-def option_of(site: Site, scheme: Scheme | None, loss: float = 0.0, num_values: int = 0) -> Option:
-    """Bytes and predicted loss of one scheme at one site."""
+def option_of(site: Site, scheme: Scheme | None, loss: float = 0.0, num_values: int = 0, num_coded: int = 0) -> Option:
+    """Bytes and predicted loss of one scheme at one site. What depends on the weights is the least where it is not
+    given."""
+    if scheme is not None and scheme.format.entropy_coded:
+        return Option(str(scheme), num_coded, loss, num_coded=num_coded)
     num_bytes = file_size(stored_tensors(site, scheme, num_values), {}) - file_size([], {})
     return Option(str(scheme or KEEP), num_bytes, loss, num_values)
 
@@ -168,7 +178,8 @@ def median_curvature(stats: Mapping[str, Stats]) -> float:
 
 
 def plan_size(model: nn.Module, menus: list[Menu], limit: Limit, seed: int = 0) -> Recipe:
-    """The recipe with the least predicted loss whose file fits `limit`, by the exact size of the file.
+    """The recipe with the least predicted loss whose file fits `limit`, by the exact size of the file; where weights
+    are entropy-coded, by an estimate, which `plan_and_make` checks.
 
     Raises BudgetError naming the smallest reachable size and what binds.
     """
@@ -180,9 +191,45 @@ def plan_size(model: nn.Module, menus: list[Menu], limit: Limit, seed: int = 0) 
             return recipe_of(menus, chosen, seed)
         for_sites = sum(option.num_bytes for option in chosen) - over  # the file's header is larger by this much
     smallest = smallest_options(menus)
-    if planned_size(kept, menus, smallest) <= limit.num_bytes:
+    if are_coded(menus) or planned_size(kept, menus, smallest) <= limit.num_bytes:
         return recipe_of(menus, smallest, seed)
     raise BudgetError(why_infeasible(kept, menus, limit))
+
+
+def plan_and_make(
+    model: nn.Module, menus: list[Menu], limit: Limit, make: Callable[[Recipe], Compressed], seed: int = 0
+) -> Compressed:
+    """The model of `plan_size`, whose file fits. What entropy coding takes off is known when a file is made, so with
+    coded weights the plan is made again for what the last file left over, a few times, and the largest that fits is
+    the answer.
+
+    Raises BudgetError naming the nearest file.
+    """
+    best, nearest, aim, tried = None, inf, limit.num_bytes, set[str]()
+    for _ in range(NUM_PLANS):
+        recipe = plan_size(model, menus, Limit(max(1, aim), limit.text), seed)
+        if recipe.to_yaml() in tried:
+            break
+        tried.add(recipe.to_yaml())
+        made = make(recipe)
+        if not are_coded(menus):
+            return made
+        num_bytes = size_of(made.model)
+        nearest = min(nearest, num_bytes)
+        if num_bytes <= limit.num_bytes and (best is None or num_bytes > best[0]):
+            best = (num_bytes, made)
+        aim += limit.num_bytes - num_bytes
+    if best is None:
+        raise BudgetError(
+            f"{limit.text} ({limit.num_bytes:,} bytes) is below what the candidates reach beside the sites that a rule "
+            f"codes: the nearest file is {nearest:,} bytes, --size {-(-int(nearest) // 1000)}KB"
+        )
+    return best[1]
+
+
+def are_coded(menus: list[Menu]) -> bool:
+    """Whether the file of these menus is entropy-coded."""
+    return any(option.num_coded is not None for menu in menus for option in menu.options)
 
 
 def check_reachable(model: nn.Module, step: WeightsStep, candidates: str | Iterable[str], limit: Limit | None) -> None:
@@ -233,11 +280,14 @@ def kept_layout(model: nn.Module, menus: list[Menu]) -> Tensors:
 
 
 def planned_size(kept: Tensors, menus: list[Menu], chosen: list[Option]) -> int:
-    """Exact bytes of the weights file; with nothing chosen, of what is kept."""
-    tensors = list(kept)
+    """Bytes of the weights file; with nothing chosen, of what is kept. Exact but for entropy-coded weights."""
+    tensors, num_coded = list(kept), 0
     for menu, option in zip(menus, chosen, strict=False):
-        tensors += stored_tensors(menu.site, parse_rule(option.scheme), option.num_values)
-    return file_size(tensors, METADATA)
+        if option.num_coded is None:
+            tensors += stored_tensors(menu.site, parse_rule(option.scheme), option.num_values)
+        else:
+            num_coded += option.num_coded
+    return file_size(tensors, METADATA) + num_coded
 
 
 def stored_tensors(site: Site, scheme: Scheme | None, num_values: int = 0) -> Tensors:
@@ -289,4 +339,7 @@ def plan(
     check_has_sites(model)
     stats = gather(model, task, seed=seed) if task is not None else {}
     step = Recipe.of(KEEP, rules, exclude).weights[0]
-    return plan_size(model, measure_menus(model, stats, step, candidates), limit, seed)
+    menus = measure_menus(model, stats, step, candidates)
+    if not are_coded(menus):
+        return plan_size(model, menus, limit, seed)
+    return plan_and_make(model, menus, limit, lambda recipe: compress(model, recipe, task, stats=stats), seed).recipe

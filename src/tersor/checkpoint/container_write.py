@@ -69,20 +69,22 @@ def write(
 
 def write_coded(model: nn.Module, path: Path) -> None:
     """Write all tensors of a model, packed weights and all."""
-    write(tensors_of(model), path, packing_of(model))
+    tensors = tensors_of(model)
+    write(tensors, path, packing_of(model, tensors))
 
 
 def holds_codes(model: nn.Module) -> bool:
     """Whether a site's format counts on an entropy coder."""
-    return any(packed.format.name == "coded" for _, packed, _ in packed_sites(model))
+    return any(packed.format.entropy_coded for _, packed, _ in packed_sites(model))
 
 
-def packing_of(model: nn.Module) -> Packing:
-    """Which of a model's tensors hold codes of a few bits."""
+def packing_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> Packing:
+    """Which of a model's tensors hold codes of a few bits; `tensors` are they, by name."""
     found: dict[str, tuple[int, int]] = {}
     for site, packed, _ in packed_sites(model):
         if isinstance(packed.format, PackedParts):
-            parts = packed.format.packing(packed.tensors, packed.shape)
+            own = {name: tensors[f"{site.parameter}.{name}"] for name in packed.tensors}
+            parts = packed.format.packing(own, packed.shape)
             found |= {f"{site.parameter}.{name}": bits for name, bits in parts.items()}
     return found
 

@@ -1,7 +1,7 @@
 """Safetensors files one tensor at a time, by plain reads and writes: a mapped file would count as memory whole."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -54,6 +54,22 @@ class Extent:
                     raise ModelError(f"{self.path}: ends inside a tensor; download or save it again")
                 target.write(piece)
                 left -= len(piece)
+
+
+class Shelf(Mapping[str, Tensor]):
+    """Tensors by name, each read when it is asked for."""
+
+    def __init__(self, extents: Mapping[str, Extent]):
+        self.extents = extents
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.extents[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.extents)
+
+    def __len__(self) -> int:
+        return len(self.extents)
 
 
 def read_extents(path: Path) -> dict[str, Extent]:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from tersor.checkpoint.artifact import copy_side_files, describe
-from tersor.checkpoint.extents import Extent, Scratch, read_extents, write_extents
+from tersor.checkpoint.container_write import holds_codes, packing_of, write
+from tersor.checkpoint.extents import Extent, Scratch, Shelf, read_extents, write_extents
 from tersor.checkpoint.guards import at_most, room_for
 from tersor.checkpoint.layout import CODED, kept_tensors, stored_parts, tensors_of
 from tersor.checkpoint.manifest import WEIGHTS
@@ -166,7 +167,11 @@ class StreamedModel:
             content[name] = self.extents.get(name) or self.scratch.append(tensor)
             if content[name].dtype != tensor.dtype:
                 content[name] = self.scratch.append(content[name].read().to(tensor.dtype))
-        write_extents(content, self.output / WEIGHTS)
+        if holds_codes(self.model):
+            tensors = Shelf(content)
+            write(tensors, self.output / CODED, packing_of(self.model, tensors))
+        else:
+            write_extents(content, self.output / WEIGHTS)
         self.scratch.path.unlink(missing_ok=True)
         describe(self.model, self.output, manifest)
 

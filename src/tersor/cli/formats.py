@@ -3,8 +3,8 @@
 from tersor.activations import ACTIVATIONS
 from tersor.cli import options
 from tersor.cli.console import print_json, print_table
+from tersor.file_bytes import file_bytes_of_shape
 from tersor.formats import FORMATS
-from tersor.formats.coded import Coded
 from tersor.formats.contract import Format
 from tersor.observers import OBSERVERS
 from tersor.schemes import SHORTHANDS, usual_method
@@ -61,14 +61,5 @@ def formats(json: options.Json = False) -> None:
 
 def bits_per_weight(format: Format) -> float | None:
     """None where it depends on the data."""
-    if isinstance(format, Coded):
-        return None  # in the file a code takes what its probability says
-    total = 0
-    for dtype, shape in format.layout(EXAMPLE).values():
-        num_values = 1
-        for side in shape:
-            if side is None:
-                return None
-            num_values *= side
-        total += 8 * dtype.itemsize * num_values
-    return total / (EXAMPLE[0] * EXAMPLE[1])
+    num_bytes = file_bytes_of_shape(format, EXAMPLE)
+    return None if num_bytes is None else 8 * num_bytes / (EXAMPLE[0] * EXAMPLE[1])

@@ -34,6 +34,7 @@ class Bitmask:
     name = "bitmask"
     rows_apart = False
     usual_methods = ("magnitude", "sparsegpt")
+    entropy_coded = False
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
         return None

@@ -35,6 +35,7 @@ class Codebook:
     per_tensor: bool = False
     rows_apart = True
     usual_methods = ("kmeans", "gptq")
+    entropy_coded = False
     lopsided = False
 
     @property

@@ -39,8 +39,8 @@ class Coded:
 
     name = "coded"
     rows_apart = True
-    entropy_coded = True
     usual_methods = ("waterfill", "waterfill")
+    entropy_coded = True
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
         return None

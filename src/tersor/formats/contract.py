@@ -30,7 +30,7 @@ class Encoded:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all parts, in memory and on disk alike."""
+        """Bytes of all parts in memory; those in the file are counted by file_bytes.py."""
         return sum(part.numel() * part.element_size() for part in self.parts.values())
 
     @property
@@ -80,6 +80,11 @@ class Format(Protocol):
     @property
     def rows_apart(self) -> bool:
         """Whether row i of every part decodes to row i of the weight; a part of a single row serves all rows."""
+
+    @property
+    def entropy_coded(self) -> bool:
+        """Whether the file codes its whole numbers by their probabilities: it then takes what they say, and not what
+        they are in memory."""
 
     @property
     def usual_methods(self) -> tuple[str, str]:

@@ -22,6 +22,7 @@ class FloatCast:
     name: str
     rows_apart = True
     usual_methods = ("nearest", "nearest")
+    entropy_coded = False
 
     @property
     def dtype(self) -> torch.dtype:

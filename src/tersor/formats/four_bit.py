@@ -66,6 +66,7 @@ class FourBit(ABC):
     name: str
     rows_apart = True
     usual_methods = ("mse", "gptq")
+    entropy_coded = False
     group_size: int
     levels: Levels
     lopsided = False

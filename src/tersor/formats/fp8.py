@@ -34,6 +34,7 @@ class Fp8:
     per_tensor: bool = False
     rows_apart = True
     usual_methods = ("mse", "gptq")
+    entropy_coded = False
     lopsided = False
 
     @property

@@ -46,6 +46,7 @@ class IntGroup:
     symmetric: bool = True
     rows_apart = True
     usual_methods = ("mse", "gptq")
+    entropy_coded = False
 
     @property
     def name(self) -> str:

@@ -63,6 +63,7 @@ class KQuant:
     bits: int
     rows_apart = True
     usual_methods = ("mse", "gptq")
+    entropy_coded = False
 
     @property
     def name(self) -> str:

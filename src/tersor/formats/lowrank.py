@@ -37,6 +37,7 @@ class LowRank:
     name = "lowrank"
     rows_apart = False
     usual_methods = ("svd", "svd")
+    entropy_coded = False
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
         return None
@@ -91,6 +92,7 @@ class Corrected:
     base: IntGroup
     rows_apart = False
     usual_methods = ("lqer", "lqer")
+    entropy_coded = False
 
     @property
     def name(self) -> str:

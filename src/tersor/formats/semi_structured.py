@@ -38,6 +38,7 @@ class SemiStructured:
     m: int
     rows_apart = True
     usual_methods = ("magnitude", "sparsegpt")
+    entropy_coded = False
 
     @property
     def name(self) -> str:

@@ -40,6 +40,7 @@ class SparseInt:
     pattern: Bitmask | SemiStructured
     grid: IntGroup
     usual_methods = ("magnitude", "sparsegpt")
+    entropy_coded = False
 
     @property
     def name(self) -> str:

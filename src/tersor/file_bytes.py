@@ -1,0 +1,35 @@
+"""How many bytes a weight takes in the weights file: one count for plans, tables and reports.
+
+Without what a file says of itself: names, shapes and hashes are in its header.
+"""
+
+from math import ceil
+
+import torch
+
+from tersor.codecs.integers import estimate_bits
+from tersor.formats.contract import Encoded, Format
+
+
+def file_bytes(encoded: Encoded) -> int:
+    """Of all parts. Where the file is entropy-coded, as the coder estimates them, within a percent."""
+    if not encoded.format.entropy_coded:
+        return encoded.num_bytes
+    whole = [part for part in encoded.parts.values() if not part.is_floating_point()]
+    floats = sum(part.nbytes for part in encoded.parts.values() if part.is_floating_point())
+    return ceil(sum(map(estimate_bits, whole)) / 8) + floats
+
+
+def file_bytes_of_shape(format: Format, shape: tuple[int, int]) -> int | None:
+    """Of all parts of any matrix of a shape; None where it depends on its values.
+
+    >>> from tersor.formats import FORMATS
+    >>> file_bytes_of_shape(FORMATS["int4"], (2, 6)), file_bytes_of_shape(FORMATS["coded"], (2, 6))
+    (10, None)
+    """
+    total = 0
+    for dtype, sides in format.layout(shape).values():
+        if format.entropy_coded or None in sides:
+            return None
+        total += torch.Size(sides).numel() * dtype.itemsize  # type: ignore[arg-type]
+    return total
