@@ -55,9 +55,10 @@ def hand_on(model: GraphModule, examples: Examples) -> tuple[int, int]:
     move_pads(model)
     needed = None in results(model, {}).values()
     num_rounded = quantize_results(model, measured(model, examples) if needed else {})
-    drop_clamps(model)
+    num_float = float_rest(model)
+    drop_clamps(model)  # only now is it known which quantizers stay, and saturate in their place
     int8_pixels(model)
-    return num_rounded, float_rest(model)
+    return num_rounded, num_float
 
 
 def fold_norms(model: GraphModule) -> None:
@@ -197,16 +198,20 @@ def float_rest(model: GraphModule) -> int:
     for node in reversed(nodes_of(model)):  # a layer that takes floats leaves floats to the one before it
         if not is_int8(node) or is_quantize(only_user(clamped(node))):
             continue
-        back, weight = node.args[:2]
+        read, weight = node.args[:2]
         if node.target == aten.linear.default:
-            with model.graph.inserting_before(node):
+            back = read.args[0] if is_zero_pad(read) else read
+            with model.graph.inserting_before(back):
                 x = back.args[0].args[0]
                 chosen = model.graph.call_function(q.choose_qparams.tensor, (x, LOWEST, HIGHEST, EPS, torch.int8))
                 scale, zero = (model.graph.call_function(operator.getitem, (chosen, i)) for i in (0, 1))
                 settings = (scale, zero, LOWEST, HIGHEST, torch.int8)
                 codes = model.graph.call_function(q.quantize_per_tensor.tensor, (x, *settings))
                 made = model.graph.call_function(q.dequantize_per_tensor.tensor, (codes, *settings))
-            node.replace_input_with(back, made)
+            if read is back:
+                node.replace_input_with(back, made)
+            else:
+                read.replace_input_with(back, made)
             continue
         num_float += 1
         decoded = weight.target(*(constant(model, a) if is_node(a) else a for a in weight.args))
