@@ -94,6 +94,25 @@ def test_computes_what_the_model_computes(build, scheme, tmp_path):
     assert build is tokens or inside.endswith("in 1 part; 0 outside it")
 
 
+ACTIVATIONS = [nn.Identity, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.GELU, nn.Sigmoid]
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(64, 10), lambda: nn.Conv2d(3, 8, 3)], ids=["linear", "conv"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation_before_an_int8_layer_is_computed(activation, layer, tmp_path):
+    """A clamp is left to a quantizer only where that stays: a last linear layer rounds its inputs per token instead."""
+    torch.manual_seed(0)
+    model = nn.Sequential(activation(), layer()).eval()
+    x = torch.randn(5, 64) if isinstance(model[1], nn.Linear) else torch.randn(5, 3, 8, 8)
+    examples = Examples({"x": x}, {"x": {0: "batch"}}, keywords=False, calibration=({"x": x},))
+    model = tersor.compress(model, Recipe.of("int8/int8-static"), Calibration(examples)).model
+    checkpoint = checkpoint_of(tmp_path, model, examples)
+    made = ExecuTorch().write(checkpoint, tmp_path / "out.pte", tmp_path)
+    assert check(ExecuTorch(), checkpoint, tmp_path / "out.pte", made).difference < 0.02
+
+
 @installed
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int4-g32", "int4-g64-asym", "int8-g32-asym", "int2"])

@@ -1,6 +1,8 @@
 """GGUF: the client's own reader gives back the values that were chosen, bit for bit, and the same tokens."""
 
+import re
 import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -9,7 +11,21 @@ import torch
 from exported import byte_level, expected, logits, weights
 from gguf import GGMLQuantizationType, GGUFReader
 from tokenizers import Regex, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import tersor
 from tersor.errors import FormatError, MissingExtra, ModelError
@@ -173,6 +189,74 @@ def test_what_gguf_cannot_name(artifact, tmp_path):
         export_model(folder, tmp_path / "small.gguf", to="gguf")
     with pytest.raises(FormatError, match="gguf holds"):
         export_model(artifact("int8-dynamic"), tmp_path / "small.gguf", to="gguf")
+
+
+def small(folder, model) -> Path:
+    """The artifact of a model with weights that matter."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    tersor.save(tersor.compress(model.eval(), tersor.Recipe.of("int8-g32")).model, folder)
+    byte_level().save_pretrained(folder)
+    return folder
+
+
+SMALL = {"vocab_size": 352, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: LlamaForCausalLM(LlamaConfig(**SMALL, hidden_act="gelu")), "SiLU in llama.*hidden_act gelu"),
+        (lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, hidden_act="relu")), "SiLU in qwen3.*hidden_act relu"),
+        (lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, attention_bias=True)), "no attention_bias in qwen3"),
+        (lambda: LlamaModel(LlamaConfig(**SMALL)), r"llama, mistral, qwen2, qwen3 with .* head.*LlamaModel"),
+        (lambda: GemmaForCausalLM(GemmaConfig(**SMALL)), "this model is gemma"),
+        (lambda: LlamaForCausalLM(LlamaConfig(**SMALL | {"vocab_size": 96})), "a token 319.*embeddings for 96"),
+        (
+            lambda: LlamaForCausalLM(
+                LlamaConfig(
+                    **SMALL,
+                    rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+                )
+            ),
+            "turns whole heads, and this model 50%",
+        ),
+    ],
+)
+def test_what_llama_cpp_does_not_compute_is_refused(build, reason, tmp_path):
+    folder = small(tmp_path / "a", build())
+    with pytest.raises(ModelError, match=reason):
+        export_model(folder, tmp_path / "small.gguf", to="gguf")
+    assert not (tmp_path / "small.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("build", "note"),
+    [
+        (lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=8)), "context_length is 8, the sliding"),
+        (
+            lambda: Qwen2ForCausalLM(
+                Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=0)
+            ),
+            "context_length is 8, the sliding",
+        ),
+        (lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, sliding_window=8)), None),
+        (lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=32)), "takes 128 .* 32"),
+        (lambda: LlamaForCausalLM(LlamaConfig(**SMALL, head_dim=32, attention_bias=True, mlp_bias=True)), "biases"),
+    ],
+)
+def test_what_the_file_says_is_what_the_model_is(build, note, tmp_path):
+    """Or it is noted. transformers' reader is told what it does not read, and then computes the same."""
+    made = export_model(small(tmp_path / "a", build()), tmp_path / "small.gguf", to="gguf")
+    assert made.opened is not None
+    assert "differ from the artifact's by 0.00%" in made.opened
+    assert len(made.notes) == (note is not None)
+    if note is not None:
+        assert re.search(note, made.notes[0])
+    fields = GGUFReader(tmp_path / "small.gguf").fields
+    length = next(field.contents() for key, field in fields.items() if key.endswith(".context_length"))
+    assert length == (8 if note is not None and "sliding" in note else 64)
 
 
 def test_without_the_package(artifact, tmp_path, monkeypatch):

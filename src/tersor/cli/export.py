@@ -80,6 +80,7 @@ def export(
                 "formats": made.formats,
                 "notes": made.notes,
                 "check": asdict(made.check) if made.check else None,
+                "opened": made.opened,
             }
         )
         return
@@ -104,7 +105,7 @@ def sizes(text: str | None) -> tuple[int, ...] | None:
 def checked(made: Exported) -> list[str]:
     """What running the file showed, a line each."""
     if made.check is None:
-        return []
+        return [made.opened] if made.opened else []
     found, latency = made.check, made.check.latency
     low, high = latency.speedup_interval
     return [

@@ -24,6 +24,7 @@ from tersor.export.check import Check, check
 from tersor.export.contract import Checkpoint, Filed, Layout, PackedSite, Runnable
 from tersor.export.decoder import has_cache
 from tersor.export.examples import Examples, examples_of, with_cache
+from tersor.export.reopen import reopen
 from tersor.task_choice import TaskChoice, open_task_for
 
 
@@ -38,6 +39,7 @@ class Exported:
         formats: what was stored for each site, as recipes spell it.
         notes: what the user should know, such as a value the client rounds.
         check: what running it showed, for clients that run here.
+        opened: what opening it in its client showed, for all others.
     """
 
     output: Path
@@ -46,6 +48,7 @@ class Exported:
     formats: dict[str, str]
     notes: tuple[str, ...]
     check: Check | None = None
+    opened: str | None = None
 
 
 def export_model(
@@ -99,7 +102,7 @@ def export_model(
             raise InputError(f"{model}: no {MANIFEST}, so not a tersor artifact; make one with `tersor compress` first")
         checkpoint = open_checkpoint(Path(model))
     check_sites(checkpoint, export)
-    checked = None
+    checked, opened = None, None
     with place_for(output, export, overwrite) as working:
         if isinstance(export, Runnable):
             with tempfile.TemporaryDirectory() as scratch:
@@ -108,12 +111,13 @@ def export_model(
             notes = written.notes
         else:
             notes = tuple(export.write(checkpoint, working))
+            opened = reopen(export, checkpoint, working)
         if working.is_dir():
             seal(working)
         files = working.rglob("*") if working.is_dir() else working.parent.iterdir()
         num_bytes = sum(file.stat().st_size for file in files if file.is_file())
     formats = {packed.site.name: packed.scheme for packed in checkpoint.sites}
-    return Exported(output, export.name, num_bytes, formats, notes, checked)
+    return Exported(output, export.name, num_bytes, formats, notes, checked, opened)
 
 
 def with_options(export: Layout, options: Mapping[str, Any]) -> Any:
@@ -171,6 +175,11 @@ def checkpoint_of(folder: Path, model: Any, examples: Examples | None = None) ->
 
 def check_sites(checkpoint: Checkpoint, export: Layout) -> None:
     """Before anything is written: every site fits, and the model as a whole."""
+    if isinstance(export, Runnable) and getattr(getattr(checkpoint.model, "config", None), "is_encoder_decoder", False):
+        raise ModelError(
+            f"{checkpoint.folder}: {type(checkpoint.model).__name__} is an encoder with a decoder, which {export.name} "
+            f"would need as two graphs; export its encoder alone (a *EncoderModel class), or to compressed-tensors"
+        )
     floats = isinstance(export, Runnable) or (bool(checkpoint.sites) and getattr(export, "holds_floats", False))
     if not checkpoint.quantized and not floats:
         raise ModelError(f"{checkpoint.folder}: no weight is quantized, so there is nothing to export to {export.name}")

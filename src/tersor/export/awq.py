@@ -11,13 +11,14 @@ The client takes the group size from the config, so one format must serve all pa
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int32, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from tersor.export.contract import Checkpoint, Misfit, PackedSite, misfit_of
-from tersor.export.folder import kept_linears, packed_tensors, write_folder
+from tersor.export.folder import kept_linears, open_folder, packed_tensors, write_folder
 from tersor.export.integers import check_one_format, nearby_int4, only_format, symmetric_grid, unsigned_codes
 from tersor.formats.packing import pack
 
@@ -37,6 +38,7 @@ class Awq:
     readers = "transformers, vLLM"
     holds = HOLDS
     extra = None
+    packages = ("gptqmodel", "accelerate")
 
     def misfit(self, packed: PackedSite) -> Misfit | None:
         rows, columns = packed.site.shape
@@ -59,6 +61,9 @@ class Awq:
         }
         tensors = packed_tensors(checkpoint, module_tensors)
         return write_folder(checkpoint, output, to=self.name, tensors=tensors, quantization_config=config)
+
+    def open(self, checkpoint: Checkpoint, output: Path) -> tuple[nn.Module, dict[str, Any]]:
+        return open_folder(checkpoint, output, torch.float16)
 
 
 def module_tensors(packed: PackedSite) -> dict[str, Tensor]:

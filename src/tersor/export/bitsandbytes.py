@@ -10,10 +10,15 @@ weight.quant_state.bitsandbytes__nf4     JSON as bytes: sizes, dtype and offset
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+
+import torch
+from torch import nn
 
 from tersor.checkpoint.nf4_module import module_tensors
 from tersor.export.contract import Checkpoint, Misfit, PackedSite, misfit_of
-from tersor.export.folder import kept_linears, packed_tensors, write_folder
+from tersor.export.folder import kept_linears, open_folder, packed_tensors, write_folder
 from tersor.formats.nf4 import Nf4, Nf4Double
 
 HOLDS = "nf4 and nf4-dq in plain linear layers whose columns are a multiple of 64"
@@ -28,6 +33,7 @@ class BitsAndBytes:
     readers = "transformers"
     holds = HOLDS
     extra = None
+    packages = ("bitsandbytes", "accelerate")
 
     def misfit(self, packed: PackedSite) -> Misfit | None:
         place = packed.is_linear and packed.site.shape[1] % Nf4.group_size == 0
@@ -51,3 +57,6 @@ class BitsAndBytes:
         }
         tensors = packed_tensors(checkpoint, lambda packed: module_tensors(packed.encoded, packed.site.dtype))
         return write_folder(checkpoint, output, to=self.name, tensors=tensors, quantization_config=config)
+
+    def open(self, checkpoint: Checkpoint, output: Path) -> tuple[nn.Module, dict[str, Any]]:
+        return open_folder(checkpoint, output, torch.float32)

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tersor.errors import FormatError
+from tersor.core.messages import first_line
+from tersor.errors import FormatError, ModelError
 from tersor.export.contract import Checkpoint, Misfit, PackedSite, misfit_of
-from tersor.export.folder import is_exact, kept_linears, packed_tensors, write_folder
+from tersor.export.folder import is_exact, kept_linears, open_folder, packed_tensors, write_folder
 from tersor.export.integers import int_group, row_words, symmetric_grid, whole_groups
 from tersor.formats.contract import Encoded
 from tersor.formats.fp8 import Fp8
@@ -49,6 +50,7 @@ class CompressedTensors:
     readers = "transformers, vLLM"
     holds = HOLDS
     extra = None
+    packages = ("compressed_tensors",)
 
     def misfit(self, packed: PackedSite) -> Misfit | None:
         group, float8 = int_group(packed.encoded), fp8(packed.encoded)
@@ -92,6 +94,16 @@ class CompressedTensors:
         dtype = "bfloat16" if any(is_float4(packed.encoded) for packed in checkpoint.quantized) else None
         notes = write_folder(checkpoint, output, to=self.name, tensors=tensors, quantization_config=config, dtype=dtype)
         return [*notes, *notes_on(checkpoint, tensors)]
+
+    def open(self, checkpoint: Checkpoint, output: Path) -> tuple[nn.Module, dict[str, Any]]:
+        dtype = torch.bfloat16 if any(is_float4(packed.encoded) for packed in checkpoint.quantized) else torch.float32
+        try:
+            return open_folder(checkpoint, output, dtype)
+        except AttributeError as error:  # packed integers have no `weight`, and some models fill theirs first
+            raise ModelError(
+                f"{self.name}: transformers cannot open packed weights in {type(checkpoint.model).__name__} "
+                f"({first_line(error)}); nothing was kept. Compress again with fp8-e4m3, or export to onnx or openvino"
+            ) from None
 
 
 def module_tensors(packed: PackedSite) -> dict[str, Tensor]:

@@ -150,7 +150,14 @@ class Filed(Layout, Protocol):
 
 @runtime_checkable
 class Export(Layout, Protocol):
-    """A client that reads artifacts of Hugging Face models."""
+    """A client that reads artifacts of Hugging Face models; what was written is opened in it before it is kept."""
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Of Python, that opening needs."""
+
+    def open(self, checkpoint: Checkpoint, output: Path) -> tuple[nn.Module, dict[str, Any]]:
+        """What transformers makes of it, float32 where the client can, and its `loading_info`."""
 
     def write(self, checkpoint: Checkpoint, output: Path) -> Iterable[str]:
         """Write the file, or fill the empty folder, `output`. Returns what the user should know."""

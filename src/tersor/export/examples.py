@@ -99,17 +99,30 @@ def examples_of(source: Source, task: Task | None, shape: Sequence[int] | None) 
         return Examples({"x": x}, {"x": {0: "batch"}}, keywords=False)
     if task is not None:
         return from_task(source, task)
-    config: Any = getattr(source.model, "config", None)
+    examples = from_config(source.model)
+    if examples is None:
+        raise InputError(f"{source.name}: give example inputs: --data FILE, or --shape 3,32,32 for one example's sizes")
+    return examples
+
+
+def from_config(model: nn.Module, longest: int = 16) -> Examples | None:
+    """Random texts, of `longest` tokens at most, or pictures of the size that the model's config says; None where it
+    says none."""
+    config: Any = getattr(model, "config", None)
+    generator = torch.Generator().manual_seed(0)
     if getattr(config, "vocab_size", None):
-        ids = torch.randint(config.vocab_size, (ROWS, 16))
+        length = min(longest, getattr(config, "max_position_embeddings", None) or longest)
+        ids = torch.randint(config.vocab_size, (ROWS, length), generator=generator)
         mask = torch.ones_like(ids)
-        mask[0, 12:] = 0
-        return as_text({"input_ids": ids, "attention_mask": mask})
+        mask[0, 3 * length // 4 :] = 0
+        texts = {"input_ids": ids, "attention_mask": mask}
+        return as_text({name: texts[name] for name in accepted(model, texts)})
     if getattr(config, "image_size", None) and isinstance(config.image_size, int):
         size, channels = config.image_size, getattr(config, "num_channels", 3)
-        pixels = torch.randn(ROWS, channels, size, size, dtype=float_type_of(source.model))
-        return Examples({"pixel_values": pixels}, {"pixel_values": {0: "batch"}}, keywords=True)
-    raise InputError(f"{source.name}: give example inputs: --data FILE, or --shape 3,32,32 for one example's sizes")
+        pixels = torch.randn(ROWS, channels, size, size, generator=generator, dtype=torch.float32)
+        inputs = {"pixel_values": pixels.to(float_type_of(model))}
+        return Examples(inputs, {"pixel_values": {0: "batch"}}, keywords=True)
+    return None
 
 
 def from_task(source: Source, task: Task) -> Examples:

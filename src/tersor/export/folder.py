@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tersor.checkpoint.artifact import copy_side_files
 from tersor.checkpoint.manifest import MANIFEST, read_manifest, weights_path
@@ -88,3 +88,11 @@ def kept_linears(checkpoint: Checkpoint) -> list[str]:
     plain = {place.module for packed in checkpoint.sites if packed.is_plain for place in packed.site.places}
     linears = [path for path, module in checkpoint.model.named_modules() if is_linear(module) or path in plain]
     return [path for path in linears if path not in packed and path != ""]
+
+
+def open_folder(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
+    """What `from_pretrained` makes of a folder, and what it says of it."""
+    kind: Any = type(checkpoint.model)
+    return kind.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
+    )

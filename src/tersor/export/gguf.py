@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tersor.errors import MissingExtra, ModelError
 from tersor.export.contract import UNMARKED, Checkpoint, Misfit, PackedSite
@@ -22,6 +22,9 @@ from tersor.formats.contract import Encoded
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 WRITER = "tersor"
+ELSEWHERE = "export to compressed-tensors or bitsandbytes instead"
+UNREAD = ("head_dim", "attention_bias", "mlp_bias")  # of the config: in the file, and transformers does not look there
+QWEN3_HEAD = 128  # what transformers takes
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 HOLDS = (
     f"q2_k to q6_k, mxfp4, and integer formats per row or in groups of a multiple of {BLOCK} columns, asymmetric ones "
@@ -38,6 +41,7 @@ class Gguf:
     readers = "llama.cpp, transformers"
     holds = HOLDS
     extra = "gguf"
+    packages = ("gguf",)
     holds_floats = True  # a model in 16-bit floats is a GGUF model, too
 
     def foreign(self, output: Path) -> str | None:
@@ -60,17 +64,7 @@ class Gguf:
     def check(self, checkpoint: Checkpoint) -> None:
         gguf_package()
         config = checkpoint.config
-        rope = getattr(config, "rope_parameters", None) or {}
-        if config.model_type not in ARCHITECTURES:
-            raise ModelError(
-                f"gguf export knows {', '.join(ARCHITECTURES)}, and this model is {config.model_type}; "
-                "export to compressed-tensors or bitsandbytes instead"
-            )
-        if rope.get("rope_type", "default") != "default":
-            raise ModelError(
-                f"gguf export knows plain rotary embeddings, and this model scales them ({rope['rope_type']}); "
-                "export to compressed-tensors or bitsandbytes instead"
-            )
+        check_architecture(checkpoint)
         names = tensor_names(checkpoint)
         unknown = [name for name in (*checkpoint.tensors, *parameters(checkpoint)) if names(name) is None]
         if unknown:
@@ -106,7 +100,71 @@ class Gguf:
         notes = [f"{format} is held exactly in the wider {kind}" for format, kind in wider.items()]
         if rounding:
             notes.append(f"minima of asymmetric blocks are rounded to fp16: values move by up to {rounding:.2g} steps")
-        return notes
+        return notes + notes_on(checkpoint)
+
+    def open(self, checkpoint: Checkpoint, output: Path) -> tuple[nn.Module, dict[str, Any]]:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(output.parent, gguf_file=output.name, trust_remote_code=False)
+        for name in UNREAD:
+            if hasattr(checkpoint.config, name):
+                setattr(config, name, getattr(checkpoint.config, name))
+        return AutoModelForCausalLM.from_pretrained(
+            output.parent,
+            gguf_file=output.name,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+        )
+
+
+def check_architecture(checkpoint: Checkpoint) -> None:
+    """Raises ModelError for what the file's architectures do not compute."""
+    config, kind = checkpoint.config, type(checkpoint.model).__name__
+    if config.model_type not in ARCHITECTURES or not kind.endswith("ForCausalLM"):
+        raise ModelError(
+            f"gguf export knows {', '.join(ARCHITECTURES)} with their language head, and this model is "
+            f"{config.model_type} ({kind}); {ELSEWHERE}"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ModelError(
+            f"gguf export knows plain rotary embeddings, and this model scales them ({rope['rope_type']}); {ELSEWHERE}"
+        )
+    if (part := rope.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ModelError(f"gguf export turns whole heads, and this model {part:.0%} of each; {ELSEWHERE}")
+    if config.hidden_act not in ("silu", "swish"):
+        raise ModelError(
+            f"gguf export: llama.cpp computes SiLU in {config.model_type} models, and this one has hidden_act "
+            f"{config.hidden_act}; {ELSEWHERE}"
+        )
+    if config.model_type == "qwen3" and getattr(config, "attention_bias", False):
+        raise ModelError(f"gguf export: llama.cpp has no attention_bias in qwen3 models; {ELSEWHERE}")
+
+
+def context_length(config: Any) -> int:
+    """Tokens of a text that attention sees whole: llama.cpp has no sliding windows in these architectures, and within
+    one window there is no difference."""
+    kinds = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in kinds if kinds else config.model_type == "mistral"
+    window = getattr(config, "sliding_window", None) if slides else None
+    return int(min(config.max_position_embeddings, window or config.max_position_embeddings))
+
+
+def notes_on(checkpoint: Checkpoint) -> list[str]:
+    """Where clients and the model part."""
+    config, notes = checkpoint.config, []
+    if (length := context_length(config)) < config.max_position_embeddings:
+        notes.append(f"context_length is {length}, the sliding window, which llama.cpp does not have in this model")
+    if config.model_type == "qwen3" and config.head_dim != QWEN3_HEAD:
+        notes.append(
+            f"transformers takes {QWEN3_HEAD} for the width of qwen3's heads, and here it is {config.head_dim}"
+        )
+    if any(getattr(config, name, False) for name in ("attention_bias", "mlp_bias")):
+        notes.append("transformers leaves out the biases of llama's layers; llama.cpp reads them")
+    return notes
 
 
 def gguf_package() -> ModuleType:
@@ -147,7 +205,7 @@ def metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     about = {
         "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
+        "context_length": context_length(config),
         "embedding_length": config.hidden_size,
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,

@@ -36,6 +36,12 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
             f"Qwen2 do, and this is {description['model']['type']} with {description['pre_tokenizer']}; "
             "export to compressed-tensors or bitsandbytes instead"
         )
+    ids = [*description["model"]["vocab"].values(), *(added["id"] for added in description["added_tokens"])]
+    if (largest := max(ids, default=0)) >= vocab_size:
+        raise ModelError(
+            f"{folder}: the tokenizer has a token {largest}, and the model embeddings for {vocab_size} only; save the "
+            f"model with resize_token_embeddings({largest + 1}), or its own tokenizer"
+        )
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
     types = [UNUSED] * vocab_size
     for token, index in description["model"]["vocab"].items():

@@ -15,13 +15,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tersor.errors import FormatError
 from tersor.export.contract import Checkpoint, Misfit, PackedSite, misfit_of
-from tersor.export.folder import kept_linears, packed_tensors, write_folder
+from tersor.export.folder import kept_linears, open_folder, packed_tensors, write_folder
 from tersor.export.integers import check_one_format, int_group, nearby_int4, only_format, row_words, symmetric_grid
 from tersor.formats.packing import pack
 
@@ -42,6 +43,7 @@ class Gptq:
     readers = "transformers, vLLM, GPTQModel"
     holds = HOLDS
     extra = None
+    packages = ("optimum", "gptqmodel")
 
     def misfit(self, packed: PackedSite) -> Misfit | None:
         rows, columns = packed.site.shape
@@ -76,6 +78,9 @@ class Gptq:
         notes = write_folder(checkpoint, output, to=self.name, tensors=tensors, quantization_config=config)
         (output / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         return notes
+
+    def open(self, checkpoint: Checkpoint, output: Path) -> tuple[nn.Module, dict[str, Any]]:
+        return open_folder(checkpoint, output, torch.float16)
 
 
 def module_tensors(packed: PackedSite) -> dict[str, Tensor]:
