@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.source import Source
-from tersor.errors import InputError
+from tersor.core.messages import first_line
+from tersor.errors import InputError, ModelError
 from tersor.export.decoder import NUM_NEW, Decoded, axes_of, cached_inputs, call_cached
 from tersor.tasks.contract import Task
 from tersor.tasks.inputs import float_type_of, scoring
@@ -53,9 +54,17 @@ class Examples:
         return model(**given) if self.keywords else model(*given.values())
 
     def run(self, model: nn.Module) -> dict[str, Tensor]:
-        """The model's outputs by name, float32."""
+        """The model's outputs by name, float32. Raises ModelError for a model that these inputs do not suit."""
         with scoring(model):
-            return {name: tensor.float() for name, tensor in outputs_of(self.call(model)).items()}
+            try:
+                made = self.call(model)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                given = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in self.inputs.items())
+                raise ModelError(
+                    f"{type(model).__name__} cannot take {given}: {first_line(error)}; give inputs that it takes by "
+                    f"--data or --shape"
+                ) from error
+            return {name: tensor.float() for name, tensor in outputs_of(made).items()}
 
     def cast(self, dtype: torch.dtype) -> "Examples":
         """With floating-point inputs in this type."""

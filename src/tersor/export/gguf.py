@@ -109,7 +109,7 @@ class Gguf:
         for name in UNREAD:
             if hasattr(checkpoint.config, name):
                 setattr(config, name, getattr(checkpoint.config, name))
-        return AutoModelForCausalLM.from_pretrained(
+        made: Any = AutoModelForCausalLM.from_pretrained(
             output.parent,
             gguf_file=output.name,
             config=config,
@@ -118,6 +118,7 @@ class Gguf:
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
         )
+        return made
 
 
 def check_architecture(checkpoint: Checkpoint) -> None:

@@ -182,7 +182,8 @@ def rotary_tables(model: nn.Module) -> tuple[Tensor, Tensor] | None:
     depend on more, or differ between layers, and for heads whose size is no multiple of 16, as ONNX Runtime wants."""
     makers = [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
     length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if len(makers) != 1 or not length or getattr(makers[0], "rope_type", None) not in STATIC:
+    kind = getattr(makers[0], "rope_type", None) if len(makers) == 1 else None  # a dict where layers differ
+    if not length or not isinstance(kind, str) or kind not in STATIC:
         return None
     try:
         with torch.no_grad():
