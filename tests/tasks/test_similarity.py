@@ -8,9 +8,9 @@ import pytest
 import torch
 from sentence_pairs import PAIRS
 
-from tersor.errors import DataError, InputError
+from tersor.errors import DataError, InputError, ModelError
 from tersor.tasks import open_task
-from tersor.tasks.encoder import pool, read_pooling
+from tersor.tasks.sentence import pool, read_pooling
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_an_example_cap_is_a_seeded_subset(opened, minilm):
 def test_pooling_follows_the_model_folder(tmp_path, config, pooling):
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(config))
-    assert read_pooling(tmp_path) == pooling
+    assert read_pooling(tmp_path / "1_Pooling") == (pooling,)
 
 
 def test_pooling_ignores_padding_on_either_side():
@@ -124,12 +124,12 @@ def test_pooling_ignores_padding_on_either_side():
 
 def test_unsupported_or_broken_pooling(tmp_path):
     (tmp_path / "1_Pooling").mkdir()
-    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
-    with pytest.raises(InputError, match="pooling max is not supported; known: mean, cls, lasttoken"):
-        read_pooling(tmp_path)
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_median_tokens": true}')
+    with pytest.raises(InputError, match="pooling median is not supported; known: cls, max, mean"):
+        read_pooling(tmp_path / "1_Pooling")
     (tmp_path / "1_Pooling" / "config.json").write_text("[]")
-    with pytest.raises(DataError, match="not a JSON object"):
-        read_pooling(tmp_path)
+    with pytest.raises(ModelError, match="not a JSON object"):
+        read_pooling(tmp_path / "1_Pooling")
 
 
 def test_text_without_a_tokenizer_and_a_model_without_hidden_states(data, opened, tmp_path):

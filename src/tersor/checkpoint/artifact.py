@@ -31,6 +31,7 @@ from tersor.checkpoint.manifest import (
     weights_path,
     write_manifest,
 )
+from tersor.checkpoint.modules_json import module_folders
 from tersor.checkpoint.notice import KEY, post
 from tersor.checkpoint.output import atomic_folder
 from tersor.checkpoint.restore import read_decoded, read_tensors, restore_rest, restore_site
@@ -278,16 +279,18 @@ def skeleton(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
-    """Config, tokenizer and pooling files as they came; weights and code stay behind, and so do folders that tersor
-    wrote."""
+    """Config, tokenizer and pooling files as they came, and the weights of the modules that follow the transformer of a
+    sentence encoder; other weights and code stay behind, and so do folders that tersor wrote."""
     check_links(source)
     outputs = {record.parent for name in RECORDS for record in source.rglob(name)} - {source}
+    modules = module_folders(source)
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         if not outputs.isdisjoint(path.parents):
             continue
         hidden = any(part.startswith(".") for part in relative.parts)
         weights = path.suffix in NOT_COPIED or path.name.endswith(".index.json")
+        weights = weights and not (path.name == WEIGHTS and relative.parent in modules)
         if path.is_file() and not hidden and not weights and str(relative) not in OWN_FILES:
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / relative)

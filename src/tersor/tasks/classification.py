@@ -21,7 +21,7 @@ from tersor.scores import METRICS, Scores
 from tersor.tasks.arrays import Arrays, Numbers, check_same_shape, examples, find_name, open_arrays, read_npz
 from tersor.tasks.augment import augmented, check_augment
 from tersor.tasks.contract import Output, Split
-from tersor.tasks.encoder import MAX_LENGTH, Texts, tokenize
+from tersor.tasks.encoder import Texts, tokenize
 from tersor.tasks.images import find_images, open_images
 from tersor.tasks.inputs import Batch, Inputs, batches, epoch, scatter, scoring
 from tersor.tasks.labels import Label, class_numbers
@@ -103,7 +103,7 @@ def open_classification(
     source: Source,
     *,
     batch_size: int | None = None,
-    max_length: int = MAX_LENGTH,
+    max_length: int | None = None,
     image_size: int | None = None,
     mean: Numbers | None = None,
     std: Numbers | None = None,

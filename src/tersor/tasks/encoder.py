@@ -1,34 +1,29 @@
 """Texts through a Hugging Face model: tokens, batches of like length, sentence embeddings.
 
-A sentence embedding is the mean of the last hidden states over the attention mask, unless the model folder's
-`1_Pooling/config.json` (sentence-transformers) says first token (`cls`) or last token (`lasttoken`); it is then scaled
-to unit length. Reimers & Gurevych 2019, "Sentence-BERT", https://arxiv.org/abs/1908.10084
+A sentence embedding is made of the last hidden states as the model folder says (sentence.py).
 """
 
 import inspect
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
 from tersor.errors import DataError, InputError
 from tersor.tasks.contract import Output
 from tersor.tasks.inputs import Batch, consecutive, device_of
 from tersor.tasks.outputs import logits_of
+from tersor.tasks.sentence import Embedder, read_embedder
 from tersor.tasks.source import Source
 from tersor.tasks.split import SEED, RowNumbers
 from tersor.tasks.takes import part_of
 
 MAX_LENGTH = 256
-POOLINGS = ("mean", "cls", "lasttoken")
 NO_LIMIT = 1_000_000  # tokenizers that know no limit say 10^30
 COUNT_FROM_PADDING = (  # model types whose first token has position pad_token_id + 1: the rows before are not used
     *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer"),
@@ -44,7 +39,7 @@ class Texts:
     Attributes:
         tokens: one dict of token lists (`input_ids`, `attention_mask`, ...) a text.
         padding: what fills each list up to the longest of its batch, and on which side.
-        pooling: how hidden states become an embedding; None asks the model for logits.
+        embedder: how hidden states become an embedding; None asks the model for logits.
         num_truncated: how many texts were cut to `max_length` tokens.
         can_pad: without a padding token, texts run one at a time.
     """
@@ -52,14 +47,14 @@ class Texts:
     tokens: list[dict[str, list[int]]]
     padding: dict[str, int]
     padding_side: str
-    pooling: str | None
+    embedder: Embedder | None
     max_length: int
     num_truncated: int
     can_pad: bool
 
     @property
     def output(self) -> Output:
-        return "logits" if self.pooling is None else "embedding"
+        return "logits" if self.embedder is None else "embedding"
 
     @property
     def lengths(self) -> Int[np.ndarray, " text"]:
@@ -68,7 +63,7 @@ class Texts:
     @property
     def description(self) -> str:
         cut = f", {self.num_truncated:,} of {len(self):,} texts cut" if self.num_truncated else ""
-        pooled = f", {self.pooling} pooling" if self.pooling else ""
+        pooled = f", {self.embedder.description}" if self.embedder else ""
         return f"at most {self.max_length} tokens{cut}{pooled}"
 
     def __len__(self) -> int:
@@ -102,16 +97,20 @@ class Texts:
     def forward(self, model: nn.Module, batch: Batch) -> Float[Tensor, " row *rest"]:
         """Unit embeddings `[row, dim]`, or logits `[row, class]` (per token: `[row, position, class]`)."""
         output = self.call(model, batch)
-        if self.pooling is None:
+        if self.embedder is None:
             return logits_of(output)
         mask = batch.inputs["attention_mask"].to(device_of(model))
-        return normalize(pool(hidden_of(output), mask, self.pooling), dim=-1)
+        return self.embedder(hidden_of(output), mask)
 
 
-def tokenize(texts: Sequence[str], source: Source, *, max_length: int = MAX_LENGTH, embedding: bool) -> Texts:
-    """Tokenize texts once, with special tokens, cut to `max_length` tokens or to what the model can take."""
+def tokenize(texts: Sequence[str], source: Source, *, max_length: int | None = None, embedding: bool) -> Texts:
+    """Tokenize texts once, with special tokens, cut to `max_length` tokens or to what the model can take; None is 256,
+    or what a sentence encoder's folder says where that is less."""
     tokenizer = source.need_tokenizer("the data")
-    limit = min(max_length, length_limit(source), tokenizer_limit(tokenizer))
+    embedder = read_embedder(source.model_folder) if embedding else None
+    usual = MAX_LENGTH if embedder is None else min(MAX_LENGTH, embedder.max_length or MAX_LENGTH)
+    limit = min(usual if max_length is None else max_length, length_limit(source), tokenizer_limit(tokenizer))
+    texts = [text.lower() for text in texts] if embedder is not None and embedder.lower_case else list(texts)
     encoded = tokenizer(list(texts), truncation=True, max_length=limit, return_attention_mask=True, verbose=False)
     tokens = [{name: encoded[name][i] for name in encoded} for i in range(len(texts))]
     for text, lists in zip(texts, tokens, strict=True):
@@ -131,7 +130,7 @@ def tokenize(texts: Sequence[str], source: Source, *, max_length: int = MAX_LENG
         tokens,
         {name: padding.get(name, 0) for name in tokens[0]},
         tokenizer.padding_side,
-        read_pooling(source.model_folder) if embedding else None,
+        embedder,
         limit,
         num_truncated,
         pad is not None,
@@ -173,19 +172,6 @@ def check_vocabulary(largest: int, source: Source) -> None:
     )
 
 
-def pool(
-    hidden: Float[Tensor, "row position dim"], mask: Int[Tensor, "row position"], how: str
-) -> Float[Tensor, "row dim"]:
-    """One float32 vector a text; padding (mask 0) takes no part, on whichever side it stands."""
-    hidden = hidden.float()
-    if how == "mean":
-        weights = mask.unsqueeze(-1).to(hidden.dtype)
-        return (hidden * weights).sum(1) / weights.sum(1)
-    first = mask.argmax(1)
-    place = first if how == "cls" else first + mask.sum(1) - 1
-    return hidden[torch.arange(len(hidden), device=hidden.device), place]
-
-
 def hidden_of(output: Any) -> Float[Tensor, "row position dim"]:
     """The last hidden states in what an encoder returned."""
     hidden = getattr(output, "last_hidden_state", output)
@@ -197,21 +183,3 @@ def hidden_of(output: Any) -> Float[Tensor, "row position dim"]:
             f"embeddings need an encoder (AutoModel), not a model with a prediction head"
         )
     return hidden
-
-
-def read_pooling(model_folder: Path | None) -> str:
-    """`mean`, `cls` or `lasttoken`, from `1_Pooling/config.json`; `mean` when the folder has none."""
-    path = None if model_folder is None else Path(model_folder) / "1_Pooling" / "config.json"
-    if path is None or not path.is_file():
-        return "mean"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        named = config.get("pooling_mode")
-        old_style = [key for key in config if key.startswith("pooling_mode_") and config[key] is True]
-    except (OSError, ValueError, AttributeError, RecursionError):
-        raise DataError(f"{path}: not a JSON object; expected sentence-transformers' pooling configuration") from None
-    modes = [named] if named else [key.removeprefix("pooling_mode_").removesuffix("_tokens") for key in old_style]
-    modes = [str(mode).removesuffix("_token") for mode in modes] or ["mean"]
-    if len(modes) > 1 or modes[0] not in POOLINGS:
-        raise InputError(f"{path}: pooling {' + '.join(modes)} is not supported; known: {', '.join(POOLINGS)}")
-    return modes[0]

@@ -82,7 +82,7 @@ def named_arrays(path: Path) -> Arrays:
     return arrays
 
 
-def open_pairs(source: Source, max_length: int, pixels: dict[str, Any]) -> tuple[Together, str]:
+def open_pairs(source: Source, max_length: int | None, pixels: dict[str, Any]) -> tuple[Together, str]:
     """Pictures with texts: those of the data, and made-up ones or docstrings beside them."""
     for path in (source.calibration, source.train):
         if path is not None:

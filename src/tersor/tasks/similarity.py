@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tersor.errors import DataError, InputError
 from tersor.scores import METRICS, Scores
 from tersor.tasks.contract import Output, Split
-from tersor.tasks.encoder import MAX_LENGTH, Texts, tokenize
+from tersor.tasks.encoder import Texts, tokenize
 from tersor.tasks.inputs import Batch, batches, consecutive, scatter, scoring
 from tersor.tasks.source import Source
 from tersor.tasks.split import Rows, split_rows
@@ -99,7 +99,7 @@ def open_similarity(
     source: Source,
     *,
     batch_size: int = 32,
-    max_length: int = MAX_LENGTH,
+    max_length: int | None = None,
     max_examples: int | None = None,
     calibration_examples: int = 128,
 ) -> Similarity:

@@ -20,7 +20,7 @@ from jaxtyping import Int, Shaped
 from tersor.errors import DataError
 from tersor.tasks.arrays import Numbers, check_same_shape, examples, find_name, open_arrays, read_npz
 from tersor.tasks.contract import Output
-from tersor.tasks.encoder import MAX_LENGTH, tokenize
+from tersor.tasks.encoder import tokenize
 from tersor.tasks.fidelity import Fidelity
 from tersor.tasks.images import find_images, open_images
 from tersor.tasks.inputs import Inputs
@@ -53,7 +53,7 @@ def open_fidelity(
     source: Source,
     *,
     batch_size: int | None = None,
-    max_length: int = MAX_LENGTH,
+    max_length: int | None = None,
     context: int | None = None,
     max_tokens: int | None = None,
     image_size: int | None = None,
@@ -116,7 +116,7 @@ def fit_memory(rows: Rows, lengths: Int[np.ndarray, " example"], source: Source)
 
 
 def _open_tensors(
-    source: Source, limits: dict[str, int], asked: Asked, pixels: dict[str, Any], max_length: int
+    source: Source, limits: dict[str, int], asked: Asked, pixels: dict[str, Any], max_length: int | None
 ) -> Opened:
     """Arrays, pictures, pictures with texts, or made-up examples, for a model that may return anything."""
     data, wanted = source.data, takes(source.config)
@@ -167,7 +167,7 @@ def _open_windows(source: Source, limits: dict[str, int], context: int | None, m
     return inputs, rows, f"context {width}, no special tokens", 4
 
 
-def _open_texts(source: Source, limits: dict[str, int], mode: str, max_length: int, asked: Asked) -> Opened:
+def _open_texts(source: Source, limits: dict[str, int], mode: str, max_length: int | None, asked: Asked) -> Opened:
     texts, sizes = _with_others(_texts(source.data), source, read_texts)
     inputs = tokenize(texts, source, max_length=max_length, embedding=mode == "embedding")
     rows = split(sizes, source, limits, "texts")
