@@ -37,7 +37,7 @@ from tersor.checkpoint.output import atomic_folder
 from tersor.checkpoint.restore import read_decoded, read_tensors, restore_rest, restore_site
 from tersor.checkpoint.seal import RECORDS, SEAL, listing
 from tersor.checkpoint.source import open_transformers, quiet_transformers, read_state, transformers_class
-from tersor.checkpoint.weights import write_weights
+from tersor.checkpoint.weights import check_finite, write_weights
 from tersor.codecs.integers import EXPANSION
 from tersor.core.messages import first_line
 from tersor.errors import ArtifactError, InputError
@@ -238,6 +238,7 @@ def unpacked(folder: Path, model: nn.Module | None) -> nn.Module:
         return open_transformers(str(folder), folder).model
     try:
         model.load_state_dict(read_state(folder / CODED))
+        check_finite(dict(model.named_parameters()), str(folder))
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ArtifactError(f"{folder}: does not fit {type(model).__name__}: {reason}") from None

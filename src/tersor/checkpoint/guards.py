@@ -20,7 +20,7 @@ from tersor.checkpoint.container import Container
 from tersor.checkpoint.layout import CODED
 from tersor.checkpoint.weights import opened
 from tersor.core.messages import first_line
-from tersor.errors import ModelError
+from tersor.errors import InputError, ModelError
 
 COUNTED = re.compile(r"(layer|block|depth|stage|label|expert|head|group|codebook|channel|bin|level)s?(_count)?$")
 FEW = 1024  # so many of anything are built in no time
@@ -28,9 +28,22 @@ KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementatio
 SPARE = 2**24  # weights that a model may have beside those of its file: a new head
 
 
+def named_path(name: str | Path) -> Path:
+    """What the user named, as a path. Raises InputError for what no file can be called, or may not be read."""
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            next(path.iterdir(), None)
+        path.resolve()
+        return path
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{str(name)[:200]!r}: cannot be opened: {reason}") from None
+
+
 def check_links(folder: Path) -> None:
     """Raises ModelError for a link that leads out of a folder, by its name."""
-    root = folder.resolve()
+    root = named_path(folder).resolve()
     cache = next((parent for parent in root.parents if parent.name.startswith(("models--", "datasets--"))), None)
     allowed = [root] if cache is None else [root, cache / "blobs"]
     for path in sorted(folder.rglob("*")):

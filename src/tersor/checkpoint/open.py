@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from tersor.checkpoint.artifact import load, read_manifest, weights_path
+from tersor.checkpoint.guards import named_path
 from tersor.checkpoint.source import Source, call_factory, from_hub, open_transformers, read_state, state_hash
-from tersor.checkpoint.weights import finite_range, refuse_pickle
+from tersor.checkpoint.weights import check_finite, finite_range, refuse_pickle
 from tersor.core.files import sha256
 from tersor.errors import InputError, ModelError
 
@@ -37,7 +38,7 @@ def cast(source: Source, dtype: torch.dtype) -> Source:
 
 def open_as_saved(name: str, weights: Path | None, lazy: bool) -> Source:
     """What the user named, in the types of its files."""
-    folder = Path(name).expanduser()
+    folder = named_path(name)
     if lazy and not ((folder if weights is None else weights) / "tersor.json").exists():
         raise InputError(f"{name}: only an artifact's entropy-coded weights can be left in their file; drop --lazy")
     if ":" in name and not folder.exists():
@@ -67,6 +68,7 @@ def open_custom(name: str, weights: Path | None, lazy: bool = False) -> Source:
         state = read_state(weights)
         try:
             model.load_state_dict(state)
+            check_finite(dict(model.named_parameters()), str(weights))
         except RuntimeError as error:
             raise ModelError(f"{weights}: does not fit {name}: {str(error).splitlines()[-1].strip()}") from None
         notes, num_bytes, hashes = (), weights.stat().st_size, {weights.name: sha256(weights)}

@@ -5,13 +5,16 @@ Weights that `tersor pack` made smaller open like those they came from.
 
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import json
 import logging
 import os
 import sys
+import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ from torch import nn
 from tersor.checkpoint.container import read
 from tersor.checkpoint.guards import at_most, check_config, check_links, room_for, shapes_of
 from tersor.checkpoint.layout import CODED, tensors_of
-from tersor.checkpoint.weights import PICKLES, check_file, check_finite, read_weights, refuse_pickle
+from tersor.checkpoint.weights import PICKLES, check_file, check_finite, check_numbers, read_weights, refuse_pickle
 from tersor.core.files import sha256
 from tersor.core.messages import first_line
 from tersor.errors import InputError, ModelError
@@ -56,12 +59,11 @@ class Source:
 def open_transformers(name: str, folder: Path) -> Source:
     """A Hugging Face folder. Raises ModelError for pickles, damaged files, NaN, and models quantized already."""
     config, model_class, files = look_into(name, folder)
-    packed = files[0].name == CODED
+    packed, finite = files[0].name == CODED, False
     if packed:
         weights: dict[str, Any] = {"config": config, "state_dict": read_state(files[0])}
     else:
-        for file in files:
-            check_file(file)
+        finite = min([check_file(file) for file in files])  # each one is read
         weights = {"use_safetensors": True}
     try:
         with at_most(room_for(shapes_of(files)), "the weights files and a new head have"):
@@ -72,6 +74,8 @@ def open_transformers(name: str, folder: Path) -> Source:
         raise ModelError(
             f"{name}: transformers cannot load it as {model_class.__name__}: {first_line(error)}"
         ) from None
+    if not finite:
+        check_finite(dict(model.named_parameters()), name)
     missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     notes: tuple[str, ...] = ()
     if missing:
@@ -164,10 +168,14 @@ def transformers_class(config: Any) -> Any:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """All tensors of a safetensors file, or of a `model.tersor`. Raises ModelError for NaN, too."""
+    """All tensors of a safetensors file, or of a `model.tersor`. Raises ModelError for NaN, too; `check_finite` is for
+    the parameters of the model that is filled."""
     state = read(path) if path.suffix == Path(CODED).suffix else read_weights(path)
-    check_finite(state, str(path))
+    check_numbers(state, str(path))
     return state
+
+
+FUNCTIONS = (type, FunctionType, BuiltinFunctionType)  # what has a module of its own; an instance has that of its class
 
 
 def call_factory(name: str) -> nn.Module:
@@ -186,14 +194,31 @@ def call_factory(name: str) -> nn.Module:
 
 
 def import_object(name: str, what: str) -> Any:
-    """What `package.module:name` names. Raises InputError when it cannot be imported."""
+    """What `package.module:name` names. Raises InputError when it cannot be imported, or is Python's own: `os:abort` is
+    nobody's model."""
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module_name), attribute)
+        found = None if is_pythons(module_name) else getattr(importlib.import_module(module_name), attribute)
+        home = getattr(found, "__module__", None)
+        if found is None or (isinstance(found, FUNCTIONS) and isinstance(home, str) and is_pythons(home)):
+            raise ImportError(f"{attribute} is a part of Python, which makes no model")
+        return found
     except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
         raise InputError(f"{what} '{name}': {error}; write 'package.module:function', importable from here") from None
+
+
+def is_pythons(module_name: str) -> bool:
+    """Whether a module is one of Python's own; a file of the user's of the same name is not."""
+    root = module_name.partition(".")[0]
+    if root not in (*sys.stdlib_module_names, "builtins", "_sitebuiltins"):
+        return False
+    spec = importlib.util.find_spec(root)
+    origin = getattr(spec, "origin", None)
+    if origin in (None, "built-in", "frozen"):
+        return True
+    return Path(origin).is_relative_to(sysconfig.get_path("stdlib"))
 
 
 def from_hub(name: str) -> Path:

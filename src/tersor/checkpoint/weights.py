@@ -114,21 +114,27 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def check_file(path: Path) -> None:
-    """Raises as `read_weights` and `check_finite` do, with one tensor in memory at a time."""
+def check_file(path: Path) -> bool:
+    """Raises as `read_weights` and `check_numbers` do, with one tensor in memory at a time; whether all is finite."""
     with opened(path) as file:
         names = list(file.keys())
+    finite = True
     for name in names:
         with opened(path) as file:  # a mapped file keeps in memory what was read from it, until it is closed
-            check_finite({name: file.get_tensor(name)}, str(path))
+            finite &= check_numbers({name: file.get_tensor(name)}, str(path))
+    return finite
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """A safetensors file, with its errors translated."""
     refuse_pickle(path)
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file")
+    try:
+        if not path.is_file():
+            raise ModelError(f"{path}: no such file")
+        path.open("rb").close()
+    except (OSError, ValueError) as error:  # no permission, or no name that a file can have
+        raise ModelError(f"{str(path)[:200]}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -144,6 +150,19 @@ def refuse_pickle(path: Path) -> None:
             f'python -c "import torch, safetensors.torch as s; '
             f"s.save_file(torch.load('{path.name}', map_location='cpu', weights_only=True), 'model.safetensors')\""
         )
+
+
+def check_numbers(tensors: Mapping[str, Tensor], place: str) -> bool:
+    """Raises ModelError naming the first tensor with a NaN; whether all are finite. Which tensors are buffers, where an
+    infinity may be meant (a causal mask, the range an observer has seen), the model tells: see `check_finite`."""
+    finite = True
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel() and not finite_range(tensor):
+            finite = False
+            num_bad = int(tensor.isnan().sum())
+            if num_bad:
+                raise ModelError(f"{place}: {name}: {num_bad} of {tensor.numel()} values are NaN; retrain or repair it")
+    return finite
 
 
 def check_finite(tensors: Mapping[str, Tensor], place: str) -> None:

@@ -66,5 +66,8 @@ def main() -> None:
         app()
     except TersorError as error:
         fail(str(error), as_json="--json" in sys.argv)
+    except OSError as error:  # a name that is no name, a folder or a file that may not be read
+        place = f"{str(error.filename)[:200]}: " if error.filename else ""
+        fail(f"{place}{error.strerror or error}", as_json="--json" in sys.argv)
     except KeyboardInterrupt:
         fail("stopped; nothing was written", as_json="--json" in sys.argv, status=130)

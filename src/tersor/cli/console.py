@@ -10,13 +10,34 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from tersor.core.progress import Progress as Report
 from tersor.core.progress import silent
 from tersor.measure.verdict import Verdict
 
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
+
+class Plain(Console):
+    """A console on which text is text: in the name of a site or a file is no markup, no emoji, no escape sequence."""
+
+    def __init__(self, **options: Any):
+        super().__init__(markup=False, emoji=False, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(printable(each) if isinstance(each, str) else each for each in objects), **options)
+
+
+def printable(text: object) -> str:
+    """Text with what a terminal would obey, or not show, written out.
+
+    >>> printable("wn:new \x1b[31m")
+    'wn:new \\x1b[31m'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
+
+
+out = Plain(soft_wrap=True)
+err = Plain(stderr=True, soft_wrap=True)
 
 
 def fail(message: str, *, as_json: bool, status: int = 2) -> NoReturn:
@@ -44,13 +65,13 @@ def print_json(data: Any) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Numbers to the right, names to the left. Wide cells fold; nothing is cut."""
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=Text(printable(title)), title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
         numeric = index > 0 and all(str(row[index])[:1].isdigit() or str(row[index]) in ("", "-") for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(Text(printable(column)), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell).replace("[", "\\[") for cell in row))
-    Console(width=max(out.width, 100) if not out.is_terminal else None).print(table)
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    Plain(width=max(out.width, 100) if not out.is_terminal else None).print(table)
 
 
 @contextmanager
@@ -60,7 +81,7 @@ def progress_bars(as_json: bool) -> Iterator[Report]:
         yield silent
         return
     columns = [
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -70,6 +91,7 @@ def progress_bars(as_json: bool) -> Iterator[Report]:
         bars: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int) -> None:
+            what = printable(what)
             kind = what.partition(":")[0]  # a loss that changes may follow
             if kind not in bars or (done == 0 and progress.tasks[bars[kind]].finished):
                 bars[kind] = progress.add_task(what, total=total)

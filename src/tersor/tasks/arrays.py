@@ -186,7 +186,7 @@ def read_npz(path: Path) -> Arrays:
         with path.open("rb") as stream:
             file = np.load(stream, allow_pickle=False)
             if not isinstance(file, np.ndarray):
-                return {name: file[name] for name in file.files}
+                return {name: member(path, name, file[name]) for name in file.files}
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except UNREADABLE as error:
@@ -195,6 +195,13 @@ def read_npz(path: Path) -> Arrays:
             f"array holds Python objects"
         ) from None
     raise DataError(f"{path}: one bare array; expected .npz with x and y (np.savez(path, x=x, y=y))")
+
+
+def member(path: Path, name: str, value: object) -> np.ndarray:
+    """One member of the archive. Raises DataError for bytes that are no array."""
+    if not isinstance(value, np.ndarray):
+        raise DataError(f"{path}: '{name}' is no array; write the file with np.savez(path, x=x, y=y)")
+    return value
 
 
 def examples(path: Path, arrays: Arrays, name: str) -> Shaped[np.ndarray, " example *shape"]:

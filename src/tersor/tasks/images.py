@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tersor.errors import DataError, MissingExtra
-from tersor.tasks.arrays import Numbers, normalise, run_model, to_model_layout
+from tersor.tasks.arrays import UNREADABLE, Numbers, normalise, run_model, to_model_layout
 from tersor.tasks.contract import Output
 from tersor.tasks.inputs import Batch, consecutive
 from tersor.tasks.outputs import logits_of
@@ -90,7 +90,7 @@ def open_images(
     try:
         with pil.open(paths[0]) as picture:
             stored = picture.mode
-    except (OSError, ValueError, SyntaxError) as error:
+    except (*UNREADABLE, pil.DecompressionBombError) as error:
         raise DataError(f"{paths[0]}: not a readable picture ({error})") from None
     if stored in DEEP:
         raise DataError(f"{paths[0]}: more than 8 bits a channel (mode {stored}); use 8-bit pictures or .npz arrays")
@@ -116,7 +116,7 @@ def read_picture(path: Path, mode: str, size: int | None) -> np.ndarray:
     try:
         with pil.open(path) as opened:
             picture = opened.convert(mode)
-    except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as error:
+    except (*UNREADABLE, pil.DecompressionBombError) as error:
         raise DataError(f"{path}: not a readable picture ({error})") from None
     if size is not None:
         scale = size / min(picture.size)
