@@ -2,11 +2,11 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from tersor.assignment import Assignment
 from tersor.copies import copy_but_sites, own_shared_weights
@@ -24,11 +24,15 @@ from tersor.stats import Stats
 from tersor.steps.weights import WeightsStep, preflight
 from tersor.steps.weights_run import WeightsRun
 from tersor.tasks.contract import Task
+from tersor.tasks.inputs import scoring
 from tersor.training import Curve, DistilStep, Job, StudentStep, TrainingStep
 from tersor.training.journal import Journal
 from tersor.training.student import make_student
 from tersor.transforms.contract import Transform
-from tersor.walk import Walk
+from tersor.transforms.unchanged import apply_unchanged
+from tersor.walk import Walk, before_sites
+
+EXAMPLES = 2  # that a model is run on before and after a transform
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,10 @@ def check_masks(job: Job, reports: Mapping[str, SiteReport]) -> None:
 def apply_transform(
     model: nn.Module, transform: Transform, task: Task | None, *, seed: int = 0, progress: Progress = silent
 ) -> None:
-    """Rewrite the model in place, with the statistics that the transform reads."""
+    """Rewrite the model in place, with the statistics that the transform reads.
+
+    Raises ModelError, with the model as it was, if it computes something else on calibration inputs afterwards.
+    """
     stats: dict[str, Stats] = {}
     if task is not None and transform.needs:
         sites = find_sites(model)
@@ -161,7 +168,22 @@ def apply_transform(
 
         Walk(model, model, task, sites, note, transform.needs, seed=seed).run()
         progress(f"measuring inputs for {transform.name}", len(sites), len(sites))
-    transform.apply(model, stats)
+    if task is None:
+        transform.apply(model, stats)
+        return
+    batch = next(iter(task.batches("calibration", batch_size=EXAMPLES)))
+
+    def outputs() -> Tensor:
+        with scoring(model):
+            return task.forward(model, batch)
+
+    def note_axes(site: Site, module: nn.Module, x: Tensor) -> Tensor:
+        stats[site.name] = replace(stats.get(site.name, Stats()), num_axes=x.ndim)
+        return x
+
+    with before_sites(model, find_sites(model), note_axes):
+        outputs()
+    apply_unchanged(model, transform.name, lambda: transform.apply(model, stats), outputs)
 
 
 def preflight_all(model: nn.Module, recipe: Recipe | None) -> None:

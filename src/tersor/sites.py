@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList, type_before_parametrizations
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized, type_before_parametrizations
 
 from tersor.activations import ACTIVATIONS, Activation
 from tersor.errors import FormatError, ModelError, UnknownName
@@ -226,6 +226,13 @@ def is_transposed_linear(module: nn.Module) -> bool:
 def runs_as_its_class(module: nn.Module) -> bool:
     """Whether nobody gave this one module a forward of its own, or attributes that a packed layer needs."""
     return not module.__dict__.keys() & {"forward", "packed", "input_quantizer"}
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module does what its class does, with parameters of its own: no hooks, no own forward, nothing that
+    computes a parameter from others."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return runs_as_its_class(module) and not hooks and not is_parametrized(module)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ class Stats:
         ranges: the smallest and the largest number of every run of a few thousand inputs, in their order.
         histogram: of all numbers in the inputs: bin centres and how many each holds (see histogram.py).
         num_tokens: how many inputs the moments are averaged over.
+        num_axes: how many axes the layer's input has; what transforms are given wherever there is data.
     """
 
     row_weight: Float[Tensor, " out"] | None = None
@@ -33,6 +34,7 @@ class Stats:
     ranges: Float[Tensor, "run 2"] | None = None
     histogram: Float[Tensor, "2 bin"] | None = None
     num_tokens: int = 0
+    num_axes: int | None = None
 
     def loss(self, error: Float[Tensor, "out in"]) -> float:
         """The predicted loss of changing the weight by `error`: half the weighted sum of squares, per example."""

@@ -135,7 +135,12 @@ def measured(model: nn.Module, name: str) -> dict[str, Stats]:
         def see(module, args, site=site):
             x = args[0].reshape(-1, args[0].shape[-1]).float()
             stats[site.name] = Stats(
-                sample=x, largest=x.abs().amax(0), mean=x.mean(0), second_moment=x.t() @ x / len(x), num_tokens=len(x)
+                sample=x,
+                largest=x.abs().amax(0),
+                mean=x.mean(0),
+                second_moment=x.t() @ x / len(x),
+                num_tokens=len(x),
+                num_axes=args[0].ndim,
             )
 
         if site.kind == "linear":

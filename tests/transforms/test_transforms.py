@@ -66,7 +66,7 @@ def test_other_models_are_refused(transform, name):
 @pytest.mark.parametrize("name", ["resnet", "mobilenet", "dense"])
 def test_equalizing_what_was_folded(name):
     model = model_of(name)
-    FoldBn().apply(model, {})
+    FoldBn().apply(model, measured(model, name))
     check_law(TRANSFORMS["equalize"](), model, name)
 
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from tersor.errors import InputError, ModelError
 from tersor.stats import Stats
-from tersor.transforms.fold_bn import is_neutral
+from tersor.transforms.fold_bn import is_neutral, of_one_axis
 from tersor.transforms.graph import LAYERS, Graph, is_batch_norm
 from tersor.transforms.pairs import parameter, set_parameter
 
-PASS_FACTORS = (nn.ReLU, nn.Identity, nn.Dropout, nn.Dropout2d, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d)
+EACH_NUMBER = (nn.ReLU, nn.Identity, nn.Dropout, nn.Dropout2d)
+POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d)  # channels are not the last axis, of which they take
 RELUS = (F.relu, torch.relu)
 
 
@@ -43,7 +44,7 @@ class Equalize:
             raise InputError(f"equalize: num_sweeps={self.num_sweeps} is not above 0; give for example 20")
 
     def apply(self, model: nn.Module, stats: Mapping[str, Stats]) -> None:
-        links = find_links(Graph.of(model, self.name))
+        links = find_links(Graph.of(model, self.name), stats)
         if not links:
             raise ModelError(
                 f"equalize: {type(model).__name__} has no two layers with only ReLU between them (fold batch norms "
@@ -75,27 +76,33 @@ class Link:
         scale_channels(self.reader, factor)
 
 
-def find_links(graph: Graph) -> list[Link]:
+def find_links(graph: Graph, stats: Mapping[str, Stats]) -> list[Link]:
     """All pairs of layers that a factor per channel can move between."""
     links = []
     for path in graph.calls:
-        norms: list[nn.Module] = []
-        found = graph.source(path, partial(passes_factors, graph, norms))
+        passed: list[nn.Module] = []
+        found = graph.source(path, partial(passes_factors, graph, passed))
         reader, source = graph.model.get_submodule(path), graph.model.get_submodule(found) if found else None
-        if fit_together(source, reader):
-            links.append(Link(source, tuple(norms), reader))  # type: ignore[arg-type]
+        num_axes = stats.get(found or "", Stats()).num_axes
+        if fit_together(source, reader) and all(keeps_channels(source, module, num_axes) for module in passed):  # type: ignore[arg-type]
+            links.append(Link(source, tuple(filter(is_batch_norm, passed)), reader))  # type: ignore[arg-type]
     return links
 
 
-def passes_factors(graph: Graph, norms: list[nn.Module], node: torch.fx.Node) -> bool:
-    """Whether a positive factor on the inputs of a node comes out of it; a batch norm that needs a smaller bias for
-    that joins `norms`."""
+def passes_factors(graph: Graph, passed: list[nn.Module], node: torch.fx.Node) -> bool:
+    """Whether a positive factor on the channels of a node's input comes out of it. What depends on the axis of the
+    channels for that joins `passed`: pools, and batch norms, which need a smaller bias as well."""
     module = graph.module(node)
-    if module is not None and is_batch_norm(module) and is_neutral(module):
-        norms.append(module)
+    if module is not None and ((is_batch_norm(module) and is_neutral(module)) or type(module) in POOLS):
+        passed.append(module)
         return True
     function = node.op == "call_function" and node.target in RELUS
-    return function or (node.op, node.target) == ("call_method", "relu") or type(module) in PASS_FACTORS
+    return function or (node.op, node.target) == ("call_method", "relu") or type(module) in EACH_NUMBER
+
+
+def keeps_channels(source: nn.Module, module: nn.Module, num_axes: int | None) -> bool:
+    """Whether a pool or a batch norm has the source's outputs for channels."""
+    return not isinstance(source, nn.Linear) if type(module) in POOLS else of_one_axis(source, module, num_axes)
 
 
 def fit_together(source: nn.Module | None, reader: nn.Module) -> bool:

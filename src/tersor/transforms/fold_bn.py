@@ -4,6 +4,10 @@ In eval mode a batch norm is a factor and an offset per channel. Where it reads 
 nothing else reads, the factor moves into that layer's weight. The model keeps its modules, so that an artifact still
 loads into it: the batch norm becomes neutral (mean 0, variance and gain 1), and the offset moves into the layer's bias
 or, where it has none, stays as the batch norm's own.
+
+The channels of a batch norm are the second axis of its input. Those of a convolution's outputs are, too; the outputs of
+a linear layer lie on the last axis, which is the second only where there are two. So linear layers are folded into
+where calibration has shown such inputs.
 """
 
 from collections.abc import Mapping
@@ -14,8 +18,14 @@ from torch import Tensor, nn
 
 from tersor.errors import ModelError
 from tersor.stats import Stats
-from tersor.transforms.graph import LAYERS, Graph, is_batch_norm
+from tersor.transforms.graph import Graph, is_batch_norm
 from tersor.transforms.pairs import parameter, set_parameter
+
+AXES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: nn.BatchNorm1d,
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
+}
 
 
 @dataclass(frozen=True)
@@ -32,14 +42,22 @@ class FoldBn:
             for norm in graph.calls
             if is_batch_norm(model.get_submodule(norm))
             and (layer := graph.source(norm)) is not None
-            and type(model.get_submodule(layer)) in LAYERS
+            and of_one_axis(model.get_submodule(layer), model.get_submodule(norm), stats.get(layer, Stats()).num_axes)
         ]
         if not found:
             raise ModelError(
-                f"fold-bn: {type(model).__name__} has no batch norm that follows a layer directly; leave fold-bn out"
+                f"fold-bn: {type(model).__name__} has no batch norm that follows a convolution directly, and none that "
+                f"calibration data shows to follow a linear layer on [example, channel]; leave fold-bn out"
             )
         for source, reader in found:
             fold(source, reader)
+
+
+def of_one_axis(layer: nn.Module, norm: nn.Module, num_axes: int | None) -> bool:
+    """Whether a batch norm's channels are the outputs of the layer before it, whose input has so many axes."""
+    if isinstance(layer, nn.Linear):
+        return type(norm) is nn.BatchNorm1d and num_axes == 2
+    return AXES.get(type(layer)) is type(norm) and num_axes in (None, len(layer.kernel_size) + 2)  # type: ignore[arg-type]
 
 
 def fold(layer: nn.Module, norm: nn.Module) -> None:

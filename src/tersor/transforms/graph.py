@@ -8,6 +8,7 @@ import torch.fx
 from torch import nn
 
 from tersor.errors import ModelError
+from tersor.sites import is_plain
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -18,7 +19,7 @@ class Graph:
 
     Attributes:
         calls: the node of each module's call, by path. Modules called twice, or whose parameters something else uses,
-            are left out.
+            or that hooks or a forward of their own make something else, are left out.
     """
 
     model: nn.Module
@@ -44,6 +45,7 @@ class Graph:
                 path: node
                 for path, node in called
                 if num_calls[path] == 1
+                and is_plain(model.get_submodule(path))
                 and not any(name.startswith(path + ".") for name in read)
                 and all(users[id(p)] == 1 for p in model.get_submodule(path).parameters())
             },

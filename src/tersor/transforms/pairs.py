@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tersor.errors import ModelError
-from tersor.sites import is_linear, is_transposed_linear
+from tersor.sites import is_linear, is_plain, is_transposed_linear
 from tersor.stats import Stats
 
 
@@ -175,6 +175,7 @@ def free_modules(model: nn.Module) -> dict[str, nn.Module]:
         path: module
         for path, module in model.named_modules()
         if isinstance(getattr(module, "weight", None), nn.Parameter)
+        and is_plain(module)
         and (is_linear(module) or parameter(module, "weight").dim() == 1)
         and all(users[id(p)] == 1 for p in module.parameters())
     }
