@@ -1,11 +1,14 @@
 """`tersor finetune`, `tersor merge` and `tersor inspect --training-memory` through the command line's entry point."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -13,6 +16,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import tersor
 from cli_runner import tersor as run
 from export.exported import byte_level
+from tersor.core.lock import held
+from tersor.errors import InputError
+from tersor.training import journal
+from tersor.training.journal import Journal, journal_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 TEXT = ["task", "perplexity", "data", "eval.txt", "train", "train.txt", "task-option", "context=32"]
@@ -198,3 +205,70 @@ def test_a_model_of_ones_own_is_fine_tuned_to_a_file_of_tensors(inside, capsys):
     assert again["scorecard"]["score"] == made["after"]
     refused = run(capsys, "finetune", "own_net:net", *arguments, "--lora", "r=4", "-o", "adapter")
     assert "recipe step lora" in refused.json["error"]
+
+
+# Runs that do not come to an end.
+
+TRAINED = ("finetune", "llama", *text_flags(), "--steps", "2", "--evaluations", "1", "-o", "out")
+
+
+def test_a_signal_leaves_the_journal_alone_and_says_so(inside, capsys, monkeypatch):
+    write = Journal.write
+    monkeypatch.setattr(Journal, "is_due", True)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = signal.Signals[name]
+
+        def then_stop(self, *arguments, number=number):
+            write(self, *arguments)
+            os.kill(os.getpid(), number)
+
+        before = signal.signal(number, signal.SIG_DFL)  # SIGHUP may be ignored here
+        monkeypatch.setattr(Journal, "write", then_stop)
+        stopped = run(capsys, *TRAINED)
+        signal.signal(number, before)
+        assert stopped.status == 128 + number
+        told = " ".join(stopped.stderr.split())
+        assert f"error: stopped by {name}; out was not written; what was trained until the last checkpoint is" in told
+        assert {path.name for path in inside.iterdir()} == {"llama", "eval.txt", "train.txt", ".out.journal"}
+    monkeypatch.setattr(Journal, "write", write)
+    assert run(capsys, *TRAINED).status == 0
+    assert {path.name for path in inside.iterdir()} == {"llama", "eval.txt", "train.txt", "out"}
+
+
+def test_one_run_at_a_time_trains_into_an_output(inside, capsys):
+    (inside / ".out.journal").mkdir()
+    with held(inside / ".out.journal" / "lock"):
+        refused = run(capsys, *TRAINED)
+        assert refused.status == 2
+        assert f"error: out: process {os.getpid()} on" in refused.stderr
+        with pytest.raises(InputError, match="is writing it"), journal_for(inside / "out"):
+            pytest.fail("went in")
+
+
+def test_a_full_disk_loses_nothing_of_the_last_checkpoint(inside, capsys, monkeypatch):
+    calls, save = [], journal.save_file
+
+    def fails_second(tensors, path, *arguments):
+        calls.append(path)
+        if len(calls) > 1:
+            path.write_bytes(b"half")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save(tensors, path, *arguments)
+
+    monkeypatch.setattr(Journal, "is_due", True)
+    monkeypatch.setattr(journal, "save_file", fails_second)
+    full = run(capsys, *TRAINED)
+    assert full.status == 2
+    told = " ".join(full.stderr.split())
+    assert "the training's checkpoint cannot be written: I/O error: No space left on device" in told
+    assert "what was trained until the last checkpoint is kept in" in told
+    assert {path.name for path in inside.iterdir()} == {"llama", "eval.txt", "train.txt", ".out.journal"}
+    (checkpoint,) = (inside / ".out.journal").glob("*.safetensors")
+    assert load_file(checkpoint)["random"].numel()
+    assert [path.name for path in (inside / ".out.journal").glob("*.part")] == []
+
+
+def test_the_base_needs_a_folder_of_its_own(inside, capsys):
+    done = run(capsys, *TRAINED, "--lora", "r=2", "--base", "int8", "--save-base", "./out")
+    assert done.status == 2
+    assert "--save-base out is --output, too" in done.stderr

@@ -5,7 +5,7 @@ peft's, and a merged model is of the kind its base is. `training.json` or `merge
 """
 
 import json
-import shutil
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ from tersor.tasks import Task
 from tersor.tasks.progress import score
 from tersor.training import FinetuneStep, Job, LoraStep
 from tersor.training.adapters import Adapter, adapted_names, load_adapter, save_adapter
-from tersor.training.journal import Journal
+from tersor.training.journal import Journal, journal_for
 from tersor.training.loop import Curve, check_trainable
 from tersor.training.lora import check_lora, train_adapter
 from tersor.training.merge import divergences, merge, naive, own_float_copy, unmerged
@@ -108,6 +108,8 @@ def finetune_to_folder(
         if not isinstance(step, LoraStep) or step.base == "keep":
             raise InputError("--save-base writes what --base packs; add --lora r=16 and --base nf4, or leave it out")
         check_output(save_base, overwrite)
+        if os.path.realpath(save_base) == os.path.realpath(output):
+            raise InputError(f"--save-base {save_base} is --output, too; give it a folder of its own")
     torch.manual_seed(seed)
     source = open_model(model, weights=weights)
     if source.kind == "artifact" and not lora:
@@ -123,11 +125,10 @@ def finetune_to_folder(
     task.prepare(source.model)
     before = score(task, source.model, progress, "evaluating before training")
     recipe = Recipe(seed=seed, steps=(step,))
-    folder = output.with_name(f".{output.name}.journal")
     key = f"{key_of(source.model, recipe, 0, task)} {sorted(source.hashes.items())} {dtype}"
-    journal = Journal(folder / "step-0.safetensors", key)
-    job = Job(source.model, source.model, task, seed, progress, journal=journal)
-    with atomic_folder(output, overwrite) as place:
+    with journal_for(output) as folder, atomic_folder(output, overwrite) as place:
+        journal = Journal(folder / "step-0.safetensors", key) if folder else None
+        job = Job(source.model, source.model, task, seed, progress, journal=journal)
         if isinstance(step, LoraStep):
             adapted, curve = train_adapter(job, step)
             save_adapter(adapted.adapter, place, source.name)
@@ -145,7 +146,6 @@ def finetune_to_folder(
         notes = (*source.notes, *curve.notes)
         made = Finetuned(output, step, before, after, verdict, curve, task.description, notes)
         (place / TRAINING).write_text(json.dumps(made.to_dict(), indent=1), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
     return made
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tersor.checkpoint.manifest import read_manifest, write_manifest
-from tersor.checkpoint.output import atomic_folder
+from tersor.checkpoint.output import atomic_folder, check_output
 from tersor.checkpoint.streaming import OnBlock, StreamedModel, no_lines
 from tersor.core.progress import Progress, silent
 from tersor.errors import InputError
@@ -47,6 +47,7 @@ def compress_streamed(
     """
     step = only_step(recipe)
     assert recipe is not None
+    check_output(output, overwrite)
     with atomic_folder(output, overwrite) as folder:
         torch.manual_seed(recipe.seed)
         progress("opening the model", 0, 1)

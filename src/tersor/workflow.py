@@ -4,7 +4,6 @@ What is measured is what was written: the artifact is loaded from its temporary 
 folder appears under its own name only when everything went well.
 """
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from tersor.sites import check_has_sites
 from tersor.stats import Stats
 from tersor.task_choice import TaskChoice, open_task_for
 from tersor.tasks.progress import score
+from tersor.training.journal import journal_for
 from tersor.training.loop import check_trainable
 
 
@@ -129,47 +129,45 @@ def compress_to_folder(
                 source.model, task, original, menus, tolerance, stats, seed=seed, progress=progress, on_trial=on_trial
             )
             recipe = defensible(trials, tolerance)
-    journal = output.with_name(f".{output.name}.journal") if recipe.trains else None
-    made = made or compress(source.model, recipe, task, stats=stats, journal=journal, progress=progress)
-    recipe = made.recipe
-    with atomic_folder(output, overwrite) as folder:
-        fill(made.model, folder, source=source.folder, manifest=about(source))
-        loaded = load(folder, model=call_factory(source.architecture) if source.kind == "custom" else None)
-        scores = score(task, loaded, progress, "evaluating the compressed model")
-        file_bytes = weights_path(folder, read_manifest(folder)).stat().st_size
-        if limit is not None and not given and file_bytes > limit.num_bytes:
-            raise BudgetError(f"{limit.text} is {limit.num_bytes:,} bytes, and the file came out at {file_bytes:,}")
-        subjects = [
-            Subject("original", source.model, original_bytes),
-            Subject("compressed", loaded, file_bytes),
-        ]
-        cards = measure(
-            subjects, [original, scores], task, batch_sizes=batch_sizes, num_threads=num_threads, progress=progress
-        )
-        # After a search the chosen trial is held to the search's stricter level, on the scores of the loaded file.
-        verdict = judge(original, scores, tolerance, trials[0].verdict.alpha if trials else ALPHA, seed)
-        manifest = read_manifest(folder) | {
-            "source": {"name": source.name, "hashes": source.hashes, "bytes": original_bytes},
-            "task": {"name": task.name, "description": task.description, "fingerprint": task.fingerprint},
-            "recipe": recipe.model_dump(mode="json"),
-            "seed": seed,
-            "limit": {"text": limit.text, "bytes": limit.num_bytes} if limit else None,
-            "site_reports": [report.to_dict() for report in made.sites],
-            "verdict": verdict.to_dict(),
-            "trials": [{"bytes": t.num_bytes, "score": t.score, "verdict": t.verdict.to_dict()} for t in trials],
-            "training": [curve.to_dict() for curve in made.curves],
-            "machine": machine(),
-            "keep_float": [choice.to_dict() for choice in made.kept_float],
-            "notes": [
-                *(*source.notes, *unreached(stats), *uncorrected(recipe)),
-                *(choice.note() for choice in made.kept_float),
-                *(note for curve in made.curves for note in curve.notes),
-            ],
-        }
-        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        cards = record(folder, output.name, manifest, verdict, cards)
-    if journal is not None:
-        shutil.rmtree(journal, ignore_errors=True)
+    with journal_for(output, recipe.trains) as journal:
+        made = made or compress(source.model, recipe, task, stats=stats, journal=journal, progress=progress)
+        recipe = made.recipe
+        with atomic_folder(output, overwrite) as folder:
+            fill(made.model, folder, source=source.folder, manifest=about(source))
+            loaded = load(folder, model=call_factory(source.architecture) if source.kind == "custom" else None)
+            scores = score(task, loaded, progress, "evaluating the compressed model")
+            file_bytes = weights_path(folder, read_manifest(folder)).stat().st_size
+            if limit is not None and not given and file_bytes > limit.num_bytes:
+                raise BudgetError(f"{limit.text} is {limit.num_bytes:,} bytes, and the file came out at {file_bytes:,}")
+            subjects = [
+                Subject("original", source.model, original_bytes),
+                Subject("compressed", loaded, file_bytes),
+            ]
+            cards = measure(
+                subjects, [original, scores], task, batch_sizes=batch_sizes, num_threads=num_threads, progress=progress
+            )
+            # After a search the chosen trial is held to the search's stricter level, on the scores of the loaded file.
+            verdict = judge(original, scores, tolerance, trials[0].verdict.alpha if trials else ALPHA, seed)
+            manifest = read_manifest(folder) | {
+                "source": {"name": source.name, "hashes": source.hashes, "bytes": original_bytes},
+                "task": {"name": task.name, "description": task.description, "fingerprint": task.fingerprint},
+                "recipe": recipe.model_dump(mode="json"),
+                "seed": seed,
+                "limit": {"text": limit.text, "bytes": limit.num_bytes} if limit else None,
+                "site_reports": [report.to_dict() for report in made.sites],
+                "verdict": verdict.to_dict(),
+                "trials": [{"bytes": t.num_bytes, "score": t.score, "verdict": t.verdict.to_dict()} for t in trials],
+                "training": [curve.to_dict() for curve in made.curves],
+                "machine": machine(),
+                "keep_float": [choice.to_dict() for choice in made.kept_float],
+                "notes": [
+                    *(*source.notes, *unreached(stats), *uncorrected(recipe)),
+                    *(choice.note() for choice in made.kept_float),
+                    *(note for curve in made.curves for note in curve.notes),
+                ],
+            }
+            (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            cards = record(folder, output.name, manifest, verdict, cards)
     return Outcome(output, recipe, made.sites, cards, verdict, limit, trials, task.description, manifest)
 
 

@@ -33,7 +33,7 @@ from tersor.checkpoint.manifest import (
 )
 from tersor.checkpoint.modules_json import module_folders
 from tersor.checkpoint.notice import KEY, post
-from tersor.checkpoint.output import atomic_folder
+from tersor.checkpoint.output import atomic_folder, check_output
 from tersor.checkpoint.restore import read_decoded, read_tensors, restore_rest, restore_site
 from tersor.checkpoint.seal import RECORDS, SEAL, listing
 from tersor.checkpoint.source import open_transformers, quiet_transformers, read_state, transformers_class
@@ -88,6 +88,7 @@ def save(
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArtifactError(f"{folder}: cannot be created: {error.strerror}") from None
+    check_output(folder, overwrite=True)
     with atomic_folder(folder, overwrite=True) as working:
         fill(model, working, source=source, manifest=manifest, coded=coded)
 

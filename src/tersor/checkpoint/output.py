@@ -23,6 +23,7 @@ from tersor.core.lock import held, holder, is_held, told_by
 from tersor.errors import ArtifactError, InputError
 
 LOCK, NEW, OLD = "lock", "new", "old"
+finished: list[Path] = []  # the outputs that this process has put in place
 Foreign = Callable[[Path], str | None]  # why what stands at an output is not tersor's to replace; None where it is
 
 
@@ -30,12 +31,9 @@ def check_output(output: Path, overwrite: bool, foreign: Foreign = first_foreign
     """Before any work: the output can be written, nothing that tersor did not write is in the way, and no other run is
     writing it. What a killed run left is removed. Raises InputError."""
     target = place_of(output, overwrite)
-    for lock in leftovers(target):
-        about = told_by(lock)
-        raise InputError(
-            f"{output}: process {about['process']} on {about['host']} is writing it; wait for its end, or choose "
-            f"another --output"
-        )
+    training = journal_of(target) / LOCK
+    for lock in (*([training] if training.exists() and is_held(training) else []), *leftovers(target)):
+        raise InputError(busy(output, lock))
     check_replaceable(output, overwrite, foreign, beside)
     try:
         with tempfile.TemporaryDirectory(prefix=prefix_of(target), dir=target.parent) as place:
@@ -73,9 +71,9 @@ def check_replaceable(output: Path, overwrite: bool, foreign: Foreign, beside: S
 @contextmanager
 def atomic_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `folder`: takes its place when the block ends well, with a list of its files, and
-    vanishes when it does not."""
+    vanishes when it does not. What must not be replaced (`check_output` tells before the work) is left alone, and the
+    finished work is then kept."""
     target = place_of(folder, overwrite)
-    check_replaceable(folder, overwrite, first_foreign)
     with workplace(folder, target) as place:
         working = place / NEW / target.name
         working.mkdir()
@@ -88,14 +86,13 @@ def atomic_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
 @contextmanager
 def atomic_file(output: Path, overwrite: bool, foreign: Foreign, beside: Sequence[str] = ()) -> Iterator[Path]:
     """A path to write to, in a temporary folder: the file takes the place of `output` when the block ends well, and
-    those that were written beside it theirs.
+    those that were written beside it theirs; else as `atomic_folder`.
 
     Args:
         foreign: why an existing file is not tersor's to replace.
         beside: names of files that may be written beside it, and are replaced with it.
     """
     target = place_of(output, overwrite)
-    check_replaceable(output, overwrite, foreign, beside)
     with workplace(output, target) as place:
         yield place / NEW / target.name
         made = sorted((place / NEW).iterdir(), key=lambda path: path.name == target.name)  # what names the others: last
@@ -106,6 +103,18 @@ def atomic_file(output: Path, overwrite: bool, foreign: Foreign, beside: Sequenc
 def place_of(output: Path, overwrite: bool) -> Path:
     """Where an output is written: for one that is replaced, where links lead."""
     return Path(os.path.realpath(output)) if overwrite else output.absolute()
+
+
+def journal_of(output: Path) -> Path:
+    """The folder beside an output where training keeps its checkpoints."""
+    return output.with_name(f".{output.name[:200]}.journal")
+
+
+def busy(output: Path, lock: Path) -> str:
+    """What to tell a user whose output another run is at."""
+    about = told_by(lock)
+    who = f"process {about.get('process')} on {about.get('host')}"
+    return f"{output}: {who} is writing it; wait for its end, or choose another --output"
 
 
 def prefix_of(target: Path) -> str:
@@ -153,8 +162,10 @@ def workplace(output: Path, target: Path) -> Iterator[Path]:
     except OSError as error:
         discard(place)
         raise ArtifactError(f"{output}: cannot be written: {error.strerror or error}") from None
-    except BaseException:
+    except BaseException as stop:
         discard(place)
+        if not isinstance(stop, Exception):
+            stop.add_note(f"{output} was not written")
         raise
     discard(place)
 
@@ -211,6 +222,7 @@ def replace(
         restore(place, target)
         raise
     (place / OLD).rename(place / "replaced")
+    finished.append(target)
 
 
 def restore(place: Path, target: Path) -> None:

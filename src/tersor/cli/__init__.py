@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
+from tersor.checkpoint.output import finished
 from tersor.cli.bench import bench
 from tersor.cli.compare import compare
 from tersor.cli.compress import compress
@@ -24,10 +25,13 @@ from tersor.cli.inspect import inspect
 from tersor.cli.merge import merge
 from tersor.cli.methods import methods
 from tersor.cli.pack import pack
+from tersor.cli.signals import Stopped, stoppable
 from tersor.cli.student import student
 from tersor.cli.targets import targets
 from tersor.cli.unpack import unpack
 from tersor.cli.verify import verify
+from tersor.core.memory import is_out_of_memory
+from tersor.core.messages import first_line
 from tersor.errors import TersorError
 
 VERBS: list[Callable[..., None]] = [
@@ -61,13 +65,33 @@ for verb in VERBS:
 
 
 def main() -> None:
-    """Entry point: errors that tersor raises on purpose are one message and exit status 2."""
+    """Entry point: errors that tersor raises on purpose, and those of the system (disk, permissions, memory), are one
+    message and exit status 2; a command that is stopped says what is kept."""
+    as_json, num_finished = "--json" in sys.argv, len(finished)
     try:
-        app()
+        with stoppable():
+            app()
     except TersorError as error:
-        fail(str(error), as_json="--json" in sys.argv)
-    except OSError as error:  # a name that is no name, a folder or a file that may not be read
-        place = f"{str(error.filename)[:200]}: " if error.filename else ""
-        fail(f"{place}{error.strerror or error}", as_json="--json" in sys.argv)
-    except KeyboardInterrupt:
-        fail("stopped; nothing was written", as_json="--json" in sys.argv, status=130)
+        fail("; ".join([str(error), *notes_on(error)]), as_json=as_json)
+    except Stopped as stop:
+        whole = [f"{path} is whole" for path in finished[num_finished:]]
+        kept = "; ".join(notes_on(stop) or whole or ["nothing was written"])
+        fail(f"stopped by {stop}; {kept}", as_json=as_json, status=128 + stop.number)
+    except OSError as error:
+        fail("; ".join([told(error), *notes_on(error)]), as_json=as_json)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = f"out of memory ({first_line(error)}); make room, or work on smaller batches or a smaller model"
+        fail("; ".join([message, *notes_on(error)]), as_json=as_json)
+
+
+def notes_on(error: BaseException) -> list[str]:
+    """What was added to an error on its way: what is kept, for one."""
+    return getattr(error, "__notes__", [])
+
+
+def told(error: OSError) -> str:
+    """What the system refused, and where: a name that is no name, a folder or a file that may not be read."""
+    place = f"{str(error.filename)[:200]}: " if error.filename else ""
+    return f"{place}{error.strerror or error}"

@@ -21,14 +21,28 @@ def held(path: Path, **about: Any) -> Iterator[None]:
 
     Raises BlockingIOError when another process holds it.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    handle = open_locked(path)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(handle, 0)
         os.write(handle, json.dumps(holder() | about).encode())
         yield
     finally:
         os.close(handle)
+
+
+def open_locked(path: Path) -> int:
+    """The file, opened and locked, and still the one of that name."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), path.stat()):
+                    return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # who held it before has removed it meanwhile
 
 
 def is_held(path: Path) -> bool:

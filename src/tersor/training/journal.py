@@ -7,7 +7,10 @@ depends on nothing but the seed and the step.
 
 import json
 import os
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from tersor.checkpoint.output import LOCK, busy, journal_of
+from tersor.core.lock import held
+from tersor.core.messages import first_line
+from tersor.errors import ArtifactError, InputError
 
 Tensors = dict[str, Tensor]
 SECONDS = 60.0  # between checkpoints
@@ -41,14 +49,9 @@ class Journal:
         return time.monotonic() - self.latest >= self.seconds
 
     def write(self, tensors: Tensors, facts: dict[str, Any]) -> None:
-        """Replace the file: written beside it, flushed to disk, renamed."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".part")
+        """Replace the file: written beside it, flushed to disk, renamed. Raises ArtifactError when the disk refuses."""
         separate = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        save_file(separate, beside, {"key": self.key, "facts": json.dumps(facts)})
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, self.path)
+        write_whole(separate, self.path, {"key": self.key, "facts": json.dumps(facts)})
         self.latest = time.monotonic()
 
     def read(self) -> tuple[Tensors, dict[str, Any]] | None:
@@ -63,6 +66,59 @@ class Journal:
                 return {name: file.get_tensor(name) for name in file.keys()}, json.loads(about["facts"])  # noqa: SIM118
         except (SafetensorError, ValueError, KeyError):
             return None  # a damaged file is no checkpoint
+
+
+def write_whole(tensors: Tensors, path: Path, metadata: dict[str, str]) -> None:
+    """Write a file of a journal, in the place of an earlier one. Raises ArtifactError, and leaves that as it was, when
+    the disk refuses."""
+    beside = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, beside, metadata)
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            beside.unlink()
+        raise ArtifactError(f"{path}: the training's checkpoint cannot be written: {first_line(error)}") from None
+
+
+@contextmanager
+def journal_for(output: Path, wanted: bool = True) -> Iterator[Path | None]:
+    """The folder for the checkpoints of the run that makes `output`, which no other run may use meanwhile: removed when
+    the block ends well, and else kept, if there is a checkpoint in it, which the error then says.
+
+    Raises InputError when another run has it.
+    """
+    if not wanted:
+        yield None
+        return
+    folder = journal_of(output.absolute())
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(exist_ok=True)
+            stack.enter_context(held(folder / LOCK, output=output.name))
+        except BlockingIOError:
+            raise InputError(busy(output, folder / LOCK)) from None
+        except OSError as error:
+            raise ArtifactError(f"{output}: cannot be written: {first_line(error)}") from None
+        try:
+            yield folder
+        except BaseException as error:
+            tell(error, folder)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def tell(error: BaseException, folder: Path) -> None:
+    """Have an error say what of the training is kept; where nothing is, remove the folder."""
+    if not any(folder.rglob("*.safetensors")):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    error.add_note(
+        f"what was trained until the last checkpoint is kept in {folder}: the same command goes on from there"
+    )
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[Tensors, dict[str, Any]]:

@@ -10,7 +10,6 @@ as the logits of the `top_k` most probable classes and one for all the rest (los
     classes int32 [prediction, top_k]   only with top_k
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,13 +19,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tersor.core.progress import Progress, silent
 from tersor.errors import InputError
 from tersor.tasks.contract import Trainable
 from tersor.tasks.inputs import Batch, scoring
+from tersor.training.journal import write_whole
 from tersor.training.losses import top_and_tail
 
 BATCHES_A_FILE = 64
@@ -113,9 +112,7 @@ class TeacherCache:
         classes = [answer.classes.int() for answer in answers if answer.classes is not None]
         if classes:
             tensors["classes"] = torch.cat(classes)
-        beside = path.with_suffix(".part")
-        save_file(tensors, beside, {"key": self.key})
-        os.replace(beside, path)
+        write_whole(tensors, path, {"key": self.key})
 
     def answer(self, outputs: Float[Tensor, "prediction class_"]) -> Answer:
         """What is kept of the teacher's outputs."""
