@@ -197,6 +197,18 @@ def test_truncated(small, tmp_path, keep):
         Container(tmp_path / "cut")
 
 
+def test_the_hash_of_the_whole_file_is_checked(small, tmp_path):
+    """A byte between chunks, or of the hash itself, is in no chunk's checksum."""
+    content = bytearray(small.read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "other.tersor").write_bytes(content)
+    container = Container(tmp_path / "other.tersor")
+    for check in (container.check, container.check_hash, lambda: read(tmp_path / "other.tersor")):
+        with pytest.raises(ArtifactError, match="the SHA-256 at its end differs"):
+            check()
+    container.tensors()
+
+
 def test_the_message_names_the_tensor(small, tmp_path):
     chunk = Container(small).chunks["int16"][1]
     damaged = bytearray(small.read_bytes())

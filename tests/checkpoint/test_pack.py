@@ -1,6 +1,7 @@
 """pack, unpack, verify, info, and artifacts whose weights are entropy-coded."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -9,18 +10,18 @@ from torch import nn
 
 import tersor
 from cli_runner import tersor as run
-from tersor.analysis.coding import info, water_filling
+from tersor.analysis.coding import info, verify, water_filling
 from tersor.checkpoint.container import Container
-from tersor.checkpoint.container_write import size_of
+from tersor.checkpoint.container_write import size_of, write
 from tersor.checkpoint.layout import CODED
 from tersor.checkpoint.open import open_model
 from tersor.checkpoint.pack import pack, unpack
 from tersor.checkpoint.restore import read_decoded
-from tersor.checkpoint.seal import SEAL
+from tersor.checkpoint.seal import MANIFEST, RECORDS, SEAL, Checked
 from tersor.checkpoint.streaming import StreamedModel, no_lines
 from tersor.checkpoint.weights import write_weights
 from tersor.core.files import sha256
-from tersor.errors import ArtifactError, InputError, ModelError
+from tersor.errors import ArtifactError, InputError, ModelError, TersorError
 from tersor.recipe import Recipe
 from tersor.sites import find_sites
 
@@ -231,6 +232,145 @@ def test_refusals(checkpoint, artifact, tmp_path):
     with pytest.raises(InputError, match="exists"):
         pack(checkpoint, tmp_path / "empty")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def crowded(tmp_path):
+    """A folder with everything that a model's folder may hold: shards in folders, modules, other frameworks, code."""
+    folder = tmp_path / "crowded"
+    first = {"a.weight": torch.randn(40, 30), "a.bias": torch.zeros(40)}
+    second = {"b.weight": torch.randn(30, 40).half()}
+    for name, tensors in (("a/w", first), ("b/w", second), ("2_Dense/model", {"linear.weight": torch.randn(4, 3)})):
+        (folder / name).parent.mkdir(parents=True)
+        save_file(tensors, folder / f"{name}.safetensors", {"format": "pt"})
+    save_file({"lora": torch.ones(3)}, folder / "adapter.safetensors")
+    names = dict.fromkeys(first, "a/w.safetensors") | dict.fromkeys(second, "b/w.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    for name in ("modeling_own.py", "onnx/model.onnx", "pytorch_model.bin", "README.md", ".gitattributes", "notes.xyz"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+def files_of(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_everything_else_as_it_came(crowded, tmp_path):
+    """Shards in folders come back there, and no other file is lost or changed, whatever it is."""
+    before = files_of(crowded)
+    packed = pack(crowded, tmp_path / "packed").output
+    shards = {"a/w.safetensors", "b/w.safetensors", "model.safetensors.index.json"}
+    kept = {name: content for name, content in before.items() if name not in shards}
+    found = files_of(packed)
+    assert {name: found[name] for name in kept} == kept
+    assert found.keys() - kept.keys() == {CODED, SEAL}
+    after = files_of(unpack(packed, tmp_path / "plain").output)
+    assert after.keys() - before.keys() == {SEAL}
+    for name, content in before.items():
+        assert after[name] == content or name == "model.safetensors.index.json", name
+    index = json.loads(after["model.safetensors.index.json"])["weight_map"]
+    assert index == json.loads(before["model.safetensors.index.json"])["weight_map"]
+
+
+def test_an_output_inside_is_not_packed(crowded):
+    pack(crowded, crowded / "packed")
+    again = pack(crowded, crowded / "packed", overwrite=True).output
+    assert not (again / "packed").exists()
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_artifacts_of_either_kind_are_decoded(coded, tmp_path):
+    model = net()
+    made = tersor.compress(model, Recipe.of("keep", RULES)).model
+    tersor.save(made, tmp_path / "artifact", coded=coded)
+    unpack(tmp_path / "artifact", tmp_path / "plain")
+    weights = load_file(tmp_path / "plain" / "model.safetensors")
+    assert weights.keys() == model.state_dict().keys()
+    model.load_state_dict(weights)
+    assert torch.equal(model(IDS), tersor.load(tmp_path / "artifact", model=net(), packed=False)(IDS))
+
+
+def test_what_pack_wrote_is_opened_before_it_says_so(checkpoint, tmp_path, monkeypatch):
+    """A writer that is wrong in one bit leaves nothing behind."""
+    from tersor.checkpoint import pack as module
+
+    def wrong(tensors, path, *rest):
+        first = next(iter(tensors))
+        changed = {name: tensor.clone() for name, tensor in tensors.items()}
+        changed[first].view(-1).view(torch.uint8)[0] ^= 1
+        write(changed, path, *rest)
+
+    monkeypatch.setattr(module, "write", wrong)
+    with pytest.raises(ArtifactError, match="is read as something else than was written"):
+        pack(checkpoint, tmp_path / "packed")
+    assert not list(tmp_path.iterdir())
+
+
+# Whether all of a folder is what was written.
+
+
+@pytest.fixture(params=["plain", "coded", "packed", "unpacked"])
+def sealed(request, tmp_path):
+    """An artifact of each kind, and folders that pack and unpack wrote, with files beside the weights."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("tokenizer.json", "1_Pooling/config.json", "generation_config.json"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("{}")
+    write_weights({"a": torch.randn(30, 30)}, source / "model.safetensors")
+    folder = tmp_path / "folder"
+    if request.param in ("plain", "coded"):
+        made = tersor.compress(net(), Recipe.of("int8")).model
+        tersor.save(made, folder, source=source, coded=request.param == "coded")
+        return folder
+    packed = pack(source, folder if request.param == "packed" else tmp_path / "first").output
+    return packed if request.param == "packed" else unpack(packed, folder).output
+
+
+def test_any_flipped_bit_of_any_file_is_named(sealed):
+    chance = random.Random(0)
+    assert verify(sealed).checked == Checked(True)
+    for path in [path for path in sealed.rglob("*") if path.is_file()]:
+        content = path.read_bytes()
+        bits = range(8 * len(content))
+        for bit in chance.sample(bits, min(len(bits), 60 if path.name in RECORDS else 10)):
+            changed = bytearray(content)
+            changed[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(changed)
+            with pytest.raises(TersorError, match=path.name):
+                verify(sealed)
+        path.unlink()
+        if path.name not in RECORDS:
+            with pytest.raises(TersorError, match=path.name):
+                verify(sealed)
+        path.write_bytes(content)
+    assert verify(sealed).checked == Checked(True)
+
+
+def test_files_that_are_not_listed_are_named(sealed, capsys):
+    (sealed / "1_Pooling" / "notes.txt").write_text("mine")
+    assert verify(sealed).checked == Checked(True, ("1_Pooling/notes.txt",))
+    result = run(capsys, "verify", str(sealed))
+    assert result.status == 0
+    assert "note: 1_Pooling/notes.txt: not listed" in result.stderr
+    assert json.loads(run(capsys, "verify", str(sealed), "--json").stdout)["unlisted"] == ["1_Pooling/notes.txt"]
+
+
+def test_artifacts_without_a_list_of_all_files(artifact, tmp_path, capsys):
+    import shutil
+
+    folder = shutil.copytree(artifact, tmp_path / "old")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["sha256"]
+    manifest["files"] = {CODED: manifest["files"][CODED]}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert not verify(folder).checked.is_whole
+    assert "only the weights could be checked" in run(capsys, "verify", str(folder)).stderr
+    manifest["files"]["config.json"] = manifest["files"][CODED]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"tersor\.json: is not as it was written"):
+        verify(folder)
 
 
 def test_info(artifact, tmp_path):

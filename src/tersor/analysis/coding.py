@@ -20,10 +20,13 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from tersor.checkpoint.container import DTYPES, Container
+from tersor.checkpoint.guards import shapes_of
 from tersor.checkpoint.layout import CODED
 from tersor.checkpoint.manifest import MANIFEST, check_files, read_manifest, weights_path
 from tersor.checkpoint.open import open_model
 from tersor.checkpoint.pack import decoded, sites_of
+from tersor.checkpoint.seal import SEAL, Checked, check_sealed
+from tersor.checkpoint.source import weight_files
 from tersor.checkpoint.weights import opened
 from tersor.codecs.classes import SMALLEST, STEPS, counted, scales_of
 from tersor.codecs.floats import SPLITS, bits_of, parted, read_planes
@@ -91,27 +94,40 @@ class Info:
 
 @dataclass(frozen=True)
 class Verified:
-    """A file that is whole."""
+    """A file that is whole, and the folder around it.
+
+    Attributes:
+        checked: what became of the other files; None for a file alone.
+    """
 
     file: Path
     num_bytes: int
     num_tensors: int
+    checked: Checked | None = None
 
 
 def verify(path: Path) -> Verified:
-    """Read a weights file completely. Raises ArtifactError, or ModelError for plain ones, when it is not whole."""
+    """Read a weights file completely, and hold every other file of its folder against the list of them.
+
+    Raises:
+        ArtifactError, or ModelError for plain weights: a file is not whole; names it.
+    """
+    checked = check_sealed(path) if path.is_dir() else None
     if path.is_dir() and (path / MANIFEST).exists():
         manifest = read_manifest(path)
         check_files(path, manifest)
         path = weights_path(path, manifest)
+    elif (path / SEAL).exists() and not (path / CODED).exists():
+        files = weight_files(path)
+        return Verified(path, sum(file.stat().st_size for file in files), len(shapes_of(files)), checked)
     elif path.is_dir():
         path /= CODED
     if path.name.endswith(".safetensors"):
         with opened(path) as file:
-            return Verified(path, path.stat().st_size, len(list(file.keys())))
+            return Verified(path, path.stat().st_size, len(list(file.keys())), checked)
     container = open_container(path)
     container.check()
-    return Verified(path, path.stat().st_size, len(container.entries))
+    return Verified(path, path.stat().st_size, len(container.entries), checked)
 
 
 def open_container(path: Path) -> Container:

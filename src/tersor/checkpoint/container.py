@@ -166,10 +166,13 @@ class Container:
 
     def check(self, num_threads: int | None = None) -> None:
         """Read everything: the hash, every chunk's checksum, and every value."""
-        digest = hashlib.sha256(self.data[:-TRAILER]).digest()
         for name in self.entries:
             self.tensors([name], num_threads)
-        if digest != bytes(self.data[-TRAILER:]):
+        self.check_hash()
+
+    def check_hash(self) -> None:
+        """Hold the hash at the end of the file against all bytes before."""
+        if hashlib.sha256(self.data[:-TRAILER]).digest() != bytes(self.data[-TRAILER:]):
             raise ArtifactError(f"{self.path}: the SHA-256 at its end differs; the file was changed or damaged")
 
     def decoding(self, name: str, scales: tuple[Tensor, Tensor] | None = None) -> Decoding:
@@ -232,8 +235,7 @@ def read(path: Path, num_threads: int | None = None) -> dict[str, Tensor]:
     """All tensors of a file. Raises ArtifactError when it is damaged anywhere."""
     container = Container(path)
     tensors = container.tensors(num_threads=num_threads)
-    if hashlib.sha256(container.data[:-TRAILER]).digest() != bytes(container.data[-TRAILER:]):
-        raise ArtifactError(f"{path}: the SHA-256 at its end differs; the file was changed or damaged")
+    container.check_hash()
     return tensors
 
 

@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 from torch import Tensor, nn
 
-from tersor.checkpoint.container import ALIGNMENT, FIXED, MAGIC, VERSION, Entry, Header, is_aligned
+from tersor.checkpoint.container import ALIGNMENT, FIXED, MAGIC, VERSION, Container, Entry, Header, is_aligned
 from tersor.checkpoint.layout import CODED, packed_sites, tensors_of
 from tersor.checkpoint.views import Packed, Packing
 from tersor.checkpoint.weights import DTYPE_NAMES, METADATA, file_size
@@ -65,6 +66,29 @@ def write(
             assemble(file, spool, header, index)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be written: {error}") from None
+
+
+def check_written(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Open what was written, and hold it against what was to be written, one tensor at a time.
+
+    Raises:
+        ArtifactError: it is not the same, bit for bit.
+    """
+    container = Container(path)
+    container.check_hash()
+    if list(container.entries) != list(tensors):
+        raise ArtifactError(f"{path}: holds other tensors than were written; the disk or the memory may be damaged")
+    for name, tensor in tensors.items():
+        if not equal_bits(container.tensor(name), tensor):
+            raise ArtifactError(f"{path}: {name} is read as something else than was written; please report it")
+
+
+def equal_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are the same, NaN and all."""
+    alike = first.dtype == second.dtype and first.shape == second.shape
+    return alike and torch.equal(
+        first.contiguous().view(-1).view(torch.uint8), second.contiguous().view(-1).view(torch.uint8)
+    )
 
 
 def write_coded(model: nn.Module, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor.checkpoint.artifact import copy_side_files
 from tersor.checkpoint.container import MAGIC, Container
-from tersor.checkpoint.container_write import write
+from tersor.checkpoint.container_write import check_written, equal_bits, write
+from tersor.checkpoint.guards import check_links, named_path
 from tersor.checkpoint.layout import CODED
 from tersor.checkpoint.manifest import (
     MANIFEST,
@@ -25,8 +25,9 @@ from tersor.checkpoint.manifest import (
 )
 from tersor.checkpoint.notice import withdraw
 from tersor.checkpoint.output import atomic_file, atomic_folder, check_output
-from tersor.checkpoint.seal import first_foreign, listing
-from tersor.checkpoint.source import weight_files
+from tersor.checkpoint.restore import read_tensors
+from tersor.checkpoint.seal import RECORDS, first_foreign, listing
+from tersor.checkpoint.source import is_inside, weight_files
 from tersor.checkpoint.views import Packing
 from tersor.checkpoint.weights import DTYPE_NAMES, opened, write_weights
 from tersor.errors import ArtifactError, FormatError, InputError, ModelError
@@ -83,6 +84,8 @@ def pack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
     """
     as_file = names_file(source, output, Path(CODED).suffix)
     check_output(output, overwrite, not_packed if as_file else first_foreign)
+    if named_path(source).is_dir():
+        check_links(source)
     manifest: dict[str, Any] | None = None
     if (source / MANIFEST).exists():
         manifest = read_manifest(source)
@@ -95,15 +98,19 @@ def pack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
     if not files:
         raise ModelError(f"{source}: no *.safetensors file in the folder")
     tensors = Shelved(files)
-    metadata = {FILES: json.dumps({file.name: names_in(tensors, file) for file in files})} if len(files) > 1 else {}
+    shards = {file.relative_to(source).as_posix(): names_in(tensors, file) for file in files} if len(files) > 1 else {}
+    metadata = {FILES: json.dumps(shards)} if shards else {}
     before = sum(file.stat().st_size for file in files)
     if as_file:
         with atomic_file(output, overwrite, not_packed) as working:
             write(tensors, working, packing_of(manifest, tensors), metadata)
+            check_written(tensors, working)
         return Written(output, before, output.stat().st_size)
     with atomic_folder(output, overwrite) as folder:
         write(tensors, folder / CODED, packing_of(manifest, tensors), metadata)
-        copy_others(source, folder)
+        check_written(tensors, folder / CODED)
+        if source.is_dir():
+            copy_others(source, folder, {file.relative_to(source).as_posix() for file in files} | {INDEX}, output)
         if manifest is not None:
             write_manifest(folder, manifest | {"files": listing(folder)})
     return Written(output, before, (output / CODED).stat().st_size)
@@ -111,8 +118,9 @@ def pack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
 
 def unpack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
     """Write what is in a `model.tersor`, or in its folder, as plain safetensors into a new folder, in as many files as
-    were packed. The sites of an artifact are decoded to weights, under the names and in the types they had before, so
-    that transformers loads the folder. A file alone can become one file: an output that ends in .safetensors.
+    were packed. The sites of an artifact, of either kind, are decoded to weights, under the names and in the types they
+    had before, so that transformers loads the folder. A file alone can become one file: an output that ends in
+    .safetensors.
 
     Raises:
         InputError: the source is not packed, or the output is in the way.
@@ -121,14 +129,19 @@ def unpack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
     as_file = names_file(source, output, Path(WEIGHTS).suffix)
     if not as_file:
         check_output(output, overwrite)
-    file = source / CODED if source.is_dir() else source
+    if named_path(source).is_dir():
+        check_links(source)
+    manifest = read_manifest(source) if (source / MANIFEST).exists() else None
+    if manifest is not None:
+        check_files(source, manifest)
+        file = weights_path(source, manifest)
+    else:
+        file = source / CODED if source.is_dir() else source
     if not file.is_file():
         raise InputError(f"{source}: has no {CODED}; `tersor pack` makes one")
-    container = Container(file)
-    tensors = container.tensors()
-    if source.is_dir() and (source / MANIFEST).exists():
-        manifest = read_manifest(source)
-        check_files(source, manifest)
+    container = None if file.name == WEIGHTS else Container(file)
+    tensors = read_tensors(file) if container is None else container.tensors()
+    if manifest is not None:
         tensors = decoded(tensors, manifest)
     if as_file:
         foreign = partial(other_than, tensors=tensors, source=source)
@@ -137,8 +150,9 @@ def unpack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
             write_weights(tensors, working, alignment=1)
         return Written(output, file.stat().st_size, output.stat().st_size)
     with atomic_folder(output, overwrite) as folder:
-        shards = shards_of(container, tensors, file)
+        shards = {WEIGHTS: list(tensors)} if container is None else shards_of(container, tensors, file)
         for name, names in shards.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_weights({each: tensors[each] for each in names}, folder / name, alignment=1)
         if len(shards) > 1 or WEIGHTS not in shards:
             index = {each: name for name, names in shards.items() for each in names}
@@ -146,9 +160,8 @@ def unpack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
             text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2, sort_keys=True)
             (folder / INDEX).write_text(text + "\n", encoding="utf-8")
         if source.is_dir():
-            copy_side_files(source, folder)
-            (folder / "recipe.yaml").unlink(missing_ok=True)
-            (folder / CODED).unlink(missing_ok=True)
+            own = {file.name, *(("README.md", "recipe.yaml") if manifest is not None else ())}
+            copy_others(source, folder, own, output)
             withdraw(folder)
         after = sum((folder / name).stat().st_size for name in shards)
     return Written(output, file.stat().st_size, after)
@@ -183,14 +196,6 @@ def other_than(path: Path, tensors: Mapping[str, Tensor], source: Path) -> str |
     return None if same else f"it is not what {source} holds"
 
 
-def equal_bits(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are the same, NaN and all."""
-    alike = first.dtype == second.dtype and first.shape == second.shape
-    return alike and torch.equal(
-        first.contiguous().view(-1).view(torch.uint8), second.contiguous().view(-1).view(torch.uint8)
-    )
-
-
 def names_in(tensors: Shelved, file: Path) -> list[str]:
     """The tensors of one file."""
     return [name for name, place in tensors.places.items() if place == file]
@@ -203,7 +208,7 @@ def shards_of(container: Container, tensors: Mapping[str, Tensor], path: Path) -
         return {WEIGHTS: list(tensors)}
     try:
         shards = json.loads(text)
-        plain = all(Path(name).name == name and name.endswith(".safetensors") for name in shards)
+        plain = all(is_inside(name) for name in shards)
         whole = sorted(each for names in shards.values() for each in names) == sorted(tensors)
     except (ValueError, AttributeError, TypeError):
         plain = whole = False
@@ -264,11 +269,13 @@ def decoded(tensors: dict[str, Tensor], manifest: dict[str, Any]) -> dict[str, T
     return rest
 
 
-def copy_others(source: Path, folder: Path) -> None:
-    """Everything but the weights, as it came."""
-    if not source.is_dir():
-        return
-    copy_side_files(source, folder)
-    for name in ("README.md", MANIFEST):
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+def copy_others(source: Path, folder: Path, but: Set[str], output: Path) -> None:
+    """Every file of a folder as it came, whatever it is; not those named in `but`, the list of what tersor wrote there,
+    hidden folders, and the output where that lies inside."""
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts[:-1])
+        skipped = relative.as_posix() in but or relative.as_posix() in RECORDS or hidden
+        if path.is_file() and not skipped and not path.absolute().is_relative_to(output.absolute()):
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / relative)

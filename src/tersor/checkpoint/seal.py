@@ -4,17 +4,21 @@ An artifact has it in `tersor.json`, under `files`; any other folder that tersor
 `tersor-files.json`. Only a folder that holds nothing but what its list names is ever replaced.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tersor.core.files import sha256
+from tersor.core.messages import first_line
 from tersor.errors import ArtifactError
 
 VERSION = 1  # of both
 MANIFEST, SEAL = "tersor.json", "tersor-files.json"
+OWN_HASH = "sha256"  # the key of the hash that a record has of all else in it
 RECORDS = (MANIFEST, SEAL)  # either holds the list, and is not in it
 Listed = dict[str, dict[str, Any]]
 
@@ -66,8 +70,54 @@ def seal(folder: Path) -> None:
 
 
 def as_text(content: Mapping[str, Any]) -> str:
-    """What a file with a list holds."""
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    """What a file with a list holds: the content, and last a hash of it."""
+    kept = {key: value for key, value in content.items() if key != OWN_HASH}
+    digest = hashlib.sha256(json.dumps(kept, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+    return json.dumps(kept | {OWN_HASH: digest}, indent=2, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check of all files found, where none of them differs.
+
+    Attributes:
+        is_whole: every file is listed; in artifacts of earlier versions the weights alone are.
+        unlisted: files that the list does not name.
+    """
+
+    is_whole: bool
+    unlisted: tuple[str, ...] = ()
+
+
+def check_sealed(folder: Path) -> Checked:
+    """Hold every file of a folder against its list, and the list against the hash it has of itself.
+
+    Raises:
+        ArtifactError: a file differs, or is not there; names it.
+    """
+    record = next((folder / name for name in RECORDS if (folder / name).exists()), None)
+    listed = listed_in(folder)
+    if record is None:
+        return Checked(False)
+    if listed is None:
+        raise ArtifactError(f"{record}: no list of files can be read in it; it was changed or damaged")
+    try:
+        text = record.read_text(encoding="utf-8")
+        content = json.loads(text)
+        if OWN_HASH not in content and len(listed) == 1:
+            return Checked(False)
+        if text.rstrip() != as_text(content).rstrip():
+            raise ArtifactError(f"{record}: is not as it was written; it was changed or damaged")
+        for name, entry in listed.items():
+            path = folder / name
+            if not path.is_file():
+                raise ArtifactError(f"{path}: missing; {record.name} lists it")
+            if entry_of(path) != entry:
+                raise ArtifactError(f"{path}: changed or damaged; {record.name} lists another sha256")
+        names = sorted(name for name in names_in(folder) if name not in listed and name != record.name)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{folder}: cannot be read ({first_line(error)})") from None
+    return Checked(True, tuple(names))
 
 
 def listed_in(folder: Path) -> Listed | None:

@@ -11,7 +11,7 @@ from tersor.cli.pack import show
 
 
 def unpack(
-    packed: Annotated[Path, typer.Argument(help="Folder with a model.tersor, or the file itself.")],
+    packed: Annotated[Path, typer.Argument(help="Folder with a model.tersor, artifact, or the file itself.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder to create; FILE.safetensors for a .tersor file alone.")
     ],
