@@ -1,5 +1,7 @@
 """Merging adapters: nothing is lost in float weights, and less by re-solving than by rounding in packed ones."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 
 from tersor.compress import compress
 from tersor.errors import InputError, ModelError
-from tersor.modules import PackedLinear
+from tersor.modules import PackedEmbedding, PackedLinear
 from tersor.recipe import Recipe
 from tersor.sites import find_sites
 from tersor.tasks.perplexity import Perplexity
@@ -44,6 +46,20 @@ def random_adapter(model, seed=0, size=0.05, **fields):
     adapter = adapted.adapter
     adapted.without()
     return adapter
+
+
+def untied(model):
+    """With a head of its own."""
+    model.config.tie_word_embeddings = False
+    torch.manual_seed(5)
+    model.lm_head.weight = nn.Parameter(0.1 * torch.randn(model.lm_head.weight.shape))
+    return model
+
+
+def tied(model):
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
 
 
 @pytest.mark.parametrize("build", [llama, gpt2])
@@ -180,9 +196,74 @@ def test_a_wrong_or_damaged_adapter_is_refused(tmp_path):
     (tmp_path / "a" / TENSORS).rename(tmp_path / "a" / "adapter_model.bin")
     with pytest.raises(ModelError, match="pickle"):
         load_adapter(tmp_path / "a")
+    save_adapter(adapter, tmp_path / "nan", "base")
     (tmp_path / "nan" / CONFIG).write_text('{"peft_type": "IA3"}')
     with pytest.raises(ModelError, match="IA3"):
         load_adapter(tmp_path / "nan")
     (tmp_path / "nan" / CONFIG).write_text("{")
     with pytest.raises(ModelError, match="cannot be read"):
         load_adapter(tmp_path / "nan")
+
+
+def from_peft(model, folder, **fields):
+    """An adapter as peft itself trains and saves it, and its logits beside the weights."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, **fields))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped.save_pretrained(str(folder))
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["embed_tokens"], "use_rslora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["lm_head"], "use_dora": True},
+    ],
+    ids=str,
+)
+def test_embeddings_and_untied_heads_are_merged_as_peft_does(fields, task, tmp_path):
+    """peft writes the base's own weights beside their factors."""
+    model = untied(llama())
+    wrapped = from_peft(untied(llama()), tmp_path / "adapter", **fields)
+    merged = merge(model, load_adapter(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(merged, task), logits(wrapped, task), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits(merged, task), logits(model, task), atol=1e-3)
+
+
+def test_an_adapter_on_packed_embeddings_is_rounded_into_them(task, tmp_path):
+    recipe = Recipe.of("keep", rules={"model.embed_tokens": "int8", "lm_head": "int8"})
+    packed = compress(untied(llama()), recipe).model
+    wrapped = from_peft(untied(llama()), tmp_path / "a", target_modules=["embed_tokens"], modules_to_save=["lm_head"])
+    adapter = load_adapter(tmp_path / "a")
+    merged = merge(packed, adapter)
+    assert isinstance(merged.model.embed_tokens, PackedEmbedding)
+    assert isinstance(merged.lm_head, PackedLinear)
+    expected = logits(wrapped, task)
+    assert (logits(merged, task) - expected).norm() < 0.05 * expected.norm()
+    torch.testing.assert_close(logits(unmerged(packed, adapter), task), expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("fields", [{"target_modules": ["lm_head"]}, {"target_modules": ["embed_tokens"]}], ids=str)
+def test_an_adapter_on_tied_weights_is_refused_for_what_it_is(fields, tmp_path):
+    from_peft(tied(llama()), tmp_path / "a", **fields)
+    with pytest.raises(ModelError, match=r"whose weight is also that of .* \(tied\): merged, it would change both"):
+        merge(tied(llama()), load_adapter(tmp_path / "a"))
+
+
+def test_a_head_that_is_not_the_bases_is_refused(tmp_path):
+    from_peft(untied(llama()), tmp_path / "a", target_modules=["lm_head"])
+    other = untied(llama())
+    with torch.no_grad():
+        other.lm_head.weight.add_(0.1)
+    with pytest.raises(ModelError, match=r"its own weight for lm_head.*not that of the base"):
+        merge(other, load_adapter(tmp_path / "a"))

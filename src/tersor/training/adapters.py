@@ -29,6 +29,7 @@ from tersor.training.adapter_config import read_settings
 
 ADAPTER = "default"  # peft's name of an only adapter
 UNFIT = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError)
+PREFIX = "base_model.model."  # of all names in its files
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -158,13 +159,22 @@ def load_adapter(folder: Path) -> Adapter:
 
 
 def adapted_names(adapter: Adapter) -> list[str]:
-    """The modules that have factors, by their name in the model.
+    """The modules that have factors, or are replaced as a whole (`modules_to_save`), by their name in the model.
 
     >>> adapted_names(Adapter(None, {"base_model.model.layers.0.up.lora_A.weight": torch.zeros(0)}))
     ['layers.0.up']
     """
-    prefix, middle = "base_model.model.", ".lora_A."
-    return [n.removeprefix(prefix).partition(middle)[0] for n in adapter.tensors if middle in n]
+    whole = set(getattr(adapter.config, "modules_to_save", None) or ())
+    found: dict[str, None] = {}
+    for name in adapter.tensors:
+        path = name.removeprefix(PREFIX)
+        module, factor, _ = path.partition(".lora_embedding_A" if ".lora_embedding_A" in path else ".lora_A.")
+        owner = path.rpartition(".")[0]
+        if factor:
+            found[module] = None
+        elif not owner.endswith(".base_layer") and owner.rpartition(".")[2] in whole:
+            found[owner] = None
+    return list(found)
 
 
 def import_peft() -> Any:

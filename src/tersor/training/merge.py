@@ -9,14 +9,15 @@ https://arxiv.org/abs/2210.17323), in the format that the base has there.
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tersor.core.progress import Progress, silent
-from tersor.errors import InputError
+from tersor.errors import InputError, ModelError
 from tersor.formats.contract import Format, Grid
-from tersor.modules import PackedLinear, Stored
+from tersor.modules import PackedEmbedding, PackedLinear, Stored
 from tersor.schemes import KEEP, usual_method
 from tersor.sites import Site, find_sites
 from tersor.steps.weights import WeightsStep
@@ -24,7 +25,7 @@ from tersor.steps.weights_run import WeightsRun
 from tersor.tasks.contract import Task
 from tersor.tasks.fidelity import kl_divergence
 from tersor.tasks.inputs import scoring
-from tersor.training.adapters import Adapter, adapted_names, put_in, replace_module
+from tersor.training.adapters import PREFIX, Adapter, adapted_names, put_in, replace_module
 
 Method = Callable[[Format], str]  # how a format is filled: a method's name
 
@@ -56,8 +57,10 @@ def merge(
         method: how a packed weight is filled again: `resolving`, or `naive` to compare with.
 
     Raises:
-        ModelError: the adapter is not this model's.
+        ModelError: the adapter is not this model's, or changes a weight that another layer has, too.
     """
+    check_untied(model, adapter)
+    adapter = without_base(model, adapter)
     target = merged_float(model, adapter)
     packed = packed_adapted(model, adapter)
     if packed:
@@ -66,18 +69,63 @@ def merge(
     return with_types_of(target, model)
 
 
-def scheme_of(layer: PackedLinear, method: Method) -> str:
+def scheme_of(layer: PackedLinear | PackedEmbedding, method: Method) -> str:
     """How recipes spell the layer's format, filled by a method."""
-    activation = f"/{layer.input_quantizer.format}" if layer.input_quantizer is not None else ""
+    quantizer = layer.input_quantizer if isinstance(layer, PackedLinear) else None
+    activation = f"/{quantizer.format}" if quantizer is not None else ""
     return f"{method(layer.packed.format)}:{layer.packed.format.name}{activation}"
 
 
-def packed_adapted(model: nn.Module, adapter: Adapter) -> dict[Site, PackedLinear]:
-    """The packed layers that the adapter stands beside, by site."""
+def check_untied(model: nn.Module, adapter: Adapter) -> None:
+    """Raises ModelError where an adapted weight is shared: merged, it would change the other layer as well."""
+    names = set(adapted_names(adapter))
+    for site in find_sites(model):
+        paths = [place.module for place in site.places]
+        changed = [path for path in paths if path in names]
+        if changed and len(paths) > 1:
+            other = next(path for path in paths if path != changed[0])
+            raise ModelError(
+                f"the adapter changes {changed[0]}, whose weight is also that of {other} (tied): merged, it would "
+                f"change both; train it without {changed[0]}, or on a base saved with tie_word_embeddings=False"
+            )
+
+
+def without_base(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter less the weights of its base: peft writes those of embeddings and heads beside their factors.
+
+    Raises ModelError where they are not this model's own. Packed ones are near them, and are not held against them.
+    """
+    kept, modules = {}, dict(model.named_modules())
+    changed = set(adapted_names(adapter))
+    for name, tensor in adapter.tensors.items():
+        path, _, last = name.removeprefix(PREFIX).rpartition(".")
+        layer, beside = path.removesuffix(".base_layer"), path.endswith(".base_layer")
+        module: Any = modules.get(layer)
+        if last != "weight" or not ((beside or layer not in changed) and isinstance(module, LAYERS)):
+            kept[name] = tensor
+        elif not isinstance(module, PackedEmbedding | PackedLinear) and not is_same(tensor, module.weight):
+            raise ModelError(
+                f"the adapter comes with its own weight for {layer}, {list(tensor.shape)}, which is not that of the "
+                f"base, {list(module.weight.shape)}; give the base it was trained on, with the tokens that were added"
+            )
+    return Adapter(adapter.config, kept)
+
+
+LAYERS = (nn.Embedding, nn.Linear, PackedEmbedding, PackedLinear)  # embeddings and heads
+
+
+def is_same(tensor: Tensor, base: Tensor) -> bool:
+    """Whether two weights differ by no more than the coarser of their types rounds."""
+    eps = max(torch.finfo(each.dtype).eps for each in (tensor, base))
+    return tensor.shape == base.shape and torch.allclose(tensor.float(), base.float().cpu(), rtol=2 * eps, atol=1e-7)
+
+
+def packed_adapted(model: nn.Module, adapter: Adapter) -> dict[Site, PackedLinear | PackedEmbedding]:
+    """The packed layers that the adapter stands beside, or takes the place of, by site."""
     sites = {site.places[0].module: site for site in find_sites(model)}
     modules = dict(model.named_modules())
     layers = {name: modules.get(name) for name in adapted_names(adapter)}
-    return {sites[name]: layer for name, layer in layers.items() if isinstance(layer, PackedLinear)}
+    return {sites[name]: layer for name, layer in layers.items() if isinstance(layer, PackedLinear | PackedEmbedding)}
 
 
 def merged_float(model: nn.Module, adapter: Adapter) -> nn.Module:
@@ -100,8 +148,10 @@ def own_float_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).float()
 
 
-def unpacked(layer: PackedLinear) -> nn.Module:
+def unpacked(layer: PackedLinear | PackedEmbedding) -> nn.Module:
     """The float layer that a packed one stands for, without its input quantizer."""
+    if isinstance(layer, PackedEmbedding):
+        return nn.Embedding.from_pretrained(layer.packed().detach().float()).train(layer.training)
     (num_out, num_in), bias = layer.packed.shape, layer.bias
     linear: nn.Module
     if layer.packed.fold.view == "transposed":
@@ -136,7 +186,13 @@ def with_types_of(merged: nn.Module, model: nn.Module) -> nn.Module:
 
 def unmerged(model: nn.Module, adapter: Adapter) -> nn.Module:
     """A float32 copy of `model` with the adapter beside its weights: what a merged model is judged against."""
-    return put_in(own_float_copy(model), adapter.config, tensors=adapter.tensors).model
+    adapter = without_base(model, adapter)
+    copied, whole = own_float_copy(model), set(getattr(adapter.config, "modules_to_save", None) or ())
+    for site, layer in packed_adapted(copied, adapter).items():  # peft adapts packed linear layers alone
+        name = site.places[0].module
+        if isinstance(layer, PackedEmbedding) or name.rpartition(".")[2] in whole:
+            replace_module(copied, name, unpacked(layer))
+    return put_in(copied, adapter.config, tensors=adapter.tensors).model
 
 
 @torch.no_grad()
