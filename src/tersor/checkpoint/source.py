@@ -3,6 +3,7 @@
 Weights that `tersor pack` made smaller open like those they came from.
 """
 
+import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -77,7 +78,15 @@ def open_transformers(name: str, folder: Path) -> Source:
     if not finite:
         check_finite(dict(model.named_parameters()), name)
     missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    notes: tuple[str, ...] = ()
+    unknown = unknown_architecture(config)
+    if unknown and unused:
+        raise ModelError(
+            f"{name}: config.json names {unknown}, which transformers {transformers_version()} does not have, and "
+            f"{type(model).__name__} has no place for {few(unused)}; {way_out(unknown, config)}"
+        )
+    notes = untied(model, name)
+    if unknown:
+        notes += (f"config.json names {unknown}, which transformers does not have: opened as {type(model).__name__}",)
     if missing:
         notes += (f"the checkpoint lacks {few(missing)}: randomly initialized",)
     if unused:
@@ -165,6 +174,60 @@ def transformers_class(config: Any) -> Any:
         if isinstance(found, type) and transformers.PreTrainedModel in found.__mro__[1:]:
             return found
     return transformers.AutoModel
+
+
+def unknown_architecture(config: Any) -> str:
+    """The architecture that a config names, where transformers has none of the names; else empty."""
+    import transformers
+
+    names = [str(name) for name in getattr(config, "architectures", None) or []]
+    return names[0] if names and transformers_class(config) is transformers.AutoModel else ""
+
+
+def transformers_version() -> str:
+    """Of the library."""
+    import transformers
+
+    return transformers.__version__
+
+
+def way_out(unknown: str, config: Any) -> str:
+    """What to do about an architecture that is not known; names the nearest that are."""
+    import transformers
+
+    prefix = type(config).__name__.removesuffix("Config")
+    known = [name for name in dir(transformers) if name.startswith(f"{prefix}For") or name == f"{prefix}LMHeadModel"]
+    near = difflib.get_close_matches(unknown, known, n=3, cutoff=0) or known[:3]
+    instead = f"write the one that it is into config.json ({', '.join(near)}, ...), or " if near else ""
+    return f"{instead}install the version of transformers that has it, or load it in a 'package.module:factory'"
+
+
+def untied(model: Any, name: str) -> tuple[str, ...]:
+    """Where the file holds a head of its own though the config says that it is tied to the embedding (an adapter merged
+    into one of the two), have the model's config say that it is not. Returns notes.
+
+    Raises ModelError for an encoder-decoder, which also computes otherwise where its config says so.
+    """
+    configs = [model.config, model.config.get_text_config()]
+    pairs = model._tied_weights_keys
+    if not isinstance(pairs, dict) or not any(getattr(c, "tie_word_embeddings", False) for c in configs):
+        return ()
+    found = dict(model.named_parameters(remove_duplicate=False))
+    present = {target: source for target, source in pairs.items() if {target, source} <= found.keys()}
+    apart = [target for target, source in present.items() if found[target] is not found[source]]
+    if not apart:
+        return ()
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name}: config.json ties {few(apart)} to {present[apart[0]]}, and the file holds other weights; save the "
+            f"model again with tie_word_embeddings as it is meant"
+        )
+    for target in present.keys() - set(apart):  # what is still one tensor would be missed when it is loaded
+        place, _, last = target.rpartition(".")
+        setattr(model.get_submodule(place), last, nn.Parameter(found[target].detach().clone()))
+    for config in configs:
+        config.tie_word_embeddings = False
+    return (f"config.json ties {few(apart)} to {present[apart[0]]}, and the file holds other weights: kept apart",)
 
 
 def read_state(path: Path) -> dict[str, Any]:

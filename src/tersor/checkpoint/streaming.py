@@ -227,7 +227,9 @@ def matched(model: Any, stored: Mapping[str, Extent], place: str) -> tuple[dict[
     found, used, missing = {}, set(), []
     for name, tensor in kept_tensors(model, detach=False).items():
         used.update(paths[id(tensor)])
-        key = next((path for path in paths[id(tensor)] if path in stored), None)
+        keys = [path for path in dict.fromkeys(paths[id(tensor)]) if path in stored]
+        check_tied(keys, stored, place)
+        key = next(iter(keys), None)
         if key is None:
             missing += [name] if isinstance(tensor, nn.Parameter) else []
         elif stored[key].shape != tuple(tensor.shape):
@@ -240,6 +242,17 @@ def matched(model: Any, stored: Mapping[str, Extent], place: str) -> tuple[dict[
             f"gives them: load the model with transformers, save it with save_pretrained, or leave out --stream"
         )
     return found, stored.keys() - used
+
+
+def check_tied(keys: list[str], stored: Mapping[str, Extent], place: str) -> None:
+    """Raises ModelError where the config ties tensors that the checkpoint holds apart."""
+    for other in keys[1:]:
+        pair = stored[keys[0]], stored[other]
+        if pair[0].shape != pair[1].shape or not torch.equal(pair[0].read(), pair[1].read()):
+            raise ModelError(
+                f"{place}: config.json ties {other} to {keys[0]}, and the checkpoint holds other weights; write "
+                f'"tie_word_embeddings": false into config.json, or leave out --stream'
+            )
 
 
 def fill_buffers(model: nn.Module, extents: Mapping[str, Extent]) -> None:
