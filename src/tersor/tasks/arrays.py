@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from tersor.core.messages import first_line
 from tersor.errors import DataError
 from tersor.tasks.contract import Output
 from tersor.tasks.inputs import Batch, consecutive, device_of, float_type_of
@@ -142,9 +143,7 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
     except (RuntimeError, TypeError, IndexError, ValueError, AttributeError) as error:
         sizes = ", ".join(f"{name} of shape {list(x.shape)}, {x.dtype}" for name, x in batch.inputs.items())
         what = f"{type(model).__name__} cannot take {sizes}"
-        raise DataError(
-            f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]}; check the data's axes and type"
-        ) from error
+        raise DataError(f"{what}: {first_line(error)}; check the data's axes and type") from error
 
 
 def to_model_layout(x: Shaped[np.ndarray, " example *shape"]) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from tersor.core.messages import first_line
 from tersor.errors import DataError, MissingExtra
 
 FILES = ("preprocessor_config.json", "processor_config.json")
@@ -40,16 +41,13 @@ class Processor:
 
     def __call__(self, pictures: Sequence[np.ndarray]) -> dict[str, Tensor]:
         """The model's inputs of uint8 pictures `[height, width, channel]`."""
-        images = [picture[..., 0] if picture.shape[-1] == 1 else picture for picture in pictures]
-        options: dict[str, Any] = {"return_tensors": "pt", **self.changes}
-        if images[0].ndim == 3:
-            options["input_data_format"] = "channels_last"
+        options = {"return_tensors": "pt", "input_data_format": "channels_last", **self.changes}
         try:
-            made = dict(self.own(images=images, **options))
+            made = dict(self.own(images=list(pictures), **options))
         except Exception as error:  # a processor's settings may trip over anything
-            why = (str(error).splitlines() or [type(error).__name__])[0]
+            sizes = list(pictures[0].shape)
             raise DataError(
-                f"the model's image processor cannot take pictures of {list(images[0].shape)}: {why}; give others, or "
+                f"the model's image processor cannot take pictures of {sizes}: {first_line(error)}; give others, or "
                 f"arrays (.npz) that the model takes as they are"
             ) from None
         return {name: each for name, each in made.items() if isinstance(each, Tensor)}
@@ -71,8 +69,7 @@ def read_processor(
     except ImportError:
         raise MissingExtra("vision", "preparing pictures") from None
     except Exception as error:  # whatever a damaged file trips over
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{folder}: the image processor cannot be read ({why})") from None
+        raise DataError(f"{folder}: the image processor cannot be read ({first_line(error)})") from None
     changes: dict[str, Any] = {}
     if image_size is not None:
         changes |= {"do_resize": False, "do_center_crop": False}
