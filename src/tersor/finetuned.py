@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from tersor.budget.search import ALPHA
-from tersor.checkpoint.artifact import WEIGHTS, copy_side_files, fill
+from tersor.checkpoint.artifact import WEIGHTS, fill
 from tersor.checkpoint.layout import packed_sites, tensors_of
 from tersor.checkpoint.open import open_model
 from tersor.checkpoint.output import atomic_folder, check_output
+from tersor.checkpoint.side_files import copy_side_files, left_behind
 from tersor.checkpoint.source import Source
 from tersor.checkpoint.weights import write_weights
 from tersor.compress import key_of
@@ -143,7 +144,8 @@ def finetune_to_folder(
             trained = open_model(str(place)).model if source.kind == "transformers" else job.model
             after = score(task, trained, progress, "evaluating after training")
         verdict = judge(before, after, tolerance, ALPHA, seed)
-        notes = (*source.notes, *curve.notes)
+        left = [] if lora else left_behind(source.folder)
+        notes = (*source.notes, *left, *curve.notes)
         made = Finetuned(output, step, before, after, verdict, curve, task.description, notes)
         (place / TRAINING).write_text(json.dumps(made.to_dict(), indent=1), encoding="utf-8")
     return made

@@ -11,6 +11,7 @@ import torch
 
 from tersor.checkpoint.manifest import read_manifest, write_manifest
 from tersor.checkpoint.output import atomic_folder, check_output
+from tersor.checkpoint.side_files import left_behind
 from tersor.checkpoint.streaming import OnBlock, StreamedModel, no_lines
 from tersor.core.progress import Progress, silent
 from tersor.errors import InputError
@@ -71,7 +72,7 @@ def compress_streamed(
             "verdict": None,
             "trials": [],
             "machine": machine(),
-            "notes": [*source.notes, *notes_of(run)],
+            "notes": [*source.notes, *left_behind(source.folder), *notes_of(run)],
         }
         write_manifest(folder, manifest)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")

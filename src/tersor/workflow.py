@@ -23,6 +23,7 @@ from tersor.checkpoint.manifest import read_manifest, weights_path
 from tersor.checkpoint.open import open_model
 from tersor.checkpoint.output import atomic_folder, check_output
 from tersor.checkpoint.seal import MANIFEST, as_text, entry_of, listing
+from tersor.checkpoint.side_files import left_behind
 from tersor.checkpoint.source import Source, call_factory
 from tersor.compress import SiteReport, compress, preflight_all
 from tersor.core.progress import Progress, silent
@@ -161,7 +162,7 @@ def compress_to_folder(
                 "machine": machine(),
                 "keep_float": [choice.to_dict() for choice in made.kept_float],
                 "notes": [
-                    *(*source.notes, *unreached(stats), *uncorrected(recipe)),
+                    *(*source.notes, *left_behind(source.folder), *unreached(stats), *uncorrected(recipe)),
                     *(choice.note() for choice in made.kept_float),
                     *(note for curve in made.curves for note in curve.notes),
                 ],

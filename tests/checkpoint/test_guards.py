@@ -13,10 +13,10 @@ import torch
 from transformers import BertConfig, BertModel
 
 import tersor
-from tersor.checkpoint.artifact import copy_side_files
 from tersor.checkpoint.guards import check_links
 from tersor.checkpoint.open import open_model
 from tersor.checkpoint.pack import pack, unpack
+from tersor.checkpoint.side_files import copy_side_files
 from tersor.checkpoint.streaming import StreamedModel, no_lines
 from tersor.errors import ModelError, TersorError
 from tersor.recipe import Recipe

@@ -9,7 +9,6 @@
 A folder appears whole or not at all (output.py), and lists every file in it (seal.py).
 """
 
-import shutil
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
@@ -31,11 +30,11 @@ from tersor.checkpoint.manifest import (
     weights_path,
     write_manifest,
 )
-from tersor.checkpoint.modules_json import module_folders
 from tersor.checkpoint.notice import KEY, post
 from tersor.checkpoint.output import atomic_folder, check_output
 from tersor.checkpoint.restore import read_decoded, read_tensors, restore_rest, restore_site
-from tersor.checkpoint.seal import RECORDS, SEAL, listing
+from tersor.checkpoint.seal import listing
+from tersor.checkpoint.side_files import copy_side_files
 from tersor.checkpoint.source import open_transformers, quiet_transformers, read_state, transformers_class
 from tersor.checkpoint.weights import check_finite, write_weights
 from tersor.codecs.integers import EXPANSION
@@ -43,23 +42,6 @@ from tersor.core.messages import first_line
 from tersor.errors import ArtifactError, InputError
 from tersor.pretrained import guard
 from tersor.sites import find_sites
-
-NOT_COPIED = {
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".onnx",
-    ".h5",
-    ".msgpack",
-    ".gguf",
-    ".ot",
-    ".py",
-    ".tflite",
-    ".tersor",
-}
-OWN_FILES = {MANIFEST, SEAL, "README.md", ".gitattributes"}
 
 
 def save(
@@ -278,21 +260,3 @@ def skeleton(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
     except Exception as error:  # whatever a garbled config trips over
         raise ArtifactError(f"{folder}: transformers cannot build the model: {first_line(error)}") from None
     return model
-
-
-def copy_side_files(source: Path, folder: Path) -> None:
-    """Config, tokenizer and pooling files as they came, and the weights of the modules that follow the transformer of a
-    sentence encoder; other weights and code stay behind, and so do folders that tersor wrote."""
-    check_links(source)
-    outputs = {record.parent for name in RECORDS for record in source.rglob(name)} - {source}
-    modules = module_folders(source)
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        if not outputs.isdisjoint(path.parents):
-            continue
-        hidden = any(part.startswith(".") for part in relative.parts)
-        weights = path.suffix in NOT_COPIED or path.name.endswith(".index.json")
-        weights = weights and not (path.name == WEIGHTS and relative.parent in modules)
-        if path.is_file() and not hidden and not weights and str(relative) not in OWN_FILES:
-            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / relative)

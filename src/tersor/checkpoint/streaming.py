@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from tersor.checkpoint.artifact import copy_side_files, describe
+from tersor.checkpoint.artifact import describe
 from tersor.checkpoint.container_write import holds_codes, packing_of, write
 from tersor.checkpoint.extents import Extent, Scratch, Shelf, read_extents, write_extents
 from tersor.checkpoint.guards import at_most, room_for
 from tersor.checkpoint.layout import CODED, kept_tensors, stored_parts, tensors_of
 from tersor.checkpoint.manifest import WEIGHTS
+from tersor.checkpoint.side_files import copy_side_files
 from tersor.checkpoint.source import Source, few, from_hub, look_into
 from tersor.checkpoint.weights import check_finite
 from tersor.core.files import sha256

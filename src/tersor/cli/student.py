@@ -6,10 +6,10 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from tersor.checkpoint.artifact import copy_side_files
 from tersor.checkpoint.container_write import size_of
 from tersor.checkpoint.open import open_model
 from tersor.checkpoint.output import atomic_folder, check_output
+from tersor.checkpoint.side_files import copy_side_files
 from tersor.cli import options
 from tersor.cli.console import out, print_json, print_table
 from tersor.errors import InputError

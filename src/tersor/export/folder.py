@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.checkpoint.artifact import copy_side_files
 from tersor.checkpoint.manifest import MANIFEST, read_manifest, weights_path
 from tersor.checkpoint.notice import without
+from tersor.checkpoint.side_files import copy_side_files
 from tersor.checkpoint.weights import write_weights
 from tersor.core.files import sha256
 from tersor.export.contract import Checkpoint, PackedSite
