@@ -116,11 +116,11 @@ def test_only_stacks_of_real_matrices_are_taken_for_experts():
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_weights_computed_from_other_parameters_are_left_alone():
-    for wrap in (nn.utils.weight_norm, nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm):
-        assert find_sites(nn.Sequential(wrap(nn.Linear(8, 8)))) == []
+def test_a_recurrent_weight_that_is_computed_is_a_site_like_the_others():
     lstm = nn.utils.weight_norm(nn.LSTM(4, 4), "weight_hh_l0")
-    assert [site.name for site in find_sites(lstm)] == ["weight_ih_l0"]
+    assert {site.name for site in find_sites(lstm)} == {"weight_ih_l0", "weight_hh_l0"}
+    small, x = tersor.compress(lstm, Recipe.of("int8")).model, torch.randn(5, 4)
+    torch.testing.assert_close(small(x)[0], lstm(x)[0], rtol=0, atol=0.05)
 
 
 def test_integer_weights_are_no_sites():

@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from tersor.copies import settled
 from tersor.errors import DataError
 from tersor.kernels import reference
 from tersor.sites import check_has_sites, find_sites
@@ -39,6 +40,7 @@ def gather(
     The model is run in eval mode and left as it was. Sites the data never reaches get zero curvature.
     """
     check_has_sites(model)
+    model = settled(model)
     sites = find_sites(model)
     weights = [site.weight(model) for site in sites]
     rows = [torch.zeros(site.shape[0], dtype=torch.float64) for site in sites]

@@ -77,6 +77,7 @@ def compress(
     done: list[Step] = []
     for number, step in enumerate(recipe.steps):
         if isinstance(step, Assignment):
+            settle_assigned(job.model, step)
             step = step.with_methods(find_sites(job.model), partial(sees_inputs, job, step))
         done.append(step)
         if isinstance(step, TransformStep):
@@ -103,6 +104,13 @@ def compress(
     guard(job.model)
     recipe = recipe.model_copy(update={"steps": tuple(done)})
     return Compressed(job.model, recipe, list(job.reports.values()), job.curves, choices)
+
+
+def settle_assigned(model: nn.Module, step: Assignment) -> None:
+    """Have the weights that a step is to compress be parameters, where their modules compute them from others."""
+    for site, scheme in step.assign(find_sites(model)):
+        if scheme is not None:
+            site.settle(model)
 
 
 def sees_inputs(job: Job, step: Assignment, site: Site) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tersor.computed import computed_weights
 from tersor.core.messages import first_line
 from tersor.errors import ModelError
 from tersor.sites import find_sites
@@ -29,6 +30,16 @@ def copy_but_sites(model: nn.Module) -> nn.Module:
     """
     weights = [site.weight(model) for site in find_sites(model)]
     return Copying(model, {id(weight): weight for weight in weights if isinstance(weight, nn.Parameter)}).run()
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """The model, or a copy, in which no site's weight is computed from others."""
+    if not any(computed_weights(module) for module in model.modules()):
+        return model
+    made = copy_but_sites(model)
+    for site in find_sites(made):
+        site.settle(made)
+    return made
 
 
 def own_shared_weights(model: nn.Module, original: nn.Module) -> None:

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList, is_parametrized, type_before_parametrizations
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from tersor.activations import ACTIVATIONS, Activation
+from tersor.computed import computed, computed_weights, inside, names_beside, originals, settle
 from tersor.errors import FormatError, ModelError, UnknownName
 from tersor.formats.contract import Encoded
 from tersor.in_place import Packed, own_class
@@ -104,12 +105,24 @@ class Site:
     def weight(self, model: nn.Module) -> Tensor:
         """The weight in its own shape: the parameter itself, or decoded from what stands in its place."""
         module = model.get_submodule(self.places[0].module)
-        packed = packed_weight(module, self.places[0].parameter)
-        return packed() if packed is not None else getattr(module, self.places[0].parameter)
+        name = self.places[0].parameter
+        packed = packed_weight(module, name)
+        if packed is not None:
+            return packed()
+        return computed(module, name) if name in computed_weights(module) else getattr(module, name)
 
     def matrix(self, model: nn.Module) -> Float[Tensor, "out in"]:
         """The weight as a float32 matrix, detached."""
         return self.fold.matrix(self.weight(model).detach()).float().contiguous()
+
+    def originals(self, model: nn.Module) -> list[Tensor]:
+        """What the weight is computed from, where it is computed."""
+        return [each for place in self.places for each in originals(model.get_submodule(place.module), place.parameter)]
+
+    def settle(self, model: nn.Module) -> None:
+        """Where the weight is computed from others (weight norm and its like), make it a parameter of its own."""
+        for place in self.places:
+            settle(model.get_submodule(place.module), place.parameter)
 
     def takes_activation(self, model: nn.Module, activation: str) -> bool:
         """Whether an input quantizer of this format can run here: everywhere the weight is used, it is a plain linear
@@ -140,8 +153,10 @@ def find_sites(model: nn.Module) -> list[Site]:
     [('0', (2, 3)), ('1.weight_ih_l0', (16, 2)), ('1.weight_hh_l0', (16, 4))]
     """
     found: dict[int, Site] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for parameter, owner, kind, view in weights_of(module):
+    modules = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if not inside(path)]
+    weights = {id(module): weights_of(module) for _, module in modules}
+    for path, module in modules:
+        for parameter, owner, kind, view in weights[id(module)]:
             place = Place(path, parameter)
             if id(owner) in found:
                 site = found[id(owner)]
@@ -151,13 +166,20 @@ def find_sites(model: nn.Module) -> list[Site]:
             fold = owner.fold if isinstance(owner, PackedWeight) else Fold(tuple(owner.shape), view)
             name = ".".join(filter(None, place)).removesuffix(".weight")
             found[id(owner)] = Site(name, kind, fold, (place,), owner.dtype)
-    for path, module in model.named_modules(remove_duplicate=False):  # ties to modules that the table does not name
+    for path, module in modules:  # ties to modules that the table does not name
         for parameter, owner in owned_by(module).items():
             place = Place(path, parameter)
             if id(owner) in found and place not in found[id(owner)].places:
                 places = (*found[id(owner)].places, place)
                 found[id(owner)] = replace(found[id(owner)], places=places)
+    for owner in from_which_others_are_computed(model):
+        found.pop(id(owner), None)
     return list(found.values())
+
+
+def from_which_others_are_computed(model: nn.Module) -> list[Tensor]:
+    """The tensors that weights are computed from, wherever else they are used."""
+    return [each for m in model.modules() for name in computed_weights(m) for each in originals(m, name)]
 
 
 def check_has_sites(model: nn.Module) -> None:
@@ -189,10 +211,14 @@ def check_patterns(patterns: Iterable[str], sites: Iterable[Site]) -> None:
 
 
 def owned_by(module: nn.Module) -> dict[str, nn.Parameter | PackedWeight]:
-    """The floating-point parameters of a module itself, and what `pack_parameter` put in the place of some."""
-    if isinstance(module, ParametrizationList) and isinstance(module[0], Simulated):
-        return {}  # the weight is that of the module around it
-    floats = {n: p for n, p in module._parameters.items() if p is not None and p.is_floating_point()}
+    """The floating-point parameters of a module itself, those it computes, and what stands in the place of some."""
+    beside = names_beside(module)
+    floats: dict[str, Any] = {
+        name: parameter
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_floating_point() and name not in beside
+    }
+    floats |= {name: computed(module, name) for name in computed_weights(module)}
     return {**floats, **simulated_parameters(module), **packed_parameters(module)}
 
 
@@ -261,6 +287,7 @@ def simulated_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 def put(model: nn.Module, place: Place, packed: PackedWeight, activation: Activation | None) -> None:
     """Make the module at `place` run on `packed`, as its class allows."""
     module = model.get_submodule(place.module)
+    settle(module, place.parameter)
     kind = layer_kind(module)
     if kind is not None:
         pack_layer(module, kind, packed, activation)

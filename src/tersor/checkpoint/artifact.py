@@ -195,6 +195,9 @@ def load(
         tensors, matrices = read_decoded(weights, {site.parameter: site.shape for site in coded})
     else:
         tensors = read_tensors(weights)
+    for site in sites.values():
+        if site.name in manifest["sites"] or site.parameter in tensors:
+            site.settle(model)
     for name, entry in manifest["sites"].items():
         if name not in sites:
             raise ArtifactError(

@@ -67,5 +67,5 @@ def kept_tensors(model: nn.Module, detach: bool = True) -> dict[str, Tensor]:
 
 def other_tensors(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
     """Of the kept tensors, those that are none of these sites' weights, under whatever name."""
-    weights = {id(site.weight(model)) for site in sites}
+    weights = {id(tensor) for site in sites for tensor in (site.weight(model), *site.originals(model))}
     return {name: tensor for name, tensor in kept_tensors(model, detach=False).items() if id(tensor) not in weights}

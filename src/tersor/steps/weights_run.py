@@ -60,6 +60,8 @@ class WeightsRun:
         self.predicted: dict[str, float] | None = None
         self.made: dict[Site, tuple[Encoded, Activation | None]] = {}
         preflight(list(self.work.items()))
+        for site in self.work if original is None else ():  # else the weights are not there yet
+            site.settle(model)
 
     def run(self) -> None:
         needs = needs_of(self.model, self.work)

@@ -145,6 +145,7 @@ class Choice:
         for site in sites:
             if any(matches(pattern, site.name) for pattern in self.exclude):
                 continue
+            site.settle(model)
             if trained(model, site) is None:
                 raise InputError(
                     f"{site.name} is packed already: prune before the weights step, or leave it out with exclude: "
