@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,12 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from cli_runner import tersor
+from tersor.budget import trials
 from tersor.checkpoint.container import Container
 from tersor.cli import app, console
+from tersor.cli.signals import Stopped
 from tersor.recipe import Recipe
+from tersor.tasks.progress import score
 
 FACTORY = """
 from torch import nn
@@ -123,6 +127,38 @@ def test_drop_finds_the_smallest_defensible_model(digits, inside, capsys):
     assert made.json["scorecards"][1]["file_bytes"] == min(within)
     assert made.json["verdict"]["outcome"] == "within"
     assert made.json["verdict"]["alpha"] < 0.05  # held to the level of a search of several trials
+
+
+def test_a_search_tells_its_trials_makes_the_winner_once_and_goes_on_where_it_was_stopped(
+    digits, inside, capsys, monkeypatch
+):
+    scored, judge = [], trials.judge
+    monkeypatch.setattr(trials, "score", lambda *args: scored.append(args) or score(*args))
+
+    def stop_in_the_third(*args, **options):
+        if len(scored) == 3:
+            raise Stopped(signal.SIGINT)
+        return judge(*args, **options)
+
+    start = ["compress", *digits_arguments(digits), *labelled(digits), "--drop", "5%", "--format", "int8", "--format"]
+    start += ["int4", "-o", "s"]
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "judge", stop_in_the_third)
+        stopped = tersor(capsys, *start)
+    assert stopped.status == 130
+    told = stopped.stderr.count("trial: ")
+    assert told >= 2
+    assert f"{told} trials had finished" in " ".join(stopped.stderr.split())
+    assert sorted(path.name for path in inside.iterdir()) == [".s.trials"]
+
+    scored.clear()
+    made = tersor(capsys, *start)
+    assert made.status == 0, made.stderr
+    told = made.stderr.count("trial: ")
+    assert told == len(json.loads(Path("s/tersor.json").read_text(encoding="utf-8"))["trials"])
+    assert len(scored) <= told - 3, "the two that had been judged, and the third that had been scored, are known"
+    assert not Path(".s.trials").exists()
+    assert "evaluating the compressed model" not in made.stderr
 
 
 @pytest.mark.parametrize("trellis", [["--num-states", "0"], []], ids=["steps", "trellis"])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.budget.search import ALPHA
+from tersor.budget.trials import ALPHA
 from tersor.checkpoint.artifact import WEIGHTS, fill
 from tersor.checkpoint.layout import packed_sites, tensors_of
 from tersor.checkpoint.open import open_model

@@ -4,21 +4,26 @@ What is measured is what was written: the artifact is loaded from its temporary 
 folder appears under its own name only when everything went well.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tersor.budget.choices import Budget, check_choices
 from tersor.budget.level import Searching, check_codable
 from tersor.budget.limit import Limit
-from tersor.budget.plan import CANDIDATES, check_reachable, measure_menus, plan_size
-from tersor.budget.search import ALPHA, Trial, nearest_points, search_drop, smallest_within
+from tersor.budget.plan import CANDIDATES, check_reachable, measure_menus, plan_and_make
+from tersor.budget.search import search_drop
+from tersor.budget.trials import ALPHA, Trial, TrialJournal, Trials, nearest_points, smallest_within
 from tersor.calibrate import gather
 from tersor.checkpoint.artifact import fill, load
 from tersor.checkpoint.container_write import size_of
+from tersor.checkpoint.layout import tensors_of
 from tersor.checkpoint.manifest import read_manifest, weights_path
 from tersor.checkpoint.open import open_model
 from tersor.checkpoint.output import atomic_folder, check_output
@@ -36,6 +41,7 @@ from tersor.schemes import KEEP, parse_rule
 from tersor.sites import check_has_sites
 from tersor.stats import Stats
 from tersor.task_choice import TaskChoice, open_task_for
+from tersor.tasks.contract import Task
 from tersor.tasks.progress import score
 from tersor.training.journal import journal_for
 from tersor.training.loop import check_trainable
@@ -114,29 +120,43 @@ def compress_to_folder(
     original = score(task, source.model, progress, "evaluating the original")
     stats: dict[str, Stats] = {}
     trials: list[Trial] = []
-    recipe, made = recipe or given, None
+    recipe, made, kept = recipe or given, None, None
     if recipe is None:
         stats = gather(source.model, task, seed=seed, progress=progress)
-    if recipe is None and budget.coded:
+        menus = [] if budget.coded else measure_menus(source.model, stats, step, formats or CANDIDATES, progress)
         searching = Searching(source.model, task, step, stats, seed, progress, num_states=budget.trellis)
-        found = searching.within(limit) if limit else searching.defended(original, tolerance, on_trial)
-        recipe, made, trials = found.recipe, found.made, list(found.trials)
-    elif recipe is None:
-        menus = measure_menus(source.model, stats, step, formats or CANDIDATES, progress)
-        if limit is not None:
-            recipe = plan_size(source.model, menus, limit, seed)
+        if limit is None:
+            asked = [repr((budget, formats, step, dtype)), *source.hashes.values(), *sums_of(source.model)]
+            kept = TrialJournal(output.with_name(f".{output.name}.trials"), [*asked, *identity(task, seed)])
+            search = Trials(task, original, tolerance, seed, progress, on_trial, kept)
+            with told(search):
+                if budget.coded:
+                    searching.defended(search)
+                else:
+                    search_drop(source.model, menus, stats, search)
+            trials, made = search.finished, search.best
+            try:
+                recipe = defensible(trials, tolerance).recipe
+            except BudgetError:
+                kept.remove()
+                raise
+        elif budget.coded:
+            made = searching.within(limit).made
         else:
-            trials = search_drop(
-                source.model, task, original, menus, tolerance, stats, seed=seed, progress=progress, on_trial=on_trial
-            )
-            recipe = defensible(trials, tolerance)
+            made = plan_and_make(source.model, menus, limit, searching.compressed, seed)
+    recipe = made.recipe if made else recipe
+    assert recipe is not None
     with journal_for(output, recipe.trains) as journal:
         made = made or compress(source.model, recipe, task, stats=stats, journal=journal, progress=progress)
         recipe = made.recipe
         with atomic_folder(output, overwrite) as folder:
             fill(made.model, folder, source=source.folder, manifest=about(source))
             loaded = load(folder, model=call_factory(source.architecture) if source.kind == "custom" else None)
-            scores = score(task, loaded, progress, "evaluating the compressed model")
+            known = smallest_within(trials)
+            if known is not None and known.scores is not None and same_tensors(made.model, loaded):
+                scores = known.scores  # the file holds what the trial measured
+            else:
+                scores = score(task, loaded, progress, "evaluating the compressed model")
             file_bytes = weights_path(folder, read_manifest(folder)).stat().st_size
             if limit is not None and not given and file_bytes > limit.num_bytes:
                 raise BudgetError(f"{limit.text} is {limit.num_bytes:,} bytes, and the file came out at {file_bytes:,}")
@@ -169,6 +189,8 @@ def compress_to_folder(
             }
             (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
             cards = record(folder, output.name, manifest, verdict, cards)
+    if kept is not None:
+        kept.remove()
     return Outcome(output, recipe, made.sites, cards, verdict, limit, trials, task.description, manifest)
 
 
@@ -195,15 +217,42 @@ def record(
     return [original, compressed]
 
 
-def defensible(trials: list[Trial], tolerance: Tolerance) -> Recipe:
-    """The recipe of the smallest trial within the tolerance. Raises BudgetError with the nearest points."""
+def defensible(trials: list[Trial], tolerance: Tolerance) -> Trial:
+    """The smallest trial within the tolerance. Raises BudgetError with the nearest points."""
     best = smallest_within(trials)
     if best is None:
         raise BudgetError(
             f"--drop {tolerance}: no size tried can be defended with {trials[0].verdict.num_examples} examples; "
             f"nearest points: {nearest_points(trials)}. More examples or a larger --drop would help"
         )
-    return best.recipe
+    return best
+
+
+@contextmanager
+def told(trials: Trials) -> Iterator[None]:
+    """Have what stops a search say what it found, and how to go on."""
+    try:
+        yield
+    except BaseException as stop:
+        if trials.finished:
+            stop.add_note(trials.way_on())
+        raise
+
+
+def identity(task: Task, seed: int) -> list[str]:
+    """What scores depend on beside the model."""
+    return [version("tersor"), task.name, task.description, str(task.fingerprint), str(seed)]
+
+
+def sums_of(model: nn.Module) -> list[str]:
+    """A line for every parameter that changes with its values."""
+    return [f"{name} {parameter.detach().double().sum().item()}" for name, parameter in model.named_parameters()]
+
+
+def same_tensors(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models hold the same bits under the same names."""
+    a, b = tensors_of(one), tensors_of(other)
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
 def unreached(stats: Mapping[str, Stats]) -> list[str]:

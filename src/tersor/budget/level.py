@@ -20,22 +20,19 @@ from torch import Tensor, nn
 
 from tersor.budget.correct import measured_factors
 from tersor.budget.limit import Limit
-from tersor.budget.search import ALPHA, NUM_TRIALS, Trial
+from tersor.budget.trials import NUM_TRIALS, Trial, Trials
 from tersor.checkpoint.container_write import size_of, write
 from tersor.checkpoint.layout import CODED, other_tensors
 from tersor.compress import Compressed, compress
 from tersor.core.progress import Progress, silent
 from tersor.errors import BudgetError
-from tersor.measure.verdict import Tolerance, judge
 from tersor.methods.solver import pose
 from tersor.methods.waterfill import STEPS_DAMPING, Waterfill, bits_at, damping_of, deviations, row_curvature
 from tersor.recipe import Recipe
-from tersor.scores import Scores
 from tersor.sites import Site, escape, find_sites
 from tersor.stats import Stats
 from tersor.steps.weights import WeightsStep
 from tersor.tasks.contract import Task
-from tersor.tasks.progress import score
 from tersor.walk import Walk
 
 AIM = 0.9975  # of the limit
@@ -82,12 +79,11 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Found:
-    """A level, what it made, and on the way to it every trial of a search for a drop."""
+    """What a level made."""
 
     recipe: Recipe
     made: Compressed
     num_bytes: int
-    trials: tuple[Trial, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,9 +108,12 @@ class Searching:
 
     def make(self, level: float) -> Found:
         """The model of one level, and the exact bytes of its file."""
-        recipe = recipe_at(level, self.step, self.seed, self.factors, self.num_states)
-        made = compress(self.model, recipe, self.task, stats=self.stats, progress=self.progress)
+        made = self.compressed(recipe_at(level, self.step, self.seed, self.factors, self.num_states))
         return Found(made.recipe, made, size_of(made.model))
+
+    def compressed(self, recipe: Recipe) -> Compressed:
+        """The model of a recipe."""
+        return compress(self.model, recipe, self.task, stats=self.stats, progress=self.progress)
 
     def within(self, limit: Limit) -> Found:
         """The largest file that the limit allows, or one less than half a percent smaller. Raises BudgetError naming
@@ -149,25 +148,17 @@ class Searching:
         )
         return [(site, scheme) for site, scheme in assigned if scheme and isinstance(scheme.method, Waterfill)]
 
-    def defended(
-        self, original: Scores, tolerance: Tolerance, on_trial: Callable[[Trial], None] = lambda trial: None
-    ) -> Found:
-        """The smallest file whose verdict is `within`; where there is none, the last that was tried."""
-        assert self.task is not None
-        task = self.task
-
-        def judged(found: Found, number: int) -> Trial:
-            what = f"evaluating trial {number + 1} of at most {NUM_TRIALS}"
-            scores = score(task, found.made.model, self.progress, what)
-            verdict = judge(original, scores, tolerance, alpha=ALPHA / NUM_TRIALS, seed=self.seed)
-            trial = Trial(found.num_bytes, scores.value, verdict, found.recipe)
-            on_trial(trial)
-            return trial
-
+    def defended(self, trials: Trials) -> None:
+        """Run trials; the smallest file that is within is the answer."""
         searching, forecast = self, self.foresee()
         if self.can_measure():
             searching, forecast = self.corrected(forecast.level_of(FEW_BITS))
-        return defend(forecast, searching.make, judged)
+
+        def judged(level: float) -> Trial:
+            recipe = recipe_at(level, searching.step, searching.seed, searching.factors, searching.num_states)
+            return trials.run(recipe, searching.compressed)
+
+        defend(forecast, judged)
 
     def foresee(self) -> Forecast:
         """How the codes deviate at all sites that the level decides, from one walk over the model as it is."""
@@ -275,21 +266,13 @@ def why_too_small(limit: Limit, num_bytes: int) -> str:
     )
 
 
-def defend(forecast: Forecast, make: Make, judged: Callable[[Found, int], Trial]) -> Found:
-    """Bisect the logarithm of the level: the smallest file whose verdict is `within`.
-
-    The trials of the result hold all that was measured, whether one of them is `within` or not.
-    """
+def defend(forecast: Forecast, judged: Callable[[float], Trial]) -> None:
+    """Bisect the logarithm of the level: the smallest file whose verdict is `within`."""
     fine, coarse = forecast.level_of(WIDEST), forecast.level_of(COARSEST)
-    trials: list[Trial] = []
-    best, level = None, forecast.level_of(2.5)
+    level = forecast.level_of(2.5)
     for number in range(NUM_TRIALS):
-        found = make(level)
-        trial = judged(found, number)
-        trials.append(trial)
-        if trial.verdict.outcome == "within":
+        if judged(level).verdict.outcome == "within":
             fine = level
-            best = found if best is None or found.num_bytes < best.num_bytes else best
         else:
             coarse = level
         following = (fine * coarse) ** 0.5
@@ -298,4 +281,3 @@ def defend(forecast: Forecast, make: Make, judged: Callable[[Found, int], Trial]
         if abs(log2(following / level)) < 0.01:
             break
         level = following
-    return Found((best or found).recipe, (best or found).made, (best or found).num_bytes, tuple(trials))

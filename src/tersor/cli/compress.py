@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from tersor.budget.choices import Budget, check_choices
+from tersor.budget.trials import Trial
 from tersor.checkpoint.manifest import weights_name
 from tersor.checkpoint.streaming import no_lines
 from tersor.cli import options
@@ -148,6 +149,7 @@ def compress(
             dtype=options.dtype_named(dtype),
             overwrite=overwrite,
             progress=progress,
+            on_trial=(lambda trial: None) if json else show_trial,
         )
     if json:
         print_json({"output": str(outcome.output), **outcome.manifest})
@@ -194,6 +196,11 @@ def parse_keep_float(text: str) -> str | int:
 def show_block(done: int, total: int) -> None:
     """A line for every block written."""
     err.print(f"block {done}/{total}", highlight=False)
+
+
+def show_trial(trial: Trial) -> None:
+    """A line for every trial of a search, when it has finished."""
+    err.print(f"trial: {megabytes(trial.num_bytes)}, {trial.verdict.sentence()}", markup=False, highlight=False)
 
 
 def show_streamed(output: Path, manifest: dict[str, Any]) -> None:
