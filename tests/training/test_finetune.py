@@ -79,7 +79,7 @@ def test_the_trained_model_is_what_is_compressed_written_and_told(folder):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert task.score(made.model).value > max(0.9, task.score(model).value)
     assert made.curves[0].name == "finetune"
-    assert [report.scheme for report in made.sites] == ["mse:int8"] * 2
+    assert [report.scheme for report in made.sites] == ["gptq:int8"] * 2
     subprocess.run(command(folder, "out"), check=True, cwd=folder)
     manifest = json.loads((folder / "out" / "tersor.json").read_text())
     training = manifest["training"][0]

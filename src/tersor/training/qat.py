@@ -186,10 +186,11 @@ class Fakes:
         reports = {}
         for hook in self.hooks:
             hook.remove()
-        for site, scheme in self.work.items():
-            fake, inputs = self.weights[site.name], self.inputs.get(site.name)
+        for site in self.work:  # all before the first is packed: packing changes a module's class, and so does this
             for module, name in self.places(model, site):
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        for site, scheme in self.work.items():
+            fake, inputs = self.weights[site.name], self.inputs.get(site.name)
             weight = site.matrix(model)
             encoded = fake.encode(site.weight(model))
             activation = inputs.activation() if inputs is not None else None
