@@ -1,11 +1,12 @@
 """Tensors beyond a memory limit lie in a temporary file, mapped back as ordinary tensors."""
 
-import tempfile
 import weakref
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from tersor.core.scratch import no_room, scratch_folder
+from tersor.errors import InputError
 
 
 class Spill:
@@ -31,13 +32,13 @@ class Spill:
             self.num_bytes_in_memory += size
             weakref.finalize(tensor, self._forget, size, 0)
             return tensor
-        with tempfile.NamedTemporaryFile(prefix="tersor-", delete=False) as file:
+        with scratch_folder() as folder:  # the mapping keeps the bytes until it goes
+            file = folder / "tensor"
             try:
-                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-                file.flush()
-                mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-            finally:
-                Path(file.name).unlink()  # the mapping keeps the bytes until it goes
+                file.write_bytes(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            except OSError as error:
+                raise InputError(no_room(error)) from None
+            mapped = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype)
         mapped = mapped.view(tensor.shape)
         self.num_bytes_on_disk += size
         weakref.finalize(mapped, self._forget, 0, size)

@@ -8,11 +8,9 @@ Where few bits are left, the first model also tells what each site really costs,
 (correct.py).
 """
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import log2
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from tersor.checkpoint.container_write import size_of, write
 from tersor.checkpoint.layout import CODED, other_tensors
 from tersor.compress import Compressed, compress
 from tersor.core.progress import Progress, silent
+from tersor.core.scratch import scratch_folder
 from tersor.errors import BudgetError
 from tersor.methods.solver import pose
 from tersor.methods.waterfill import STEPS_DAMPING, Waterfill, bits_at, damping_of, deviations, row_curvature
@@ -189,9 +188,9 @@ def check_codable(model: nn.Module, step: WeightsStep, limit: Limit) -> None:
     """Before anything is measured: raises BudgetError where already what is not coded takes more than the limit."""
     assigned = recipe_at(1.0, step, 0).weights[0].assign(find_sites(model))
     kept = other_tensors(model, [site for site, scheme in assigned if scheme])
-    with tempfile.TemporaryDirectory() as folder:
-        write({name: tensor.detach() for name, tensor in kept.items()}, Path(folder) / CODED)
-        num_bytes = (Path(folder) / CODED).stat().st_size
+    with scratch_folder() as folder:
+        write({name: tensor.detach() for name, tensor in kept.items()}, folder / CODED)
+        num_bytes = (folder / CODED).stat().st_size
     if num_bytes > limit.num_bytes:
         raise BudgetError(
             f"{limit.text} ({limit.num_bytes:,} bytes) is below what is kept as it is: biases, norms and excluded sites"

@@ -23,6 +23,7 @@ from tersor.codecs.contract import Pieces
 from tersor.codecs.integers import Integers, as_matrix, pieces_of
 from tersor.codecs.plan import Plan, best_plan, share_tables
 from tersor.codecs.tables import TableSet, write_tables
+from tersor.core.scratch import scratch_folder
 from tersor.errors import ArtifactError
 from tersor.formats.contract import PackedParts
 
@@ -203,7 +204,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 def size_of(model: nn.Module) -> int:
     """Bytes of the model's weights file: computed without writing it, unless it is entropy-coded."""
     if holds_codes(model):
-        with tempfile.TemporaryDirectory() as folder:
-            write_coded(model, Path(folder) / CODED)
-            return (Path(folder) / CODED).stat().st_size
+        with scratch_folder() as folder:
+            write_coded(model, folder / CODED)
+            return (folder / CODED).stat().st_size
     return file_size(((n, t.dtype, tuple(t.shape)) for n, t in tensors_of(model).items()), METADATA)

@@ -4,7 +4,6 @@ Clients that run here (`Runnable`) take any model, and what they are given is op
 kept.
 """
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
@@ -18,6 +17,7 @@ from tersor.checkpoint.manifest import MANIFEST, read_manifest
 from tersor.checkpoint.open import open_model
 from tersor.checkpoint.output import Foreign, atomic_file, atomic_folder, check_output
 from tersor.checkpoint.seal import seal
+from tersor.core.scratch import scratch_folder
 from tersor.errors import FormatError, InputError, ModelError
 from tersor.export import export_named
 from tersor.export.check import Check, check
@@ -105,8 +105,8 @@ def export_model(
     checked, opened = None, None
     with place_for(output, export, overwrite) as working:
         if isinstance(export, Runnable):
-            with tempfile.TemporaryDirectory() as scratch:
-                written = export.write(checkpoint, working, Path(scratch))
+            with scratch_folder() as scratch:
+                written = export.write(checkpoint, working, scratch)
                 checked = check(export, checkpoint, working, written, num_threads)
             notes = written.notes
         else:

@@ -12,7 +12,6 @@ import gc
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tersor.core.scratch import scratch_folder
 from tersor.errors import ModelError
 from tersor.runtimes import open_decoder, open_session
 
@@ -69,8 +69,8 @@ def measure_opened(
 ) -> Memory | None:
     """Open `model` in `runtime` and run it twice on `feeds`, in a process of its own; None where the kernel does not
     tell. To `decode` is to read the tokens `input_ids` and then one more. Raises ModelError where the process fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        np.savez(Path(folder) / "feeds.npz", **feeds)  # type: ignore[arg-type]
+    with scratch_folder() as folder:
+        np.savez(folder / "feeds.npz", **feeds)  # type: ignore[arg-type]
         asked = {"model": model, "runtime": runtime, "num_threads": num_threads, "feeds": f"{folder}/feeds.npz"}
         asked |= {"weights": None if weights is None else str(weights), "decode": decode}
         command = [sys.executable, "-m", "tersor.measure.memory", json.dumps(asked)]

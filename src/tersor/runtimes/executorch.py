@@ -3,7 +3,6 @@ kernels, as they do on a phone."""
 
 import json
 import logging
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from tersor.core.messages import first_line
+from tersor.core.scratch import scratch_folder
 from tersor.errors import InputError, MissingExtra, ModelError
 from tersor.runtimes.contract import Feeds, Input, Profile, Session, check_feeds, run_clock
 from tersor.runtimes.executorch_profile import read_profile
@@ -130,10 +130,10 @@ class ExecuTorchSession:
             method(tensors)
             walls.append(clock() - started)
         busy = min(1.0, sum(walls) / (time.perf_counter() - begun))
-        with tempfile.TemporaryDirectory() as folder, quiet():
+        with scratch_folder() as folder, quiet():
             from executorch.devtools import Inspector
 
-            dump = Path(folder) / "runs.etdp"
+            dump = folder / "runs.etdp"
             program.write_etdump_result_to_file(str(dump), str(dump.with_suffix(".debug")))
             blocks = Inspector(etdump_path=str(dump)).event_blocks
             events = [event for block in blocks if block.name == "Execute" for event in block.events]

@@ -1,7 +1,6 @@
 """ONNX Runtime on the CPU (https://onnxruntime.ai): ONNX files, all graph optimizations on, threads that sleep."""
 
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tersor.core.messages import first_line
+from tersor.core.scratch import scratch_folder
 from tersor.errors import MissingExtra, ModelError
 from tersor.runtimes.contract import Decoder, Feeds, Input, Profile, Session, check_feeds, run_clock
 from tersor.runtimes.onnx_decoder import OnnxDecoder
@@ -59,15 +59,15 @@ class OnnxSession:
     def profile(self, feeds: Feeds, num_runs: int = 10) -> Profile:
         """By ONNX Runtime's own profiler, in a session of its own; two runs come before those that count."""
         check_feeds(feeds, self.inputs, str(self.path))
-        with tempfile.TemporaryDirectory() as folder:
-            session = open_session(self.path, self.num_threads, profile=Path(folder))
+        with scratch_folder() as folder:
+            session = open_session(self.path, self.num_threads, profile=folder)
             clock, walls = run_clock(self.num_threads), list[float]()
             for _ in range(num_runs + NUM_WARM):
                 started = clock()
                 session.run(None, dict(feeds))
                 walls.append(clock() - started)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-            graph = read_graph(Path(folder) / OPTIMIZED)
+            graph = read_graph(folder / OPTIMIZED)
         return read_profile(events, graph, walls, NUM_WARM)
 
 

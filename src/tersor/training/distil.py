@@ -7,7 +7,6 @@ what looks inside the models in features.py. Projections between unlike widths a
 """
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from tersor.checkpoint.open import open_model
+from tersor.core.scratch import scratch_folder
 from tersor.errors import InputError, UnknownName
 from tersor.tasks.classification import Classification
 from tersor.tasks.contract import Trainable
@@ -143,8 +143,8 @@ class DistilStep(TrainingStep):
                 "cache: the task augments its pictures, and the teacher must see what the student sees; use cache: "
                 "false, or the task without augment"
             )
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) if job.journal is None else job.journal.path.with_suffix(".teacher")
+        with scratch_folder() as temporary:
+            folder = temporary if job.journal is None else job.journal.path.with_suffix(".teacher")
             cache = TeacherCache(folder, self.key_of(task, teacher), self.top_k, self.temperature)
             accelerator = start(self)
             teacher.to(accelerator.device)
