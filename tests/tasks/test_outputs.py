@@ -148,6 +148,35 @@ def test_what_is_trained_is_compared_by_classes_too(tmp_path):
     torch.testing.assert_close(imitation(task, model)(damaged(model), batch), expected)
 
 
+@pytest.mark.parametrize("layout", ["conv head", "linear head", "softmax", "1-D"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_with_large_outputs(tmp_path, layout, dtype):
+    """The squares of what the layers give are far beyond float16."""
+    make, after, axis = LAYOUTS[layout]
+    body = make()
+    with torch.no_grad():
+        for parameter in list(body.parameters())[-2:]:
+            parameter.mul_(1000)
+    model = Net(body, after or (lambda y: y)).to(dtype).eval()
+    task = open_task(None, data(tmp_path, (3, NUM) if "1-D" in layout else (3, NUM, NUM)))
+    task.prepare(model)
+    assert (task.output, task.inputs.reading.class_axis) == ("logits", axis)
+    assert task.score(model).extras == {"kl": 0.0}
+    values = open_task(
+        None, data(tmp_path, (3, NUM) if "1-D" in layout else (3, NUM, NUM)), options={"output": "values"}
+    )
+    values.prepare(model)
+    assert (values.score(model).value, values.score(model).extras) == (1.0, {"relative_error": 0.0})
+
+
+def test_a_compressed_model_that_gives_nan_scores_nothing(tmp_path):
+    for output, extra in [("logits", "kl"), ("values", "relative_error"), ("embedding", "neighbour_overlap")]:
+        task = open_task(None, data(tmp_path), options={"output": output})
+        task.prepare(Net(conv()).eval())
+        scores = task.score(Net(conv(), lambda y: y * torch.nan).eval())
+        assert (scores.value, list(scores.extras)) == (0.0, [extra])
+
+
 SEVERAL = {
     "tuple": lambda y: (y, y.mean((2, 3))),
     "nested": lambda y: {"a": {"b": y}, "c": [y.sum(1)], "number": 3},
@@ -227,6 +256,7 @@ def test_what_cannot_be_read_is_said(tmp_path):
         ({}, lambda y: 3, r"returned int \(no tensors\) for 36 examples"),
         ({}, lambda y: y.flatten(2).permute(2, 0, 1), "no tensor whose first axis is the examples"),
         ({}, lambda y: y * torch.nan, "gives NaN on the fidelity data"),
+        ({"output": "values"}, lambda y: y / 0, "gives infinite values on the fidelity data"),
     ]:
         with pytest.raises(InputError, match=message):
             open_task(None, path, options=options).prepare(Net(conv(), after or (lambda y: y)).eval())

@@ -67,10 +67,11 @@ def raised(layer: nn.Module, channel: int) -> Iterator[None]:
     axis = next(axis for name, axis in CHANNELS_AXIS.items() if isinstance(getattr(layer, name, None), int))
 
     def raise_channel(module: nn.Module, args: Any, output: Any) -> Any:
-        if not isinstance(output, Tensor) or output.ndim < 2:
+        if not isinstance(output, Tensor) or output.ndim < 2 or not output.is_floating_point():
             return output
         changed = output.clone()
-        changed.select(axis, channel).add_(10 * output.float().abs().max().item() + 1)
+        most = torch.finfo(output.dtype).max / 4  # float16 ends early
+        changed.select(axis, channel).add_(min(10 * output.float().abs().max().item() + 1, most))
         return changed
 
     hook = layer.register_forward_hook(raise_channel)
@@ -82,7 +83,7 @@ def raised(layer: nn.Module, channel: int) -> Iterator[None]:
 
 def rises(before: Tensor, after: Tensor) -> Tensor:
     """Where the output has become larger, beyond rounding."""
-    before, after = before.float(), after.float()
+    before, after = before.float(), after.float().nan_to_num(0.0, 1e30, -1e30)
     return after - before > 1e-3 * (after - before).abs().max().clamp_min(1e-30)
 
 

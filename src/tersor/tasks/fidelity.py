@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tersor.errors import DataError, InputError
 from tersor.scores import METRICS, Scores
 from tersor.tasks.contract import Output, Split
-from tersor.tasks.inputs import Batch, Inputs, batches, epoch, scatter, scoring
+from tersor.tasks.inputs import Batch, Inputs, batches, epoch, float_type_of, scatter, scoring
 from tersor.tasks.judged import Judged
 from tersor.tasks.outputs import check_classes
 from tersor.tasks.split import Rows
@@ -83,8 +83,7 @@ class Fidelity:
                         whole = output.numel() / len(batch.rows) * len(self.rows.eval) * 4
                         reference.dtype = torch.float32 if whole <= FLOAT32_BYTES else torch.float16
                     reference.top1.append(output.argmax(-1).cpu())
-                if output.isnan().any():
-                    raise InputError("the original model gives NaN on the fidelity data; nothing can agree with it")
+                check_original(output, self.output, original)
                 reference.outputs.append(_stored(output, reference.dtype).cpu())
         self.reference = reference
 
@@ -163,6 +162,17 @@ class Fidelity:
             raise InputError(f"embeddings {list(after.shape)}, but the original gave {list(before.shape)}")
         overlap = neighbour_overlap(torch.from_numpy(before), torch.from_numpy(after))
         return Scores(METRICS["cosine"], row_cosine(before, after)[:, None], {"neighbour_overlap": overlap})
+
+
+def check_original(output: Tensor, kind: Output, original: nn.Module) -> None:
+    """Raises InputError where nothing can be compared with what the original gave. Logits may be -inf."""
+    broken = output.isnan() if kind == "logits" else ~output.isfinite()
+    if not broken.any():
+        return
+    dtype = float_type_of(original)
+    what = "NaN" if output.isnan().any() else "infinite values"
+    way_out = "" if dtype == torch.float32 else f", computing in {dtype}: load it in float32 (--dtype float32)"
+    raise InputError(f"the original model gives {what} on the fidelity data; nothing can agree with it{way_out}")
 
 
 def _stored(output: Tensor, dtype: torch.dtype) -> Tensor:
