@@ -123,7 +123,7 @@ def at_most(num_weights: int, what: str) -> Iterator[None]:
             if found > num_weights:
                 raise ValueError(f"config.json describes more than {num_weights:,} weights, more than {what}")
 
-    hook = register_module_parameter_registration_hook(count)  # type: ignore[arg-type]
+    hook = register_module_parameter_registration_hook(count)
     try:
         yield
     finally:
