@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from tersor.copies import settled
 from tersor.errors import DataError
 from tersor.kernels import reference
-from tersor.sites import check_has_sites, find_sites
+from tersor.sites import check_finite, check_has_sites, find_sites
 from tersor.stats import Stats
 from tersor.tasks.contract import Output, Task
 from tersor.tasks.inputs import scoring
 
 BATCH_SIZE = 8  # small batches: more independent samples of the gradient from the same data
+MOST = 1e30  # curvature of a row, which float32 still holds when it is multiplied
 LOGITS = 2**25  # numbers of output at a time: a language model's logits and their gradients are its largest tensors
 
 
@@ -42,6 +43,8 @@ def gather(
     check_has_sites(model)
     model = settled(model)
     sites = find_sites(model)
+    for site in sites:
+        check_finite(site, site.matrix(model))
     weights = [site.weight(model) for site in sites]
     rows = [torch.zeros(site.shape[0], dtype=torch.float64) for site in sites]
     columns = [torch.zeros(site.shape[1], dtype=torch.float64) for site in sites]
@@ -107,4 +110,5 @@ def sampled_loss(output: Tensor, kind: Output, generator: torch.Generator) -> Te
 def factored(row: Tensor, column: Tensor) -> Stats:
     """Row and column sums of F as `F_ij = row_weight_i * column_weight_j`, with columns of mean one."""
     mean_column = column.mean().clamp_min(1e-300)
-    return Stats(row_weight=(row / column.numel()).float(), column_weight=(column / mean_column).float())
+    row_weight = (row / column.numel()).clamp(max=MOST)
+    return Stats(row_weight=row_weight.float(), column_weight=(column / mean_column).float())

@@ -19,7 +19,7 @@ from tersor.moments import shows_inputs
 from tersor.pretrained import guard
 from tersor.recipe import Recipe, Step, TransformStep
 from tersor.site_report import SiteReport
-from tersor.sites import Site, check_patterns, find_sites
+from tersor.sites import Site, check_finite, check_patterns, find_sites
 from tersor.stats import Stats
 from tersor.steps.weights import WeightsStep, preflight
 from tersor.steps.weights_run import WeightsRun
@@ -38,13 +38,14 @@ EXAMPLES = 2  # that a model is run on before and after a transform
 @dataclass(frozen=True)
 class Compressed:
     """A compressed model, the recipe that made it, and what became of each site; `kept_float` is what steps with
-    `keep_float` left out, and why."""
+    `keep_float` left out, and why; `notes` are what else the user should know."""
 
     model: nn.Module
     recipe: Recipe
     sites: list[SiteReport]
     curves: list[Curve] = field(default_factory=list)
     kept_float: list[KeptFloat] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def compress(
@@ -72,6 +73,9 @@ def compress(
     """
     recipe = Recipe.of(recipe) if isinstance(recipe, str) else recipe
     preflight_all(model, recipe)
+    for site in find_sites(model) if task is not None else ():
+        check_finite(site, site.matrix(model))
+    notes: dict[str, str] = {}
     job = Job(copy_but_sites(model), model, task, recipe.seed, progress)
     choices: list[KeptFloat] = []
     done: list[Step] = []
@@ -99,11 +103,12 @@ def compress(
             weights = WeightsRun(job.model, step, task, stats, recipe.seed, progress)
             weights.run()
             job.reports |= weights.reports
+            notes |= weights.notes
             check_masks(job, job.reports)
     own_shared_weights(job.model, model)
     guard(job.model)
     recipe = recipe.model_copy(update={"steps": tuple(done)})
-    return Compressed(job.model, recipe, list(job.reports.values()), job.curves, choices)
+    return Compressed(job.model, recipe, list(job.reports.values()), job.curves, choices, list(notes.values()))
 
 
 def settle_assigned(model: nn.Module, step: Assignment) -> None:

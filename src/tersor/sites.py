@@ -146,6 +146,18 @@ class Site:
             put(model, place, packed, activation)
 
 
+def check_finite(site: Site, weight: Float[Tensor, "out in"]) -> None:
+    """Raises ModelError where weights are NaN or infinite, and says where the first of them is."""
+    finite = torch.isfinite(weight)
+    if not finite.all():
+        bad = (~finite).nonzero()
+        row, column = bad[0].tolist()
+        raise ModelError(
+            f"{site.name}: {len(bad)} of {weight.numel()} weights are NaN or infinite, the first in row {row}, column "
+            f"{column}; retrain or repair it"
+        )
+
+
 def find_sites(model: nn.Module) -> list[Site]:
     """All sites, in the order of the model's modules. Tied weights are one site; a packed model gives the same sites.
 

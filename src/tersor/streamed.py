@@ -106,4 +106,4 @@ def notes_of(run: WeightsRun) -> list[str]:
     notes = [UNMEASURED]
     if needs_of(run.model, run.work) & CURVATURE:
         notes.append("the curvature of the loss takes the whole model in memory: methods that weigh by it did without")
-    return notes
+    return [*notes, *run.notes.values()]

@@ -183,6 +183,7 @@ def compress_to_folder(
                 "keep_float": [choice.to_dict() for choice in made.kept_float],
                 "notes": [
                     *(*source.notes, *left_behind(source.folder), *unreached(stats), *uncorrected(recipe)),
+                    *made.notes,
                     *(choice.note() for choice in made.kept_float),
                     *(note for curve in made.curves for note in curve.notes),
                 ],

@@ -31,10 +31,9 @@ from tersor.methods.mse import Mse
 from tersor.moments import shows_inputs
 from tersor.recipe import Recipe
 from tersor.schemes import KEEP, Scheme, as_written, in_full, parse_rule
-from tersor.sites import Site, check_has_sites, escape, find_sites, matches
+from tersor.sites import Site, check_finite, check_has_sites, escape, find_sites, matches
 from tersor.stats import Stats
 from tersor.steps.weights import WeightsStep, preflight
-from tersor.steps.weights_run import check_finite
 from tersor.tasks.contract import Task
 
 CANDIDATES = [

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tersor.errors import FormatError
 from tersor.formats.contract import Encoded, Layout, Packing, Params, Projector, Weight
-from tersor.formats.float_cast import to_half
+from tersor.formats.float_cast import LARGEST_HALF, to_half
 from tersor.formats.packing import pack, packed_width, unpack
 
 
@@ -103,8 +103,13 @@ def kept_halves(weight: Weight, mask: Bool[Tensor, "out in"], name: str) -> Tens
 
 
 def half_projector(params: Params) -> Projector:
-    """The columns of `kept_halves`, without the check."""
-    return lambda values, j: torch.where(params["mask"][:, j], values.half().float(), 0.0)
+    """The columns of `kept_halves`; what is too large becomes the largest."""
+
+    def project(values: Float[Tensor, " out"], j: int) -> Float[Tensor, " out"]:
+        halves = values.clamp(-LARGEST_HALF, LARGEST_HALF).half().float()
+        return torch.where(params["mask"][:, j], halves, 0.0)
+
+    return project
 
 
 def check_count(name: str, mask: Bool[Tensor, "out in"], num_values: int) -> None:

@@ -52,14 +52,22 @@ class FloatCast:
         return encoded.parts["values"].float()
 
 
+LARGEST_HALF = torch.finfo(torch.float16).max
+LEAST_KEPT = 15 / 16  # of the length of some values: what fp16 must hold
+
+
 def to_half(values: Tensor, what: str) -> Tensor:
-    """In fp16; raises FormatError where a value overflows, calling it `what`.
+    """In fp16; raises FormatError where a value overflows, or most of them are too small for it, calling the largest
+    `what`.
 
     >>> to_half(torch.tensor([7e4]), "bitmask: the largest weight")
     Traceback (most recent call last):
     tersor.errors.FormatError: bitmask: the largest weight 7e+04 overflows fp16; keep this weight in bf16
     """
     half = values.half()
-    if half.isinf().any():
+    if not half.isfinite().all():
         raise FormatError(f"{what} {values.abs().max().item():.3g} overflows fp16; keep this weight in bf16")
+    error, length = (half.double() - values).norm(), values.double().norm()
+    if error > (1 - LEAST_KEPT) * length:
+        raise FormatError(f"{what} {values.abs().max().item():.3g} is too small for fp16; keep this weight in bf16")
     return half

@@ -10,6 +10,7 @@ from torch import Tensor
 from tersor.formats.coded import LARGEST, scales
 from tersor.methods.solver import Problem
 
+HUGE = 1e15  # steps, whose squares would leave float32
 BIT = log(2) / 6  # squared error, in steps, that a bit is worth where each weight adds `level^2 / 24` to the loss
 PER_OCTAVE = 8  # deviations that are told apart
 
@@ -68,8 +69,11 @@ def columns_at(problem: Problem, level: float) -> Float[Tensor, " in"]:
 
 def spreads(problem: Problem, rows: Float[Tensor, " out"]) -> tuple[Float[Tensor, " out"], Float[Tensor, " in"]]:
     """The deviation of a weight over its row's step, as a product of its row's and its column's."""
-    squares = (problem.target / rows.unsqueeze(1)).square()
-    return squares.mean(1).sqrt(), (squares.mean(0) / squares.mean().clamp_min(1e-30)).sqrt()
+    exact = problem.target / rows.unsqueeze(1)
+    huge = exact.numel() > 0 and exact.abs().max().item() > HUGE
+    squares = (exact.double() if huge else exact).square()
+    column = (squares.mean(0) / squares.mean().clamp_min(1e-30)).sqrt()
+    return squares.mean(1).sqrt().float(), column.float()
 
 
 def code_masses(deviation: Float[Tensor, " n"], num_codes: int = 16) -> Float[Tensor, "n code"]:

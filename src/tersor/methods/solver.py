@@ -103,7 +103,7 @@ def check_finite(name: str, moment: Tensor) -> None:
     if not torch.isfinite(torch.stack(moment.aminmax())).all():
         raise DataError(
             f"the {name} of the inputs is not finite: the model overflows on the calibration data; use other data, or "
-            f"load the model in float32"
+            f"open the model with --dtype float32"
         )
 
 

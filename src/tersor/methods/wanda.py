@@ -14,6 +14,8 @@ from tersor.formats.contract import Encoded, Format, Weight
 from tersor.methods.magnitude import check_sparsity, keep_highest, only_sparse
 from tersor.stats import Stats
 
+SILENT = 1e-6  # of the inputs' mean energy
+
 
 @dataclass(frozen=True)
 class Wanda:
@@ -48,9 +50,9 @@ class Wanda:
 
 
 def input_energy(weight: Weight, stats: Stats) -> Float[Tensor, " in"]:
-    """`E[x_j^2]` of every input; without it the curvature stands in, and without data one."""
-    if stats.second_moment is not None:
-        return stats.second_moment.diagonal().to(weight)
-    if stats.column_weight is not None:
-        return stats.column_weight.to(weight)
-    return torch.ones(weight.shape[1], device=weight.device)
+    """`E[x_j^2]` of every input; without it the curvature stands in, and one without data, or where all inputs were
+    silent. Among silent inputs, and nearly silent ones, the weights' own size decides."""
+    energy = stats.column_weight if stats.second_moment is None else stats.second_moment.diagonal()
+    if energy is None or not energy.any():
+        return torch.ones(weight.shape[1], device=weight.device)
+    return energy.clamp_min(SILENT * energy.mean()).to(weight)

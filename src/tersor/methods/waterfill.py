@@ -44,6 +44,7 @@ SPARSE = 0.01  # of the weights being zero, a site has no trellis, which takes o
 UNREACHED = 0.01  # a site that the data never reaches counts as if its output were this share of the loss
 FEW_BITS = 2.2  # a weight; below it the loudest inputs are solved last
 GAP = log(pi * e / 6, 2) / 2  # bits a weight that steps alone take above the bound where many are spent
+MOST_LOST = 0.9  # of the energy of a site's output
 REACH = 60  # octaves around 1 in which rows and columns deviate
 
 
@@ -102,12 +103,14 @@ class Waterfill:
         num_states = self.num_states if len(weight) > 1 and kept.double().mean() >= 1 - SPARSE else 0
         if bits_at(deviations(problem, rows), level) < FEW_BITS * weight.numel():
             problem = pose(target, alone, damping, drift=0.0, quiet_first=True)
+        energy, before = problem.loss(torch.zeros_like(target)), float("nan")
         while True:
             filling = filling_of(problem, rows, level, self.rate, kept, num_states)
             values = sweep(problem, filling)
-            if values.any() or not weight.any():
+            loss = problem.loss(values)
+            if not weight.any() or (values.any() and not (loss > MOST_LOST * energy and loss != before)):
                 break
-            level /= 2  # whatever it is worth, no site becomes zero as a whole
+            before, level = loss, level / 2  # whatever it is worth, no site is lost as a whole
         values = polish(problem, values, filling, self.num_rounds)
         return format.encode(values, filling.params)
 
@@ -187,7 +190,7 @@ def row_curvature(weight: Weight, problem: Problem, stats: Stats) -> Float[Tenso
         if stats.second_moment is None:  # an embedding; a row of any other site was seen, even if nothing came of it
             damping = max(damping, RARE * unseen(stats.row_weight))
         return (stats.row_weight.to(weight.device) + damping) / problem.moment.diagonal().mean()
-    energy = ((weight @ problem.moment) * weight).sum().item() or 1.0
+    energy = max(((weight @ problem.moment) * weight).sum().item(), 1e-30)
     share = 1.0 if stats.row_weight is None else UNREACHED
     return torch.full_like(weight[:, 0], share / energy)
 

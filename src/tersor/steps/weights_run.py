@@ -5,22 +5,22 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import groupby
 
-import torch
 from torch import Tensor, nn
 
 from tersor.activations import ACTIVATIONS, Activation, IntStatic
 from tersor.calibrate import gather
 from tersor.copies import copy_but_sites
 from tersor.core.progress import Progress
-from tersor.errors import FormatError, ModelError, TersorError
+from tersor.errors import TersorError
 from tersor.formats.contract import Encoded
 from tersor.keep_float import predicted_loss
 from tersor.methods.contract import BlockMethod
 from tersor.moments import has_inputs
 from tersor.schemes import Scheme
 from tersor.site_report import SiteReport
-from tersor.sites import Site, find_sites
+from tersor.sites import Site, check_finite, find_sites
 from tersor.stats import Stats
+from tersor.steps.result import check_result
 from tersor.steps.weights import WeightsStep, preflight
 from tersor.stream import BlockRun, find_blocks, part_of
 from tersor.tasks.contract import Task
@@ -36,6 +36,7 @@ class WeightsRun:
             the model never lies in memory whole, and the curvature of its loss is not gathered.
         around: entered around the work on each part of the model (see walk.py).
         reports: what became of each site, by name, in the order of the model.
+        notes: what the user should know of some sites, by name.
         predicted: where it is not None, nothing is changed: the loss of each site (keep_float.py) is put here, and what
             it would get into `made`.
     """
@@ -56,12 +57,15 @@ class WeightsRun:
         self.corrects_biases = step.bias_correction
         self.work = {site: scheme for site, scheme in step.assign(find_sites(model)) if scheme is not None}
         self.weights: dict[Site, Tensor] = {}  # as they were, of the sites whose method tunes whole blocks
+        self.moments: dict[Site, Stats] = {}  # of the same sites
         self.reports: dict[str, SiteReport] = {}
         self.predicted: dict[str, float] | None = None
         self.made: dict[Site, tuple[Encoded, Activation | None]] = {}
+        self.notes: dict[str, str] = {}
         preflight(list(self.work.items()))
         for site in self.work if original is None else ():  # else the weights are not there yet
             site.settle(model)
+            check_finite(site, site.matrix(model))
 
     def run(self) -> None:
         needs = needs_of(self.model, self.work)
@@ -96,13 +100,13 @@ class WeightsRun:
         stats = replace(moments, row_weight=known.row_weight, column_weight=known.column_weight)
         weight = site.matrix(self.model)
         if isinstance(scheme.method, BlockMethod):
-            self.weights[site] = weight
+            self.weights[site], self.moments[site] = weight, stats
         encoded = compress_site(site, weight, scheme, stats)
         activation = None
         if scheme.activation and site.takes_activation(self.model, scheme.activation):
             with named(site):
                 activation = Activation(scheme.activation, fitted(scheme, stats))
-        self.report(site, encoded, weight, activation)
+        self.report(site, encoded, weight, activation, stats)
         if self.predicted is not None:
             self.predicted[site.name] = predicted_loss(weight, encoded, activation, stats)
             self.made[site] = encoded, activation
@@ -131,10 +135,14 @@ class WeightsRun:
                 tuned = method.tune(weights, {name: chosen[site].encoded for name, site in sites.items()}, run)
                 for name, site in sites.items():
                     better[site] = chosen[site]._replace(encoded=tuned[name])
-                    self.report(site, tuned[name], weights[name], chosen[site].activation)
+                    self.report(site, tuned[name], weights[name], chosen[site].activation, self.moments.pop(site))
         return better
 
-    def report(self, site: Site, encoded: Encoded, weight: Tensor, activation: Activation | None) -> None:
+    def report(self, site: Site, encoded: Encoded, weight: Tensor, activation: Activation | None, stats: Stats) -> None:
+        """Check what stands in a site's place from now on, and note it."""
+        note = check_result(site, self.work[site], encoded, weight, stats)
+        if note is not None:
+            self.notes[site.name] = note
         self.reports[site.name] = SiteReport.of(site, self.work[site], encoded, activation, weight)
 
 
@@ -171,11 +179,6 @@ def compress_site(site: Site, weight: Tensor, scheme: Scheme, stats: Stats) -> E
     check_finite(site, weight)
     with named(site):
         encoded = scheme.method.compress(weight, scheme.format, stats)
-    if weight.any() and not encoded.decode().any():
-        raise FormatError(
-            f"{site.name}: {scheme} turns every weight to zero (the largest is {weight.abs().max().item():.2g}, too "
-            f"small for fp16 scales or values); use bf16, or exclude it with --exclude '{site.name}'"
-        )
     return encoded
 
 
@@ -186,12 +189,3 @@ def named(site: Site) -> Iterator[None]:
         yield
     except TersorError as problem:
         raise type(problem)(f"{site.name}: {problem}; or exclude it with --exclude '{site.name}'") from None
-
-
-def check_finite(site: Site, weight: torch.Tensor) -> None:
-    """Raises ModelError if a weight is NaN or infinite."""
-    num_bad = int((~torch.isfinite(weight)).sum())
-    if num_bad:
-        raise ModelError(
-            f"{site.name}: {num_bad} of {weight.numel()} weights are NaN or infinite; retrain or repair it"
-        )
