@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -30,6 +31,11 @@ def write_checkpoint(folder, tied=True, dtype=torch.bfloat16, shard_size="10GB")
         num_key_value_heads=2, tie_word_embeddings=tied, max_position_embeddings=128, attention_bias=True,
     )  # fmt: skip
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    return with_tokenizer(folder)
+
+
+def with_tokenizer(folder):
+    """Of bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -74,6 +80,56 @@ def test_the_same_bytes_as_in_memory(tied, recipe, choice, tmp_path):
     assert whole == streamed
     assert manifest["site_reports"] == [report.to_dict() for report in made.sites]
     assert [p.name for p in (tmp_path / "streamed").iterdir() if "scratch" in p.name] == []
+
+
+TINY = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = {**TINY, "intermediate_size": 32, "num_key_value_heads": 2, "max_position_embeddings": 64}
+EXPERTS = {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+FAMILIES = {  # experts stored one by one, names changed on the way in, masks of their own
+    "mixtral": lambda: transformers.MixtralConfig(**LLAMA, num_local_experts=4),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**EXPERTS, shared_expert_intermediate_size=32),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**EXPERTS),
+    "olmoe": lambda: transformers.OlmoeConfig(**LLAMA, num_experts=4, num_experts_per_tok=2),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(
+        **LLAMA | LATENT | {"num_key_value_heads": 4}, moe_intermediate_size=32, n_routed_experts=4, n_group=1,
+        topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1,
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**TINY, intermediate_size=32, max_position_embeddings=64),
+    "bloom": lambda: transformers.BloomConfig(vocab_size=256, hidden_size=32, n_layer=2, n_head=4),
+    "falcon": lambda: transformers.FalconConfig(**TINY),
+    "gpt_neo": lambda: transformers.GPTNeoConfig(
+        vocab_size=256, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=64,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "family", [name if name == "mixtral" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
+def test_families_that_transformers_stores_or_runs_in_their_own_way(family, choice, tmp_path):
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(FAMILIES[family]()).save_pretrained(tmp_path / "model")
+    folder, recipe = with_tokenizer(tmp_path / "model"), Recipe.of("gptq:int4-g32", exclude=["*.1.*"])
+    in_memory(folder, recipe, choice, tmp_path / "whole")
+    compress_streamed(str(folder), tmp_path / "streamed", recipe, task_choice=choice)
+    whole, streamed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "streamed"))
+    assert whole == streamed
+
+
+def test_experts_that_do_not_go_together_are_refused(choice, tmp_path):
+    config = transformers.MixtralConfig(**LLAMA, num_local_experts=4)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    folder = with_tokenizer(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    lost = next(name for name in tensors if ".experts.3." in name)
+    save_file({name: t for name, t in tensors.items() if name != lost}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"model\.layers\.0\.mlp\.experts\..* hold 7168 values, and the model has 8192"
+    ):
+        compress_streamed(str(folder), tmp_path / "out", Recipe.of("nearest:int8"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

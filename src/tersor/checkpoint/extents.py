@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,23 @@ from tersor.errors import ArtifactError, ModelError
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 CHUNK = 2**24  # bytes copied at a time
+
+
+class OnDisk(Protocol):
+    """A tensor that is not in memory."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self) -> Tensor: ...
+
+    def copy_to(self, target: BinaryIO) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -59,7 +76,7 @@ class Extent:
 class Shelf(Mapping[str, Tensor]):
     """Tensors by name, each read when it is asked for."""
 
-    def __init__(self, extents: Mapping[str, Extent]):
+    def __init__(self, extents: Mapping[str, OnDisk]):
         self.extents = extents
 
     def __getitem__(self, name: str) -> Tensor:
@@ -114,7 +131,7 @@ class Scratch:
         return extent
 
 
-def write_extents(extents: Mapping[str, Extent], path: Path) -> None:
+def write_extents(extents: Mapping[str, OnDisk], path: Path) -> None:
     """One safetensors file of tensors that lie elsewhere, the same bytes as `write_weights` writes from memory."""
     described = [(name, extent.dtype, extent.shape) for name, extent in extents.items()]
     try:

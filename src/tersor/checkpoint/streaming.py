@@ -19,7 +19,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from tersor.checkpoint.artifact import describe
 from tersor.checkpoint.container_write import holds_codes, packing_of, write
-from tersor.checkpoint.extents import Extent, Scratch, Shelf, read_extents, write_extents
+from tersor.checkpoint.converted import by_model_names
+from tersor.checkpoint.extents import OnDisk, Scratch, Shelf, read_extents, write_extents
 from tersor.checkpoint.guards import at_most, room_for
 from tersor.checkpoint.layout import CODED, kept_tensors, stored_parts, tensors_of
 from tersor.checkpoint.manifest import WEIGHTS
@@ -82,7 +83,7 @@ class StreamedModel:
             raise InputError(f"{name}: {model_class.__name__} is no stack of blocks; compress it without --stream")
         if self.model._get_dtype_plan(dtype):
             raise InputError(f"{name}: keeps some weights in float32 beside {dtype}; compress it without --stream")
-        self.extents, unused = matched(self.model, stored, name)
+        self.extents, unused = matched(self.model, by_model_names(self.model, stored), name)
         fill_buffers(self.model, self.extents)
         self.original = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
         self.names = {id(tensor): tensor_name for tensor_name, tensor in kept_tensors(self.model, detach=False).items()}
@@ -163,7 +164,7 @@ class StreamedModel:
         """Write the artifact, as `artifact.save` would write the whole model."""
         assert self.source.folder is not None
         copy_side_files(self.source.folder, self.output)
-        content: dict[str, Extent] = {}
+        content: dict[str, OnDisk] = {}
         for name, tensor in tensors_of(self.model).items():
             content[name] = self.extents.get(name) or self.scratch.append(tensor)
             if content[name].dtype != tensor.dtype:
@@ -216,7 +217,7 @@ def without_weights(model_class: Any, config: Any, dtype: torch.dtype, num_weigh
     return model.eval()
 
 
-def matched(model: Any, stored: Mapping[str, Extent], place: str) -> tuple[dict[str, Extent], set[str]]:
+def matched(model: Any, stored: Mapping[str, OnDisk], place: str) -> tuple[dict[str, OnDisk], set[str]]:
     """Where each of the model's tensors lies, and what of the checkpoint it does not use.
 
     A tied tensor may be stored under any of its names, and all with or without the prefix of the bare model.
@@ -239,13 +240,13 @@ def matched(model: Any, stored: Mapping[str, Extent], place: str) -> tuple[dict[
             found[name] = stored[key]
     if missing:
         raise ModelError(
-            f"{place}: the checkpoint lacks {few(missing)}; --stream reads tensors by the names that the model class "
-            f"gives them: load the model with transformers, save it with save_pretrained, or leave out --stream"
+            f"{place}: the checkpoint lacks {few(missing)} of {type(model).__name__}; download or save it again, or "
+            f"leave out --stream, which starts them at random"
         )
     return found, stored.keys() - used
 
 
-def check_tied(keys: list[str], stored: Mapping[str, Extent], place: str) -> None:
+def check_tied(keys: list[str], stored: Mapping[str, OnDisk], place: str) -> None:
     """Raises ModelError where the config ties tensors that the checkpoint holds apart."""
     for other in keys[1:]:
         pair = stored[keys[0]], stored[other]
@@ -256,7 +257,7 @@ def check_tied(keys: list[str], stored: Mapping[str, Extent], place: str) -> Non
             )
 
 
-def fill_buffers(model: nn.Module, extents: Mapping[str, Extent]) -> None:
+def fill_buffers(model: nn.Module, extents: Mapping[str, OnDisk]) -> None:
     """Read the buffers that the checkpoint holds; they stay in memory."""
     for name, buffer in kept_tensors(model, detach=False).items():
         if not isinstance(buffer, nn.Parameter) and name in extents:
