@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tersor.in_place import own_class
 from tersor.modules import Fold
@@ -40,8 +40,13 @@ class Call:
         kept = {name: without_cache(value) for name, value in kwargs.items() if args or name != "hidden_states"}
         return cls(bool(args), tuple(map(without_cache, args[1:])), kept)
 
-    def run(self, block: Callable[..., Tensor], hidden: Tensor) -> Tensor:
-        """The block on some hidden states."""
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
+        """The hidden states that the block makes of others, which it may return first of several things."""
+        made = self.output(block, hidden)
+        return made[0] if isinstance(made, tuple) else made
+
+    def output(self, block: Callable[..., Any], hidden: Tensor) -> Any:
+        """All that the block returns."""
         if self.by_position:
             return block(hidden, *self.args, **self.kwargs)
         return block(*self.args, **{**self.kwargs, "hidden_states": hidden})
@@ -75,6 +80,7 @@ class Stream:
     """A model and where the calibration data stands in it.
 
     Attributes:
+        num_outputs: how many things a block returns in a tuple, hidden states first; 0 where it returns them alone.
         calls: of every block, by batch.
         hidden: hidden states before the next block, by batch.
     """
@@ -83,6 +89,7 @@ class Stream:
     task: Task
     block_names: Sequence[str]
     spill: Spill
+    num_outputs: int = 0
     calls: list[list[Call]] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
 
@@ -90,18 +97,54 @@ class Stream:
     def blocks(self) -> list[nn.Module]:
         return [self.model.get_submodule(name) for name in self.block_names]
 
+    def given(self, hidden: Tensor) -> Any:
+        """Hidden states as a block returns them."""
+        return (hidden, *[None] * (self.num_outputs - 1)) if self.num_outputs else hidden
+
+    def first_output(self, batch: Any) -> Any:
+        """What the first block returns."""
+        found: list[tuple[Call, Tensor]] = []
+
+        def record(*args: Any, **kwargs: Any) -> Tensor:
+            found.append((Call.of(*args, **kwargs), hidden_of(*args, **kwargs)))
+            raise Stop
+
+        with stand_in(self.blocks[:1], [record]):
+            self.until_stop(batch)
+        call, hidden = found[0]
+        return call.output(self.blocks[0], hidden)
+
+    def hands_on(self, batch: Any, made: Any) -> bool:
+        """Whether the second block is given more of what the first one returned than hidden states, such as a bias for
+        positions: a block alone would lack that."""
+        seen: list[Any] = []
+
+        def first(*args: Any, **kwargs: Any) -> Any:
+            return (hidden_of(*args, **kwargs), *made[1:])
+
+        def second(*args: Any, **kwargs: Any) -> Any:
+            seen.extend(tree_leaves((args, kwargs)))
+            raise Stop
+
+        if not isinstance(made, tuple):
+            return False
+        with stand_in(self.blocks[:2], [first, second]):
+            self.until_stop(batch)
+        rest = [each for each in tree_leaves(made[1:]) if isinstance(each, Tensor)]
+        return any(each is other for each in seen for other in rest)
+
     def stem(self, number: int, batch: Any) -> None:
         """Run what comes before the blocks, and note how they are called."""
         calls: list[Call] = []
         hidden = torch.empty(0)
 
-        def record(*args: Any, **kwargs: Any) -> Tensor:
+        def record(*args: Any, **kwargs: Any) -> Any:
             nonlocal hidden
             hidden = hidden_of(*args, **kwargs)
             calls.append(Call.of(*args, **kwargs))
             if len(calls) == len(self.block_names):
                 raise Stop
-            return hidden
+            return self.given(hidden)
 
         with stand_in(self.blocks, [record] * len(self.block_names)):
             self.until_stop(batch)
@@ -111,11 +154,11 @@ class Stream:
     def head(self, number: int, batch: Any) -> None:
         """Run what comes after the blocks."""
 
-        def passed(*args: Any, **kwargs: Any) -> Tensor:
-            return hidden_of(*args, **kwargs)
+        def passed(*args: Any, **kwargs: Any) -> Any:
+            return self.given(hidden_of(*args, **kwargs))
 
-        def last(*args: Any, **kwargs: Any) -> Tensor:
-            return self.hidden[number]
+        def last(*args: Any, **kwargs: Any) -> Any:
+            return self.given(self.hidden[number])
 
         with stand_in(self.blocks, [*[passed] * (len(self.block_names) - 1), last]):
             self.until_stop(batch)
@@ -131,12 +174,12 @@ class Stream:
         """Whether a pass calls every block once, in order, each on the very tensor that the one before gave."""
         num_calls, latest, as_expected = 0, torch.empty(0), True
 
-        def passed(index: int, *args: Any, **kwargs: Any) -> Tensor:
+        def passed(index: int, *args: Any, **kwargs: Any) -> Any:
             nonlocal num_calls, latest, as_expected
             hidden = hidden_of(*args, **kwargs)
             as_expected &= index == num_calls and (index == 0 or hidden is latest)
             num_calls, latest = num_calls + 1, hidden.clone()
-            return latest
+            return self.given(latest)
 
         with stand_in(self.blocks, [partial(passed, index) for index in range(len(self.block_names))]):
             self.task.forward(self.model, batch)
@@ -187,7 +230,7 @@ def without_cache(argument: Any) -> Any:
 
 
 @contextmanager
-def stand_in(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
+def stand_in(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
     """Run other functions in the place of the blocks' own."""
     before = [block.__dict__.get("forward") for block in blocks]
     try:
@@ -226,8 +269,13 @@ def part_of(block_names: Sequence[str], name: str) -> str:
 
 
 def hidden_bytes(stream: Stream, batch: Any) -> int:
-    """Bytes of one batch's hidden states; 0 if the blocks do not simply take hidden states and give the like."""
+    """Bytes of one batch's hidden states; 0 if the blocks do not simply take hidden states and give the like. Finds
+    out in what form they do."""
     try:
+        made = stream.first_output(batch)
+        stream.num_outputs = len(made) if isinstance(made, tuple) else 0
+        if stream.hands_on(batch, made):
+            return 0
         stream.stem(0, batch)
         calls = stream.calls[0]
         if len(calls) != len(stream.block_names):

@@ -85,6 +85,7 @@ class Walk:
             self.left = {site.name: site for site in self.sites}
             self.chosen: dict[Site, Chosen] = {}
             self.spill = Spill(self.memory_limit)
+            self.num_outputs = 0
             self.block_names, batch_size = self.survey()
             self.batches = list(self.task.batches("calibration", batch_size=batch_size))
             self.streams = [self.stream(self.model)]
@@ -93,7 +94,7 @@ class Walk:
             self.walk_blocks() if self.block_names else self.walk_whole()
 
     def stream(self, model: nn.Module) -> Stream:
-        return Stream(model, self.task, self.block_names, self.spill)
+        return Stream(model, self.task, self.block_names, self.spill, self.num_outputs)
 
     def survey(self) -> tuple[list[str], int]:
         """Which blocks there are, and how many examples can be worked on at a time, from a look at one example."""
@@ -104,7 +105,7 @@ class Walk:
         with self.around(""), self.around(names[0]) if names else nullcontext():
             look = Stream(self.model, self.task, names, Spill(0))
             if names and (width := hidden_bytes(look, batch)):
-                self.singles = look.calls[0]
+                self.singles, self.num_outputs = look.calls[0], look.num_outputs
                 return names, max(1, self.memory_limit // (WIDTHS * width))
         if self.around is not nullcontext:
             raise ModelError(f"{type(self.model).__name__} is no stack of blocks; compress it without --stream")
