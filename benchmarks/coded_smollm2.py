@@ -180,13 +180,10 @@ def measure_tuned(folder: Path, assets: Assets, original: nn.Module, task: Task)
 
 def saved(model: nn.Module, folder: Path, assets: Assets, original: nn.Module, task: Task) -> dict[str, Any]:
     """Written, read back and judged."""
-    import shutil
-
     import tersor
     from tersor.checkpoint.container import Container
     from tersor.checkpoint.layout import CODED, packed_sites
 
-    shutil.rmtree(folder, ignore_errors=True)
     tersor.save(model, folder, source=assets.model)
     container = Container(folder / CODED)
     sites = [site for site, _, _ in packed_sites(model)]

@@ -11,7 +11,6 @@ was. `--write` puts everything in FILE into runtimes.md.
 import argparse
 import json
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -107,13 +106,11 @@ def measure(row: str, assets: Path, folder: Path) -> dict[str, Any]:
     original = task.score(source.model)
     result: dict[str, Any] = {"scheme": scheme, "fp32": spearman(original), "runtimes": {}}
     made = tersor.compress(source.model, Recipe.of(scheme, rules), task).model
-    shutil.rmtree(folder)
-    folder.mkdir()
     tersor.save(made, folder / "artifact", source=source.folder)
     for name, suffix in files_of(options).items():
         runtime = runtime_named(name)
-        export_model(assets / "minilm", folder / f"fp32{suffix}", to=name, shape=None)
-        exported = export_model(folder / "artifact", folder / f"row{suffix}", to=name, options=options)
+        export_model(assets / "minilm", folder / f"fp32{suffix}", to=name, shape=None, overwrite=True)
+        exported = export_model(folder / "artifact", folder / f"row{suffix}", to=name, options=options, overwrite=True)
         scores = task.score(Running(runtime.open(folder / f"row{suffix}")))
         result["runtimes"][name] = {
             "bytes": exported.num_bytes,

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -110,8 +109,6 @@ def measure(row: str, assets: Path, folder: Path, num_pictures: int) -> dict[str
     from tersor.runtimes import runtime_named
 
     torch.set_num_threads(1)
-    shutil.rmtree(folder)
-    folder.mkdir()
     model, task, choice = opened(row, assets, folder, num_pictures)
     task.prepare(model)
     result: dict[str, Any] = {"runtimes": {}}
@@ -123,8 +120,10 @@ def measure(row: str, assets: Path, folder: Path, num_pictures: int) -> dict[str
     factory, options = f"models:{ROWS[row].factory}", {"float_outputs": ROWS[row].float_outputs}
     for to, suffix in SUFFIXES.items():
         fp32, output, artifact = folder / f"fp32{suffix}", folder / f"int8{suffix}", folder / "artifact"
-        export_model(factory, fp32, to=to, weights=folder / "float", task_choice=choice)
-        exported = export_model(factory, output, to=to, weights=artifact, task_choice=choice, options=options)
+        export_model(factory, fp32, to=to, weights=folder / "float", task_choice=choice, overwrite=True)
+        exported = export_model(
+            factory, output, to=to, weights=artifact, task_choice=choice, options=options, overwrite=True
+        )
         before, after = (scores(runtime_named(to).open(file), task) for file in (fp32, output))
         result["num_pictures"] = len(after.examples)
         result["runtimes"][to] = {
@@ -154,7 +153,9 @@ def peer(row: str, folder: Path, model: Any, task: Any, choice: Any) -> dict[str
     tersor.save(model, folder / "float")
     factory = f"models:{ROWS[row].factory}"
     for to, suffix in SUFFIXES.items():
-        export_model(factory, folder / f"fp32{suffix}", to=to, weights=folder / "float", task_choice=choice)
+        export_model(
+            factory, folder / f"fp32{suffix}", to=to, weights=folder / "float", task_choice=choice, overwrite=True
+        )
     name = runtime_named("onnx").open(folder / "fp32.onnx").inputs[0].name
 
     class Reader(CalibrationDataReader):
