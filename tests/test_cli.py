@@ -570,3 +570,7 @@ def test_a_model_is_measured_in_another_type(digits, inside, capsys):
     wrong = tersor(capsys, "inspect", *digits_arguments(digits), "--dtype", "fp16")
     assert wrong.status == 2
     assert "unknown --dtype 'fp16'" in wrong.stderr
+
+
+def test_the_version_is_said(capsys):
+    assert tersor(capsys, "--version").stdout.startswith("tersor ")

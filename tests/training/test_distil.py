@@ -626,3 +626,26 @@ def test_a_recipe_is_checked_before_the_original_is_measured(folder, data, tmp_p
                 progress=lambda what, done, total: pytest.fail(what) if what.startswith("evaluating") else None,
             )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_that_is_a_factory_brings_its_weights(tmp_path, monkeypatch):
+    """What the message about an artifact of a custom model advises is what a recipe takes."""
+    (tmp_path / "teachers.py").write_text(
+        "from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Linear(4, 3))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3))
+    artifact = tmp_path / "artifact"
+    tersor.save(tersor.compress(net, "mse:int8").model, artifact)
+    manifest = json.loads((artifact / "tersor.json").read_text())
+    manifest["model"]["factory"] = "teachers:net"
+    (artifact / "tersor.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"teacher: 'teachers:net' with teacher_weights: .*artifact"):
+        DistilStep(teacher=str(artifact)).check_teacher()
+    with pytest.raises(InputError, match="give its weights as teacher_weights"):
+        DistilStep(teacher="teachers:net").check_teacher()
+    step = DistilStep(teacher="teachers:net", teacher_weights=str(artifact))
+    step.check_teacher()
+    x = torch.randn(5, 4)
+    assert torch.allclose(step.teacher_of(None)(x), net(x), atol=0.05)

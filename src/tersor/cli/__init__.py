@@ -3,6 +3,8 @@
 import os
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
+from typing import Annotated
 
 # Spinning OpenMP threads stall each other badly when the machine has other work; sleeping ones do not.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -62,6 +64,22 @@ app = typer.Typer(
 )
 for verb in VERBS:
     app.command()(verb)
+
+
+def show_version(asked: bool) -> None:
+    """Print the version and leave."""
+    if asked:
+        print(f"tersor {version('tersor')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """State a budget. Get the best model that fits it, and the proof of what it cost."""
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from tersor.cli.console import err, leave, out, print_json, print_table, progres
 from tersor.errors import InputError
 from tersor.recipe import Recipe
 from tersor.report.card import comparison, megabytes
+from tersor.report.hints import hints
 from tersor.schemes import KEEP
 from tersor.streamed import compress_streamed
 from tersor.workflow import Outcome, compress_to_folder
@@ -223,13 +224,8 @@ def show(outcome: Outcome) -> None:
         rows = [(megabytes(t.num_bytes), f"{t.score:.4f}", t.verdict.outcome) for t in outcome.trials]
         print_table("trials of the search", ["weights file", original.metric, "verdict"], rows)
     print_table("before and after", ["", "original", "compressed"], comparison(original, compressed))
-    if any(latency.speedup_interval[1] < 1 for latency in compressed.latency):
-        out.print(
-            "slower: packed weights are decoded on every call, to save memory; tersor.load(..., packed=False) decodes "
-            "once, and int8-dynamic computes on packed weights",
-            markup=False,
-            highlight=False,
-        )
+    for hint in hints(original, compressed, outcome.sites):
+        out.print(hint, markup=False, highlight=False)
     out.print(f"measured on: {outcome.task}", markup=False, highlight=False)
     if outcome.limit:
         share = compressed.file_bytes / outcome.limit.num_bytes

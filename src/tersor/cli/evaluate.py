@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tersor.cli import options
-from tersor.cli.console import out, print_json, print_table, progress_bars
+from tersor.cli.console import err, out, print_json, print_table, progress_bars
 from tersor.kernels import choices
 from tersor.report.card import scorecard_rows
 from tersor.workflow import evaluate_model
@@ -39,9 +39,18 @@ def evaluate(
             lazy=lazy,
             progress=progress,
         )
+    with_itself = ""
+    if task in (None, "fidelity"):
+        with_itself = (
+            f"fidelity compares a model with the original, and here with itself, so its score says nothing; "
+            f"tersor compare ORIGINAL {model} judges it"
+        )
     if json:
         kernels = [asdict(choice) for choice in choices()]
-        print_json({"scorecard": card.to_dict(), "measured_on": description, "kernels": kernels})
+        notes = [with_itself] if with_itself else []
+        print_json({"scorecard": card.to_dict(), "measured_on": description, "notes": notes, "kernels": kernels})
         return
     print_table(model, ["", "measured"], scorecard_rows([card]))
+    if with_itself:
+        err.print(f"note: {with_itself}", style="yellow", markup=False, highlight=False)
     out.print(f"measured on: {description}", markup=False, highlight=False)

@@ -87,6 +87,9 @@ def trained(curves: Sequence[Mapping[str, Any]]) -> str:
 """
 
 
+ALIKE = 1.25  # times as fast: what an interval must stay within to be called no difference
+
+
 def comparison(original: Scorecard, compressed: Scorecard) -> list[tuple[str, ...]]:
     """Rows of label, original, compressed, with the ratios that matter."""
     rows = [list(row) for row in scorecard_rows([original, compressed])]
@@ -94,7 +97,10 @@ def comparison(original: Scorecard, compressed: Scorecard) -> list[tuple[str, ..
     for row, after in zip(rows[-len(compressed.latency) :], compressed.latency, strict=True):
         low, high = after.speedup_interval
         found = f"{after.speedup:.2f}x [{low:.2f}, {high:.2f}]"
-        row[2] += " (no difference measured)" if low <= 1 <= high else f" ({found} the speed)"
+        if low > 1 or high < 1:
+            row[2] += f" ({found} the speed)"
+        else:  # a wide interval around 1 says nothing, whatever the medians are
+            row[2] += " (no difference measured)" if low > 1 / ALIKE and high < ALIKE else f" (cannot tell: {found})"
     return [tuple(row) for row in rows]
 
 

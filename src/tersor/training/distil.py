@@ -18,6 +18,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from tersor.checkpoint.manifest import MANIFEST, read_manifest
 from tersor.checkpoint.open import open_model
 from tersor.core.scratch import scratch_folder
 from tersor.errors import InputError, UnknownName
@@ -52,8 +53,9 @@ class DistilStep(TrainingStep):
     """Recipe step `distil`: have the model say what a teacher says.
 
     Attributes:
-        teacher: a Hugging Face folder or an artifact; None: what the recipe was given, or, after a `student` step, the
-            model that the student was cut from.
+        teacher: a Hugging Face folder, an artifact, or a factory; None: what the recipe was given, or, after a
+            `student` step, the model that the student was cut from.
+        teacher_weights: of a teacher that is `package.module:factory`: a safetensors file, or an artifact.
         alpha: the labels' share of the loss; at 0 no label is needed.
         temperature: that softens both sides; 1 for language models, more where the teacher is very sure.
         loss: one of LOSSES; None: `kd` for logits, `mse` for embeddings, which have unit length.
@@ -69,6 +71,7 @@ class DistilStep(TrainingStep):
 
     step: Literal["distil"] = "distil"
     teacher: str | None = None
+    teacher_weights: str | None = None
     alpha: float = Field(default=0.0, ge=0, le=1)
     temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     loss: str | None = None
@@ -125,12 +128,31 @@ class DistilStep(TrainingStep):
         if self.teacher is None:
             return job.teacher
         self.check_teacher()
-        return open_model(self.teacher).model
+        return open_model(self.teacher, weights=Path(self.teacher_weights) if self.teacher_weights else None).model
 
     def check_teacher(self) -> None:
-        """Raises InputError where there is no such folder."""
-        if self.teacher is not None and not Path(self.teacher).expanduser().is_dir():
-            raise InputError(f"teacher: {self.teacher} is no folder; give a Hugging Face folder or a tersor artifact")
+        """Raises InputError where there is no such teacher, before anything is trained."""
+        if self.teacher is None:
+            return
+        folder = Path(self.teacher).expanduser()
+        if not folder.is_dir():
+            if ":" not in self.teacher:
+                raise InputError(
+                    f"teacher: {self.teacher} is no folder; give a Hugging Face folder or a tersor artifact, or "
+                    f"package.module:factory with teacher_weights"
+                )
+            if self.teacher_weights is None or not Path(self.teacher_weights).expanduser().exists():
+                raise InputError(
+                    f"teacher: {self.teacher} is a factory; give its weights as teacher_weights, a safetensors file or "
+                    f"an artifact, and not {self.teacher_weights}"
+                )
+        elif self.teacher_weights is not None:
+            raise InputError(f"teacher_weights: {self.teacher} brings its own; leave {self.teacher_weights} out")
+        elif (folder / MANIFEST).exists() and (factory := read_manifest(folder)["model"].get("factory")):
+            raise InputError(
+                f"teacher: {self.teacher} holds a custom model, and tersor runs no code that an artifact names; name "
+                f"it yourself: teacher: '{factory}' with teacher_weights: {self.teacher}"
+            )
 
     @contextmanager
     def answers(self, job: Job, task: Trainable, teacher: nn.Module) -> Iterator[TeacherCache | None]:
