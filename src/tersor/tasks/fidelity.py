@@ -184,7 +184,7 @@ def _stored(output: Tensor, dtype: torch.dtype) -> Tensor:
 def _mask(batch: Batch, logits: Tensor) -> Tensor:
     """Which predictions count: all, but for padding where there is one per token."""
     attention = batch.inputs.get("attention_mask")
-    if attention is not None and logits.ndim == 3:
+    if attention is not None and attention.shape == logits.shape[:-1]:
         return attention.bool().to(logits.device)
     return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
 
