@@ -535,8 +535,8 @@ FLAGS = {
     "explain": "--against --runtime --weights --batch --length --shape --threads --seconds --rows --remeasure --seed "
     "--json",
     "evaluate": "--weights --task --data --calibration --task-option --batch --threads --lazy --dtype --json",
-    "compare": "--weights --task --data --calibration --task-option --drop --batch --seed --threads --exit-code --dtype "
-    "--json",
+    "compare": "--weights --task --data --calibration --task-option --drop --batch --seed --threads --exit-code "
+    "--dtype --json",
     "pack": "--output -o --overwrite --json",
     "unpack": "--output -o --overwrite --json",
     "verify": "--json",
