@@ -254,12 +254,16 @@ def divergence(model, original, task):
     return total / count
 
 
-@pytest.mark.parametrize("scheme", ["int2", "int2/int6-static", "int2-g32-asym/int8-static"])
-def test_it_comes_closer_to_the_original_than_packing_alone(scheme, pictures, net):
-    packed = tersor.compress(net, Recipe.of(scheme), pictures).model
-    made = tersor.compress(net, qat(scheme=scheme, epochs=5), pictures)
-    assert divergence(made.model, net, pictures) < 0.5 * divergence(packed, net, pictures)
-    assert made.curves[0].name == "qat"
+def test_it_comes_closer_to_the_original_than_rounding_alone(pictures, net):
+    """With every scheme, and by more than half over all of them: how much each gains depends on the processor."""
+    trained, rounded = [], []
+    for scheme in ("int2", "int2/int6-static", "int2-g32-asym/int8-static"):
+        rounded.append(divergence(tersor.compress(net, Recipe.of(f"mse:{scheme}"), pictures).model, net, pictures))
+        made = tersor.compress(net, qat(scheme=scheme, epochs=5), pictures)
+        trained.append(divergence(made.model, net, pictures))
+        assert made.curves[0].name == "qat"
+    assert all(after < before for after, before in zip(trained, rounded, strict=True)), (trained, rounded)
+    assert sum(trained) < 0.5 * sum(rounded), (trained, rounded)
 
 
 def test_scales_are_learned_and_the_original_is_left_alone(pictures, net):
