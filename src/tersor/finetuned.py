@@ -245,7 +245,7 @@ def merge_to_folder(
     num_packed = len(packed_names(source.model, given))
     with atomic_folder(output, overwrite) as place:
         if source.kind == "artifact":
-            fill(merged, place, source=source.folder, manifest=about(source) | {"adapter": str(adapter)})
+            fill(merged, place, source=source.folder, manifest=about(source) | {"adapter": adapter.resolve().name})
         else:
             save_plain(merged, place, source)
         kl = measure_divergences(source.model, given, merged, task, seed, progress, rounded=num_packed > 0)

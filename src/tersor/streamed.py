@@ -62,7 +62,7 @@ def compress_streamed(
         run.run()
         streamed.save(about(source))
         manifest = read_manifest(folder) | {
-            "source": {"name": source.name, "hashes": source.hashes, "bytes": source.num_bytes},
+            "source": {"name": source.title, "hashes": source.hashes, "bytes": source.num_bytes},
             "task": {"name": task.name, "description": task.description, "fingerprint": task.fingerprint},
             "recipe": recipe.model_dump(mode="json"),
             "seed": recipe.seed,

@@ -170,7 +170,7 @@ def compress_to_folder(
             # After a search the chosen trial is held to the search's stricter level, on the scores of the loaded file.
             verdict = judge(original, scores, tolerance, trials[0].verdict.alpha if trials else ALPHA, seed)
             manifest = read_manifest(folder) | {
-                "source": {"name": source.name, "hashes": source.hashes, "bytes": original_bytes},
+                "source": {"name": source.title, "hashes": source.hashes, "bytes": original_bytes},
                 "task": {"name": task.name, "description": task.description, "fingerprint": task.fingerprint},
                 "recipe": recipe.model_dump(mode="json"),
                 "seed": seed,

@@ -78,6 +78,9 @@ def test_the_same_bytes_as_in_memory(tied, recipe, choice, tmp_path):
     manifest = compress_streamed(str(folder), tmp_path / "streamed", recipe, task_choice=choice)
     whole, streamed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "streamed"))
     assert whole == streamed
+    assert manifest["source"]["name"] == "model"  # and not where it lay
+    assert str(tmp_path) not in (tmp_path / "streamed" / "tersor.json").read_text()
+    assert str(tmp_path) not in (tmp_path / "streamed" / "README.md").read_text()
     assert manifest["site_reports"] == [report.to_dict() for report in made.sites]
     assert [p.name for p in (tmp_path / "streamed").iterdir() if "scratch" in p.name] == []
 

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import transformers
 from onnx import numpy_helper
 from torch import nn
 
@@ -25,6 +26,7 @@ from tersor.export.artifact import checkpoint_of
 from tersor.export.check import difference
 from tersor.export.examples import Examples, outputs_of
 from tersor.export.onnx import Onnx, file, layers
+from tersor.export.onnx.blocks import rotary_tables
 from tersor.runtimes import runtime_named
 from zoo import ZOO
 
@@ -485,3 +487,12 @@ def test_the_whole_of_minilm(minilm, scheme, embedding, most, tmp_path):
     tersor.save(model, tmp_path / "artifact", source=source.folder)
     made = export_model(tmp_path / "artifact", tmp_path / "out.onnx", to="onnx")
     assert made.num_bytes <= most
+
+
+def test_rotary_embeddings_that_differ_between_layers_have_no_one_table():
+    """Gemma 3 turns its local and its global layers by other angles."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    gemma3 = transformers.Gemma3TextConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
+    assert rotary_tables(transformers.Gemma3ForCausalLM(gemma3)) is None
+    llama = transformers.LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=64)
+    assert rotary_tables(transformers.LlamaForCausalLM(llama))[0].shape == (64, 8)

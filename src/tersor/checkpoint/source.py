@@ -56,6 +56,12 @@ class Source:
     hashes: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @property
+    def title(self) -> str:
+        """The name for files that others read: of a folder its last part, for the rest says where it lay here."""
+        place = Path(self.name).expanduser()
+        return place.resolve().name if place.exists() else self.name
+
 
 def open_transformers(name: str, folder: Path) -> Source:
     """A Hugging Face folder. Raises ModelError for pickles, damaged files, NaN, and models quantized already."""
