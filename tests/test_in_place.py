@@ -335,3 +335,37 @@ def test_a_packed_weight_is_read_like_any_other():
     buffer.seek(0)
     assert torch.equal(torch.load(buffer), weight)
     assert "DecodedWeight" in repr(weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_of_packed_weights_alone_says_its_type_and_device(dtype):
+    model = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8, bias=False)).to(dtype)
+    made = tersor.compress(model, Recipe.of("int8")).model
+    first = next(made.parameters())
+    assert (first.dtype, first.device.type, first.numel()) == (dtype, "cpu", 0)
+    assert next(made.half().parameters()).dtype == torch.float16
+    assert made(torch.tensor([1])).dtype == torch.float16
+    assert next(made.to("meta").parameters()).is_meta
+    assert not any("like" in key for key in made.state_dict())
+
+
+def test_weights_of_no_size_are_no_sites():
+    model = nn.Sequential(nn.Linear(0, 4), nn.Linear(4, 8), nn.Linear(8, 0), nn.Conv1d(0, 0, 1), nn.Embedding(0, 4))
+    assert [site.name for site in find_sites(model)] == ["1"]
+    made = tersor.compress(model[:3], Recipe.of("int4")).model
+    assert made(torch.zeros(5, 0)).shape == (5, 0)
+
+
+@torch.no_grad()
+def test_packed_heads_stay_tied():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=32, tie_word_embeddings=True, **sizes)
+    made = tersor.compress(transformers.LlamaForCausalLM(config).eval(), Recipe.of("int8")).model
+    ids = torch.tensor([[1, 2, 3]])
+    before = made(ids).logits
+    made.tie_weights()
+    assert torch.equal(made(ids).logits, before)
+    assert made.lm_head.packed is made.model.embed_tokens.packed
+    with pytest.raises(tersor.TersorError, match="packed"):
+        made.resize_token_embeddings(40)

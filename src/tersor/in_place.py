@@ -112,7 +112,8 @@ class Packed(nn.Module):
             refuse_writing(self._modules[child])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        made, arguments, *state = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        made, arguments, *state = reduced
         if made is copyreg.__newobj__ and arguments == (type(self),):  # type: ignore[attr-defined]
             return new_packed, (self.kind, self.turned_from, tuple(self.children_of.items())), *state
         return made, arguments, *state

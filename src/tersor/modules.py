@@ -60,29 +60,51 @@ class Fold:
         return weight.transpose(0, 1).contiguous() if self.view == "transposed" else weight
 
 
+LIKE = "like"  # the name of the empty parameter
+
+
 class Stored(nn.Module):
     """Tensors that move with the model from device to device, and that no cast of the model ever changes.
 
     Casting (`half()`, `to(torch.bfloat16)`) only changes `dtype`, the one results are given in. What does not begin
-    where kernels want it, as in a file that others have written, is copied.
+    where kernels want it, as in a file that others have written, is copied. An empty parameter has that type and the
+    device, so that code which asks a model's first parameter for them gets an answer.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype):
         super().__init__()
-        self.dtype = dtype
         for name, tensor in tensors.items():
             self.register_buffer(name, aligned(tensor))
+        device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+        self.register_parameter(LIKE, nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._parameters[LIKE].dtype  # type: ignore[union-attr]
+
+    @dtype.setter
+    def dtype(self, dtype: torch.dtype) -> None:
+        self.become_like(self._parameters[LIKE].detach().to(dtype))  # type: ignore[union-attr]
+
+    def become_like(self, empty: Tensor) -> None:
+        self._parameters[LIKE] = nn.Parameter(empty, requires_grad=False)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Stored":
+        self.become_like(fn(self._parameters[LIKE].detach()))  # type: ignore[union-attr]
         for name, tensor in self.tensors.items():
-            probe = fn(torch.empty(0, dtype=self.dtype, device=tensor.device))
-            self._buffers[name] = tensor.to(probe.device)
-            self.dtype = probe.dtype
+            self._buffers[name] = tensor.to(self._parameters[LIKE].device)  # type: ignore[union-attr]
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + LIKE]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict({**state_dict, prefix + LIKE: self._parameters[LIKE]}, prefix, *rest)
 
 
 class PackedWeight(Stored):
@@ -109,8 +131,8 @@ class PackedWeight(Stored):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
         self.memory = Memory()
         if self.fetch is not None:
-            probe = fn(torch.empty(0, dtype=self.dtype, device=self.fetched_to))
-            self.dtype, self.fetched_to = probe.dtype, probe.device
+            self.become_like(fn(self._parameters[LIKE].detach()))  # type: ignore[union-attr]
+            self.fetched_to = self._parameters[LIKE].device  # type: ignore[union-attr]
             return self
         super()._apply(fn, recurse)
         return self

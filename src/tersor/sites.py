@@ -184,9 +184,9 @@ def find_sites(model: nn.Module) -> list[Site]:
             if id(owner) in found and place not in found[id(owner)].places:
                 places = (*found[id(owner)].places, place)
                 found[id(owner)] = replace(found[id(owner)], places=places)
-    for owner in from_which_others_are_computed(model):
-        found.pop(id(owner), None)
-    return list(found.values())
+    for tensor in from_which_others_are_computed(model):
+        found.pop(id(tensor), None)
+    return [site for site in found.values() if all(site.shape)]  # there is nothing to compress in a weight of no size
 
 
 def from_which_others_are_computed(model: nn.Module) -> list[Tensor]:
