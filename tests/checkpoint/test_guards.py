@@ -173,6 +173,8 @@ def test_every_call_that_could_run_code_says_no():
         for node in ast.walk(ast.parse(file.read_text())):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
+            if ast.unparse(node.func) == "nn.Embedding.from_pretrained":  # torch's, of a tensor
+                continue
             if node.func.attr in ("from_pretrained", "from_config", "pipeline", "SentenceTransformer"):
                 calls += 1
                 said = {keyword.arg: keyword.value for keyword in node.keywords}.get("trust_remote_code")
