@@ -114,7 +114,8 @@ class ExecuTorchSession:
         if self.pool != Pool.number:
             self.load()
         made = self.method(self.tensors(feeds))
-        return {name: np.array(value) for name, value in zip(self.outputs, made, strict=True)}
+        arrays = (value.numpy().copy() if isinstance(value, torch.Tensor) else np.array(value) for value in made)
+        return dict(zip(self.outputs, arrays, strict=True))
 
     def profile(self, feeds: Feeds, num_runs: int = 10) -> Profile:
         """By ExecuTorch's own profiler, in a program loaded for it; some runs come before those that count."""
