@@ -16,7 +16,7 @@ from tersor.activations import ACTIVATIONS, Activation
 from tersor.errors import InputError
 from tersor.formats import format_named
 from tersor.kernels import choice, choices, kernel_of, reference
-from tersor.kernels.int8 import ONEDNN
+from tersor.kernels.int8 import ONEDNN, qlinear_is_exact
 from tersor.measure.size import measure_size
 from tersor.modules import Fold, PackedLinear, PackedWeight, pack_layer
 from tersor.sites import find_sites
@@ -94,8 +94,8 @@ def test_shapes_the_kernels_cannot_take_are_decoded(format, shape):
 @pytest.mark.parametrize("num_tokens", [1, 7, 64])
 def test_the_int8_kernels_agree_to_the_last_bit(monkeypatch, activation, num_tokens):
     """So what is chosen does not change a result."""
-    if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
-        pytest.skip("this PyTorch has no qlinear_pointwise")
+    if not qlinear_is_exact():
+        pytest.skip("this PyTorch has no qlinear_pointwise, or it overflows on this processor")
     monkeypatch.setattr("tersor.kernels.int8.LARGE", 0)
     module, x = layer("int8", activation), random(num_tokens, 128)
     made = {}
@@ -107,6 +107,23 @@ def test_the_int8_kernels_agree_to_the_last_bit(monkeypatch, activation, num_tok
         assert kernel_of(again, num_tokens) == kernel
         choice._choices.clear()
     assert torch.equal(made["int_mm"], made["onednn"])
+
+
+def test_a_kernel_that_overflows_is_not_used(monkeypatch):
+    """As oneDNN's does on processors without VNNI, where two products are added in 16 bits."""
+    exact, name = torch.ops.onednn.qlinear_pointwise, "qlinear_pointwise"
+    monkeypatch.setattr("tersor.kernels.int8.LARGE", 0)
+    monkeypatch.setattr(
+        torch.ops.onednn, "qlinear_pointwise", lambda *args: exact(*args).clamp(-2e6, 2e6), raising=False
+    )
+    qlinear_is_exact.cache_clear()
+    try:
+        module = layer("int8", "int8-dynamic")
+        with torch.no_grad():
+            module(random(7, 128))
+        assert "onednn" not in {name for made in choice.choices() for name in made.microseconds}
+    finally:
+        qlinear_is_exact.cache_clear()
 
 
 def test_a_choice_is_measured_once_for_all_sites_of_a_shape(monkeypatch):

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 ALIGNMENT = 64  # bytes, to a multiple of which operands of kernels begin
 
@@ -13,7 +14,7 @@ def is_aligned(tensor: Tensor) -> bool:
 
 def aligned(tensor: Tensor) -> Tensor:
     """A tensor that does: the same, or a copy where it lies elsewhere, as in a mapped file."""
-    whole = tensor.device.type != "cpu" or is_aligned(tensor)
+    whole = tensor.device.type != "cpu" or isinstance(tensor, FakeTensor) or is_aligned(tensor)
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 

@@ -4,6 +4,7 @@ The products are summed exactly in int32, and the scales come after, in the same
 the same for every batch, thread count and choice.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -58,12 +59,27 @@ def run_int_mm(
 
 
 def has_qlinear(encoded: Encoded, activation: Activation | None, dtype: torch.dtype) -> bool:
-    """Whether this PyTorch has oneDNN's linear layer for quantized inputs, on a weight worth a second copy."""
-    return (
-        is_int8(encoded, activation, dtype)
-        and encoded.parts["codes"].numel() >= LARGE
-        and hasattr(torch.ops.onednn, QLINEAR)
-    )
+    """Whether oneDNN's linear layer for quantized inputs is there and exact, and the weight worth a second copy."""
+    return is_int8(encoded, activation, dtype) and encoded.parts["codes"].numel() >= LARGE and qlinear_is_exact()
+
+
+@cache
+def qlinear_is_exact() -> bool:
+    """Whether oneDNN adds the largest products exactly on this processor, tried once for few and many rows.
+
+    Without VNNI instructions it adds two products of unsigned and signed bytes in 16 bits, which overflow silently.
+    """
+    if not hasattr(torch.ops.onednn, QLINEAR):
+        return False
+    weights = torch.tensor([[127], [-127]], dtype=torch.int8).repeat(16, 128)
+    packed, ones, zeros = torch.ops.onednn.qlinear_prepack(weights, None), torch.ones(32), torch.zeros(32).long()
+    after: Any = (1.0, 0, torch.float32, "none", [], "")
+    for num_rows in (1, 7, 64):
+        inputs = torch.full((num_rows, 128), 255, dtype=torch.uint8)
+        sums = torch.ops.onednn.qlinear_pointwise(inputs, 1.0, 0, packed, ones, zeros, None, *after)
+        if not torch.equal(sums, inputs.float() @ weights.float().t()):
+            return False
+    return True
 
 
 def qlinear_layout(encoded: Encoded, activation: Activation | None) -> Layout:
