@@ -111,7 +111,7 @@ def test_the_int8_kernels_agree_to_the_last_bit(monkeypatch, activation, num_tok
 
 def test_a_kernel_that_overflows_is_not_used(monkeypatch):
     """As oneDNN's does on processors without VNNI, where two products are added in 16 bits."""
-    exact, name = torch.ops.onednn.qlinear_pointwise, "qlinear_pointwise"
+    exact = torch.ops.onednn.qlinear_pointwise
     monkeypatch.setattr("tersor.kernels.int8.LARGE", 0)
     monkeypatch.setattr(
         torch.ops.onednn, "qlinear_pointwise", lambda *args: exact(*args).clamp(-2e6, 2e6), raising=False
@@ -362,7 +362,8 @@ def test_a_kernel_only_gets_what_begins_where_it_must(monkeypatch):
     fast, slow = both(module, x)
     assert torch.equal(fast, slow)
     assert kernel_of(module, 4) == "decode"
-    again = PackedLinear(PackedWeight(module.packed.encoded, Fold((64, 128)), torch.bfloat16), None, None)
+    again = nn.Linear(128, 64, bias=False).eval()
+    pack_layer(again, PackedLinear, PackedWeight(module.packed.encoded, Fold((64, 128)), torch.bfloat16), None)
     assert again.packed.encoded.parts["codes"].data_ptr() % 64 == 0
     assert torch.equal(again.packed.encoded.parts["codes"], codes)
     assert kernel_of(again, 4) == "int8pack"

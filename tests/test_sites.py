@@ -291,7 +291,7 @@ def test_gradients_reach_inputs_and_biases_through_packed_layers():
     small(x).square().sum().backward()
     assert x.grad is not None
     assert x.grad.abs().sum() > 0
-    assert all(p.grad is not None for p in small.parameters())
+    assert all(p.grad is not None for p in small.parameters() if p.numel())
 
 
 def test_only_the_asked_for_part_of_an_attention_block_may_be_packed():

@@ -8,14 +8,14 @@ ALIGNMENT = 64  # bytes, to a multiple of which operands of kernels begin
 
 
 def is_aligned(tensor: Tensor) -> bool:
-    """Whether a tensor begins at such a multiple."""
-    return tensor.data_ptr() % ALIGNMENT == 0
+    """Whether a tensor in the memory of the CPU begins at such a multiple; True for those on other devices and for
+    fake tensors, which lie nowhere."""
+    return tensor.device.type != "cpu" or isinstance(tensor, FakeTensor) or tensor.data_ptr() % ALIGNMENT == 0
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """A tensor that does: the same, or a copy where it lies elsewhere, as in a mapped file."""
-    whole = tensor.device.type != "cpu" or isinstance(tensor, FakeTensor) or is_aligned(tensor)
-    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+    """The same tensor, or a copy that is aligned where it is not, as in a mapped file."""
+    return tensor if is_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
