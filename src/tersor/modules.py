@@ -120,6 +120,7 @@ class PackedWeight(Stored):
     def leave(self, fetch: Callable[[], dict[str, Tensor]]) -> None:
         """Hold no parts from now on, and fetch them whenever they are needed."""
         self._buffers.clear()
+        self.become_like(torch.empty(0, dtype=self.dtype, device=self.fetched_to))
         self.fetch = fetch
 
     @property
