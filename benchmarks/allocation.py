@@ -15,9 +15,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from tersor.jobs.compress import Budget, Outcome, compress_to_folder
+from tersor.jobs.task_choice import TaskChoice
 from tersor.measure.scorecard import machine
-from tersor.task_choice import TaskChoice
-from tersor.workflow import Budget, Outcome, compress_to_folder
 
 UNIFORM = ["mse:int3-g32", "mse:int4-g32", "mse:int5-g32", "mse:int6-g32"]
 

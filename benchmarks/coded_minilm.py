@@ -32,22 +32,22 @@ from rows import Results
 from torch import nn
 
 import tersor
-from tersor.analysis.divergence import divergence, outputs
-from tersor.budget.choices import NUM_STATES
-from tersor.budget.level import Searching
-from tersor.budget.limit import Limit, parse_size
-from tersor.calibrate import gather
+from tersor.calibration.curvature import gather
+from tersor.calibration.divergence import divergence, outputs
 from tersor.checkpoint.container import Container
 from tersor.checkpoint.layout import CODED
 from tersor.checkpoint.manifest import WEIGHTS
 from tersor.checkpoint.open import open_model
+from tersor.jobs.task_choice import TaskChoice, open_task_for
 from tersor.measure.scorecard import machine
 from tersor.measure.verdict import Tolerance, judge
+from tersor.methods.stats import Stats
 from tersor.methods.waterfill import bound_at
 from tersor.recipe import Recipe
-from tersor.schemes import KEEP, Scheme
-from tersor.stats import Stats
-from tersor.task_choice import TaskChoice, open_task_for
+from tersor.schemes.scheme import KEEP, Scheme
+from tersor.search.choices import NUM_STATES
+from tersor.search.limit import Limit, parse_size
+from tersor.search.noise_level import Searching
 from tersor.tasks.contract import Task
 
 FORECAST = [

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tersor.formats.contract import Encoded
-    from tersor.sites import Site
-    from tersor.stats import Stats
+    from tersor.methods.stats import Stats
+    from tersor.nn.sites import Site
     from tersor.tasks.contract import Task
 
 BITS = ("4", "3", "2.5", "2")
@@ -128,10 +128,10 @@ def measure(rows: list[str], assets: Assets, results: Results) -> None:
 def open_bench(name: str, assets: Assets) -> Bench:
     from models import open_cifar, open_resnet
 
-    from tersor.analysis.divergence import outputs
-    from tersor.calibrate import gather
+    from tersor.calibration.curvature import gather
+    from tersor.calibration.divergence import outputs
     from tersor.checkpoint.open import open_model
-    from tersor.task_choice import TaskChoice, open_task_for
+    from tersor.jobs.task_choice import TaskChoice, open_task_for
 
     model: nn.Module
     exclude: tuple[str, ...] = ()
@@ -149,8 +149,8 @@ def open_bench(name: str, assets: Assets) -> Bench:
 
 
 def coded_sites(bench: Bench) -> list[Site]:
+    from tersor.nn.sites import find_sites
     from tersor.recipe import Recipe
-    from tersor.sites import find_sites
 
     step = Recipe.of("coded", exclude=bench.exclude).weights[0]
     return [site for site, scheme in step.assign(find_sites(bench.model)) if scheme is not None]
@@ -158,8 +158,8 @@ def coded_sites(bench: Bench) -> list[Site]:
 
 def foresee(bench: Bench) -> dict[str, Any]:
     """What every scheme's levels cost, from one walk over the model as it is."""
-    from tersor.budget.level import Forecast
-    from tersor.walk import Walk
+    from tersor.calibration.walk import Walk
+    from tersor.search.noise_level import Forecast
 
     counts: dict[str, Tensor] = {}
 
@@ -174,8 +174,8 @@ def foresee(bench: Bench) -> dict[str, Any]:
 
 def correct(bench: Bench) -> Any:
     """The search for a level with one measured factor for each site, and its forecast."""
-    from tersor.budget.level import FEW_BITS, Searching
     from tersor.recipe import Recipe
+    from tersor.search.noise_level import FEW_BITS, Searching
 
     step = Recipe.of("keep", exclude=bench.exclude).weights[0]
     searching = Searching(bench.model, bench.task, step, bench.stats)
@@ -185,11 +185,11 @@ def correct(bench: Bench) -> Any:
 def measure_one(bench: Bench, scheme: str, level: float, factors: Mapping[str, float]) -> dict[str, Any]:
     """Compress, save, and compare the outputs."""
     import tersor
-    from tersor.analysis.divergence import divergence, outputs
+    from tersor.calibration.divergence import divergence, outputs
+    from tersor.calibration.walk import Chosen, Walk
     from tersor.checkpoint.container import Container
     from tersor.checkpoint.layout import CODED
-    from tersor.copies import copy_but_sites
-    from tersor.walk import Chosen, Walk
+    from tersor.nn.copies import copy_but_sites
 
     sites, predicted = coded_sites(bench), 0.0
     model, original = copy_but_sites(bench.model), copy_but_sites(bench.model)

@@ -40,7 +40,7 @@ from rows import Results, child_environment, last_line
 if TYPE_CHECKING:
     from torch import nn
 
-    from tersor.stats import Stats
+    from tersor.methods.stats import Stats
     from tersor.tasks import Task
 
 LINEAR = [f"linear {bits}{states}" for states in ("", " 64") for bits in (4, 3, 2.5, 2)]
@@ -124,8 +124,8 @@ def curvature(model: nn.Module, task: Task, models: Path) -> dict[str, Stats]:
     """The statistics of every site, gathered the first time."""
     from safetensors.torch import load_file, save_file
 
-    from tersor.calibrate import gather
-    from tersor.stats import Stats
+    from tersor.calibration.curvature import gather
+    from tersor.methods.stats import Stats
 
     path = models / "curvature.safetensors"
     if not path.exists():
@@ -139,10 +139,10 @@ def curvature(model: nn.Module, task: Task, models: Path) -> dict[str, Stats]:
 
 def coded(kind: str, setting: str, model: nn.Module, task: Task, stats: dict[str, Stats]) -> tuple[nn.Module, str]:
     """At so many bits a linear weight, or in a file of so many bytes, with a trellis or without."""
-    from tersor.budget.level import Searching
-    from tersor.budget.limit import Limit, parse_size
     from tersor.recipe import Recipe
-    from tersor.schemes import KEEP
+    from tersor.schemes.scheme import KEEP
+    from tersor.search.limit import Limit, parse_size
+    from tersor.search.noise_level import Searching
 
     step = Recipe.of(KEEP, exclude=[KEPT] if kind == "linear" else []).weights[0]
     size, num_states = [*setting.split(), "0"][:2]
@@ -230,8 +230,8 @@ def write_whole(assets: Assets, output: Path) -> None:
     """The model in fp16, as llama.cpp reads it."""
     import tersor
     from tersor.checkpoint.open import open_model
-    from tersor.export.artifact import open_checkpoint
     from tersor.export.gguf import Gguf
+    from tersor.jobs.export import open_checkpoint
 
     made = tersor.compress(open_model(str(assets.model)).model, tersor.Recipe.of("fp16"))
     with tempfile.TemporaryDirectory() as folder:

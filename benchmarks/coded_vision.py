@@ -40,13 +40,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tersor
-from tersor.budget.choices import NUM_STATES
-from tersor.budget.level import Searching
-from tersor.budget.limit import Limit, parse_size
-from tersor.calibrate import gather
+from tersor.calibration.curvature import gather
 from tersor.checkpoint.layout import CODED
 from tersor.measure.scorecard import machine
 from tersor.measure.verdict import Tolerance, judge
+from tersor.search.choices import NUM_STATES
+from tersor.search.limit import Limit, parse_size
+from tersor.search.noise_level import Searching
 from tersor.tasks.contract import Task
 from tersor.training import FinetuneStep, Job, TuneScalesStep
 

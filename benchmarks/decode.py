@@ -172,8 +172,8 @@ def num_bytes(file: Path) -> int:
 
 def speed(starts: tuple[str, ...], work: Path) -> dict[str, Any]:
     """Milliseconds of a token, and of the prompt, in turn."""
-    from tersor.measure.bench import Candidate
-    from tersor.measure.decode import decode_bench
+    from tersor.jobs.bench import Candidate
+    from tersor.jobs.decode import decode_bench
 
     names = [*TORCH, *(name for name in FILES if name.startswith(starts) and name not in TORCH)]
     names = [name for name in names if place(work, FILES[name]).exists()]

@@ -72,7 +72,7 @@ CASES = {
         "784-300-100-10 with int8-dynamic, in PyTorch",
         torch_small,
         ("quantize",),
-        "tersor.activations:Int8Dynamic.quantize",
+        "tersor.activations.quantizers:Int8Dynamic.quantize",
         "left in float",
     ),
     "signed QDQ": Case(

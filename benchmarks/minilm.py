@@ -15,10 +15,10 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from tersor.errors import TersorError
+from tersor.core.errors import TersorError
+from tersor.jobs.compress import Budget, Outcome, compress_to_folder
+from tersor.jobs.task_choice import TaskChoice
 from tersor.measure.scorecard import machine
-from tersor.task_choice import TaskChoice
-from tersor.workflow import Budget, Outcome, compress_to_folder
 
 ROWS = [
     ("--ratio 4x", {"budget": Budget(ratio="4x", drop="1%")}),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import tersor
 from tersor.checkpoint.open import open_model
-from tersor.task_choice import TaskChoice, open_task_for
+from tersor.jobs.task_choice import TaskChoice, open_task_for
 from tersor.tasks import Task
 
 Error = Callable[[tersor.Recipe, bool], float]

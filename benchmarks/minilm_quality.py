@@ -26,12 +26,12 @@ import tersor
 from tersor.analysis.sensitivity import divergence, outputs
 from tersor.checkpoint.container_write import size_of
 from tersor.checkpoint.open import open_model
+from tersor.jobs.task_choice import TaskChoice, open_task_for
 from tersor.measure.scorecard import machine
 from tersor.measure.verdict import Tolerance, judge
 from tersor.recipe import Recipe
-from tersor.scores import Scores
-from tersor.task_choice import TaskChoice, open_task_for
 from tersor.tasks.contract import Task
+from tersor.tasks.scores import Scores
 
 ROWS = [
     *(f"{method}:int{bits}-g64" for bits in (4, 3, 2) for method in ("nearest", "mse", "gptq")),

@@ -27,7 +27,7 @@ from torch import nn
 import tersor
 from tersor.measure.scorecard import machine
 from tersor.measure.verdict import Tolerance, judge
-from tersor.sites import find_sites
+from tersor.nn.sites import find_sites
 from tersor.tasks.contract import Task
 from tersor.training import FinetuneStep, Job
 

@@ -121,7 +121,7 @@ def judged(name: str, model: Any, original: Any, task: Any, results: Path) -> di
     import numpy as np
 
     from tersor.measure.verdict import Tolerance, judge
-    from tersor.scores import Scores
+    from tersor.tasks.scores import Scores
 
     scores = task.score(model)
     file = results.with_name(f"{results.stem}-{name}.npy")
@@ -143,7 +143,7 @@ def measure_minilm(steps: list[dict[str, Any]], assets: Assets, results: Path) -
     """Calibrated and trained on unlabelled web text, judged on STS-B."""
     from tersor.analysis.sensitivity import divergence, outputs
     from tersor.checkpoint.open import open_model
-    from tersor.task_choice import TaskChoice, open_task_for
+    from tersor.jobs.task_choice import TaskChoice, open_task_for
 
     text = assets.root / "text"
     source = open_model(str(assets.root / "minilm"))

@@ -156,8 +156,8 @@ def warm_up(task: Any, settings: dict[str, Any]) -> None:
 
 def train(root: Path, task: Any, args: argparse.Namespace) -> dict[str, Any]:
     """QLoRA on the packed base; the adapter goes to the work folder."""
+    from tersor.checkpoint.adapters import save_adapter
     from tersor.training import LoraStep
-    from tersor.training.adapters import save_adapter
     from tersor.training.job import Job
     from tersor.training.lora import train_adapter
 
@@ -214,7 +214,7 @@ def reload(root: Path, task: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 def merge(root: Path, task: Any, args: argparse.Namespace, into: str) -> dict[str, Any]:
     """Held-out loss of a merged model, and its KL divergence from the same base with the adapter beside it."""
-    from tersor.training.adapters import load_adapter
+    from tersor.checkpoint.adapters import load_adapter
     from tersor.training.merge import divergences, naive, resolving, unmerged
     from tersor.training.merge import merge as merged_into
 

@@ -26,13 +26,13 @@ from torch import nn
 
 import tersor
 from tersor.checkpoint.open import open_model
-from tersor.export.artifact import export_model
+from tersor.jobs.export import export_model
+from tersor.jobs.task_choice import TaskChoice, open_task_for
 from tersor.measure.scorecard import machine
 from tersor.measure.verdict import Tolerance, judge
 from tersor.recipe import Recipe
 from tersor.runtimes import Session, runtime_named
-from tersor.scores import Scores
-from tersor.task_choice import TaskChoice, open_task_for
+from tersor.tasks.scores import Scores
 
 INT8, INT4 = {"embeddings.*": "int8"}, {"embeddings.*": "int4-g32"}
 ROWS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {  # scheme, rules, options of the ONNX export

@@ -86,7 +86,7 @@ def opened(row: str, assets: Path, folder: Path, num_pictures: int) -> tuple[Any
     from static_int8 import NUM_CALIBRATION, large_pictures
 
     import tersor
-    from tersor.task_choice import TaskChoice
+    from tersor.jobs.task_choice import TaskChoice
 
     if ROWS[row].shape == LARGE:
         options = {"mean": 127 / 255, "std": 128 / 255, "calibration_examples": NUM_CALIBRATION}
@@ -104,7 +104,7 @@ def measure(row: str, assets: Path, folder: Path, num_pictures: int) -> dict[str
     import torch
 
     import tersor
-    from tersor.export.artifact import export_model
+    from tersor.jobs.export import export_model
     from tersor.measure.verdict import Tolerance, judge
     from tersor.runtimes import runtime_named
 
@@ -146,7 +146,7 @@ def peer(row: str, folder: Path, model: Any, task: Any, choice: Any) -> dict[str
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     import tersor
-    from tersor.export.artifact import export_model
+    from tersor.jobs.export import export_model
     from tersor.measure.verdict import Tolerance, judge
     from tersor.runtimes import runtime_named
 

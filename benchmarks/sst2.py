@@ -231,7 +231,7 @@ def tokenizer_of(folder: Path) -> Any:
 def opened(folder: Path, place: Place, data: Path | None = None) -> tuple[Any, Any]:
     """A model and the task."""
     from tersor.checkpoint.open import open_model
-    from tersor.task_choice import TaskChoice, open_task_for
+    from tersor.jobs.task_choice import TaskChoice, open_task_for
 
     source = open_model(str(folder))
     choice = TaskChoice("classification", place.dev, train=data, options={"max_length": MAX_LENGTH})
@@ -288,9 +288,9 @@ def neighbours(words: set[str], place: Place, num: int = 8) -> dict[str, list[st
 def measure(row: str, place: Place) -> dict[str, Any]:
     """Pack a model, save and load it, and measure it beside the fp32 teacher."""
     import tersor
+    from tersor.jobs.compress import compare_models
+    from tersor.jobs.task_choice import TaskChoice
     from tersor.measure.scorecard import machine
-    from tersor.task_choice import TaskChoice
-    from tersor.workflow import compare_models
 
     model, packing = row.split(" | ")
     folder, schemes = place.folder(model), PACKINGS[packing]

@@ -131,7 +131,7 @@ def opened(row: str, assets: Path, results: Path) -> tuple[Any, Any, Any, str]:
 def open_minilm(assets: Path) -> tuple[Any, Any, Any, str]:
     """Judged on STS-B dev, calibrated on web text: nothing of STS-B is seen."""
     from tersor.checkpoint.open import open_model
-    from tersor.task_choice import TaskChoice, open_task_for
+    from tersor.jobs.task_choice import TaskChoice, open_task_for
 
     text, source = assets / "text", open_model(str(assets / "minilm"))
     options = {"max_length": 64, "max_examples": NUM_PASSAGES + 1, "calibration_examples": NUM_PASSAGES}
@@ -159,7 +159,7 @@ def judged(name: str, model: Any, original: Any, task: Any, results: Path) -> di
     import numpy as np
 
     from tersor.measure.verdict import Tolerance, judge
-    from tersor.scores import Scores
+    from tersor.tasks.scores import Scores
 
     scores = task.score(model)
     file = results.with_name(f"{results.stem}-{name}.npy")

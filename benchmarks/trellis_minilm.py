@@ -24,11 +24,11 @@ import torch
 from coded_minilm import NUM_SENTENCES, at_forecast
 from rows import Results
 
-from tersor.analysis.divergence import divergence, outputs
-from tersor.calibrate import gather
+from tersor.calibration.curvature import gather
+from tersor.calibration.divergence import divergence, outputs
 from tersor.checkpoint.open import open_model
+from tersor.jobs.task_choice import TaskChoice, open_task_for
 from tersor.measure.scorecard import machine
-from tersor.task_choice import TaskChoice, open_task_for
 
 ENCODER, WHOLE = (4, 3, 2, 1.5), (4, 3, 2, 1.5)
 ROWS = [

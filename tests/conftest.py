@@ -15,8 +15,8 @@ import torch
 
 # Shape annotations become checks. Modules whose signatures name a Protocol that is not runtime checkable are left out.
 CHECKED = [
-    *("activations", "methods.nearest"),
-    *("formats.contract", "kernels", "scores", "stats"),
+    *("activations.quantizers", "methods.nearest"),
+    *("formats.contract", "kernels", "tasks.scores", "methods.stats"),
     *("formats.bitmask", "formats.float_cast", "formats.int_group", "formats.packing"),
     *("formats.lowrank", "formats.semi_structured", "formats.sparse_int"),
 ]

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tersor.activations import ACTIVATIONS, Activation, ActivationFormat, activation_named
-from tersor.errors import FormatError
+from tersor.activations.quantizers import ACTIVATIONS, Activation, ActivationFormat, activation_named
+from tersor.core.errors import FormatError
 from tersor.formats import FORMATS, format_named
 from tersor.formats.contract import Encoded, Format, Grid, Params, Sparse
 from tersor.kernels import reference
 from tersor.methods import METHODS
 from tersor.methods.contract import Method
 from tersor.methods.kept import Kept
-from tersor.modules import Fold, PackedLinear, PackedWeight, pack_layer
-from tersor.schemes import Scheme
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
+from tersor.nn.packed import Fold, PackedLinear, PackedWeight, pack_layer
+from tersor.schemes.scheme import Scheme
 
 # What the laws are tried on.
 

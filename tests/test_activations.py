@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.activations import ACTIVATIONS, Activation, Fp8Static, IntStatic
+from tersor.activations.quantizers import ACTIVATIONS, Activation, Fp8Static, IntStatic
 from tersor.checkpoint.artifact import load, save
-from tersor.errors import ArtifactError, InputError
+from tersor.core.errors import ArtifactError, InputError
 from tersor.formats import format_named
 from tersor.kernels import reference
-from tersor.sites import find_sites
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
+from tersor.nn.sites import find_sites
 
 
 def random(*shape, seed=0):

@@ -12,11 +12,11 @@ from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from tersor.calibrate import gather
-from tersor.errors import DataError
-from tersor.scores import Scores
-from tersor.sites import find_sites
-from tersor.stats import Stats
+from tersor.calibration.curvature import gather
+from tersor.core.errors import DataError
+from tersor.methods.stats import Stats
+from tersor.nn.sites import find_sites
+from tersor.tasks.scores import Scores
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from cli_runner import tersor
-from tersor.budget import trials
 from tersor.checkpoint.container import Container
 from tersor.cli import app, console
 from tersor.cli.signals import Stopped
 from tersor.recipe import Recipe
+from tersor.search import trials
 from tersor.tasks.progress import score
 
 FACTORY = """

@@ -8,9 +8,9 @@ from torch import nn
 
 import tersor
 from laws import random, same_bits
-from tersor.errors import DataError
+from tersor.core.errors import DataError
+from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
-from tersor.sites import find_sites
 from tersor.steps import weights_run
 from test_walk import Toy, assert_same_state, stack, state
 from zoo import REMARKS, ZOO

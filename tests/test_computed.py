@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 import tersor
-from tersor.copies import settled
+from tersor.nn.copies import settled
+from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
-from tersor.sites import find_sites
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.*:FutureWarning")
 
@@ -123,10 +123,10 @@ def test_a_float_file_with_the_computed_weight_is_loaded(way, tmp_path):
 def test_curvature_is_that_of_the_computed_weight():
     model, x = built("weight norm", "linear")
     with torch.enable_grad():
-        (stats,) = tersor.calibrate.gather(model, Ready(x)).values()
+        (stats,) = tersor.calibration.curvature.gather(model, Ready(x)).values()
         plain = nn.Sequential(nn.Linear(16, 16), nn.Tanh()).eval()
         plain[0].weight.data, plain[0].bias.data = model[0].weight.detach(), model[0].bias.detach()
-        (expected,) = tersor.calibrate.gather(plain, Ready(x)).values()
+        (expected,) = tersor.calibration.curvature.gather(plain, Ready(x)).values()
     torch.testing.assert_close(stats.row_weight, expected.row_weight)
     assert stats.row_weight.any()
 

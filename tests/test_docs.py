@@ -31,7 +31,7 @@ from tersor.cli.formats import DATA, bits_per_weight
 from tersor.cli.methods import about
 from tersor.formats import FORMATS
 from tersor.methods import METHODS
-from tersor.schemes import usual_method
+from tersor.schemes.scheme import usual_method
 from tersor.tasks import TASKS, task_options
 from tersor.tasks.options import HELP
 

@@ -6,17 +6,17 @@ from safetensors import safe_open
 from torch import nn
 
 import tersor
-from tersor.budget.cost import cost_of
-from tersor.budget.plan import measure_menus
 from tersor.checkpoint.container import Container
 from tersor.checkpoint.container_write import size_of
 from tersor.checkpoint.layout import CODED
-from tersor.checkpoint.weights import file_size
 from tersor.cli.formats import bits_per_weight
-from tersor.file_bytes import file_bytes, file_bytes_of_shape
+from tersor.codecs.file_bytes import file_bytes, file_bytes_of_shape
+from tersor.core.weights_file import file_size
 from tersor.formats import FORMATS
+from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
-from tersor.sites import find_sites
+from tersor.search.cost import cost_of
+from tersor.search.plan import measure_menus
 
 
 def model():
@@ -71,5 +71,5 @@ def test_a_rule_of_coded_weights_under_a_size_fits_and_is_exact(tmp_path):
         tersor.save(made.model, tmp_path / str(limit))
         assert (tmp_path / str(limit) / CODED).stat().st_size <= limit
         assert made.model[0].packed.format.name == "coded"
-    with pytest.raises(tersor.errors.BudgetError, match=r"the nearest file is [\d,]+ bytes, --size \d+KB"):
+    with pytest.raises(tersor.core.errors.BudgetError, match=r"the nearest file is [\d,]+ bytes, --size \d+KB"):
         tersor.plan(model(), size="1KB", rules=rules)

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import tersor
 from cli_runner import tersor as run
 from export.exported import byte_level
+from tersor.core.errors import InputError
 from tersor.core.lock import held
-from tersor.errors import InputError
 from tersor.training import journal
 from tersor.training.journal import Journal, journal_for
 

@@ -6,7 +6,7 @@ from tersor.measure.latency import Latency
 from tersor.measure.scorecard import Scorecard
 from tersor.report.card import comparison
 from tersor.report.hints import hints
-from tersor.site_report import SiteReport
+from tersor.steps.site_report import SiteReport
 
 
 def card(peak, low, high):

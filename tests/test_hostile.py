@@ -14,10 +14,10 @@ import tersor
 from cli_runner import tersor as run
 from tersor.checkpoint.open import open_model
 from tersor.checkpoint.source import call_factory, import_object
-from tersor.checkpoint.weights import write_weights
 from tersor.cli import console
 from tersor.cli import main as tersor_main
-from tersor.errors import DataError, InputError, ModelError
+from tersor.core.errors import DataError, InputError, ModelError
+from tersor.core.weights_file import write_weights
 from tersor.tasks.arrays import read_npz
 from tersor.tasks.images import open_images
 from tersor.tasks.source import Source

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import tersor
-from tersor.in_place import DecodedWeight
+from tersor.nn.in_place import DecodedWeight
+from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
-from tersor.sites import find_sites
 
 IDS = torch.tensor([[1, 4, 2], [3, 0, 5]])
 

@@ -6,13 +6,13 @@ from torch import nn
 
 import tersor
 from laws import random
-from tersor.analysis.divergence import divergence, outputs
-from tersor.errors import InputError
+from tersor.calibration.divergence import divergence, outputs
+from tersor.core.errors import InputError
 from tersor.formats import format_named
-from tersor.keep_float import MOST_SITES, predicted_loss
+from tersor.methods.stats import Stats
+from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
-from tersor.sites import find_sites
-from tersor.stats import Stats
+from tersor.steps.keep_float import MOST_SITES, predicted_loss
 from tersor.steps.weights import WeightsStep
 from test_walk import Toy
 

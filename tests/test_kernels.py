@@ -12,15 +12,15 @@ from torch import nn
 
 import tersor
 from laws import random
-from tersor.activations import ACTIVATIONS, Activation
-from tersor.errors import InputError
+from tersor.activations.quantizers import ACTIVATIONS, Activation
+from tersor.core.errors import InputError
 from tersor.formats import format_named
 from tersor.kernels import choice, choices, kernel_of, reference
 from tersor.kernels.int8 import ONEDNN, qlinear_is_exact
 from tersor.measure.size import measure_size
-from tersor.modules import Fold, PackedLinear, PackedWeight, pack_layer
-from tersor.sites import find_sites
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
+from tersor.nn.packed import Fold, PackedLinear, PackedWeight, pack_layer
+from tersor.nn.sites import find_sites
 
 
 @pytest.fixture(autouse=True)
@@ -306,7 +306,7 @@ import sys, torch
 from pathlib import Path
 from torch import nn
 import tersor
-from tersor.checkpoint import weights
+from tersor.core import weights_file as weights
 from tersor.kernels import reference
 
 folder, scheme, header = Path(sys.argv[1]), sys.argv[2], weights.header

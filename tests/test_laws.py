@@ -7,7 +7,7 @@ import torch
 
 import laws
 from golden.write import HOME, encode, golden, read, stored_weight
-from tersor.activations import ACTIVATIONS
+from tersor.activations.quantizers import ACTIVATIONS
 from tersor.formats import FORMATS
 from tersor.formats.contract import Encoded
 from tersor.methods import METHODS

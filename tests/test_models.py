@@ -16,8 +16,8 @@ from cli_runner import tersor as run_tersor
 from tersor.checkpoint.container_write import size_of
 from tersor.checkpoint.open import open_model
 from tersor.kernels import reference
-from tersor.modules import PackedLinear
-from tersor.scores import METRICS, Scores
+from tersor.nn.packed import PackedLinear
+from tersor.tasks.scores import METRICS, Scores
 from tersor.tasks.text import standard_library_docstrings
 
 NEW_PROCESS = """

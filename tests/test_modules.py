@@ -10,9 +10,9 @@ from torch import nn
 
 import tersor
 from tersor.formats import FORMATS
-from tersor.modules import Fold, PackedWeight, Stored
+from tersor.nn.packed import Fold, PackedWeight, Stored
+from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
-from tersor.sites import find_sites
 
 shapes = st.lists(st.integers(1, 6), min_size=2, max_size=5).map(tuple)
 

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from laws import random
+from tersor.calibration.moments import CHUNK, SAMPLE, Moments, inputs_of
 from tersor.formats import FORMATS
-from tersor.modules import Fold, PackedConv, PackedWeight, pack_layer
-from tersor.moments import CHUNK, SAMPLE, Moments, inputs_of
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
+from tersor.nn.packed import Fold, PackedConv, PackedWeight, pack_layer
 
 ALL = frozenset({"second_moment", "cross_moment", "mean", "largest", "sample"})
 
@@ -202,7 +202,7 @@ def test_inputs_that_are_not_known_are_none_at_all():
 def test_a_large_convolution_comes_in_pieces(monkeypatch):
     conv, x = nn.Conv2d(4, 6, 3, padding=1), random(5, 4, 8, 8)
     (whole,) = inputs_of(conv, x)
-    monkeypatch.setattr("tersor.moments.PATCHES", 2 * 9 * 4 * 64)
+    monkeypatch.setattr("tersor.calibration.moments.PATCHES", 2 * 9 * 4 * 64)
     pieces = list(inputs_of(conv, x))
     assert [len(piece) for piece in pieces] == [128, 128, 64]
     assert torch.equal(torch.cat(pieces), whole)

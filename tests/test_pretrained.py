@@ -19,7 +19,7 @@ from transformers import (
 import tersor
 from tersor.checkpoint.notice import KEY, NOTICE
 from tersor.checkpoint.pack import pack, unpack
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.recipe import Recipe
 
 IDS = torch.arange(12).view(3, 4)

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tersor
-from tersor.errors import FormatError, InputError, TersorError, UnknownName
+from tersor.core.errors import FormatError, InputError, TersorError, UnknownName
 from tersor.formats import FORMATS
 from tersor.methods import METHODS
+from tersor.nn.sites import find_sites, matches
 from tersor.recipe import Recipe
-from tersor.schemes import Scheme, parse_rule
-from tersor.sites import find_sites, matches
+from tersor.schemes.scheme import Scheme, parse_rule
 from tersor.steps import weights_run
 from tersor.training import FinetuneStep
 from tersor.transforms.awq import Awq

@@ -11,12 +11,12 @@ from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 import tersor
 from laws import random
-from tersor.activations import ACTIVATIONS
-from tersor.errors import InputError
-from tersor.in_place import turn
+from tersor.activations.quantizers import ACTIVATIONS
+from tersor.core.errors import InputError
 from tersor.kernels import kernel_of, reference
-from tersor.recurrent import PackedRecurrent
-from tersor.sites import find_sites
+from tersor.nn.in_place import turn
+from tersor.nn.recurrent import PackedRecurrent
+from tersor.nn.sites import find_sites
 
 KINDS = {"LSTM": nn.LSTM, "GRU": nn.GRU}
 EACH = pytest.mark.parametrize("kind", KINDS)

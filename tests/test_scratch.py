@@ -8,10 +8,10 @@ import torch
 
 from cli_runner import tersor as run
 from tersor import cli
+from tersor.calibration.offload import Spill
 from tersor.checkpoint.container_write import size_of
+from tersor.core.errors import InputError
 from tersor.core.scratch import scratch_folder
-from tersor.errors import InputError
-from tersor.spill import Spill
 
 
 @pytest.fixture

@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tersor
-from tersor.activations import Int8Dynamic
-from tersor.errors import FormatError
+from tersor.activations.quantizers import Int8Dynamic
+from tersor.core.errors import FormatError
 from tersor.formats import format_named
-from tersor.in_place import DECODED
 from tersor.kernels import reference
-from tersor.modules import PackedConv, PackedEmbedding, PackedLinear, PackedWeight, packed_parameters
+from tersor.methods.stats import Stats
+from tersor.nn.in_place import DECODED
+from tersor.nn.packed import PackedConv, PackedEmbedding, PackedLinear, PackedWeight, packed_parameters
+from tersor.nn.sites import SMALLEST_STACK, find_sites
 from tersor.recipe import Recipe
-from tersor.schemes import Scheme
-from tersor.sites import SMALLEST_STACK, find_sites
-from tersor.stats import Stats
+from tersor.schemes.scheme import Scheme
 from zoo import PRETRAINED, REMARKS, ZOO, Experts, ScaledEmbedding, TiedHead, decoded, original
 
 pytestmark = [pytest.mark.filterwarnings(remark) for remark in REMARKS]

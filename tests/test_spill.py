@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from laws import random, same_bits
-from tersor.spill import Spill
+from tersor.calibration.offload import Spill
 
 
 @pytest.fixture(autouse=True)

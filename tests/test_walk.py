@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from laws import random, same_bits
-from tersor.activations import ACTIVATIONS, Activation
-from tersor.errors import DataError
+from tersor.activations.quantizers import ACTIVATIONS, Activation
+from tersor.calibration.blocks import Stream, find_blocks
+from tersor.calibration.moments import Moments, has_inputs, inputs_of, takes_inputs
+from tersor.calibration.offload import Spill
+from tersor.calibration.walk import Chosen, Walk
+from tersor.core.errors import DataError
 from tersor.formats import FORMATS
-from tersor.moments import Moments, has_inputs, inputs_of, takes_inputs
-from tersor.sites import find_sites
-from tersor.spill import Spill
-from tersor.stream import Stream, find_blocks
-from tersor.walk import Chosen, Walk
+from tersor.nn.sites import find_sites
 from zoo import GQA, REMARKS, ZOO, outputs, pretrained
 
 pytestmark = [pytest.mark.filterwarnings(remark) for remark in REMARKS]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from tersor.sites import find_sites
+from tersor.nn.sites import find_sites
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,19 @@
 
 from importlib.metadata import version
 
-from tersor.budget.plan import plan
 from tersor.checkpoint.artifact import load, save
-from tersor.compress import Compressed, compress
-from tersor.errors import TersorError
+from tersor.core.errors import TersorError
 from tersor.export import EXPORTS
-from tersor.export.artifact import Exported, export_model
 from tersor.formats import FORMATS
+from tersor.jobs.export import Exported, export_model
 from tersor.measure.verdict import Tolerance, Verdict, judge
 from tersor.methods import METHODS
+from tersor.nn.sites import Site, find_sites
+from tersor.pipeline import Compressed, compress
 from tersor.recipe import Recipe
-from tersor.scores import METRICS, Metric, Scores
-from tersor.sites import Site, find_sites
+from tersor.search.plan import plan
 from tersor.tasks import TASKS, open_task
+from tersor.tasks.scores import METRICS, Metric, Scores
 
 __version__ = version("tersor")
 

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
 
-from tersor.assignment import Assignment, as_message, one_or_more
+from tersor.core.errors import InputError
 from tersor.core.messages import first_mistake
-from tersor.errors import InputError
 from tersor.formats.contract import Grid
-from tersor.schemes import KEEP, parse_options, parse_rule, spell_options
+from tersor.schemes.assignment import Assignment, as_message, one_or_more
+from tersor.schemes.scheme import KEEP, parse_options, parse_rule, spell_options
 from tersor.steps.weights import WeightsStep
 from tersor.training import TRAINING_STEPS, StudentStep, TrainingStep
 from tersor.transforms import TRANSFORMS

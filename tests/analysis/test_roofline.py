@@ -7,7 +7,7 @@ import torch
 
 from tersor.analysis import roofline
 from tersor.analysis.roofline import WORKING_SETS, Peaks, bound_of, cache_folder, machine_peaks, measure_peaks
-from tersor.errors import ModelError
+from tersor.core.errors import ModelError
 
 PEAKS = Peaks("cpu", "2", 1, {"fp32": 100e9, "int8": 400e9}, {2**20: 100e9, 2**28: 20e9})
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import tersor
 from cli_runner import tersor as run
-from tersor.analysis.divergence import NUM_EXAMPLES, UNITS, divergence, outputs
 from tersor.analysis.sensitivity import Sensitivity, sensitivity, spread
-from tersor.errors import UnknownName
+from tersor.calibration.divergence import NUM_EXAMPLES, UNITS, divergence, outputs
+from tersor.core.errors import UnknownName
 
 FACTORY = """
 from torch import nn

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tersor.budget.allocate import NUM_BINS, Option, allocate, undominated
+from tersor.search.allocate import NUM_BINS, Option, allocate, undominated
 
 
 def menus(largest: int, num_sites: int = 4):

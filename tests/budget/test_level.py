@@ -7,9 +7,17 @@ import torch
 from torch import nn
 
 import tersor
-from tersor.budget.choices import Budget, check_choices
-from tersor.budget.correct import measured_factors
-from tersor.budget.level import (
+from tersor.checkpoint.container import Container
+from tersor.checkpoint.container_write import size_of
+from tersor.checkpoint.layout import CODED
+from tersor.core.errors import BudgetError, InputError
+from tersor.measure.verdict import Verdict
+from tersor.recipe import Recipe
+from tersor.schemes.scheme import KEEP
+from tersor.search.choices import Budget, check_choices
+from tersor.search.correct import measured_factors
+from tersor.search.limit import Limit
+from tersor.search.noise_level import (
     COARSEST,
     FINEST,
     NEAR,
@@ -22,15 +30,7 @@ from tersor.budget.level import (
     fit,
     recipe_at,
 )
-from tersor.budget.limit import Limit
-from tersor.budget.trials import NUM_TRIALS
-from tersor.checkpoint.container import Container
-from tersor.checkpoint.container_write import size_of
-from tersor.checkpoint.layout import CODED
-from tersor.errors import BudgetError, InputError
-from tersor.measure.verdict import Verdict
-from tersor.recipe import Recipe
-from tersor.schemes import KEEP
+from tersor.search.trials import NUM_TRIALS
 
 KEEP_STEP = Recipe.of(KEEP).weights[0]
 

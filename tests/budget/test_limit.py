@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tersor.budget.limit import Limit, parse_ratio, parse_size
-from tersor.errors import InputError
+from tersor.core.errors import InputError
+from tersor.search.limit import Limit, parse_ratio, parse_size
 
 
 @pytest.mark.parametrize(

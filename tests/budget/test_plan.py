@@ -11,8 +11,15 @@ from torch import nn
 
 import tersor
 from tersor.analysis.sensitivity import divergence, outputs
-from tersor.budget.limit import Limit
-from tersor.budget.plan import (
+from tersor.checkpoint.artifact import WEIGHTS
+from tersor.checkpoint.container_write import size_of
+from tersor.core.errors import BudgetError, FormatError, InputError, ModelError, UnknownName
+from tersor.formats.int_group import IntGroup
+from tersor.methods.stats import Stats
+from tersor.nn.sites import find_sites
+from tersor.recipe import Recipe
+from tersor.search.limit import Limit
+from tersor.search.plan import (
     CANDIDATES,
     Menu,
     check_reachable,
@@ -23,13 +30,6 @@ from tersor.budget.plan import (
     planned_size,
     smallest_size,
 )
-from tersor.checkpoint.artifact import WEIGHTS
-from tersor.checkpoint.container_write import size_of
-from tersor.errors import BudgetError, FormatError, InputError, ModelError, UnknownName
-from tersor.formats.int_group import IntGroup
-from tersor.recipe import Recipe
-from tersor.sites import find_sites
-from tersor.stats import Stats
 from zoo import REMARKS, ZOO, original
 
 pytestmark = [pytest.mark.filterwarnings(remark) for remark in REMARKS]
@@ -186,7 +186,7 @@ def test_what_binds_is_named():
 def test_a_limit_is_checked_before_anything_is_measured(monkeypatch):
     step = step_of()
     low = smallest_size(net(), menus_of())
-    monkeypatch.setattr("tersor.budget.plan.measured_option", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("tersor.search.plan.measured_option", lambda *_: pytest.fail("measured"))
     check_reachable(net(), step, CANDIDATES, Limit(low, "test"))
     check_reachable(net(), step, CANDIDATES, None)
     with pytest.raises(BudgetError, match=f"{low:,} bytes"):

@@ -7,10 +7,10 @@ import pytest
 from torch import nn
 
 import tersor
-from tersor.budget.trials import TrialJournal, Trials, smallest_within
 from tersor.measure.verdict import Tolerance
 from tersor.recipe import Recipe
-from tersor.scores import METRICS, Scores
+from tersor.search.trials import TrialJournal, Trials, smallest_within
+from tersor.tasks.scores import METRICS, Scores
 
 ROWS = np.random.default_rng(0).normal(2, 0.3, (40, 1))
 ORIGINAL = Scores(METRICS["mean"], ROWS)

@@ -26,7 +26,7 @@ from golden.container.write_container import (
 )
 from tersor.checkpoint.container import FIXED, TRAILER, Container, read
 from tersor.checkpoint.container_write import write
-from tersor.errors import ArtifactError
+from tersor.core.errors import ArtifactError
 
 FUZZ = settings(
     deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

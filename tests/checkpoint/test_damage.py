@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import tersor
 from tersor.checkpoint.artifact import MANIFEST, WEIGHTS
-from tersor.checkpoint.weights import METADATA, read_weights, write_weights
+from tersor.core.errors import ArtifactError, TersorError
 from tersor.core.files import sha256
-from tersor.errors import ArtifactError, TersorError
+from tersor.core.weights_file import METADATA, read_weights, write_weights
 from tersor.recipe import Recipe
 from zoo import original
 

@@ -18,7 +18,7 @@ from tersor.checkpoint.open import open_model
 from tersor.checkpoint.pack import pack, unpack
 from tersor.checkpoint.side_files import copy_side_files
 from tersor.checkpoint.streaming import StreamedModel, no_lines
-from tersor.errors import ModelError, TersorError
+from tersor.core.errors import ModelError, TersorError
 from tersor.recipe import Recipe
 
 SRC = Path(tersor.__file__).parent

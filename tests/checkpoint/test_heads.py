@@ -16,10 +16,10 @@ from transformers import (
 
 import tersor
 from tersor.checkpoint.open import open_model
-from tersor.errors import InputError, ModelError
+from tersor.core.errors import InputError, ModelError
+from tersor.jobs.compress import compress_to_folder
+from tersor.jobs.stream import compress_streamed
 from tersor.recipe import Recipe
-from tersor.streamed import compress_streamed
-from tersor.workflow import compress_to_folder
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 

@@ -12,9 +12,9 @@ import pytest
 from tersor.checkpoint import output
 from tersor.checkpoint.output import NEW, OLD, atomic_file, atomic_folder, check_output
 from tersor.checkpoint.seal import MANIFEST, SEAL, first_foreign, listed_in
+from tersor.core.errors import ArtifactError, InputError
 from tersor.core.files import sha256
 from tersor.core.lock import held
-from tersor.errors import ArtifactError, InputError
 
 
 def tree(folder: Path) -> dict[str, str]:

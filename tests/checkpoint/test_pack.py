@@ -19,11 +19,11 @@ from tersor.checkpoint.pack import pack, unpack
 from tersor.checkpoint.restore import read_decoded
 from tersor.checkpoint.seal import MANIFEST, RECORDS, SEAL, Checked
 from tersor.checkpoint.streaming import StreamedModel, no_lines
-from tersor.checkpoint.weights import write_weights
+from tersor.core.errors import ArtifactError, InputError, ModelError, TersorError
 from tersor.core.files import sha256
-from tersor.errors import ArtifactError, InputError, ModelError, TersorError
+from tersor.core.weights_file import write_weights
+from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
-from tersor.sites import find_sites
 
 
 def net() -> nn.Module:

@@ -18,11 +18,11 @@ from tersor.checkpoint.container_write import size_of
 from tersor.checkpoint.notice import without
 from tersor.checkpoint.open import open_model
 from tersor.checkpoint.source import state_hash
-from tersor.checkpoint.weights import DTYPE_NAMES, METADATA, file_size, read_weights, write_weights
-from tersor.errors import ArtifactError
-from tersor.modules import PackedWeight
+from tersor.core.errors import ArtifactError
+from tersor.core.weights_file import DTYPE_NAMES, METADATA, file_size, read_weights, write_weights
+from tersor.nn.packed import PackedWeight
+from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
-from tersor.sites import find_sites
 from zoo import PLAIN, PRETRAINED, REMARKS, ZOO, TiedHead, decoded, original
 
 pytestmark = [pytest.mark.filterwarnings(remark) for remark in REMARKS]

@@ -16,10 +16,10 @@ from cli_runner import tersor as run
 from export.exported import byte_level
 from tersor.checkpoint.artifact import copy_side_files
 from tersor.checkpoint.seal import MANIFEST, SEAL, first_foreign, listed_in
-from tersor.errors import InputError
+from tersor.core.errors import InputError
+from tersor.jobs.compress import record
 from tersor.recipe import Recipe
 from tersor.report.card import megabytes
-from tersor.workflow import record
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ class Card:
 @pytest.mark.parametrize("around", [10**4, 10**6])
 def test_the_stated_size_is_that_of_the_folder_whatever_it_is(tmp_path, around, monkeypatch):
     """Also where 1000.00 kB would make it 1.00 MB, and that 1000.00 kB again."""
-    monkeypatch.setattr(tersor.workflow, "model_card", lambda name, manifest, verdict, cards: shown(cards[1]))
+    monkeypatch.setattr(tersor.jobs.compress, "model_card", lambda name, manifest, verdict, cards: shown(cards[1]))
 
     def shown(card):
         return megabytes(card.folder_bytes)

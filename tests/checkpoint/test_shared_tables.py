@@ -14,7 +14,7 @@ from tersor.checkpoint.views import Packing
 from tersor.codecs.head import read_head, write_head
 from tersor.codecs.integers import Integers, as_matrix, pieces_of
 from tersor.codecs.plan import CENTRED, make_plan
-from tersor.errors import ArtifactError
+from tersor.core.errors import ArtifactError
 from tersor.formats import FORMATS
 from tersor.formats.contract import PackedParts
 

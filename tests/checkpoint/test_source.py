@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tersor.checkpoint import weights
 from tersor.checkpoint.open import open_model
-from tersor.errors import InputError, ModelError
+from tersor.core import weights_file as weights
+from tersor.core.errors import InputError, ModelError
 from zoo import PRETRAINED, original
 
 MY_MODELS = """

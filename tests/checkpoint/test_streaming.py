@@ -12,14 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tersor
 from cli_runner import tersor as run
-from tersor.checkpoint.extents import read_extents, write_extents
+from tersor.checkpoint.safetensors_header import read_extents, write_extents
 from tersor.checkpoint.streaming import StreamedModel
-from tersor.checkpoint.weights import write_weights
-from tersor.compress import compress
-from tersor.errors import ModelError, TersorError
+from tersor.core.errors import ModelError, TersorError
+from tersor.core.weights_file import write_weights
+from tersor.jobs.stream import compress_streamed
+from tersor.jobs.task_choice import TaskChoice, open_task_for
+from tersor.pipeline import compress
 from tersor.recipe import Recipe
-from tersor.streamed import compress_streamed
-from tersor.task_choice import TaskChoice, open_task_for
 
 NUM_BLOCKS = 5
 

@@ -11,7 +11,7 @@ from tersor.codecs import CODECS
 from tersor.codecs.classes import LARGEST_PART, MAX_PART, Classes, fit_classes
 from tersor.codecs.contract import Pieces
 from tersor.codecs.floats import SPLITS, Floats
-from tersor.errors import ArtifactError
+from tersor.core.errors import ArtifactError
 
 
 def decoded(pieces: Pieces, tensor: Tensor) -> Tensor:

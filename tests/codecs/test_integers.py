@@ -13,7 +13,7 @@ from torch import Tensor
 from tersor.codecs import integers, rans, rans_numba, rans_numpy
 from tersor.codecs.integers import as_matrix, decode, encode, estimate_bits, pieces_of
 from tersor.codecs.plan import make_plan
-from tersor.errors import ArtifactError
+from tersor.core.errors import ArtifactError
 
 QUICK = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 

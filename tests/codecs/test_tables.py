@@ -10,7 +10,7 @@ from tersor.codecs import rans_numba, rans_numpy
 from tersor.codecs.bits import BitReader, BitWriter, unzigzag, zigzag
 from tersor.codecs.counts import LARGEST, TOTAL
 from tersor.codecs.tables import MOST, make_tables, normalized, read_tables, write_tables
-from tersor.errors import ArtifactError
+from tersor.core.errors import ArtifactError
 
 counts_of = arrays.arrays(
     np.int64, st.tuples(st.integers(1, 6), st.just(256)), elements=st.integers(0, 3) | st.integers(0, 10**7)

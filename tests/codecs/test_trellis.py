@@ -12,7 +12,7 @@ from tersor.codecs.bits import write_varint, zigzag
 from tersor.codecs.integers import EXPANSION, Integers, as_matrix, estimate_bits
 from tersor.codecs.plan import best_plan, make_plan, plan_bits
 from tersor.codecs.trellis import Trellis
-from tersor.errors import ArtifactError
+from tersor.core.errors import ArtifactError
 from tersor.formats.trellis import POLYNOMIALS, follows, num_states_of
 
 QUICK = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])

@@ -7,8 +7,8 @@ from exported import expected, logits, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tersor.errors import FormatError
-from tersor.export.artifact import export_model
+from tersor.core.errors import FormatError
+from tersor.jobs.export import export_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the client's own
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tersor.errors import ModelError
+from tersor.core.errors import ModelError
 from tersor.export.check import ROUNDED, hold, judged, limit_of
 from tersor.export.examples import Examples
 

@@ -16,7 +16,7 @@ import torch
 from exported import IDS, expected
 from transformers import AutoTokenizer
 
-from tersor.export.artifact import export_model
+from tersor.jobs.export import export_model
 
 pytestmark = pytest.mark.slow
 PACKAGES = {

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import tersor
-from tersor.activations import ACTIVATIONS, Activation
-from tersor.errors import FormatError
-from tersor.export.artifact import export_model
+from tersor.activations.quantizers import ACTIVATIONS, Activation
+from tersor.core.errors import FormatError
 from tersor.formats import FORMATS
-from tersor.stats import Stats
+from tersor.jobs.export import export_model
+from tersor.methods.stats import Stats
 
 WEIGHT_ONLY = ["int8", "int8-g64", "int6-g32", "int5-g128", "int4-g32", "int4", "int3-g64", "int2-g32", "fp8-e4m3"]
 FLOAT4 = ["nvfp4", "mxfp4"]

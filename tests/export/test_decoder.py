@@ -14,7 +14,7 @@ from torch import nn
 import tersor
 import tersor.export.check
 from tersor import Recipe, export_model
-from tersor.errors import InputError, ModelError
+from tersor.core.errors import InputError, ModelError
 from tersor.export.check import read_in_steps
 from tersor.export.onnx import language
 from tersor.runtimes import open_decoder

@@ -13,12 +13,12 @@ from torch import nn
 import tersor
 import tersor.export.check
 from tersor import Recipe
-from tersor.errors import FormatError, InputError, MissingExtra, ModelError
-from tersor.export.artifact import checkpoint_of
+from tersor.core.errors import FormatError, InputError, MissingExtra, ModelError
 from tersor.export.check import check, difference
 from tersor.export.examples import Examples
 from tersor.export.executorch import ExecuTorch
-from tersor.measure.bench import bench, candidates_of
+from tersor.jobs.bench import bench, candidates_of
+from tersor.jobs.export import checkpoint_of
 from tersor.runtimes import executorch as client
 from tersor.runtimes import runtime_for, runtime_named
 

@@ -9,7 +9,7 @@ from torch import nn
 import tersor
 from cli_runner import tersor as command
 from tersor import EXPORTS, Recipe, export_model
-from tersor.errors import FormatError, InputError, ModelError, UnknownName
+from tersor.core.errors import FormatError, InputError, ModelError, UnknownName
 from tersor.export.contract import Export, Runnable
 from tersor.export.folder import PROVENANCE
 

@@ -28,13 +28,13 @@ from transformers import (
 )
 
 import tersor
-from tersor.errors import FormatError, MissingExtra, ModelError
-from tersor.export.artifact import export_model
+from tersor.core.errors import FormatError, MissingExtra, ModelError
 from tersor.export.gguf_blocks import block_type, to_blocks
 from tersor.export.gguf_tokenizer import SPLITS
 from tersor.formats import FORMATS
+from tersor.jobs.export import export_model
 from tersor.methods import METHODS
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 HELD = {
     "int8-g32": "Q8_0", "int8": "Q8_0", "int6-g64": "Q8_0", "int5-g32": "Q5_0", "int4-g32": "Q4_0",

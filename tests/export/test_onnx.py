@@ -20,13 +20,13 @@ from cli_runner import tersor as command
 from tersor import Recipe, export_model
 from tersor.checkpoint.layout import packed_sites
 from tersor.checkpoint.open import open_model
-from tersor.errors import FormatError, InputError, MissingExtra, ModelError
+from tersor.core.errors import FormatError, InputError, MissingExtra, ModelError
 from tersor.export import onnx as client
-from tersor.export.artifact import checkpoint_of
 from tersor.export.check import difference
 from tersor.export.examples import Examples, outputs_of
 from tersor.export.onnx import Onnx, file, layers
 from tersor.export.onnx.blocks import rotary_tables
+from tersor.jobs.export import checkpoint_of
 from tersor.runtimes import runtime_named
 from zoo import ZOO
 

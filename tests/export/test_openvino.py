@@ -10,12 +10,12 @@ from torch import nn
 import tersor
 import tersor.export.check
 from tersor import Recipe
-from tersor.errors import FormatError, InputError, MissingExtra
+from tersor.core.errors import FormatError, InputError, MissingExtra
 from tersor.export import openvino as client
-from tersor.export.artifact import checkpoint_of
 from tersor.export.check import check, difference
 from tersor.export.examples import Examples
 from tersor.export.openvino import OpenVinoIr
+from tersor.jobs.export import checkpoint_of
 from tersor.runtimes import runtime_named
 
 

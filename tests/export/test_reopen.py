@@ -8,9 +8,9 @@ import transformers
 
 import tersor
 import tersor.export.compressed_tensors
-from tersor.errors import ModelError
-from tersor.export.artifact import export_model
-from tersor.sites import find_sites
+from tersor.core.errors import ModelError
+from tersor.jobs.export import export_model
+from tersor.nn.sites import find_sites
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the clients' own
 SMALL = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}

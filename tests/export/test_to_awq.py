@@ -7,8 +7,8 @@ import torch
 from exported import weights
 from safetensors.torch import load_file
 
-from tersor.errors import FormatError
-from tersor.export.artifact import export_model
+from tersor.core.errors import FormatError
+from tersor.jobs.export import export_model
 
 PLACE = [0, 4, 1, 5, 2, 6, 3, 7]  # the nibble of a word in which the n-th of eight outputs lies
 

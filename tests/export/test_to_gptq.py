@@ -6,8 +6,8 @@ import pytest
 from exported import weights
 from safetensors.torch import load_file
 
-from tersor.errors import FormatError
-from tersor.export.artifact import export_model
+from tersor.core.errors import FormatError
+from tersor.jobs.export import export_model
 
 
 def code(words: list[int], index: int, bits: int) -> int:

@@ -21,7 +21,7 @@ import tersor.export.check
 from cli_runner import tersor as command
 from tersor import Recipe, export_model
 from tersor.checkpoint.seal import SEAL
-from tersor.errors import FormatError, InputError
+from tersor.core.errors import FormatError, InputError
 from tersor.export import web
 from tersor.export.folder import PROVENANCE
 from tersor.runtimes import runtime_named

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from laws import random
-from tersor.errors import FormatError
+from tersor.core.errors import FormatError
 from tersor.formats.bitmask import Bitmask
 from tersor.formats.contract import Encoded
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from laws import random, same_bits
-from tersor.errors import FormatError
+from tersor.core.errors import FormatError
 from tersor.formats.coded import LARGEST, Coded, finer, scales, steps
 from tersor.formats.contract import Encoded
 

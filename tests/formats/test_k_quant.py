@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from laws import odd_weights, random
-from tersor.errors import FormatError
+from tersor.core.errors import FormatError
 from tersor.formats import FORMATS
 from tersor.formats.k_quant import KINDS, KQuant
 from tersor.methods import METHODS
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 K_QUANTS = [KQuant(bits) for bits in KINDS]
 

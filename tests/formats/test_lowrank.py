@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from laws import random
-from tersor.errors import FormatError
+from tersor.core.errors import FormatError
 from tersor.formats.contract import Encoded
 from tersor.formats.int_group import IntGroup
 from tersor.formats.lowrank import Corrected, LowRank

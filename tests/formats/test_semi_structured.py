@@ -5,7 +5,7 @@ import safetensors.torch
 import torch
 
 from laws import random
-from tersor.errors import FormatError
+from tersor.core.errors import FormatError
 from tersor.formats.bitmask import Bitmask
 from tersor.formats.contract import Encoded
 from tersor.formats.semi_structured import SemiStructured

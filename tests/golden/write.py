@@ -17,7 +17,7 @@ from tersor.formats.contract import Encoded, Format
 from tersor.formats.lowrank import Corrected, LowRank
 from tersor.methods.magnitude import Magnitude
 from tersor.methods.nearest import Nearest
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 HOME = Path(__file__).parent
 PARTS, DECODED = "part.", "decoded"

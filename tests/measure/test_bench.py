@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import cli_runner
-from tersor.errors import InputError
+from tersor.core.errors import InputError
+from tersor.jobs.bench import Candidate, bench, candidates_of
+from tersor.jobs.task_choice import TaskChoice
 from tersor.measure import latency
-from tersor.measure.bench import Candidate, bench, candidates_of
 from tersor.measure.latency import Latency, measure_calls
 from tersor.measure.memory import measure_opened
-from tersor.task_choice import TaskChoice
 
 MODELS = '''
 import time

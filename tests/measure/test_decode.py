@@ -9,10 +9,10 @@ import pytest
 
 import cli_runner
 from tersor import export_model
-from tersor.errors import InputError, MissingExtra, ModelError
-from tersor.measure import decode
-from tersor.measure.bench import Candidate, bench
-from tersor.measure.decode import decode_bench
+from tersor.core.errors import InputError, MissingExtra, ModelError
+from tersor.jobs import decode
+from tersor.jobs.bench import Candidate, bench
+from tersor.jobs.decode import decode_bench
 from tersor.runtimes import RUNTIMES, open_decoder
 from zoo import ZOO
 

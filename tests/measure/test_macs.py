@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.measure.macs import count_macs
+from tersor.nn.macs import count_macs
 
 STEPS, BATCH, INPUTS, HIDDEN = 7, 3, 12, 16
 

@@ -9,9 +9,9 @@ from torch import nn
 import tersor
 from tersor.checkpoint.container_write import size_of
 from tersor.measure.latency import measure_latency
-from tersor.measure.macs import count_macs
 from tersor.measure.memory import measure_peak_memory
 from tersor.measure.size import measure_size
+from tersor.nn.macs import count_macs
 
 
 def packed(model: nn.Module, scheme: str) -> nn.Module:

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import binom, binomtest, multinomial, norm
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.measure.verdict import FEWEST, MOST_NEEDED, Tolerance, Verdict, interval, judge, tango_interval
-from tersor.scores import METRICS, Metric, Scores, perplexity, spearman
+from tersor.tasks.scores import METRICS, Metric, Scores, perplexity, spearman
 
 ALPHA = 0.05
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from laws import random, same_parts
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.formats import FORMATS
 from tersor.methods.autoround import AutoRound, Rounded
 from tersor.methods.gptq import Gptq
 from tersor.methods.nearest import Nearest
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 
 @dataclass

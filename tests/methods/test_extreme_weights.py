@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 import tersor
-from tersor.errors import ModelError, TersorError
+from tersor.core.errors import ModelError, TersorError
 from tersor.formats import FORMATS
 from tersor.methods import METHODS
-from tersor.schemes import Scheme
-from tersor.sites import find_sites
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
+from tersor.nn.sites import find_sites
+from tersor.schemes.scheme import Scheme
 from tersor.steps.result import check_result
 from tersor.steps.weights_run import compress_site
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from laws import random, same_parts
-from tersor.errors import DataError, InputError
+from tersor.core.errors import DataError, InputError
 from tersor.formats import FORMATS
 from tersor.formats.codebook import Codebook
 from tersor.formats.contract import Grid
@@ -12,7 +12,7 @@ from tersor.methods.gptq import Gptq
 from tersor.methods.kmeans import Kmeans
 from tersor.methods.mse import Mse
 from tersor.methods.nearest import Nearest
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 # 256 values for a row of 96 weights leave nothing to gain.
 GRIDS = [name for name, format in FORMATS.items() if isinstance(format, Grid) and name != "codebook256"]

@@ -8,7 +8,7 @@ from laws import random, same_parts
 from tersor.formats import int_group
 from tersor.formats.int_group import IntGroup
 from tersor.methods import Hqq, Nearest
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 
 def heavy_tailed():

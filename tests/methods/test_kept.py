@@ -6,12 +6,12 @@ from torch import nn
 
 import tersor
 from laws import random
-from tersor.errors import FormatError
+from tersor.core.errors import FormatError
 from tersor.formats import FORMATS
 from tersor.formats.contract import Sparse
 from tersor.methods import Kept, Magnitude
 from tersor.methods.magnitude import encode_kept
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 SPARSE = [name for name, format in FORMATS.items() if isinstance(format, Sparse)]
 

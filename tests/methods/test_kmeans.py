@@ -9,7 +9,7 @@ from laws import random, stats_for
 from tersor.formats import FORMATS
 from tersor.formats.codebook import Codebook
 from tersor.methods import Kmeans, Nearest
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 BOOKS = [name for name, format in FORMATS.items() if isinstance(format, Codebook)]
 

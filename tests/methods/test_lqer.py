@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from laws import random
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.formats.int_group import IntGroup
 from tersor.formats.lowrank import Corrected, LowRank
 from tersor.methods.gptq import Gptq
 from tersor.methods.lqer import Lqer
 from tersor.methods.mse import Mse
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 FORMAT = Corrected(IntGroup(2, 64))
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from laws import random
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.formats import FORMATS
 from tersor.formats.bitmask import Bitmask
 from tersor.formats.contract import Sparse
 from tersor.methods import Magnitude
 from tersor.methods.mse import Mse
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 
 def prune(weight, sparsity):

@@ -11,7 +11,7 @@ from tersor.formats.contract import Grid
 from tersor.formats.int_group import IntGroup
 from tersor.methods import Mse, Nearest
 from tersor.methods.mse import searched
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 GRIDS = [name for name, format in FORMATS.items() if Mse().accepts(format) is None]
 f64 = np.float64

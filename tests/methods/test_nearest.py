@@ -6,7 +6,7 @@ import torch
 from laws import odd_weights, same_parts, widened
 from tersor.formats import FORMATS
 from tersor.methods import Nearest
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from laws import random
-from tersor.errors import DataError
+from tersor.core.errors import DataError
 from tersor.formats import FORMATS
 from tersor.methods import solver
 from tersor.methods.solver import Problem, polish, pose, rescaling, sweep
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 GRIDS = ["int4-g64", "int3-g32-asym", "int2", "nf4", "nvfp4", "mxfp4", "fp8-e4m3", "codebook16"]
 

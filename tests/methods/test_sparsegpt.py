@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from laws import params_of, random, same_parts
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.formats import FORMATS
 from tersor.formats.sparse_int import SparseInt
 from tersor.methods.magnitude import Magnitude
 from tersor.methods.solver import BLOCK
 from tersor.methods.sparsegpt import SparseGpt
+from tersor.methods.stats import Stats
 from tersor.methods.wanda import Wanda
-from tersor.stats import Stats
 
 
 def inputs(num_tokens=500, num_columns=128):

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from laws import random
-from tersor.errors import DataError, InputError
+from tersor.core.errors import DataError, InputError
 from tersor.formats.lowrank import LowRank
+from tersor.methods.stats import Stats
 from tersor.methods.svd import Svd
-from tersor.stats import Stats
 
 SHAPES = [(12, 20), (20, 12)]
 

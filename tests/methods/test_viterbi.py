@@ -10,7 +10,7 @@ from golden.container.write_container import on_paths
 from methods.test_waterfill import bits, loss, problem
 from tersor.checkpoint.container import Container
 from tersor.checkpoint.container_write import write
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.formats.coded import Coded
 from tersor.formats.trellis import NOISE, PATH, POLYNOMIALS, follows
 from tersor.methods.solver import pose

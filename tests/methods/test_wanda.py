@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from laws import random
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.formats import FORMATS
 from tersor.formats.bitmask import Bitmask
 from tersor.formats.semi_structured import SemiStructured
 from tersor.methods.magnitude import Magnitude
+from tersor.methods.stats import Stats
 from tersor.methods.wanda import Wanda
-from tersor.stats import Stats
 
 
 def inputs(num_columns):

@@ -7,13 +7,13 @@ import torch
 
 from laws import random
 from tersor.codecs.integers import estimate_bits
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.formats import FORMATS
 from tersor.formats.coded import Coded, steps
 from tersor.methods.filling import cheapest
 from tersor.methods.gptq import Gptq
+from tersor.methods.stats import Stats
 from tersor.methods.waterfill import UNREACHED, Waterfill, unseen
-from tersor.stats import Stats
 
 
 def inputs(num_tokens, num_columns, seed=1):

@@ -2,7 +2,7 @@
 
 import torch
 
-from tersor.moments import Moments
+from tersor.calibration.moments import Moments
 
 EVERYTHING = frozenset({"sample", "largest", "ranges", "histogram"})
 

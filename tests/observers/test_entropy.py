@@ -4,8 +4,8 @@ import pytest
 import torch
 from observed import SAMPLES, stats_of
 
-from tersor.activations import IntStatic
-from tersor.observers.entropy import Entropy, divergence
+from tersor.activations.observers.entropy import Entropy, divergence
+from tersor.activations.quantizers import IntStatic
 
 
 def textbook(x, codes, low, high):

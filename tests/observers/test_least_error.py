@@ -2,9 +2,9 @@ import pytest
 import torch
 from observed import SAMPLES, stats_of
 
-from tersor.activations import IntStatic
-from tersor.observers import OBSERVERS
-from tersor.observers.least_error import CubedError, LeastSquares
+from tersor.activations.observers import OBSERVERS
+from tersor.activations.observers.least_error import CubedError, LeastSquares
+from tersor.activations.quantizers import IntStatic
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SAMPLES if kind != "zeros"])

@@ -1,8 +1,8 @@
 from observed import SAMPLES, stats_of
 
-from tersor.activations import IntStatic
-from tersor.moments import Moments
-from tersor.observers.min_max import MinMax
+from tersor.activations.observers.min_max import MinMax
+from tersor.activations.quantizers import IntStatic
+from tersor.calibration.moments import Moments
 
 
 def test_it_is_the_range_of_everything_seen_not_of_the_sample():

@@ -2,9 +2,9 @@ import pytest
 import torch
 from observed import random
 
-from tersor.activations import IntStatic
-from tersor.observers.moving_average import MovingAverage
-from tersor.stats import Stats
+from tersor.activations.observers.moving_average import MovingAverage
+from tersor.activations.quantizers import IntStatic
+from tersor.methods.stats import Stats
 
 
 def test_it_is_the_textbook_average_over_runs():

@@ -7,12 +7,12 @@ import pytest
 import torch
 from observed import EVERYTHING, SAMPLES, random, stats_of
 
-from tersor.activations import IntStatic
-from tersor.errors import DataError, InputError, UnknownName
-from tersor.histogram import Histogram
-from tersor.observers import OBSERVERS
-from tersor.schemes import Scheme
-from tersor.stats import Stats
+from tersor.activations.histogram import Histogram
+from tersor.activations.observers import OBSERVERS
+from tersor.activations.quantizers import IntStatic
+from tersor.core.errors import DataError, InputError, UnknownName
+from tersor.methods.stats import Stats
+from tersor.schemes.scheme import Scheme
 
 ALL = pytest.mark.parametrize("name", OBSERVERS)
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from observed import SAMPLES, stats_of
 
-from tersor.activations import IntStatic
-from tersor.observers.percentile import Percentile
+from tersor.activations.observers.percentile import Percentile
+from tersor.activations.quantizers import IntStatic
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "heavy tails", "negative", "after relu"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tersor
-from tersor.errors import InputError, ModelError
+from tersor.core.errors import InputError, ModelError
 from tersor.runtimes import open_decoder, open_session
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "export"))

@@ -13,7 +13,7 @@ from graphs import convolution, integer_mlp, mlp
 from torch import nn
 
 import tersor
-from tersor.errors import InputError, MissingExtra, ModelError, UnknownName
+from tersor.core.errors import InputError, MissingExtra, ModelError, UnknownName
 from tersor.formats.contract import Encoded
 from tersor.runtimes import RUNTIMES, open_session, runtime_for
 from tersor.runtimes.feeds import feeds_from, synthetic_feeds

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from tersor.errors import DataError, InputError, MissingExtra
+from tersor.core.errors import DataError, InputError, MissingExtra
 from tersor.tasks import open_task
 from tersor.tasks.arrays import to_model_layout
 

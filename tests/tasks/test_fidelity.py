@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
-from tersor.errors import DataError, InputError
+from tersor.core.errors import DataError, InputError
 from tersor.tasks import fidelity, open_task, unlabelled
 from tersor.tasks.fidelity import kl_divergence, neighbour_overlap
 

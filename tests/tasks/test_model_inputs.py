@@ -10,8 +10,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from tersor.calibrate import gather
-from tersor.errors import DataError, InputError
+from tersor.calibration.curvature import gather
+from tersor.core.errors import DataError, InputError
 from tersor.tasks import made_up, open_task
 from tersor.tasks.takes import takes
 

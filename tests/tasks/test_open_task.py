@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from tersor.errors import DataError, InputError, UnknownName
+from tersor.core.errors import DataError, InputError, UnknownName
 from tersor.tasks import TASKS, open_task, task_options
 from tersor.tasks.options import HELP
 
 OWN = """
 import numpy as np
-from tersor.scores import METRICS, Scores
+from tersor.tasks.scores import METRICS, Scores
 
 class Own:
     name, output, description, fingerprint = "own", "values", "mine", "0"

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from tersor.analysis.divergence import divergence, outputs
-from tersor.calibrate import gather
-from tersor.errors import DataError, InputError
+from tersor.calibration.curvature import gather
+from tersor.calibration.divergence import divergence, outputs
+from tersor.core.errors import DataError, InputError
 from tersor.tasks import open_task
 from tersor.tasks.outputs import tensors_of
 from tersor.training.imitation import imitation

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tersor.errors import DataError, InputError
+from tersor.core.errors import DataError, InputError
 from tersor.tasks import open_task, perplexity
 from tersor.tasks.text import standard_library_docstrings
 

@@ -10,9 +10,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification
 
 from tersor.checkpoint.open import open_model
-from tersor.errors import DataError
+from tersor.core.errors import DataError
+from tersor.jobs.compress import TaskChoice, open_task_for
 from tersor.tasks import made_up
-from tersor.workflow import TaskChoice, open_task_for
 
 SETTINGS = {
     "mean and std": {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}},

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tersor.errors import DataError
+from tersor.core.errors import DataError
 from tersor.tasks.table import read_rows, read_texts, to_number
 from tersor.tasks.text import fingerprint, passages, read_text, standard_library_docstrings
 

@@ -11,11 +11,11 @@ from torch.nn.functional import normalize
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from tersor.checkpoint.open import open_model
-from tersor.errors import InputError, ModelError
+from tersor.core.errors import InputError, ModelError
+from tersor.jobs.compress import TaskChoice, compress_to_folder, open_task_for
 from tersor.recipe import Recipe
 from tersor.tasks import open_task
 from tersor.tasks.sentence import pool, read_embedder
-from tersor.workflow import TaskChoice, compress_to_folder, open_task_for
 
 TYPE = "sentence_transformers.models."
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sentence_pairs import PAIRS
 
-from tersor.errors import DataError, InputError, ModelError
+from tersor.core.errors import DataError, InputError, ModelError
 from tersor.tasks import open_task
 from tersor.tasks.sentence import pool, read_pooling
 

@@ -6,7 +6,7 @@ import transformers
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from tersor.errors import DataError
+from tersor.core.errors import DataError
 from tersor.tasks import open_task
 
 SIZES = {

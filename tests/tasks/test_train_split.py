@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.errors import DataError, InputError
+from tersor.core.errors import DataError, InputError
 from tersor.tasks import Trainable, open_task
 from tersor.tasks.augment import AUGMENTATIONS, augmented
 from tersor.tasks.inputs import Batch

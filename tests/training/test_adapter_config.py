@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.errors import ModelError, TersorError
-from tersor.training.adapters import CONFIG, TENSORS, load_adapter, put_in, save_adapter
+from tersor.checkpoint.adapters import CONFIG, TENSORS, load_adapter, put_in, save_adapter
+from tersor.core.errors import ModelError, TersorError
 from tersor.training.lora import LoraStep, adapt
 from tersor.training.merge import merge
 

@@ -14,9 +14,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 import tersor
-from tersor.errors import DataError, InputError
+from tersor.core.errors import DataError, InputError
+from tersor.jobs.compress import compress_to_folder
+from tersor.jobs.task_choice import TaskChoice
 from tersor.recipe import Recipe
-from tersor.task_choice import TaskChoice
 from tersor.tasks import open_task
 from tersor.tasks.inputs import scoring
 from tersor.training import DistilStep, FinetuneStep, Job, StudentStep
@@ -24,7 +25,6 @@ from tersor.training.distil import Distillation
 from tersor.training.features import hidden_loss, pairs_of_blocks, relation_loss
 from tersor.training.journal import Journal
 from tersor.training.teacher_cache import TeacherCache, predictions
-from tersor.workflow import compress_to_folder
 from zoo import SIZES, pretrained
 
 pytestmark = pytest.mark.usefixtures("one_thread")

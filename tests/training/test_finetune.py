@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tersor
-from tersor.compress import compress
-from tersor.errors import DataError, FormatError
+from tersor.core.errors import DataError, FormatError
+from tersor.pipeline import compress
 from tersor.recipe import Recipe
 from tersor.tasks import open_task
 
@@ -33,9 +33,9 @@ from pathlib import Path
 import tersor.compress
 from tersor.recipe import Recipe
 from tersor.training.journal import Journal
-from tersor.workflow import TaskChoice, compress_to_folder
+from tersor.jobs.compress import TaskChoice, compress_to_folder
 
-tersor.compress.Journal = partial(Journal, seconds=0)
+tersor.pipeline.Journal = partial(Journal, seconds=0)
 compress_to_folder(
     "toy:make", Path(sys.argv[1]), weights=Path("toy.safetensors"), recipe=Recipe.from_file(Path("recipe.yaml")),
     task_choice=TaskChoice("classification", Path("data.npz")), batch_sizes=(1,),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.errors import DataError, InputError
+from tersor.core.errors import DataError, InputError
 from tersor.tasks import open_task
 from tersor.training import FinetuneStep, Job, Masks
 from tersor.training.finetune import task_loss

@@ -13,17 +13,17 @@ from peft import PeftModel
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from tersor.compress import compress
-from tersor.errors import DataError, InputError, UnknownName
-from tersor.modules import PackedLinear
+from tersor.checkpoint.adapters import ADAPTER, Adapter, adapted_layers, load_adapter, put_in, save_adapter
+from tersor.core.errors import DataError, InputError, UnknownName
+from tersor.methods.stats import Stats
+from tersor.nn.packed import PackedLinear
+from tersor.nn.sites import find_sites
+from tersor.pipeline import compress
 from tersor.recipe import Recipe
-from tersor.schemes import Scheme
-from tersor.sites import find_sites
-from tersor.stats import Stats
+from tersor.schemes.scheme import Scheme
 from tersor.tasks.perplexity import Perplexity
 from tersor.tasks.split import Rows
 from tersor.tasks.windows import Windows
-from tersor.training.adapters import ADAPTER, Adapter, adapted_layers, load_adapter, put_in, save_adapter
 from tersor.training.job import Job
 from tersor.training.lora import LoraStep, adapt, block_sites, short_names, train_adapter
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.compress import compress
-from tersor.errors import DataError, InputError
+from tersor.core.errors import DataError, InputError
+from tersor.nn.sites import find_sites
+from tersor.pipeline import compress
 from tersor.recipe import Recipe
-from tersor.sites import find_sites
 from tersor.tasks import open_task
 from tersor.training import FinetuneStep, Job, LotteryStep
 from tersor.training.finetune import task_loss

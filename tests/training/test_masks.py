@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from tersor.errors import InputError, UnknownName
+from tersor.core.errors import InputError, UnknownName
 from tersor.formats.semi_structured import SemiStructured
+from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
-from tersor.sites import find_sites
 from tersor.training.masks import Choice, Masks, empty_sites, largest, sparsity_of
 
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.compress import compress
-from tersor.errors import InputError, ModelError
-from tersor.modules import PackedEmbedding, PackedLinear
+from tersor.checkpoint.adapters import CONFIG, TENSORS, Adapter, adapted_layers, load_adapter, put_in, save_adapter
+from tersor.core.errors import InputError, ModelError
+from tersor.nn.packed import PackedEmbedding, PackedLinear
+from tersor.nn.sites import find_sites
+from tersor.pipeline import compress
 from tersor.recipe import Recipe
-from tersor.sites import find_sites
 from tersor.tasks.perplexity import Perplexity
 from tersor.tasks.split import Rows
 from tersor.training import Job
-from tersor.training.adapters import CONFIG, TENSORS, Adapter, adapted_layers, load_adapter, put_in, save_adapter
 from tersor.training.lora import LoraStep, adapt, block_sites
 from tersor.training.masks import Masks
 from tersor.training.merge import divergences, merge, merged_float, naive, unmerged

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 import tersor
-from tersor.compress import compress
-from tersor.errors import DataError, FormatError, InputError, UnknownName
+from tersor.core.errors import DataError, FormatError, InputError, UnknownName
+from tersor.jobs.compress import compress_to_folder
+from tersor.jobs.task_choice import TaskChoice
 from tersor.measure.verdict import Tolerance, judge
+from tersor.nn.sites import find_sites
+from tersor.pipeline import compress
 from tersor.recipe import Recipe
-from tersor.sites import find_sites
-from tersor.task_choice import TaskChoice
 from tersor.tasks import open_task
 from tersor.training import Job, PruneStep
 from tersor.training.finetune import task_loss
@@ -21,7 +22,6 @@ from tersor.training.imitation import imitation
 from tersor.training.journal import Journal
 from tersor.training.loop import train
 from tersor.training.prune import cubic
-from tersor.workflow import compress_to_folder
 
 NUM_WEIGHTS = 16 * 64 + 64 * 4
 
@@ -292,8 +292,8 @@ def test_what_cannot_be_meant_is_refused(fields, message):
 
 def test_a_pattern_without_a_site_is_said_before_anything_is_measured(tmp_path, task, model, monkeypatch):
     recipe = Recipe.from_yaml("steps: [{step: finetune}, {step: prune, exclude: [fc9]}]")
-    monkeypatch.setattr("tersor.workflow.open_task_for", lambda *_: pytest.fail("opened the task"))
+    monkeypatch.setattr("tersor.jobs.compress.open_task_for", lambda *_: pytest.fail("opened the task"))
     with pytest.raises(UnknownName, match="site pattern 'fc9'"):
-        tersor.workflow.preflight_all(model, recipe)
+        tersor.jobs.compress.preflight_all(model, recipe)
     with pytest.raises(DataError, match="prune: no task has no train split"):
         PruneStep().run(Job(model, model, None))

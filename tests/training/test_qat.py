@@ -10,22 +10,22 @@ from torch import nn
 from torch.nn.functional import conv2d
 
 import tersor
-from tersor.activations import ACTIVATIONS, Activation, IntStatic
-from tersor.assignment import Assignment
+from tersor.activations.quantizers import ACTIVATIONS, Activation, IntStatic
 from tersor.checkpoint.artifact import load, save
-from tersor.errors import DataError, FormatError, InputError, UnknownName
+from tersor.core.errors import DataError, FormatError, InputError, UnknownName
 from tersor.formats import FORMATS, format_named
 from tersor.formats.fp8 import Fp8
 from tersor.formats.int_group import IntGroup
 from tersor.kernels import reference
-from tersor.modules import Fold, PackedConv
+from tersor.methods.stats import Stats
+from tersor.nn.packed import Fold, PackedConv
+from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
-from tersor.scores import Scores
-from tersor.sites import find_sites
-from tersor.stats import Stats
+from tersor.schemes.assignment import Assignment
 from tersor.tasks import open_task
 from tersor.tasks.fidelity import kl_divergence
 from tersor.tasks.inputs import scoring
+from tersor.tasks.scores import Scores
 from tersor.training import Job, Masks, QatStep
 from tersor.training.fake_quant import FakeInput, FakeWeight
 from tersor.training.journal import Journal

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from cli_runner import tersor as run_tersor
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.recipe import Recipe
 from tersor.training import Job, Masks, StudentStep
 from tersor.training.student import evenly, make_student

@@ -10,7 +10,7 @@ from torch import nn
 import tersor
 from laws import check_layout, random, widened
 from tersor.checkpoint.artifact import load, save
-from tersor.errors import DataError, InputError
+from tersor.core.errors import DataError, InputError
 from tersor.formats import FORMATS, format_named
 from tersor.formats.bitmask import Bitmask
 from tersor.formats.codebook import Codebook
@@ -19,11 +19,11 @@ from tersor.formats.float_cast import FloatCast
 from tersor.formats.mx import Mxfp4
 from tersor.formats.semi_structured import SemiStructured
 from tersor.methods import Kmeans
-from tersor.modules import Fold, PackedWeight
+from tersor.methods.stats import Stats
+from tersor.nn.packed import Fold, PackedWeight
+from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
-from tersor.schemes import Scheme
-from tersor.sites import find_sites
-from tersor.stats import Stats
+from tersor.schemes.scheme import Scheme
 from tersor.tasks import open_task
 from tersor.tasks.fidelity import kl_divergence
 from tersor.tasks.inputs import scoring

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tersor.sites import find_sites
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
+from tersor.nn.sites import find_sites
 from zoo import GQA, SIZES, SPECIAL, Case, pretrained, tokens
 
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2, **SPECIAL}

@@ -2,7 +2,7 @@ import pytest
 import torch
 from models import measured, model_of
 
-from tersor.errors import InputError, UnknownName
+from tersor.core.errors import InputError, UnknownName
 from tersor.formats import format_named
 from tersor.transforms.awq import Awq, output_error
 from tersor.transforms.pairs import Pair, find_pairs

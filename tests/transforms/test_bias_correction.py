@@ -9,7 +9,7 @@ from torch import nn
 
 import tersor
 from laws import random, same_bits
-from tersor.errors import DataError
+from tersor.core.errors import DataError
 from tersor.formats.int_group import IntGroup
 from tersor.recipe import Recipe
 from tersor.transforms.bias_correction import corrected_bias
@@ -70,7 +70,7 @@ def test_a_sites_mean_output_is_the_floats(name):
 @pytest.mark.parametrize("batches", ["at once", "one by one"])
 def test_each_site_sees_what_the_sites_before_it_became(batches, monkeypatch):
     if batches == "one by one":
-        monkeypatch.setattr("tersor.walk.Walk.memory_limit", 1)
+        monkeypatch.setattr("tersor.calibration.walk.Walk.memory_limit", 1)
     model, x = nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 5)), random(40, 12).exp()
     small = compressed(model, x)
     with torch.no_grad():

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from models import model_of
 from torch import nn
 
-from tersor.errors import InputError, ModelError
+from tersor.core.errors import InputError, ModelError
 from tersor.formats.int_group import IntGroup
 from tersor.transforms.equalize import Equalize
 from tersor.transforms.fold_bn import FoldBn

@@ -8,7 +8,7 @@ from models import model_of
 from torch import nn
 
 import tersor
-from tersor.compress import apply_transform
+from tersor.pipeline import apply_transform
 from tersor.transforms.equalize import Equalize
 from tersor.transforms.fold_bn import FoldBn, is_neutral
 from tersor.transforms.pairs import set_parameter

@@ -2,7 +2,7 @@ import pytest
 import torch
 from models import model_of
 
-from tersor.errors import ModelError
+from tersor.core.errors import ModelError
 from tersor.transforms.hadamard import Hadamard, hadamard, random_hadamard
 
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from models import measured, model_of
 
-from tersor.errors import InputError
-from tersor.stats import Stats
+from tersor.core.errors import InputError
+from tersor.methods.stats import Stats
 from tersor.transforms.pairs import Pair, find_pairs, matrix
 from tersor.transforms.smooth import Smooth, int8_error
 

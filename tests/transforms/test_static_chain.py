@@ -9,7 +9,7 @@ from torch import nn
 
 import tersor
 from laws import random
-from tersor.observers import OBSERVERS
+from tersor.activations.observers import OBSERVERS
 from tersor.recipe import Recipe
 from test_walk import Toy
 

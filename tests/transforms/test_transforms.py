@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from models import MODELS, in_float64, measured, model_of
 
 import tersor.transforms
-from tersor.copies import copy_but_sites
-from tersor.errors import ModelError
-from tersor.stats import Stats
+from tersor.core.errors import ModelError
+from tersor.methods.stats import Stats
+from tersor.nn.copies import copy_but_sites
 from tersor.transforms import TRANSFORMS
 from tersor.transforms.fold_bn import FoldBn
 

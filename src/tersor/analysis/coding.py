@@ -27,15 +27,15 @@ from tersor.checkpoint.open import open_model
 from tersor.checkpoint.pack import decoded, sites_of
 from tersor.checkpoint.seal import SEAL, Checked, check_sealed
 from tersor.checkpoint.source import weight_files
-from tersor.checkpoint.weights import opened
 from tersor.codecs.classes import SMALLEST, STEPS, counted, scales_of
 from tersor.codecs.floats import SPLITS, bits_of, parted, read_planes
 from tersor.codecs.head import Head, read_head
 from tersor.codecs.integers import as_matrix, matrix_shape
 from tersor.codecs.plan import symbols_of
-from tersor.errors import InputError
+from tersor.core.errors import InputError
+from tersor.core.weights_file import opened
 from tersor.formats.trellis import NOISE
-from tersor.sites import find_sites
+from tersor.nn.sites import find_sites
 
 AT_ERROR = (
     "bound: for normal weights, at the error of the codes' steps; the gap of steps alone is 0.255 at high rate, that "

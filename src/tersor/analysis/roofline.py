@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tersor.errors import ModelError
+from tersor.core.errors import ModelError
 from tersor.measure.scorecard import processor
 from tersor.runtimes.contract import run_clock
 

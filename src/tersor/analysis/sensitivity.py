@@ -1,7 +1,7 @@
 """How much each site minds each format: predicted from the curvature, and measured for a sample.
 
-The prediction is `1/2 sum F_ij D_ij^2` with the Fisher information F of calibrate.py, as the allocator uses it (the
-second-order saliency of LeCun et al. 1990, "Optimal Brain Damage",
+The prediction is `1/2 sum F_ij D_ij^2` with the Fisher information F of calibration/curvature.py, as the allocator uses
+it (the second-order saliency of LeCun et al. 1990, "Optimal Brain Damage",
 https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html). What is measured is the
 same quantity: one site is compressed, everything else kept, and the outputs are compared with the original's.
 """
@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from tersor.analysis.divergence import UNITS, divergence, outputs
-from tersor.budget.plan import Menu, measure_menus
-from tersor.calibrate import gather
-from tersor.compress import compress
+from tersor.calibration.curvature import gather
+from tersor.calibration.divergence import UNITS, divergence, outputs
 from tersor.core.progress import Progress, silent
+from tersor.nn.sites import escape
+from tersor.pipeline import compress
 from tersor.recipe import Recipe
-from tersor.schemes import KEEP, parse_rule
-from tersor.scores import spearman
-from tersor.sites import escape
+from tersor.schemes.scheme import KEEP, parse_rule
+from tersor.search.plan import Menu, measure_menus
 from tersor.tasks.contract import Task
+from tersor.tasks.scores import spearman
 
 SCHEMES = ("int8", "int4-g64", "int3-g64", "int2-g64", "nf4", "2:4")
 

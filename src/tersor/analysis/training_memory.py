@@ -28,14 +28,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from tersor.core.errors import InputError
 from tersor.core.messages import first_line
-from tersor.errors import InputError
 from tersor.formats.contract import CHUNK, Encoded, Format, Layout
-from tersor.modules import PackedWeight, Stored
-from tersor.schemes import KEEP, parse_rule
-from tersor.scores import Scores
+from tersor.nn.packed import PackedWeight, Stored
+from tersor.schemes.scheme import KEEP, parse_rule
 from tersor.tasks.contract import Output, Split, Task, Trainable
 from tersor.tasks.inputs import Batch, device_of
+from tersor.tasks.scores import Scores
 from tersor.training.finetune import task_loss
 from tersor.training.loop import check_trainable
 from tersor.training.lora import LoraStep, adapt, block_sites

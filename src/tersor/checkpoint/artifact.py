@@ -36,12 +36,12 @@ from tersor.checkpoint.restore import read_decoded, read_tensors, restore_rest, 
 from tersor.checkpoint.seal import listing
 from tersor.checkpoint.side_files import copy_side_files
 from tersor.checkpoint.source import open_transformers, quiet_transformers, read_state, transformers_class
-from tersor.checkpoint.weights import check_finite, write_weights
 from tersor.codecs.integers import EXPANSION
+from tersor.core.errors import ArtifactError, InputError
 from tersor.core.messages import first_line
-from tersor.errors import ArtifactError, InputError
-from tersor.pretrained import guard
-from tersor.sites import find_sites
+from tersor.core.weights_file import check_finite, write_weights
+from tersor.nn.pretrained import guard
+from tersor.nn.sites import find_sites
 
 
 def save(

@@ -31,14 +31,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from tersor.checkpoint.views import Packed
-from tersor.checkpoint.weights import DTYPE_NAMES
 from tersor.codecs import CODECS
 from tersor.codecs.bits import BitReader
 from tersor.codecs.contract import Decoding, Task
 from tersor.codecs.integers import Integers
 from tersor.codecs.tables import TableSet, read_tables
+from tersor.core.errors import ArtifactError
 from tersor.core.messages import first_line, first_mistake
-from tersor.errors import ArtifactError
+from tersor.core.weights_file import DTYPE_NAMES
 
 MAGIC = b"tersor\0"
 VERSION = 1

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from tersor.checkpoint.container import ALIGNMENT, FIXED, MAGIC, VERSION, Container, Entry, Header, is_aligned
 from tersor.checkpoint.layout import CODED, packed_sites, tensors_of
 from tersor.checkpoint.views import Packed, Packing
-from tersor.checkpoint.weights import DTYPE_NAMES, METADATA, file_size
 from tersor.codecs import ROWS
 from tersor.codecs.bits import BitWriter
 from tersor.codecs.contract import Pieces
 from tersor.codecs.integers import Integers, as_matrix, pieces_of
 from tersor.codecs.plan import Plan, best_plan, share_tables
 from tersor.codecs.tables import TableSet, write_tables
+from tersor.core.errors import ArtifactError
 from tersor.core.scratch import scratch_folder
-from tersor.errors import ArtifactError
+from tersor.core.weights_file import DTYPE_NAMES, METADATA, file_size
 from tersor.formats.contract import PackedParts
 
 INDEX_BYTES = 8  # of a chunk

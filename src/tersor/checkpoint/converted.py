@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from tersor.checkpoint.extents import Extent
-from tersor.checkpoint.weights import bytes_of
+from tersor.checkpoint.safetensors_header import Extent
+from tersor.core.errors import ModelError
 from tersor.core.messages import first_line
-from tersor.errors import ModelError
+from tersor.core.weights_file import bytes_of
 
 
 @dataclass(frozen=True)

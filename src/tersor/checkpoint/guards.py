@@ -18,9 +18,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from tersor.checkpoint.container import Container
 from tersor.checkpoint.layout import CODED
-from tersor.checkpoint.weights import opened
+from tersor.core.errors import InputError, ModelError
 from tersor.core.messages import first_line
-from tersor.errors import InputError, ModelError
+from tersor.core.weights_file import opened
 
 COUNTED = re.compile(r"(layer|block|depth|stage|label|expert|head|group|codebook|channel|bin|level)s?(_count)?$")
 FEW = 1024  # so many of anything are built in no time

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from tersor.modules import InputQuantizer, PackedConv, PackedLinear, PackedWeight, Stored, packed_weight
-from tersor.recurrent import PackedRecurrent
-from tersor.sites import Site, find_sites
+from tersor.nn.packed import InputQuantizer, PackedConv, PackedLinear, PackedWeight, Stored, packed_weight
+from tersor.nn.recurrent import PackedRecurrent
+from tersor.nn.sites import Site, find_sites
 
 CODED = "model.tersor"
 

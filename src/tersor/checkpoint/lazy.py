@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.container import DTYPES, Container
-from tersor.modules import packed_weight
-from tersor.sites import Site
+from tersor.nn.packed import packed_weight
+from tersor.nn.sites import Site
 
 
 class Shelf:

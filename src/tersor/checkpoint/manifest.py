@@ -9,9 +9,9 @@ from pydantic import BaseModel, Field, ValidationError
 
 from tersor.checkpoint.layout import CODED
 from tersor.checkpoint.seal import MANIFEST, VERSION, as_text
+from tersor.core.errors import ArtifactError
 from tersor.core.files import sha256
 from tersor.core.messages import first_line, first_mistake
-from tersor.errors import ArtifactError
 
 WEIGHTS = "model.safetensors"
 

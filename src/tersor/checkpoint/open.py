@@ -8,9 +8,9 @@ from torch import nn
 from tersor.checkpoint.artifact import load, read_manifest, weights_path
 from tersor.checkpoint.guards import named_path
 from tersor.checkpoint.source import Source, call_factory, from_hub, open_transformers, read_state, state_hash
-from tersor.checkpoint.weights import check_finite, finite_range, refuse_pickle
+from tersor.core.errors import InputError, ModelError
 from tersor.core.files import sha256
-from tersor.errors import InputError, ModelError
+from tersor.core.weights_file import check_finite, finite_range, refuse_pickle
 
 
 def open_model(

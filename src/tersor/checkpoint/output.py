@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tersor.checkpoint.seal import first_foreign, seal
+from tersor.core.errors import ArtifactError, InputError
 from tersor.core.lock import held, holder, is_held, told_by
-from tersor.errors import ArtifactError, InputError
 
 LOCK, NEW, OLD = "lock", "new", "old"
 finished: list[Path] = []  # the outputs that this process has put in place

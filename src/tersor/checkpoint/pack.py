@@ -29,11 +29,11 @@ from tersor.checkpoint.restore import read_tensors
 from tersor.checkpoint.seal import RECORDS, first_foreign, listing
 from tersor.checkpoint.source import is_inside, weight_files
 from tersor.checkpoint.views import Packing
-from tersor.checkpoint.weights import DTYPE_NAMES, opened, write_weights
-from tersor.errors import ArtifactError, FormatError, InputError, ModelError
+from tersor.core.errors import ArtifactError, FormatError, InputError, ModelError
+from tersor.core.weights_file import DTYPE_NAMES, opened, write_weights
 from tersor.formats import format_named
 from tersor.formats.contract import Encoded, PackedParts
-from tersor.modules import Fold
+from tersor.nn.packed import Fold
 
 FILES = "files"  # in the container's metadata: the name of each file that was packed, and the tensors it held
 INDEX = "model.safetensors.index.json"

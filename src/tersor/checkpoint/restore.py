@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.activations import Activation, activation_named
+from tersor.activations.quantizers import Activation, activation_named
 from tersor.checkpoint.container import DTYPES, Container
 from tersor.checkpoint.layout import CODED
-from tersor.checkpoint.weights import read_weights
-from tersor.errors import ArtifactError, FormatError, ModelError, UnknownName
+from tersor.core.errors import ArtifactError, FormatError, ModelError, UnknownName
+from tersor.core.weights_file import read_weights
 from tersor.formats import format_named
 from tersor.formats.coded import Coded, row_and_column_scales
 from tersor.formats.contract import Encoded
-from tersor.sites import Site
+from tersor.nn.sites import Site
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

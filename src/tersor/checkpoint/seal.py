@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tersor.core.errors import ArtifactError
 from tersor.core.files import sha256
 from tersor.core.messages import first_line
-from tersor.errors import ArtifactError
 
 VERSION = 1  # of both
 MANIFEST, SEAL = "tersor.json", "tersor-files.json"

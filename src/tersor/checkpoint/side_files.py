@@ -10,10 +10,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from tersor.checkpoint.guards import check_links
-from tersor.checkpoint.modules_json import module_folders
 from tersor.checkpoint.seal import MANIFEST, RECORDS, SEAL
 from tersor.checkpoint.source import weight_files
-from tersor.checkpoint.weights import PICKLES
+from tersor.core.modules_json import module_folders
+from tersor.core.weights_file import PICKLES
 
 OWN_FILES = {MANIFEST, SEAL, "README.md", ".gitattributes"}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

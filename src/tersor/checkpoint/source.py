@@ -24,10 +24,10 @@ from torch import nn
 from tersor.checkpoint.container import read
 from tersor.checkpoint.guards import at_most, check_config, check_links, room_for, shapes_of
 from tersor.checkpoint.layout import CODED, tensors_of
-from tersor.checkpoint.weights import PICKLES, check_file, check_finite, check_numbers, read_weights, refuse_pickle
+from tersor.core.errors import InputError, ModelError
 from tersor.core.files import sha256
 from tersor.core.messages import first_line
-from tersor.errors import InputError, ModelError
+from tersor.core.weights_file import PICKLES, check_file, check_finite, check_numbers, read_weights, refuse_pickle
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "1_Pooling/*"]
 

@@ -17,22 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from tersor.calibration.blocks import find_blocks, part_of
 from tersor.checkpoint.artifact import describe
 from tersor.checkpoint.container_write import holds_codes, packing_of, write
 from tersor.checkpoint.converted import by_model_names
-from tersor.checkpoint.extents import OnDisk, Scratch, Shelf, read_extents, write_extents
 from tersor.checkpoint.guards import at_most, room_for
 from tersor.checkpoint.layout import CODED, kept_tensors, stored_parts, tensors_of
 from tersor.checkpoint.manifest import WEIGHTS
+from tersor.checkpoint.safetensors_header import OnDisk, Scratch, Shelf, read_extents, write_extents
 from tersor.checkpoint.side_files import copy_side_files
 from tersor.checkpoint.source import Source, few, from_hub, look_into
-from tersor.checkpoint.weights import check_finite
+from tersor.core.errors import InputError, ModelError
 from tersor.core.files import sha256
 from tersor.core.messages import first_line
-from tersor.errors import InputError, ModelError
-from tersor.modules import Stored
-from tersor.sites import check_has_sites
-from tersor.stream import find_blocks, part_of
+from tersor.core.weights_file import check_finite
+from tersor.nn.packed import Stored
+from tersor.nn.sites import check_has_sites
 
 OnBlock = Callable[[int, int], None]
 M_MMAP_THRESHOLD, LARGE = -3, 2**20  # the option's number in malloc.h; bytes

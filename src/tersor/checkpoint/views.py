@@ -10,7 +10,7 @@ from jaxtyping import Int8, UInt8
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from tersor.errors import ArtifactError
+from tersor.core.errors import ArtifactError
 from tersor.formats.packing import pack, packed_width, unpack
 
 BLOCK = 2**18

@@ -32,9 +32,9 @@ from tersor.cli.student import student
 from tersor.cli.targets import targets
 from tersor.cli.unpack import unpack
 from tersor.cli.verify import verify
+from tersor.core.errors import TersorError
 from tersor.core.memory import is_out_of_memory
 from tersor.core.messages import first_line
-from tersor.errors import TersorError
 
 VERBS: list[Callable[..., None]] = [
     compress,

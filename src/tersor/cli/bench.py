@@ -8,10 +8,10 @@ import typer
 
 from tersor.cli import options
 from tersor.cli.console import out, print_json, print_table, progress_bars
-from tersor.errors import InputError
-from tersor.measure.bench import Bench, Candidate, candidates_of
-from tersor.measure.bench import bench as run_bench
-from tersor.measure.decode import DecodeBench, decode_bench
+from tersor.core.errors import InputError
+from tersor.jobs.bench import Bench, Candidate, candidates_of
+from tersor.jobs.bench import bench as run_bench
+from tersor.jobs.decode import DecodeBench, decode_bench
 from tersor.measure.memory import Memory
 from tersor.measure.scorecard import machine
 from tersor.report.card import megabytes

@@ -8,9 +8,9 @@ import typer
 
 from tersor.cli import options
 from tersor.cli.console import leave, out, print_json, print_table, progress_bars
+from tersor.jobs.compress import compare_models
 from tersor.kernels import choices
 from tersor.report.card import comparison
-from tersor.workflow import compare_models
 
 
 def compare(

@@ -5,19 +5,19 @@ from typing import Annotated, Any
 
 import typer
 
-from tersor.budget.choices import Budget, check_choices
-from tersor.budget.trials import Trial
 from tersor.checkpoint.manifest import weights_name
 from tersor.checkpoint.streaming import no_lines
 from tersor.cli import options
 from tersor.cli.console import err, leave, out, print_json, print_table, progress_bars
-from tersor.errors import InputError
+from tersor.core.errors import InputError
+from tersor.jobs.compress import Outcome, compress_to_folder
+from tersor.jobs.stream import compress_streamed
 from tersor.recipe import Recipe
 from tersor.report.card import comparison, megabytes
 from tersor.report.hints import hints
-from tersor.schemes import KEEP
-from tersor.streamed import compress_streamed
-from tersor.workflow import Outcome, compress_to_folder
+from tersor.schemes.scheme import KEEP
+from tersor.search.choices import Budget, check_choices
+from tersor.search.trials import Trial
 
 
 def compress(

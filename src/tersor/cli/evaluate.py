@@ -7,9 +7,9 @@ import typer
 
 from tersor.cli import options
 from tersor.cli.console import err, out, print_json, print_table, progress_bars
+from tersor.jobs.compress import evaluate_model
 from tersor.kernels import choices
 from tersor.report.card import scorecard_rows
-from tersor.workflow import evaluate_model
 
 
 def evaluate(

@@ -11,7 +11,7 @@ from tersor.analysis.roofline import Peaks, machine_peaks
 from tersor.cli import options
 from tersor.cli.bench import Length, Shape, example_shape
 from tersor.cli.console import out, print_json, print_table, progress_bars
-from tersor.measure.bench import candidates_of
+from tersor.jobs.bench import candidates_of
 from tersor.measure.scorecard import machine
 from tersor.runtimes import Feeds, open_session
 from tersor.runtimes.feeds import LENGTH, synthetic_feeds

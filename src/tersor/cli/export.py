@@ -8,8 +8,8 @@ import typer
 
 from tersor.cli import options
 from tersor.cli.console import err, out, print_json
-from tersor.errors import InputError
-from tersor.export.artifact import Exported, export_model
+from tersor.core.errors import InputError
+from tersor.jobs.export import Exported, export_model
 from tersor.report.card import megabytes
 
 

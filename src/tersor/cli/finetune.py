@@ -7,8 +7,8 @@ import typer
 
 from tersor.cli import options
 from tersor.cli.console import err, leave, out, print_json, progress_bars
-from tersor.errors import InputError
-from tersor.finetuned import Finetuned, finetune_to_folder
+from tersor.core.errors import InputError
+from tersor.jobs.finetune import Finetuned, finetune_to_folder
 from tersor.recipe import Recipe
 from tersor.training import FinetuneStep, LoraStep
 

@@ -1,13 +1,13 @@
 """`tersor formats`: the table of formats."""
 
-from tersor.activations import ACTIVATIONS
+from tersor.activations.observers import OBSERVERS
+from tersor.activations.quantizers import ACTIVATIONS
 from tersor.cli import options
 from tersor.cli.console import print_json, print_table
-from tersor.file_bytes import file_bytes_of_shape
+from tersor.codecs.file_bytes import file_bytes_of_shape
 from tersor.formats import FORMATS
 from tersor.formats.contract import Format
-from tersor.observers import OBSERVERS
-from tersor.schemes import SHORTHANDS, usual_method
+from tersor.schemes.scheme import SHORTHANDS, usual_method
 
 EXAMPLE = (1024, 1024)
 DATA = "depends on the data"

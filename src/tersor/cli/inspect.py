@@ -9,7 +9,6 @@ from tersor.analysis.sensitivity import SCHEMES, Sensitivity
 from tersor.analysis.sensitivity import sensitivity as predict
 from tersor.analysis.training_memory import Tokens
 from tersor.analysis.training_memory import training_memory as predict_training
-from tersor.budget.cost import cost_of
 from tersor.checkpoint.container_write import size_of
 from tersor.checkpoint.layout import kept_tensors, packed_sites
 from tersor.checkpoint.open import open_model
@@ -17,11 +16,12 @@ from tersor.checkpoint.source import Source
 from tersor.cli import options
 from tersor.cli.console import out, print_json, print_table, progress_bars
 from tersor.cli.finetune import step_of
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.formats import FORMATS
+from tersor.jobs.task_choice import TaskChoice, open_task_for
+from tersor.nn.sites import find_sites
 from tersor.report.card import megabytes
-from tersor.sites import find_sites
-from tersor.task_choice import TaskChoice, open_task_for
+from tersor.search.cost import cost_of
 from tersor.tasks import Task
 from tersor.training import FinetuneStep, TrainingStep
 

@@ -7,7 +7,7 @@ import typer
 
 from tersor.cli import options
 from tersor.cli.console import err, out, print_json, print_table, progress_bars
-from tersor.finetuned import Merged, merge_to_folder
+from tersor.jobs.finetune import Merged, merge_to_folder
 
 
 def merge(

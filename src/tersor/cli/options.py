@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from tersor.errors import InputError, UnknownName
-from tersor.task_choice import TaskChoice
+from tersor.core.errors import InputError, UnknownName
+from tersor.jobs.task_choice import TaskChoice
 
 Weights = Annotated[
     Path | None,

@@ -12,7 +12,7 @@ from tersor.checkpoint.output import atomic_folder, check_output
 from tersor.checkpoint.side_files import copy_side_files
 from tersor.cli import options
 from tersor.cli.console import out, print_json, print_table
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.report.card import megabytes
 from tersor.training.architectures import architecture_of
 from tersor.training.student import StudentStep, make_student

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from tersor.errors import ArtifactError
+from tersor.core.errors import ArtifactError
 
 LONGEST = 40  # bits of a number, and ones in a row, that a reader accepts
 

@@ -18,7 +18,7 @@ from tersor.codecs.plan import Plan, symbols_of
 from tersor.codecs.rans import Scales, complete
 from tersor.codecs.rans import decode as decode_words
 from tersor.codecs.rans import encode as encode_words
-from tersor.errors import ArtifactError
+from tersor.core.errors import ArtifactError
 
 
 def encode_chunk(plan: Plan, values: Int[ndarray, "rows in"], rows: slice) -> bytes:

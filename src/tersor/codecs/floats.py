@@ -25,7 +25,7 @@ from tersor.codecs.integers import check_size, matrix_shape, row_blocks
 from tersor.codecs.loops import loops
 from tersor.codecs.plan import CHUNK, Plan, lanes_and_rows, log_plan, plan_bits
 from tersor.codecs.raw import bytes_of
-from tersor.errors import ArtifactError
+from tersor.core.errors import ArtifactError
 
 MOST_PLANES = 3
 ALMOST_RANDOM = 7.84  # bits of a byte, from where on it is stored as it is

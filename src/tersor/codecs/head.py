@@ -13,7 +13,7 @@ from tersor.codecs.plan import MOST_LANES, Plan, lanes_and_rows
 from tersor.codecs.rans import decode as decode_words
 from tersor.codecs.rans import encode as encode_words
 from tersor.codecs.tables import MAX_CLASSES, TableSet, make_tables, read_tables, write_tables
-from tersor.errors import ArtifactError
+from tersor.core.errors import ArtifactError
 from tersor.formats.trellis import PATH, POLYNOMIALS
 
 MOST_LOW_BITS = 28

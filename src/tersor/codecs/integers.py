@@ -27,7 +27,7 @@ from tersor.codecs.head import read_head, write_head
 from tersor.codecs.plan import Plan, best_plan, make_plan, plan_bits
 from tersor.codecs.rans import Scales
 from tersor.codecs.tables import TableSet
-from tersor.errors import ArtifactError
+from tersor.core.errors import ArtifactError
 
 EXPANSION = 1024  # values a byte can stand for, at most
 KINDS: dict[torch.dtype, type[np.integer]] = {

@@ -9,7 +9,7 @@ import numpy as np
 from tersor.codecs.bits import LONGEST
 from tersor.codecs.counts import BITS, TOTAL
 from tersor.codecs.counts import LARGEST as MOST_LOG
-from tersor.compiled import compiled
+from tersor.core.compiled import compiled
 
 START = np.uint32(65536)  # the state of every lane before the first symbol is coded
 KINDS = {"uint8": "int32", "int16": "int32", "int32": "int32", "float32": "float32"}  # of values, and their scales

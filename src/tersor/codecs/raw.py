@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tersor.codecs.contract import Decoding, Pieces
-from tersor.errors import ArtifactError
+from tersor.core.errors import ArtifactError
 
 CHUNK = 2**24  # bytes under one checksum
 

@@ -19,7 +19,7 @@ from numpy import ndarray
 from tersor.codecs.bits import LONGEST, BitReader, BitWriter, unzigzag, zigzag
 from tersor.codecs.counts import BITS, LARGEST, STEPS, TOTAL
 from tersor.codecs.loops import loops
-from tersor.errors import ArtifactError
+from tersor.core.errors import ArtifactError
 
 NUM_SYMBOLS = 256
 # No symbol is so likely that a value takes less than 1/128 bits: a file cannot ask for more than 1024 values per byte.

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The table of clients an artifact can be written for. A new one is a file in this folder and a line here."""
 
-from tersor.errors import UnknownName
+from tersor.core.errors import UnknownName
 from tersor.export.awq import Awq
 from tersor.export.bitsandbytes import BitsAndBytes
 from tersor.export.compressed_tensors import CompressedTensors

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tersor.core.errors import ModelError, TersorError
 from tersor.core.messages import first_line
 from tersor.core.threads import threads
-from tersor.errors import ModelError, TersorError
 from tersor.export.contract import Checkpoint, Runnable, Written
 from tersor.export.decoder import NUM_NEW
 from tersor.export.examples import Examples

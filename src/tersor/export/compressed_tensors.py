@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersor.core.errors import FormatError, ModelError
 from tersor.core.messages import first_line
-from tersor.errors import FormatError, ModelError
 from tersor.export.contract import Checkpoint, Misfit, PackedSite, misfit_of
 from tersor.export.folder import is_exact, kept_linears, open_folder, packed_tensors, write_folder
 from tersor.export.integers import int_group, row_words, symmetric_grid, whole_groups

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from tersor.activations import Activation
-from tersor.errors import InputError
+from tersor.activations.quantizers import Activation
+from tersor.core.errors import InputError
 from tersor.export.examples import Examples
 from tersor.formats.contract import Encoded
 from tersor.formats.float_cast import FloatCast
-from tersor.sites import Site
+from tersor.nn.sites import Site
 
 
 class PackedSite(NamedTuple):

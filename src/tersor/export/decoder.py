@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.nn.cached_call import call_with_cache
 
 NEW = ("input_ids", "attention_mask", "position_ids")

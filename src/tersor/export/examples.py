@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.source import Source
+from tersor.core.errors import InputError, ModelError
 from tersor.core.messages import first_line
-from tersor.errors import InputError, ModelError
 from tersor.export.decoder import NUM_NEW, Decoded, axes_of, cached_inputs, call_cached
 from tersor.tasks.contract import Task
 from tersor.tasks.inputs import float_type_of, scoring

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from tersor.checkpoint.manifest import MANIFEST, read_manifest, weights_path
 from tersor.checkpoint.notice import without
 from tersor.checkpoint.side_files import copy_side_files
-from tersor.checkpoint.weights import write_weights
 from tersor.core.files import sha256
+from tersor.core.weights_file import write_weights
 from tersor.export.contract import Checkpoint, PackedSite
-from tersor.sites import is_linear
+from tersor.nn.sites import is_linear
 
 WEIGHTS = "model.safetensors"
 PROVENANCE = "tersor-export.json"

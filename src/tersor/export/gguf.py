@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.errors import MissingExtra, ModelError
+from tersor.core.errors import MissingExtra, ModelError
 from tersor.export.contract import UNMARKED, Checkpoint, Misfit, PackedSite
 from tersor.export.gguf_blocks import BLOCK, CODE_BITS, block_type, to_blocks
 from tersor.export.gguf_tokenizer import tokenizer_metadata

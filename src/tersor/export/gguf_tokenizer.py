@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tersor.core.errors import ModelError
 from tersor.core.messages import first_line
-from tersor.errors import ModelError
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 WORDS = (

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.errors import FormatError
+from tersor.core.errors import FormatError
 from tersor.export.contract import Checkpoint, Misfit, PackedSite, misfit_of
 from tersor.export.folder import kept_linears, open_folder, packed_tensors, write_folder
 from tersor.export.integers import check_one_format, int_group, nearby_int4, only_format, row_words, symmetric_grid

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int32, UInt8
 from torch import Tensor
 
-from tersor.errors import FormatError
+from tersor.core.errors import FormatError
 from tersor.export.contract import Checkpoint, PackedSite
 from tersor.formats.contract import Encoded
 from tersor.formats.int_group import IntGroup

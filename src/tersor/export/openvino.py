@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from tersor.core.errors import ArtifactError, MissingExtra
 from tersor.core.files import sha256
-from tersor.errors import ArtifactError, MissingExtra
 from tersor.export.contract import UNMARKED, Checkpoint, Misfit, PackedSite, Written
 from tersor.export.decoder import PAST
 from tersor.export.onnx import nearby, require

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tersor.core.errors import ModelError, TersorError
 from tersor.core.messages import first_line
-from tersor.errors import ModelError, TersorError
 from tersor.export.check import ROUNDED, difference
 from tersor.export.contract import Checkpoint, Export
 from tersor.export.examples import Examples, from_config

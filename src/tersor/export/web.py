@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from tersor.core.errors import ArtifactError, InputError, ModelError
 from tersor.core.files import sha256
-from tersor.errors import ArtifactError, InputError, ModelError
 from tersor.export.check import DTYPES, as_arrays
 from tersor.export.contract import Checkpoint, Misfit, PackedSite, Written
 from tersor.export.folder import PROVENANCE

@@ -1,6 +1,6 @@
 """The table of formats. A new one is a file in this folder and a line here."""
 
-from tersor.errors import UnknownName
+from tersor.core.errors import UnknownName
 from tersor.formats.bitmask import Bitmask
 from tersor.formats.codebook import Codebook
 from tersor.formats.coded import Coded
@@ -54,7 +54,7 @@ def format_named(name: str) -> Format:
     IntGroup(bits=4, group_size=64, symmetric=False)
     >>> format_named("int4-g63")
     Traceback (most recent call last):
-    tersor.errors.UnknownName: unknown format 'int4-g63': did you mean 'int4-g64'? list them with `tersor formats`
+    tersor.core.errors.UnknownName: unknown format 'int4-g63': did you mean 'int4-g64'? list them with `tersor formats`
     """
     if name not in FORMATS:
         raise UnknownName("format", name, FORMATS, see="list them with `tersor formats`")

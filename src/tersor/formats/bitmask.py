@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from tersor.errors import FormatError
+from tersor.core.errors import FormatError
 from tersor.formats.contract import Encoded, Layout, Packing, Params, Projector, Weight
 from tersor.formats.float_cast import LARGEST_HALF, to_half
 from tersor.formats.packing import pack, packed_width, unpack

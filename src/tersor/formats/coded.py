@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.errors import FormatError
+from tersor.core.errors import FormatError
 from tersor.formats.contract import Encoded, Layout, Params, Weight
 
 LARGEST = 2**15 - 1  # of codes and of exponents

@@ -30,7 +30,7 @@ class Encoded:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all parts in memory; those in the file are counted by file_bytes.py."""
+        """Bytes of all parts in memory; those in the file are counted by codecs/file_bytes.py."""
         return sum(part.numel() * part.element_size() for part in self.parts.values())
 
     @property

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tersor.errors import FormatError
+from tersor.core.errors import FormatError
 from tersor.formats.contract import Encoded, Layout, Params, Weight
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -62,7 +62,7 @@ def to_half(values: Tensor, what: str) -> Tensor:
 
     >>> to_half(torch.tensor([7e4]), "bitmask: the largest weight")
     Traceback (most recent call last):
-    tersor.errors.FormatError: bitmask: the largest weight 7e+04 overflows fp16; keep this weight in bf16
+    tersor.core.errors.FormatError: bitmask: the largest weight 7e+04 overflows fp16; keep this weight in bf16
     """
     half = values.half()
     if not half.isfinite().all():

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.errors import FormatError
+from tersor.core.errors import FormatError
 from tersor.formats.contract import Encoded, Layout, Packing, Params, Projector, Weight
 from tersor.formats.packing import grouped, pack, packed_width, ungrouped, unpack
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Float16, UInt8
 from torch import Tensor
 
-from tersor.errors import FormatError
+from tersor.core.errors import FormatError
 from tersor.formats.contract import Encoded, Layout, Params, Projector, Weight
 from tersor.formats.packing import grouped, pack, packed_width, ungrouped, unpack
 

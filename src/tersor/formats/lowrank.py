@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.errors import FormatError
+from tersor.core.errors import FormatError
 from tersor.formats.contract import Encoded, Layout, Params, Weight
 from tersor.formats.float_cast import to_half
 from tersor.formats.int_group import IntGroup

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.errors import FormatError
+from tersor.core.errors import FormatError
 from tersor.formats.contract import Layout, Params, Weight
 from tersor.formats.four_bit import FourBit, Levels, divisor
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tersor.errors import FormatError
+from tersor.core.errors import FormatError
 from tersor.formats.bitmask import half_projector, kept_halves, mask_layout, pack_mask
 from tersor.formats.contract import Encoded, Layout, Packing, Params, Projector, Weight
 from tersor.formats.packing import unpack

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tersor.errors import FormatError
+from tersor.core.errors import FormatError
 from tersor.formats.bitmask import Bitmask, mask_layout, pack_mask
 from tersor.formats.contract import Encoded, Layout, Packing, Params, Projector, Weight
 from tersor.formats.int_group import IntGroup

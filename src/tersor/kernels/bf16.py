@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tersor.activations import Activation
+from tersor.activations.quantizers import Activation
 from tersor.formats.contract import Encoded
 from tersor.formats.int_group import IntGroup
 from tersor.formats.packing import unpack

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.activations import Activation
+from tersor.activations.quantizers import Activation
 from tersor.core.memory import aligned, is_aligned
 from tersor.formats.contract import Encoded
 from tersor.kernels.bf16 import INT4_PACK, INT8_PACK

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor.activations import Activation
+from tersor.activations.quantizers import Activation
 from tersor.formats.contract import Encoded
 
 Layout = Mapping[str, Any]

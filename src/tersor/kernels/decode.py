@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tersor.activations import Activation
+from tersor.activations.quantizers import Activation
 from tersor.formats.contract import Encoded
 from tersor.kernels.contract import Kernel, Layout
 from tersor.kernels.int8 import is_int8

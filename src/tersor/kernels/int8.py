@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor.activations import Activation, Int8Dynamic, IntStatic
+from tersor.activations.quantizers import Activation, Int8Dynamic, IntStatic
 from tersor.formats.contract import Encoded
 from tersor.formats.int_group import IntGroup
 from tersor.kernels.contract import Kernel, Layout, scaled

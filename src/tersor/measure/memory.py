@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from tersor.core.errors import ModelError
 from tersor.core.scratch import scratch_folder
-from tersor.errors import ModelError
 from tersor.runtimes import open_decoder, open_session
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -14,12 +14,12 @@ from torch import nn
 
 from tersor.core.progress import Progress, silent
 from tersor.measure.latency import Latency, measure_latency
-from tersor.measure.macs import count_macs
 from tersor.measure.memory import measure_peak_memory
 from tersor.measure.size import measure_size
 from tersor.measure.verdict import interval
-from tersor.scores import Scores
+from tersor.nn.macs import count_macs
 from tersor.tasks.contract import Task
+from tersor.tasks.scores import Scores
 
 
 @dataclass(frozen=True)

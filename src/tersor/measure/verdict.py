@@ -24,8 +24,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import binomtest, norm, t
 
-from tersor.errors import InputError
-from tersor.scores import Scores, mean
+from tersor.core.errors import InputError
+from tersor.tasks.scores import Scores, mean
 
 POWER = 0.8  # chance of a clear answer that num_examples_needed aims at
 MOST_NEEDED = 1_000_000  # num_examples_needed stops counting here
@@ -132,7 +132,7 @@ def interval(scores: Scores, confidence: float = 0.95, seed: int = 0, num_resamp
     Wilson's interval for 0/1 rows, a BCa bootstrap over examples for all else. Rows that are all alike give an interval
     of zero width, a single example that is not 0/1 gives (-inf, inf). InputError on no rows or NaN.
 
-    >>> from tersor.scores import METRICS
+    >>> from tersor.tasks.scores import METRICS
     >>> low, high = interval(Scores(METRICS["accuracy"], np.array([[1.0]] * 9 + [[0.0]])))
     >>> round(low, 3), round(high, 3)
     (0.596, 0.982)
@@ -163,7 +163,7 @@ def judge(
     never "within"; of fewer than 5 it has no lower end either. A compressed score that is infinitely bad "exceeds".
     InputError: other metric, other examples, none at all, NaN, infinite original score.
 
-    >>> from tersor.scores import METRICS
+    >>> from tersor.tasks.scores import METRICS
     >>> right, flipped = np.ones((500, 1)), np.array([[0.0]] * 3 + [[1.0]] * 497)
     >>> a, b = Scores(METRICS["accuracy"], right), Scores(METRICS["accuracy"], flipped)
     >>> judge(a, b, Tolerance.parse("2%")).sentence()[:75]

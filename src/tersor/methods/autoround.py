@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.formats.contract import Encoded, Format, Params, Weight
 from tersor.formats.int_group import IntGroup
 from tersor.methods.contract import BlockRun
 from tersor.methods.gptq import Gptq
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 EDGE = 0.49  # how far from its code a weight may start, in steps
 SHARES = (1.0, 0.5)  # of the way that the descent went: points to choose from

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from tersor.formats.contract import Encoded, Format, Weight
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 
 class Method(Protocol):

@@ -9,12 +9,12 @@ the scales, as long as the error falls.
 
 from dataclasses import dataclass
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.formats.contract import Encoded, Format, Grid, Params, Weight
 from tersor.formats.int_group import IntGroup
 from tersor.methods.mse import searched
 from tersor.methods.solver import Problem, polish, pose, rescaling, sweep
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 
 @dataclass(frozen=True)

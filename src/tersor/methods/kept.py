@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tersor.formats.contract import Encoded, Format, Sparse, Weight
 from tersor.methods.magnitude import encode_kept
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 
 @dataclass(frozen=True)

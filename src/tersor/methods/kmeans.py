@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tersor.formats.codebook import Codebook, clustered
 from tersor.formats.contract import Encoded, Format, Params, Weight
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ columns is one bit per weight.
 
 from dataclasses import dataclass
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.formats.contract import Encoded, Format, Weight
 from tersor.formats.lowrank import Corrected, LowRank
 from tersor.methods.gptq import Gptq
 from tersor.methods.mse import Mse
 from tersor.methods.solver import pose
+from tersor.methods.stats import Stats
 from tersor.methods.svd import principal_components
-from tersor.stats import Stats
 
 
 @dataclass(frozen=True)

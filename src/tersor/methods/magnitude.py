@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.formats.contract import Encoded, Format, Sparse, Weight
 from tersor.formats.sparse_int import SparseInt
 from tersor.methods.kmeans import column_importance
 from tersor.methods.mse import Mse
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.formats.codebook import Codebook
 from tersor.formats.contract import Encoded, Format, Grid, Params, Weight
 from tersor.formats.int_group import IntGroup, by_rows
 from tersor.formats.k_quant import KQuant
 from tersor.methods.kmeans import column_importance, weighted_codebook
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 SMALL_FLOATS = (0.7, 1.7)  # the ranges tried for them
 K_QUANTS = (0.6, 1.2)  # and for K-quants, whose least squares do the rest

@@ -6,7 +6,7 @@ The baseline all post-training methods start from (Jacob et al. 2017, https://ar
 from dataclasses import dataclass
 
 from tersor.formats.contract import Encoded, Format, Weight
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 
 @dataclass(frozen=True)

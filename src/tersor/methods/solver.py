@@ -21,9 +21,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.errors import DataError
+from tersor.core.errors import DataError
 from tersor.formats.contract import Weight
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 BLOCK = 64  # columns whose mutual updates are done at once, before the rest sees them
 Project = Callable[[Float[Tensor, " out"], int], Float[Tensor, " out"]]

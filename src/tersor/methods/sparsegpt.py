@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.formats.contract import Encoded, Format, Params, Sparse, Weight
 from tersor.formats.semi_structured import SemiStructured
 from tersor.formats.sparse_int import SparseInt
 from tersor.methods.magnitude import check_sparsity, only_sparse
 from tersor.methods.mse import searched
 from tersor.methods.solver import BLOCK, Problem, polish, pose, sweep
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.formats.contract import Encoded, Format, Weight
 from tersor.formats.lowrank import LowRank
 from tersor.methods.solver import check_finite
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int32
 from numpy import ndarray
 from torch import Tensor
 
-from tersor.compiled import compiled
+from tersor.core.compiled import compiled
 from tersor.formats.coded import LARGEST, scales
 from tersor.formats.trellis import NOISE, PATH, taps
 from tersor.methods.filling import BIT, FINEST, NUM_SPREADS, PER_OCTAVE, Filling, code_masses, columns_at

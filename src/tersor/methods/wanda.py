@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tersor.formats.contract import Encoded, Format, Weight
 from tersor.methods.magnitude import check_sparsity, keep_highest, only_sparse
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 SILENT = 1e-6  # of the inputs' mean energy
 

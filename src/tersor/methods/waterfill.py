@@ -29,13 +29,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.formats.coded import Coded
 from tersor.formats.contract import Encoded, Format, Weight
 from tersor.formats.trellis import NOISE, POLYNOMIALS
 from tersor.methods.filling import PER_OCTAVE, Filling, code_masses, columns_at, spreads
 from tersor.methods.solver import Problem, polish, pose, sweep
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 ROW_DAMPING = 0.02  # of the rows' mean curvature, added to each: calibration shows it with much noise
 RARE = 8  # what a rare word counts: it says more than a common one, and a row of zeros costs more than it bends

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tersor.measure.scorecard import Scorecard
 from tersor.report.card import megabytes
-from tersor.site_report import SiteReport
+from tersor.steps.site_report import SiteReport
 
 EXPORT = "tersor export writes it for a runtime that has kernels for it, such as --to openvino or --to onnx"
 

@@ -6,7 +6,7 @@
 
 from pathlib import Path
 
-from tersor.errors import InputError, ModelError, UnknownName
+from tersor.core.errors import InputError, ModelError, UnknownName
 from tersor.runtimes.contract import Decoder, Decodes, Feeds, Input, LayerTime, Profile, Runtime, Session
 from tersor.runtimes.executorch import ExecuTorchRuntime
 from tersor.runtimes.llama_cpp import LlamaCpp

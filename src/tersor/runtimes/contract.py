@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 
 Feeds = Mapping[str, np.ndarray]
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from tersor.core.errors import InputError, MissingExtra, ModelError
 from tersor.core.messages import first_line
 from tersor.core.scratch import scratch_folder
-from tersor.errors import InputError, MissingExtra, ModelError
 from tersor.runtimes.contract import Feeds, Input, Profile, Session, check_feeds, run_clock
 from tersor.runtimes.executorch_profile import read_profile
 

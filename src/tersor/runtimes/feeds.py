@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.runtimes.contract import Input
 
 NUM_TOKENS = 50  # made-up token ids lie below this: every vocabulary has as many

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from tersor.core.errors import InputError, MissingExtra, ModelError
 from tersor.core.messages import first_line
-from tersor.errors import InputError, MissingExtra, ModelError
 from tersor.runtimes.contract import Decoder, Feeds, Input, Profile, Reading, Session, check_feeds
 
 LONGEST = 2048  # tokens that a context holds at most; every one has logits in memory

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from tersor.core.errors import MissingExtra, ModelError
 from tersor.core.messages import first_line
 from tersor.core.scratch import scratch_folder
-from tersor.errors import MissingExtra, ModelError
 from tersor.runtimes.contract import Decoder, Feeds, Input, Profile, Session, check_feeds, run_clock
 from tersor.runtimes.onnx_decoder import OnnxDecoder
 from tersor.runtimes.onnx_profile import read_graph, read_profile

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tersor.errors import ModelError
+from tersor.core.errors import ModelError
 from tersor.runtimes.contract import Reading
 
 CACHE, IN_PLACE = "tersor.cache", "in place"  # what the metadata of a file says

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tersor.errors import MissingExtra
+from tersor.core.errors import MissingExtra
 from tersor.runtimes.contract import LayerTime, Profile
 
 # Operators by what they do; ONNX's own, and com.microsoft's that the optimizer puts in their place.

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from tersor.core.errors import MissingExtra, ModelError
 from tersor.core.messages import first_line
-from tersor.errors import MissingExtra, ModelError
 from tersor.runtimes.contract import Decoder, Feeds, Input, Profile, Session, check_feeds, run_clock
 from tersor.runtimes.openvino_decoder import OpenVinoDecoder
 from tersor.runtimes.openvino_profile import averages, read_profile

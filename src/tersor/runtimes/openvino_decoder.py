@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tersor.errors import ModelError
+from tersor.core.errors import ModelError
 from tersor.runtimes.contract import Reading
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from tersor.checkpoint.open import open_model
 from tersor.checkpoint.source import Source
+from tersor.core.errors import InputError
 from tersor.core.threads import threads
-from tersor.errors import InputError
-from tersor.modules import PackedLinear
+from tersor.nn.packed import PackedLinear
 from tersor.runtimes.contract import Decoder, Feeds, Input, Profile, Session, check_feeds
 from tersor.runtimes.torch_decoder import TorchDecoder
 from tersor.runtimes.torch_profile import profile

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from tersor.core.errors import ModelError
 from tersor.core.threads import threads
-from tersor.errors import ModelError
 from tersor.nn.cached_call import call_with_cache
 from tersor.runtimes.contract import Reading
 

@@ -19,12 +19,12 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tersor.activations import ACTIVATIONS
+from tersor.activations.quantizers import ACTIVATIONS
 from tersor.formats.contract import Encoded
 from tersor.kernels import reference
-from tersor.measure.macs import operation_counter
-from tersor.modules import PackedConv, PackedLinear, packed_parameters, packed_weight
-from tersor.recurrent import Int8Product
+from tersor.nn.macs import operation_counter
+from tersor.nn.packed import PackedConv, PackedLinear, packed_parameters, packed_weight
+from tersor.nn.recurrent import Int8Product
 from tersor.runtimes.contract import LayerTime, Profile, run_clock
 
 PRODUCTS = {

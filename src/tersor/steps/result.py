@@ -8,14 +8,14 @@ the inputs are known, that of the outputs, whichever is less.
 import torch
 from torch import Tensor
 
-from tersor.errors import FormatError
+from tersor.core.errors import FormatError
 from tersor.formats.codebook import Codebook
 from tersor.formats.contract import Encoded, Format, Grid, Weight
 from tersor.formats.float_cast import FloatCast
 from tersor.formats.lowrank import Corrected
-from tersor.schemes import Scheme
-from tersor.sites import Site
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
+from tersor.nn.sites import Site
+from tersor.schemes.scheme import Scheme
 
 SMALL = 0.1  # a relative error that needs no explanation
 SLACK = 1.5  # times the error of plain rounding, for methods that trade one weight's error for another's

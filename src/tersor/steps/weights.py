@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from tersor.assignment import Assignment
-from tersor.errors import FormatError
+from tersor.core.errors import FormatError
 from tersor.formats.contract import Format
-from tersor.schemes import Scheme
-from tersor.sites import Site
+from tersor.nn.sites import Site
+from tersor.schemes.assignment import Assignment
+from tersor.schemes.scheme import Scheme
 
 
 class WeightsStep(Assignment):

@@ -7,25 +7,25 @@ from itertools import groupby
 
 from torch import Tensor, nn
 
-from tersor.activations import ACTIVATIONS, Activation, IntStatic
-from tersor.calibrate import gather
-from tersor.copies import copy_but_sites
+from tersor.activations.quantizers import ACTIVATIONS, Activation, IntStatic
+from tersor.calibration.blocks import BlockRun, find_blocks, part_of
+from tersor.calibration.curvature import gather
+from tersor.calibration.moments import has_inputs
+from tersor.calibration.walk import Around, Chosen, Walk
+from tersor.core.errors import TersorError
 from tersor.core.progress import Progress
-from tersor.errors import TersorError
 from tersor.formats.contract import Encoded
-from tersor.keep_float import predicted_loss
 from tersor.methods.contract import BlockMethod
-from tersor.moments import has_inputs
-from tersor.schemes import Scheme
-from tersor.site_report import SiteReport
-from tersor.sites import Site, check_finite, find_sites
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
+from tersor.nn.copies import copy_but_sites
+from tersor.nn.sites import Site, check_finite, find_sites
+from tersor.schemes.scheme import Scheme
+from tersor.steps.keep_float import predicted_loss
 from tersor.steps.result import check_result
+from tersor.steps.site_report import SiteReport
 from tersor.steps.weights import WeightsStep, preflight
-from tersor.stream import BlockRun, find_blocks, part_of
 from tersor.tasks.contract import Task
 from tersor.transforms.bias_correction import corrected_bias
-from tersor.walk import Around, Chosen, Walk
 
 
 class WeightsRun:
@@ -34,7 +34,7 @@ class WeightsRun:
     Attributes:
         original: what runs beside the model where a method asks for it; None: a copy is made then. Where it is given,
             the model never lies in memory whole, and the curvature of its loss is not gathered.
-        around: entered around the work on each part of the model (see walk.py).
+        around: entered around the work on each part of the model (see calibration/walk.py).
         reports: what became of each site, by name, in the order of the model.
         notes: what the user should know of some sites, by name.
         predicted: where it is not None, nothing is changed: the loss of each site (keep_float.py) is put here, and what

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tersor.errors import DataError, UnknownName
+from tersor.core.errors import DataError, UnknownName
 from tersor.tasks.classification import open_classification
 from tersor.tasks.contract import Output, Split, Task, Trainable
 from tersor.tasks.custom import open_custom

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from tersor.core.errors import DataError
 from tersor.core.messages import first_line
-from tersor.errors import DataError
 from tersor.tasks.contract import Output
 from tersor.tasks.inputs import Batch, consecutive, device_of, float_type_of
 from tersor.tasks.outputs import logits_of

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tersor.errors import DataError, InputError
+from tersor.core.errors import DataError, InputError
 from tersor.tasks.inputs import Batch
 
 Pictures = Float[Tensor, "row channel height width"]

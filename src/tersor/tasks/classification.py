@@ -16,8 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tersor.errors import DataError, InputError
-from tersor.scores import METRICS, Scores
+from tersor.core.errors import DataError, InputError
 from tersor.tasks.arrays import Arrays, Numbers, check_same_shape, examples, find_name, open_arrays, read_npz
 from tersor.tasks.augment import augmented, check_augment
 from tersor.tasks.contract import Output, Split
@@ -26,6 +25,7 @@ from tersor.tasks.images import find_images, open_images
 from tersor.tasks.inputs import Batch, Inputs, batches, epoch, scatter, scoring
 from tersor.tasks.labels import Label, class_numbers
 from tersor.tasks.outputs import check_classes, one_class_each
+from tersor.tasks.scores import METRICS, Scores
 from tersor.tasks.source import Source
 from tersor.tasks.split import Rows, split_rows
 from tersor.tasks.table import is_table, read_rows, read_texts

@@ -5,7 +5,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from tersor.scores import Scores
+from tersor.tasks.scores import Scores
 
 Split = Literal["calibration", "eval", "train"]
 Output = Literal["logits", "embedding", "values"]

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.tasks.contract import Task
 
 MEMBERS = ("name", "output", "description", "fingerprint", "prepare", "batches", "forward", "score")

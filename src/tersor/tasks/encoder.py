@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from tersor.errors import DataError, InputError
+from tersor.core.errors import DataError, InputError
 from tersor.tasks.contract import Output
 from tersor.tasks.inputs import Batch, consecutive, device_of
 from tersor.tasks.outputs import logits_of

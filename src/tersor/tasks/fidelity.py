@@ -20,12 +20,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tersor.errors import DataError, InputError
-from tersor.scores import METRICS, Scores
+from tersor.core.errors import DataError, InputError
 from tersor.tasks.contract import Output, Split
 from tersor.tasks.inputs import Batch, Inputs, batches, epoch, float_type_of, scatter, scoring
 from tersor.tasks.judged import Judged
 from tersor.tasks.outputs import check_classes
+from tersor.tasks.scores import METRICS, Scores
 from tersor.tasks.split import Rows
 
 FLOAT32_BYTES = 2**30

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tersor.errors import DataError, MissingExtra
+from tersor.core.errors import DataError, MissingExtra
 from tersor.tasks.arrays import UNREADABLE, Numbers, normalise, run_model, to_model_layout
 from tersor.tasks.contract import Output
 from tersor.tasks.inputs import Batch, consecutive

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.tasks.contract import Output
 from tersor.tasks.split import RowNumbers
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.tasks.class_axis import find_class_axis
 from tersor.tasks.contract import Output
 from tersor.tasks.inputs import Batch, Inputs, scoring

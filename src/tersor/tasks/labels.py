@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from tersor.errors import DataError
+from tersor.core.errors import DataError
 
 UNLABELLED = -1
 

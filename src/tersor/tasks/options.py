@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 
 HELP = {
     "batch_size": "examples a forward pass (32 texts, 128 images, 4 windows)",

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.tasks.contract import Output
 
 LOGITS = ("logits", "out")  # transformers, and torchvision's segmentation

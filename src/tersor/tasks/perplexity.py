@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tersor.scores import METRICS, Scores
 from tersor.tasks.contract import Output, Split
 from tersor.tasks.inputs import Batch, batches, epoch, scatter, scoring
+from tersor.tasks.scores import METRICS, Scores
 from tersor.tasks.source import Source
 from tersor.tasks.split import Rows
 from tersor.tasks.takes import refuse_encoder_decoder

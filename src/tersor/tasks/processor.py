@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from tersor.core.errors import DataError, MissingExtra
 from tersor.core.messages import first_line
-from tersor.errors import DataError, MissingExtra
 
 FILES = ("preprocessor_config.json", "processor_config.json")
 

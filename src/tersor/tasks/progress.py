@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from tersor.scores import Scores
 from tersor.tasks.contract import Task
+from tersor.tasks.scores import Scores
 
 
 def score(task: Task, model: nn.Module, progress: Callable[[str, int, int], None], what: str) -> Scores:

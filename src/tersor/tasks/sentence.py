@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from tersor.checkpoint.modules_json import MODULES, listed, read_json
-from tersor.checkpoint.weights import check_finite, read_weights
-from tersor.errors import InputError, ModelError
+from tersor.core.errors import InputError, ModelError
+from tersor.core.modules_json import MODULES, listed, read_json
+from tersor.core.weights_file import check_finite, read_weights
 
 POOLINGS = ("cls", "max", "mean", "mean_sqrt_len", "weightedmean", "lasttoken")
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "Sigmoid", "SiLU", "LeakyReLU", "ELU", "Softplus", "Hardtanh")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from tersor.errors import DataError
+from tersor.core.errors import DataError
 from tersor.tasks import made_up
 from tersor.tasks.arrays import ArrayInputs, Arrays, NamedArrays, examples, open_arrays, read_npz, run_model
 from tersor.tasks.contract import Output

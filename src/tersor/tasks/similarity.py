@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tersor.errors import DataError, InputError
-from tersor.scores import METRICS, Scores
+from tersor.core.errors import DataError, InputError
 from tersor.tasks.contract import Output, Split
 from tersor.tasks.encoder import Texts, tokenize
 from tersor.tasks.inputs import Batch, batches, consecutive, scatter, scoring
+from tersor.tasks.scores import METRICS, Scores
 from tersor.tasks.source import Source
 from tersor.tasks.split import Rows, split_rows
 from tersor.tasks.table import is_table, read_rows, to_number

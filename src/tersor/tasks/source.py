@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tersor.errors import DataError
+from tersor.core.errors import DataError
 
 
 @dataclass(frozen=True)

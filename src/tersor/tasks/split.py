@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Int
 
-from tersor.errors import DataError, InputError
+from tersor.core.errors import DataError, InputError
 from tersor.tasks.contract import Split
 
 SEED = 0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tersor.errors import DataError
+from tersor.core.errors import DataError
 from tersor.tasks.text import passages, read_text
 
 Columns = Mapping[str, tuple[str, ...]]  # the task's name of a column -> the header names it goes by, lower case

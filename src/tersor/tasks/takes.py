@@ -3,7 +3,7 @@
 import inspect
 from typing import Any, Literal
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 
 Takes = Literal["text", "pictures", "pictures and text", "waves", "features"]
 PICTURES, TEXT = "pixel_values", "input_ids"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from tersor.errors import DataError
+from tersor.core.errors import DataError
 
 DOCSTRING_LENGTH = (80, 2000)  # characters: shorter ones say little, longer ones are cut
 MAX_DOCSTRINGS = 2000

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from tersor.errors import DataError
+from tersor.core.errors import DataError
 from tersor.tasks.arrays import Numbers, check_same_shape, examples, find_name, open_arrays, read_npz
 from tersor.tasks.contract import Output
 from tersor.tasks.encoder import tokenize

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tersor.errors import DataError, InputError
+from tersor.core.errors import DataError, InputError
 from tersor.tasks.contract import Output
 from tersor.tasks.encoder import check_vocabulary, length_limit
 from tersor.tasks.inputs import Batch, consecutive, device_of

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from tersor.errors import InputError, UnknownName
+from tersor.core.errors import InputError, UnknownName
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from torch.nn.functional import normalize
 
 from tersor.checkpoint.manifest import MANIFEST, read_manifest
 from tersor.checkpoint.open import open_model
+from tersor.core.errors import InputError, UnknownName
 from tersor.core.scratch import scratch_folder
-from tersor.errors import InputError, UnknownName
 from tersor.tasks.classification import Classification
 from tersor.tasks.contract import Trainable
 from tersor.tasks.inputs import Batch, device_of, scoring

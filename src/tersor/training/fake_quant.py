@@ -21,11 +21,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tersor.activations import ACTIVATIONS, Activation, IntStatic
+from tersor.activations.quantizers import ACTIVATIONS, Activation, IntStatic
 from tersor.formats.contract import Encoded, Params, Weight
 from tersor.formats.fp8 import Fp8
 from tersor.formats.int_group import IntGroup
-from tersor.modules import Fold, Simulated, straight_through
+from tersor.nn.packed import Fold, Simulated, straight_through
 
 Learned = IntGroup | Fp8  # formats whose scales can be learned
 

@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from tersor.errors import InputError
-from tersor.stream import find_blocks
+from tersor.calibration.blocks import find_blocks
+from tersor.core.errors import InputError
 from tersor.training.architectures import attention_of
 from tersor.training.losses import kl
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from tersor.core.progress import Progress, silent
-from tersor.site_report import SiteReport
+from tersor.steps.site_report import SiteReport
 from tersor.tasks.contract import Task
 from tersor.training.journal import Journal
 from tersor.training.loop import Curve

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tersor.checkpoint.output import LOCK, busy, journal_of
+from tersor.core.errors import ArtifactError, InputError
 from tersor.core.lock import held
 from tersor.core.messages import first_line
-from tersor.errors import ArtifactError, InputError
 
 Tensors = dict[str, Tensor]
 SECONDS = 60.0  # between checkpoints

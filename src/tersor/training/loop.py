@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersor.core.errors import DataError, InputError
 from tersor.core.progress import Progress, silent
-from tersor.errors import DataError, InputError
-from tersor.modules import Stored
+from tersor.nn.packed import Stored
 from tersor.tasks.contract import Task, Trainable
 from tersor.tasks.inputs import device_of
 from tersor.training.journal import Journal, Tensors, pack_optimizer, unpack_optimizer

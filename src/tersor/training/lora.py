@@ -20,20 +20,9 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from tersor.assignment import spelled
-from tersor.copies import copy_but_sites
-from tersor.core.progress import Progress, silent
-from tersor.errors import InputError, UnknownName
-from tersor.methods.svd import principal_components
-from tersor.modules import PackedLinear
-from tersor.schemes import KEEP, parse_rule
-from tersor.sites import Site, find_sites, is_linear, is_transposed_linear
-from tersor.stats import Stats
-from tersor.steps.weights import WeightsStep
-from tersor.steps.weights_run import CURVATURE, WeightsRun
-from tersor.stream import find_blocks
-from tersor.tasks.contract import Task
-from tersor.training.adapters import (
+from tersor.calibration.blocks import find_blocks
+from tersor.calibration.walk import Walk
+from tersor.checkpoint.adapters import (
     ADAPTER,
     Adapted,
     adapted_layers,
@@ -43,12 +32,23 @@ from tersor.training.adapters import (
     state_of,
     to_bitsandbytes,
 )
+from tersor.core.errors import InputError, UnknownName
+from tersor.core.progress import Progress, silent
+from tersor.methods.stats import Stats
+from tersor.methods.svd import principal_components
+from tersor.nn.copies import copy_but_sites
+from tersor.nn.packed import PackedLinear
+from tersor.nn.sites import Site, find_sites, is_linear, is_transposed_linear
+from tersor.schemes.assignment import spelled
+from tersor.schemes.scheme import KEEP, parse_rule
+from tersor.steps.weights import WeightsStep
+from tersor.steps.weights_run import CURVATURE, WeightsRun
+from tersor.tasks.contract import Task
 from tersor.training.finetune import task_loss
 from tersor.training.job import Job
 from tersor.training.loop import Curve, check_trainable, train
 from tersor.training.merge import merge
 from tersor.training.settings import TrainingStep
-from tersor.walk import Walk
 
 DAMPING = 0.01  # of the second moment of a site's inputs, where EoRA weighs what packing lost by it
 

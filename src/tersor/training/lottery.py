@@ -17,8 +17,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from tersor.assignment import Patterns
-from tersor.errors import InputError
+from tersor.core.errors import InputError
+from tersor.schemes.assignment import Patterns
 from tersor.training.finetune import task_loss
 from tersor.training.job import Job
 from tersor.training.journal import Journal

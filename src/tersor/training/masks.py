@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.formats.semi_structured import SemiStructured
-from tersor.modules import Fold
-from tersor.sites import WEIGHTS, Site, check_patterns, find_sites, matches, simulated_parameters
+from tersor.nn.packed import Fold
+from tersor.nn.sites import WEIGHTS, Site, check_patterns, find_sites, matches, simulated_parameters
 
 Scope = Literal["global", "site"]
 Pattern = Literal["unstructured", "2:4", "4:8"]

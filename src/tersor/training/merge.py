@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersor.checkpoint.adapters import PREFIX, Adapter, adapted_names, put_in, replace_module
+from tersor.core.errors import InputError, ModelError
 from tersor.core.progress import Progress, silent
-from tersor.errors import InputError, ModelError
 from tersor.formats.contract import Format, Grid
-from tersor.modules import PackedEmbedding, PackedLinear, Stored
-from tersor.schemes import KEEP, usual_method
-from tersor.sites import Site, find_sites
+from tersor.nn.packed import PackedEmbedding, PackedLinear, Stored
+from tersor.nn.sites import Site, find_sites
+from tersor.schemes.scheme import KEEP, usual_method
 from tersor.steps.weights import WeightsStep
 from tersor.steps.weights_run import WeightsRun
 from tersor.tasks.contract import Task
 from tersor.tasks.fidelity import kl_divergence
 from tersor.tasks.inputs import scoring
-from tersor.training.adapters import PREFIX, Adapter, adapted_names, put_in, replace_module
 
 Method = Callable[[Format], str]  # how a format is filled: a method's name
 

@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from tersor.assignment import Patterns
+from tersor.schemes.assignment import Patterns
 from tersor.training.imitation import imitation
 from tersor.training.job import Job
 from tersor.training.loop import check_trainable, train

@@ -18,18 +18,18 @@ from pydantic import ConfigDict, Field, model_validator
 from torch import nn
 from torch.nn.utils import parametrize
 
-from tersor.activations import Activation
-from tersor.assignment import Assignment
+from tersor.activations.quantizers import Activation
 from tersor.checkpoint.layout import packed_sites
-from tersor.copies import copy_but_sites
-from tersor.errors import FormatError, InputError
+from tersor.core.errors import FormatError, InputError
 from tersor.formats.contract import Encoded, Params
 from tersor.formats.fp8 import Fp8
 from tersor.formats.int_group import IntGroup
-from tersor.modules import packed_weight, with_input
-from tersor.schemes import Scheme, parse_rule
-from tersor.site_report import SiteReport
-from tersor.sites import Site, find_sites, leave_fused_path
+from tersor.nn.copies import copy_but_sites
+from tersor.nn.packed import packed_weight, with_input
+from tersor.nn.sites import Site, find_sites, leave_fused_path
+from tersor.schemes.assignment import Assignment
+from tersor.schemes.scheme import Scheme, parse_rule
+from tersor.steps.site_report import SiteReport
 from tersor.steps.weights import WeightsStep
 from tersor.steps.weights_run import WeightsRun
 from tersor.tasks.inputs import device_of

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.errors import InputError, MissingExtra
+from tersor.core.errors import InputError, MissingExtra
 from tersor.training.settings import TrainingStep
 
 PRECISIONS = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from tersor.errors import InputError
-from tersor.modules import Stored
-from tersor.stream import find_blocks
+from tersor.calibration.blocks import find_blocks
+from tersor.core.errors import InputError
+from tersor.nn.packed import Stored
 from tersor.training.architectures import PER_LAYER, Architecture, architecture_of
 from tersor.training.job import Job
 

@@ -21,8 +21,8 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from tersor.core.errors import InputError
 from tersor.core.progress import Progress, silent
-from tersor.errors import InputError
 from tersor.tasks.contract import Trainable
 from tersor.tasks.inputs import Batch, scoring
 from tersor.training.journal import write_whole

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.formats.codebook import Codebook
 from tersor.formats.coded import LARGEST, Coded, finer
 from tersor.formats.contract import Format
@@ -25,8 +25,8 @@ from tersor.formats.lowrank import Corrected, LowRank
 from tersor.formats.mx import Nvfp4
 from tersor.formats.nf4 import Nf4, Nf4Double
 from tersor.formats.sparse_int import SparseInt
-from tersor.modules import PackedWeight, packed_weight
-from tersor.sites import find_sites
+from tersor.nn.packed import PackedWeight, packed_weight
+from tersor.nn.sites import find_sites
 from tersor.tasks.inputs import device_of
 from tersor.training.imitation import imitation
 from tersor.training.job import Job

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tersor.errors import InputError
+from tersor.core.errors import InputError
 from tersor.formats import format_named
 from tersor.formats.contract import Format
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 from tersor.transforms.pairs import Pair, matrix, require_pairs, stats_of
 
 

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import nn
 
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 
 class Transform(Protocol):

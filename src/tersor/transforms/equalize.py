@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tersor.errors import InputError, ModelError
-from tersor.stats import Stats
+from tersor.core.errors import InputError, ModelError
+from tersor.methods.stats import Stats
 from tersor.transforms.fold_bn import is_neutral, of_one_axis
 from tersor.transforms.graph import LAYERS, Graph, is_batch_norm
 from tersor.transforms.pairs import parameter, set_parameter

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tersor.errors import ModelError
-from tersor.stats import Stats
+from tersor.core.errors import ModelError
+from tersor.methods.stats import Stats
 from tersor.transforms.graph import Graph, is_batch_norm
 from tersor.transforms.pairs import parameter, set_parameter
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch.fx
 from torch import nn
 
-from tersor.errors import ModelError
-from tersor.sites import is_plain
+from tersor.core.errors import ModelError
+from tersor.nn.sites import is_plain
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tersor.errors import ModelError
-from tersor.sites import is_linear, is_plain, is_transposed_linear
-from tersor.stats import Stats
+from tersor.core.errors import ModelError
+from tersor.methods.stats import Stats
+from tersor.nn.sites import is_linear, is_plain, is_transposed_linear
 
 
 class Row(NamedTuple):

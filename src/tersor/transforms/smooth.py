@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tersor.activations import IntStatic
-from tersor.errors import InputError
+from tersor.activations.quantizers import IntStatic
+from tersor.core.errors import InputError
 from tersor.formats.int_group import IntGroup
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 from tersor.transforms.pairs import Pair, matrix, require_pairs, stats_of
 
 ALPHAS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tersor.errors import ModelError
+from tersor.core.errors import ModelError
 
 Tensors = dict[nn.Module, tuple[dict[str, Tensor | None], dict[str, Tensor | None]]]
 NAMED = 3  # of the layers that a transform rewrote, how many a message names

@@ -57,8 +57,8 @@ class ExecuTorch:
     def write(self, checkpoint: Checkpoint, output: Path, scratch: Path) -> Written:
         """Raises ModelError for what ExecuTorch cannot express, with the layer."""
         from tersor.export.executorch.codes import hand_on
+        from tersor.export.executorch.images import suit_pictures
         from tersor.export.executorch.layers import Rounding, rounded
-        from tersor.export.executorch.pictures import suit_pictures
         from tersor.export.executorch.program import save
         from tersor.export.executorch.trace import largest, trace
 

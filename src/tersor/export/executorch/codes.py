@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from tersor.activations import IntStatic
+from tersor.activations.observers.min_max import MinMax
+from tersor.activations.quantizers import IntStatic
 from tersor.export.examples import Examples
+from tersor.export.executorch.images import int8_pixels, is_pixels
 from tersor.export.executorch.layers import EPS, HIGHEST, LOWEST, operators
 from tersor.export.executorch.nodes import (
     CLAMPS,
@@ -35,9 +37,7 @@ from tersor.export.executorch.nodes import (
     put,
     tidy,
 )
-from tersor.export.executorch.pictures import int8_pixels, is_pixels
-from tersor.observers.min_max import MinMax
-from tersor.stats import Stats
+from tersor.methods.stats import Stats
 
 Ranges = Mapping[str, tuple[float, int]]  # value -> scale and zero point
 CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default}

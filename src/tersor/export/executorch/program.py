@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from tersor.errors import ArtifactError, MissingExtra, ModelError
+from tersor.core.errors import ArtifactError, MissingExtra, ModelError
 from tersor.export.examples import Examples
 from tersor.export.executorch.trace import axes_of, exported, largest
 from tersor.export.tracing import layer_of

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from tersor.errors import ModelError
+from tersor.core.errors import ModelError
 from tersor.export.contract import PackedSite
 from tersor.export.examples import Examples, outputs_of
 from tersor.export.executorch.layers import Rounding, embedding, linear, quantized, weight
 from tersor.export.tracing import plain_attention, slow_attention
-from tersor.modules import InputQuantizer, PackedEmbedding, PackedLinear, PackedWeight, packed_weight
+from tersor.nn.packed import InputQuantizer, PackedEmbedding, PackedLinear, PackedWeight, packed_weight
 from tersor.runtimes.executorch import quiet
 
 LARGEST_BATCH, LARGEST_LENGTH = 32, 512  # rows, and tokens of a text

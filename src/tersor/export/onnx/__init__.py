@@ -7,7 +7,7 @@ operators that layers.py lists. The file says its opset, and holds any number of
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tersor.errors import FormatError, InputError, MissingExtra
+from tersor.core.errors import FormatError, InputError, MissingExtra
 from tersor.export.check import DTYPES
 from tersor.export.contract import Checkpoint, Misfit, PackedSite, Written
 from tersor.export.onnx.mark import beside, foreign

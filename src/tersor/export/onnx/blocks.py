@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.errors import ModelError
+from tersor.core.errors import ModelError
 from tersor.export.decoder import NEW, PAST, PRESENT
 from tersor.nn.cached_call import call_with_cache
 

@@ -21,14 +21,14 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from tersor.activations import IntStatic
+from tersor.activations.observers.min_max import MinMax
+from tersor.activations.quantizers import IntStatic
 from tersor.export.examples import Examples
 from tersor.export.onnx.builder import Builder
 from tersor.export.onnx.file import save
 from tersor.export.onnx.names import name_in, path_of
-from tersor.observers.min_max import MinMax
+from tersor.methods.stats import Stats
 from tersor.runtimes import runtime_named
-from tersor.stats import Stats
 
 Ranges = Mapping[str, tuple[float, int]]  # value -> scale and unsigned zero point
 CODES = 255  # the largest

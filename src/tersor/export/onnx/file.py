@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx_ir as ir
 import onnx_ir.passes.common
 
-from tersor.errors import ArtifactError
+from tersor.core.errors import ArtifactError
 from tersor.export.onnx.builder import MICROSOFT
 from tersor.export.onnx.mark import PRODUCER, beside, name_data
 from tersor.export.onnx.names import make_unique

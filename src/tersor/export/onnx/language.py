@@ -22,7 +22,7 @@ from tersor.export.onnx.blocks import DOMAIN
 from tersor.export.onnx.builder import MICROSOFT, Builder
 from tersor.formats.contract import Encoded
 from tersor.formats.int_group import IntGroup
-from tersor.modules import Fold
+from tersor.nn.packed import Fold
 
 HEADS_LAST = [0, 2, 1, 3]  # the transposition between [batch, token, head, size] and [batch, head, token, size]
 

@@ -23,13 +23,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from tersor.errors import InputError, ModelError
+from tersor.core.errors import InputError, ModelError
 from tersor.export.contract import PackedSite
 from tersor.export.examples import Examples, outputs_of
 from tersor.export.onnx.blocks import DOMAIN, Kept, blocks, traced_call
 from tersor.export.onnx.names import name_by_layer
 from tersor.export.tracing import layer_of, plain_attention, slow_attention
-from tersor.modules import InputQuantizer, PackedEmbedding, PackedLinear, PackedWeight, packed_weight
+from tersor.nn.packed import InputQuantizer, PackedEmbedding, PackedLinear, PackedWeight, packed_weight
 
 OPSET = 21  # the first whose DequantizeLinear takes groups
 

@@ -1,0 +1,1 @@
+"""How the inputs of a site are quantized, and the observers that choose the range."""

@@ -1,0 +1,109 @@
+"""The job of `tersor compress --stream`: a checkpoint larger than memory, compressed block by block.
+
+Nothing is evaluated: that takes the whole original in memory. `tersor compare` does it where there is room.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tersor.calibration.moments import shows_inputs
+from tersor.checkpoint.manifest import read_manifest, write_manifest
+from tersor.checkpoint.output import atomic_folder, check_output
+from tersor.checkpoint.side_files import left_behind
+from tersor.checkpoint.streaming import OnBlock, StreamedModel, no_lines
+from tersor.core.errors import InputError
+from tersor.core.progress import Progress, silent
+from tersor.jobs.compress import about
+from tersor.jobs.task_choice import TaskChoice, open_task_for
+from tersor.measure.scorecard import machine
+from tersor.nn.sites import find_sites
+from tersor.recipe import Recipe
+from tersor.report.card import UNMEASURED, model_card
+from tersor.steps.weights import WeightsStep
+from tersor.steps.weights_run import CURVATURE, WeightsRun, needs_of
+
+
+def compress_streamed(
+    model: str,
+    output: Path,
+    recipe: Recipe | None,
+    *,
+    task_choice: TaskChoice = TaskChoice(),
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    on_block: OnBlock = no_lines,
+) -> dict[str, Any]:
+    """Make `output` from a Hugging Face checkpoint with a few blocks of it in memory. Returns the manifest.
+
+    Args:
+        recipe: one weights step; None is what a budget alone would mean.
+        task_choice: gives calibration data; the task is not scored.
+        on_block: called when a block has been written, with its number and how many there are.
+
+    Raises a TersorError with the way out, and then leaves nothing behind.
+    """
+    step = only_step(recipe)
+    assert recipe is not None
+    check_output(output, overwrite)
+    with atomic_folder(output, overwrite) as folder:
+        torch.manual_seed(recipe.seed)
+        progress("opening the model", 0, 1)
+        streamed = StreamedModel(model, folder, on_block, dtype)
+        source = streamed.source
+        task = open_task_for(source, task_choice)
+        step = step.with_methods(find_sites(streamed.model), partial(shows_inputs, streamed.model))
+        recipe = recipe.model_copy(update={"steps": (step,)})
+        run = WeightsRun(streamed.model, step, task, None, recipe.seed, progress, streamed.original, streamed.around)
+        progress("opening the model", 1, 1)
+        run.run()
+        streamed.save(about(source))
+        manifest = read_manifest(folder) | {
+            "source": {"name": source.title, "hashes": source.hashes, "bytes": source.num_bytes},
+            "task": {"name": task.name, "description": task.description, "fingerprint": task.fingerprint},
+            "recipe": recipe.model_dump(mode="json"),
+            "seed": recipe.seed,
+            "limit": None,
+            "site_reports": [report.to_dict() for report in run.reports.values()],
+            "scorecards": [],
+            "verdict": None,
+            "trials": [],
+            "machine": machine(),
+            "notes": [*source.notes, *left_behind(source.folder), *notes_of(run)],
+        }
+        write_manifest(folder, manifest)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(output.name, manifest), encoding="utf-8")
+    return manifest
+
+
+def only_step(recipe: Recipe | None) -> WeightsStep:
+    """The one step of a recipe that can be done block by block. Raises InputError for any other recipe."""
+    if recipe is None:
+        raise InputError(
+            "--stream cannot share out a budget, which takes all weights at once; say --format int4-g64, --rule or "
+            "--recipe FILE"
+        )
+    if len(recipe.steps) != 1 or not isinstance(recipe.steps[0], WeightsStep):
+        raise InputError(
+            f"--stream does one weights step, and the recipe has {len(recipe.steps)} steps; leave out the others, or "
+            f"--stream"
+        )
+    if recipe.steps[0].bias_correction:
+        raise InputError("--stream leaves biases as they are; leave out --bias-correction, or --stream")
+    if recipe.steps[0].keep_float != "none":
+        raise InputError(
+            "--stream measures no loss, which takes the whole original in memory; leave out --keep-float, or --stream"
+        )
+    return recipe.steps[0]
+
+
+def notes_of(run: WeightsRun) -> list[str]:
+    """What the user should know about the result."""
+    notes = [UNMEASURED]
+    if needs_of(run.model, run.work) & CURVATURE:
+        notes.append("the curvature of the loss takes the whole model in memory: methods that weigh by it did without")
+    return [*notes, *run.notes.values()]

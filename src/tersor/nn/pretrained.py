@@ -1,0 +1,61 @@
+"""What the methods of a transformers model do that read or write all weights, once some of them are packed.
+
+`save_pretrained` would write a folder whose weights transformers does not find, and draws at random; ties and rows of
+a packed embedding are not for it to change.
+"""
+
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from tersor.core.errors import InputError
+from tersor.nn.packed import packed_weight
+from tersor.nn.sites import find_sites
+
+
+def guard(model: nn.Module) -> None:
+    """Have a model that may hold packed weights refuse what would break them, or leave them as they are."""
+    for method in (save_pretrained, tie_weights, resize_token_embeddings):
+        if hasattr(type(model), method.__name__):
+            setattr(model, method.__name__, MethodType(method, model))
+
+
+def save_pretrained(self: Any, *args: Any, **options: Any) -> Any:
+    """Refused where a weight is packed."""
+    packed = [site.name for site in find_sites(self) if is_packed(self, site.parameter)]
+    if packed:
+        raise InputError(
+            f"save_pretrained cannot write packed weights ({packed[0]} and {len(packed) - 1} more): write an artifact "
+            f"with tersor.save(model, folder), which tersor.load opens; tersor.load(folder, packed=False) gives a "
+            f"model of ordinary weights, which save_pretrained writes"
+        )
+    return type(self).save_pretrained(self, *args, **options)
+
+
+def tie_weights(self: Any, *args: Any, **options: Any) -> Any:
+    """A packed weight stands in all its places already."""
+    tied = getattr(self, "all_tied_weights_keys", None) or {}
+    if any(is_packed(self, name) for pair in tied.items() for name in pair):
+        return None
+    return type(self).tie_weights(self, *args, **options)
+
+
+def resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args: Any, **options: Any) -> Any:
+    """Refused where the embedding, or the head, is packed."""
+    layers = [layer for layer in (self.get_input_embeddings(), self.get_output_embeddings()) if layer is not None]
+    if new_num_tokens is not None and any(packed_weight(layer, "weight") is not None for layer in layers):
+        raise InputError(
+            f"resize_token_embeddings({new_num_tokens}): the embedding is packed, and has the rows it has; give the "
+            f"model its tokens before it is compressed"
+        )
+    return type(self).resize_token_embeddings(self, new_num_tokens, *args, **options)
+
+
+def is_packed(model: nn.Module, name: str) -> bool:
+    """Whether something stands in the place of a parameter, given by its full name."""
+    owner, _, parameter = name.rpartition(".")
+    try:
+        return packed_weight(model.get_submodule(owner), parameter) is not None
+    except AttributeError:  # ties are named by patterns in some models
+        return False

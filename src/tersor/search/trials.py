@@ -1,0 +1,164 @@
+"""Trials of a search: judged, told and kept on disk as each finishes, so that a search that was stopped goes on."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from tersor.checkpoint.container_write import size_of
+from tersor.core.errors import InputError
+from tersor.core.progress import Progress, silent
+from tersor.measure.verdict import Tolerance, Verdict, judge
+from tersor.pipeline import Compressed
+from tersor.recipe import Recipe
+from tersor.tasks.contract import Task
+from tersor.tasks.progress import score
+from tersor.tasks.scores import Scores
+
+NUM_TRIALS = 7
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One measured point of the frontier; `scores` are those of its examples."""
+
+    num_bytes: int
+    score: float
+    verdict: Verdict
+    recipe: Recipe
+    scores: Scores | None = field(default=None, repr=False, compare=False)
+
+
+def smallest_within(trials: Iterable[Trial]) -> Trial | None:
+    """The smallest trial whose verdict is `within`; None when there is none."""
+    return min((t for t in trials if t.verdict.outcome == "within"), key=lambda t: t.num_bytes, default=None)
+
+
+def nearest_points(trials: Iterable[Trial]) -> str:
+    """The trials with the least drop, for the message of an infeasible search."""
+    closest = sorted(trials, key=lambda t: t.verdict.drop)[:3]
+    return "; ".join(f"{t.num_bytes:,} bytes: {t.verdict.sentence()}" for t in closest)
+
+
+class TrialJournal:
+    """The finished trials of one search in a file that is only appended to, one JSON object a line.
+
+    What was kept for other inputs is thrown away; a line that a killed run left half written is skipped.
+
+    Args:
+        path: of the file; None: nothing is kept.
+        inputs: all that the trials depend on.
+    """
+
+    def __init__(self, path: Path | None = None, inputs: Iterable[str] = ()):
+        self.path = path
+        self.known: dict[str, dict] = {}
+        key = hashlib.sha256("\0".join(inputs).encode()).hexdigest()
+        if path is None:
+            return
+        lines = list(read_lines(path))
+        if lines and lines[0].get("inputs") == key:
+            self.known = {line["recipe"]: line for line in lines[1:] if {"recipe", "bytes", "rows"} <= line.keys()}
+        else:
+            self.append({"inputs": key}, mode="w")
+
+    def find(self, recipe: Recipe, original: Scores) -> tuple[int, Scores] | None:
+        """Bytes and scores of a trial that finished before."""
+        line = self.known.get(recipe.to_yaml())
+        if line is None:
+            return None
+        rows = np.array(line["rows"], dtype=float).reshape(-1, original.examples.shape[1])
+        return line["bytes"], replace(original, examples=rows, extras=line["extras"])
+
+    def add(self, recipe: Recipe, num_bytes: int, scores: Scores) -> None:
+        rows = np.asarray(scores.examples, dtype=float).tolist()
+        line = {"recipe": recipe.to_yaml(), "bytes": num_bytes, "rows": rows, "extras": scores.extras}
+        self.known[line["recipe"]] = line
+        self.append(line)
+
+    def append(self, line: dict, mode: str = "a") -> None:
+        """One line, on disk when this returns. Raises InputError where it cannot be written."""
+        if self.path is None:
+            return
+        try:
+            with self.path.open(mode, encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(f"{self.path}: trials cannot be kept here: {error.strerror}") from None
+
+    def remove(self) -> None:
+        """The search has ended well."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def read_lines(path: Path) -> Iterable[dict]:
+    """The whole lines of a journal."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    for line in text.splitlines():
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            yield found
+
+
+@dataclass
+class Trials:
+    """The trials of one search in their order, each judged at its share of the error that is allowed.
+
+    Attributes:
+        best: the model of the smallest trial that is within, where it was made in this run.
+    """
+
+    task: Task
+    original: Scores
+    tolerance: Tolerance
+    seed: int = 0
+    progress: Progress = silent
+    on_trial: Callable[[Trial], None] = lambda trial: None
+    journal: TrialJournal = field(default_factory=TrialJournal)
+    finished: list[Trial] = field(default_factory=list)
+    best: Compressed | None = None
+
+    def run(self, recipe: Recipe, make: Callable[[Recipe], Compressed], num_trials: int = NUM_TRIALS) -> Trial:
+        """Make a model and judge it, or take what is known of it."""
+        known, made = self.journal.find(recipe, self.original), None
+        if known is None:
+            made = make(recipe)
+            num_bytes = size_of(made.model)
+            scores = self.scored(made.model, num_trials)
+            self.journal.add(recipe, num_bytes, scores)
+        else:
+            num_bytes, scores = known
+        verdict = judge(self.original, scores, self.tolerance, alpha=ALPHA / num_trials, seed=self.seed)
+        trial = Trial(num_bytes, scores.value, verdict, made.recipe if made else recipe, scores)
+        self.finished.append(trial)
+        if smallest_within(self.finished) is trial:
+            self.best = made
+        self.on_trial(trial)
+        return trial
+
+    def scored(self, model: nn.Module, num_trials: int) -> Scores:
+        what = f"evaluating trial {len(self.finished) + 1} of at most {num_trials}"
+        return score(self.task, model, self.progress, what)
+
+    def way_on(self) -> str:
+        """What has finished, and how to go on where the search is stopped."""
+        done = "; ".join(f"{t.num_bytes:,} bytes: {t.verdict.sentence()}" for t in self.finished)
+        there = (
+            f"; the same command goes on from there, with what is in {self.journal.path}" if self.journal.path else ""
+        )
+        return f"{len(self.finished)} trials had finished ({done}){there}"
