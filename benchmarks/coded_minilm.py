@@ -32,7 +32,7 @@ from rows import Results
 from torch import nn
 
 import tersor
-from tersor.calibration.curvature import gather
+from tersor.calibration.curvature import estimate_fisher
 from tersor.calibration.divergence import divergence, outputs
 from tersor.checkpoint.container import Container
 from tersor.checkpoint.layout import CODED
@@ -47,7 +47,7 @@ from tersor.recipe import Recipe
 from tersor.schemes.scheme import KEEP, Scheme
 from tersor.search.choices import NUM_STATES
 from tersor.search.limit import Limit, parse_size
-from tersor.search.noise_level import Searching
+from tersor.search.noise_level import NoiseLevelSearch
 from tersor.tasks.contract import Task
 
 FORECAST = [
@@ -94,7 +94,7 @@ def main() -> int:
     if left:
         source = open_model(str(folder))
         task = open_task_for(source, TaskChoice("similarity", data))
-        original, stats = task.score(source.model), gather(source.model, task)
+        original, stats = task.score(source.model), estimate_fisher(source.model, task)
         before = list(outputs(source.model, task, "eval", NUM_SENTENCES))
     for row in left:
         kind, setting = row.split()[:2]
@@ -125,7 +125,7 @@ def at_forecast(model: nn.Module, folder: Path, task: Task, stats: dict[str, Sta
     began = time.process_time()
     kind, bits, num_states = [*row.split(), "0"][:3]
     step = Recipe.of(KEEP, exclude=["*embeddings*"] if kind == "encoder" else []).weights[0]
-    searching = Searching(model, task, step, stats, num_states=int(num_states))
+    searching = NoiseLevelSearch(model, task, step, stats, num_states=int(num_states))
     forecast = searching.foresee()
     found = searching.make(forecast.level_of(float(bits)))
     seconds = time.process_time() - began
@@ -152,7 +152,7 @@ def by_tersor(model: nn.Module, folder: Path, task: Task, stats: dict[str, Stats
     """In a size, or by a scheme."""
     began = time.process_time()
     if kind == "size":
-        searching = Searching(model, task, Recipe.of(KEEP).weights[0], stats, num_states=NUM_STATES)
+        searching = NoiseLevelSearch(model, task, Recipe.of(KEEP).weights[0], stats, num_states=NUM_STATES)
         made = searching.within(Limit(parse_size(setting), setting)).made.model
     else:
         made = tersor.compress(model, Recipe.of(setting), task, stats=stats).model

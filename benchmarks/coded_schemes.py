@@ -128,7 +128,7 @@ def measure(rows: list[str], assets: Assets, results: Results) -> None:
 def open_bench(name: str, assets: Assets) -> Bench:
     from models import open_cifar, open_resnet
 
-    from tersor.calibration.curvature import gather
+    from tersor.calibration.curvature import estimate_fisher
     from tersor.calibration.divergence import outputs
     from tersor.checkpoint.open import open_model
     from tersor.jobs.task_choice import TaskChoice, open_task_for
@@ -145,7 +145,7 @@ def open_bench(name: str, assets: Assets) -> Bench:
         model, task, batch_size, exclude = open_model(str(assets.model)).model, open_protocol(assets), 2, (KEPT,)
     original = open_original(assets) if name == "smollm2" else model
     before = list(outputs(original, task, "eval", 2048, batch_size))
-    return Bench(model, task, exclude, gather(model, task), before, batch_size)
+    return Bench(model, task, exclude, estimate_fisher(model, task), before, batch_size)
 
 
 def coded_sites(bench: Bench) -> list[Site]:
@@ -175,10 +175,10 @@ def foresee(bench: Bench) -> dict[str, Any]:
 def correct(bench: Bench) -> Any:
     """The search for a level with one measured factor for each site, and its forecast."""
     from tersor.recipe import Recipe
-    from tersor.search.noise_level import FEW_BITS, Searching
+    from tersor.search.noise_level import FEW_BITS, NoiseLevelSearch
 
     step = Recipe.of("keep", exclude=bench.exclude).weights[0]
-    searching = Searching(bench.model, bench.task, step, bench.stats)
+    searching = NoiseLevelSearch(bench.model, bench.task, step, bench.stats)
     return searching.corrected(searching.foresee().level_of(FEW_BITS))
 
 
@@ -231,7 +231,7 @@ def coded(scheme: str, level: float, weight: Tensor, stats: Stats) -> Encoded:
     import torch
 
     from tersor.formats.coded import Coded, scales
-    from tersor.methods.filling import Filling
+    from tersor.methods.filling import ColumnRounder
     from tersor.methods.solver import pose, sweep
     from tersor.methods.waterfill import STEPS_DAMPING, Waterfill, damping_of
 
@@ -240,7 +240,7 @@ def coded(scheme: str, level: float, weight: Tensor, stats: Stats) -> Encoded:
     alone = replace(stats, cross_moment=None)
     problem = pose(repaired(weight, stats), alone, damping_of(weight, stats, STEPS_DAMPING), drift=0.0)
     steps = scales(torch.ones_like(weight[:, 0]), torch.full_like(weight[0], level * spread(weight)))
-    filling = Filling(problem, steps, 0.0, weight != 0)
+    filling = ColumnRounder(problem, steps, 0.0, weight != 0)
     return Coded().encode(sweep(problem, filling), filling.params)
 
 

@@ -124,12 +124,12 @@ def curvature(model: nn.Module, task: Task, models: Path) -> dict[str, Stats]:
     """The statistics of every site, gathered the first time."""
     from safetensors.torch import load_file, save_file
 
-    from tersor.calibration.curvature import gather
+    from tersor.calibration.curvature import estimate_fisher
     from tersor.methods.stats import Stats
 
     path = models / "curvature.safetensors"
     if not path.exists():
-        found = gather(model, task)
+        found = estimate_fisher(model, task)
         sides = [(f"{name} {side}", getattr(each, side)) for name, each in found.items() for side in SIDES]
         save_file({key: tensor.contiguous() for key, tensor in sides}, path)
     tensors = load_file(path)
@@ -142,11 +142,11 @@ def coded(kind: str, setting: str, model: nn.Module, task: Task, stats: dict[str
     from tersor.recipe import Recipe
     from tersor.schemes.scheme import KEEP
     from tersor.search.limit import Limit, parse_size
-    from tersor.search.noise_level import Searching
+    from tersor.search.noise_level import NoiseLevelSearch
 
     step = Recipe.of(KEEP, exclude=[KEPT] if kind == "linear" else []).weights[0]
     size, num_states = [*setting.split(), "0"][:2]
-    searching = Searching(model, task, step, stats, num_states=int(num_states))
+    searching = NoiseLevelSearch(model, task, step, stats, num_states=int(num_states))
     if kind == "size":
         found = searching.within(Limit(parse_size(size), size))
     else:

@@ -40,13 +40,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tersor
-from tersor.calibration.curvature import gather
+from tersor.calibration.curvature import estimate_fisher
 from tersor.checkpoint.layout import CODED
 from tersor.measure.scorecard import machine
 from tersor.measure.verdict import Tolerance, judge
 from tersor.search.choices import NUM_STATES
 from tersor.search.limit import Limit, parse_size
-from tersor.search.noise_level import Searching
+from tersor.search.noise_level import NoiseLevelSearch
 from tersor.tasks.contract import Task
 from tersor.training import FinetuneStep, Job, TuneScalesStep
 
@@ -152,9 +152,9 @@ def measure(row: str, assets: Path, folder: Path, peer_python: Path | None) -> d
 
 def coded(setting: str, model: nn.Module, task: Task, tuning: dict[str, Any]) -> nn.Module:
     """At a level, in a size, or by a scheme."""
-    stats = gather(model, task)
+    stats = estimate_fisher(model, task)
     if setting.endswith("kB"):
-        searching = Searching(model, task, tersor.Recipe.of("keep").weights[0], stats, num_states=NUM_STATES)
+        searching = NoiseLevelSearch(model, task, tersor.Recipe.of("keep").weights[0], stats, num_states=NUM_STATES)
         job = Job(searching.within(Limit(parse_size(setting), setting)).made.model, model, task)
         if tuning:
             TuneScalesStep(**tuning).run(job)

@@ -24,7 +24,7 @@ import torch
 from coded_minilm import NUM_SENTENCES, at_forecast
 from rows import Results
 
-from tersor.calibration.curvature import gather
+from tersor.calibration.curvature import estimate_fisher
 from tersor.calibration.divergence import divergence, outputs
 from tersor.checkpoint.open import open_model
 from tersor.jobs.task_choice import TaskChoice, open_task_for
@@ -54,7 +54,7 @@ def main() -> int:
     if left:
         source = open_model(str(folder))
         task = open_task_for(source, TaskChoice("similarity", data))
-        stats = gather(source.model, task)
+        stats = estimate_fisher(source.model, task)
         original = list(outputs(source.model, task, "eval", NUM_SENTENCES))
     for row in left:
         loaded, facts = at_forecast(source.model, folder, task, stats, row)

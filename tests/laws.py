@@ -68,13 +68,13 @@ def odd_weights() -> dict[str, Tensor]:
 def weights_for(format: Format) -> dict[str, Tensor]:
     """The odd weights that the format holds."""
     wide = {name: widened(weight, format) for name, weight in odd_weights().items()}
-    return {name: w for name, w in wide.items() if format.misfit((w.shape[0], w.shape[1])) is None}
+    return {name: w for name, w in wide.items() if format.why_not((w.shape[0], w.shape[1])) is None}
 
 
 def widened(weight: Tensor, format: Format) -> Tensor:
     """The weight; where the format wants more columns and the rows are even, two rows side by side."""
     num_rows, num_columns = weight.shape
-    if format.misfit((num_rows, num_columns)) is None or num_rows % 2:
+    if format.why_not((num_rows, num_columns)) is None or num_rows % 2:
         return weight
     return weight.reshape(num_rows // 2, 2 * num_columns)
 
@@ -178,7 +178,7 @@ def what_is_stored_is_what_was_computed(format: Format, weight: Tensor) -> None:
     encoded = format.encode(weight, params)
     assert encoded.format == format
     assert encoded.shape == tuple(weight.shape)
-    assert same_bits(encoded.decode(), format.snap(weight, params))
+    assert same_bits(encoded.decode(), format.fake_quantize(weight, params))
 
 
 def decoded_is_finite_float32(format: Format, weight: Tensor) -> None:
@@ -192,18 +192,18 @@ def decoded_is_finite_float32(format: Format, weight: Tensor) -> None:
 def snap_is_idempotent(format: Format, weight: Tensor) -> None:
     """A representable weight stays as it is."""
     params = format.fit(weight)
-    once = format.snap(weight, params)
-    assert same_bits(format.snap(once, params), once)
+    once = format.fake_quantize(weight, params)
+    assert same_bits(format.fake_quantize(once, params), once)
 
 
 def snap_is_nearest(format: Format, weight: Tensor) -> None:
     """No other weight of the set is closer, in any element: not what a neighbour of the weight snaps to."""
     params = format.fit(weight)
-    error = (format.snap(weight, params) - weight).abs()
+    error = (format.fake_quantize(weight, params) - weight).abs()
     reach = weight.abs().amax(dim=1, keepdim=True)
     for power in range(0, 12):
         noise = random(*weight.shape, seed=power)
-        other = format.snap((weight + noise * reach * 2.0**-power).clamp(-reach, reach), params)
+        other = format.fake_quantize((weight + noise * reach * 2.0**-power).clamp(-reach, reach), params)
         assert ((other - weight).abs() >= error - 1e-6 * reach).all()
 
 
@@ -241,7 +241,7 @@ def inputs_are_left_alone(format: Format, weight: Tensor) -> None:
     encoded = format.encode(weight, params)
     parts_before = {name: part.clone() for name, part in encoded.parts.items()}
     encoded.decode().fill_(7.0)
-    format.snap(weight, params).fill_(7.0)
+    format.fake_quantize(weight, params).fill_(7.0)
     assert same_bits(weight, before)
     assert same_parts(params, params_before)
     assert same_parts(encoded.parts, parts_before)
@@ -278,21 +278,21 @@ def name_finds_it(format: Format) -> None:
 
 
 def projector_is_snap(format: Format) -> None:
-    """What a solver rounds column by column is what `snap` and `encode` make of the whole, to the last bit; so also
-    halfway between two representable weights, at zero of either sign, and on what was rounded already."""
+    """What a solver rounds column by column is what `fake_quantize` and `encode` make of the whole, to the last bit; so
+    also halfway between two representable weights, at zero of either sign, and on what was rounded already."""
     if not isinstance(format, Grid):
         return
     for weight in weights_for(format).values():
         params, reach = format.fit(weight), weight.abs().amax(dim=1, keepdim=True)
-        snapped = format.snap(weight, params)
+        snapped = format.fake_quantize(weight, params)
         tries = [weight, 1.5 * weight, snapped, 0 * weight]
         for power in range(0, 10, 3):
-            other = format.snap(snapped + random(*weight.shape, seed=power) * reach * 2.0**-power, params)
+            other = format.fake_quantize(snapped + random(*weight.shape, seed=power) * reach * 2.0**-power, params)
             tries.append((snapped + other) / 2)
         project = format.projector(params, (weight.shape[0], weight.shape[1]))
         for values in tries:
             columns = torch.stack([project(values[:, j].contiguous(), j) for j in range(values.shape[1])], dim=1)
-            assert same_bits(columns, format.snap(values, params))
+            assert same_bits(columns, format.fake_quantize(values, params))
             assert same_bits(columns, format.encode(values, params).decode())
 
 
@@ -311,14 +311,14 @@ def shrink_is_by_group(format: Format) -> None:
 def misfit_names_a_way_out(format: Format) -> None:
     """A refusal says the number of columns, and a format of the table that holds them."""
     for num_columns in (1, 7, 32, 33, 48, 64, 96, 100, 128, 192, 1543):
-        problem = format.misfit((16, num_columns))
+        problem = format.why_not((16, num_columns))
         if problem is None:
             format.encode(torch.ones(16, num_columns), format.fit(torch.ones(16, num_columns)))
             continue
         assert str(num_columns) in problem
         named = [FORMATS[word] for word in words(problem) if word in FORMATS]
         assert named, f"'{problem}' names no format"
-        assert all(other.misfit((16, num_columns)) is None for other in named), problem
+        assert all(other.why_not((16, num_columns)) is None for other in named), problem
 
 
 def overflow_is_said(format: Format) -> None:
@@ -370,7 +370,7 @@ def lands_on_the_format(method: Method, format: Format, weight: Tensor, stats: S
     decoded = encoded.decode()
     assert decoded.dtype is torch.float32
     assert torch.isfinite(decoded).all()
-    assert torch.equal(format.snap(decoded, params_of(encoded)), decoded)
+    assert torch.equal(format.fake_quantize(decoded, params_of(encoded)), decoded)
     if "second_moment" in method.needs and stats.second_moment is not None:
         return  # a weight may go further, to make up for the errors of others
     one_for_all = isinstance(format, Grid) and len(format.grouped(weight)) == 1
@@ -403,7 +403,7 @@ def no_worse_than(
     def error(encoded: Encoded) -> Tensor:
         squares = (encoded.decode() - weight).double().square() * importance.double()
         by_group = format.grouped(squares).sum(-1)
-        return by_group if format.rows_apart else by_group.sum()
+        return by_group if format.rows_independent else by_group.sum()
 
     ours, theirs = error(method.compress(weight, format, stats)), error(baseline.compress(weight, format, stats))
     assert (ours <= theirs * (1 + 1e-5)).all()
@@ -467,17 +467,17 @@ def activation_name_finds_it(activation: ActivationFormat, x: Tensor) -> None:
     """What a recipe or an artifact spells leads back here, through an Activation as well."""
     params = params_for(activation)
     assert activation_named(activation.name) is activation
-    assert same_bits(Activation(activation.name, params).snap(x), activation.snap(x, params))
+    assert same_bits(Activation(activation.name, params).fake_quantize(x), activation.fake_quantize(x, params))
 
 
 def activation_snap_is_idempotent(activation: ActivationFormat, x: Tensor) -> None:
     """Up to float rounding, a representable input stays as it is."""
     params = params_for(activation)
-    once = activation.snap(x, params)
+    once = activation.fake_quantize(x, params)
     assert once.dtype is x.dtype
     assert once.shape == x.shape
     assert torch.isfinite(once).all()
-    torch.testing.assert_close(activation.snap(once, params), once, rtol=4 * torch.finfo(x.dtype).eps, atol=0)
+    torch.testing.assert_close(activation.fake_quantize(once, params), once, rtol=4 * torch.finfo(x.dtype).eps, atol=0)
 
 
 def tokens_stand_alone(activation: ActivationFormat, x: Tensor) -> None:
@@ -485,9 +485,9 @@ def tokens_stand_alone(activation: ActivationFormat, x: Tensor) -> None:
     params = params_for(activation)
     before = x.clone()
     tokens = x.reshape(-1, x.shape[-1])
-    together = activation.snap(x, params).reshape(-1, x.shape[-1])
+    together = activation.fake_quantize(x, params).reshape(-1, x.shape[-1])
     for token, snapped in zip(tokens, together, strict=True):
-        assert same_bits(activation.snap(token, params), snapped)
+        assert same_bits(activation.fake_quantize(token, params), snapped)
     assert same_bits(x, before)
 
 
@@ -495,8 +495,9 @@ ACTIVATION_LAWS = [activation_name_finds_it, activation_snap_is_idempotent, toke
 
 
 def kernel_agrees_with_reference(activation: ActivationFormat, format: Format, x: Tensor, bias: bool) -> None:
-    """A layer gives `F.linear(snap(x), decoded weight)` up to float rounding, and each token the same in any batch."""
-    if format.misfit((24, x.shape[-1])):
+    """A layer gives `F.linear(fake_quantize(x), decoded weight)` up to float rounding, and each token the same in any
+    batch."""
+    if format.why_not((24, x.shape[-1])):
         x = torch.cat([x, x], dim=-1)
     weight = random(24, x.shape[-1], seed=40)
     encoded = format.encode(weight, format.fit(weight))
@@ -513,7 +514,7 @@ def kernel_agrees_with_reference(activation: ActivationFormat, format: Format, x
     assert y.shape == (*x.shape[:-1], 24)
     assert plain.shape == y.shape
     decoded = encoded.decode().double()
-    exact = F.linear(quantizer.snap(x.float()).double(), decoded, offset.double())
+    exact = F.linear(quantizer.fake_quantize(x.float()).double(), decoded, offset.double())
     size = F.linear(x.double().abs(), decoded.abs(), offset.double().abs())
     room = 8 * torch.finfo(x.dtype).eps * size
     assert ((y.double() - exact).abs() <= room).all()

@@ -40,7 +40,7 @@ def test_the_searched_range_beats_min_max_and_percentiles(name):
     x = SAMPLES[name]
 
     def error(params):
-        return (IntStatic(8).snap(x, params) - x).abs().pow(3).sum().item()
+        return (IntStatic(8).fake_quantize(x, params) - x).abs().pow(3).sum().item()
 
     found = error(IntStatic(8).fit(Stats(sample=x)))
     low, high = min(x.min().item(), 0), max(x.max().item(), 0)
@@ -61,19 +61,19 @@ def test_zero_is_exact():
     """Padding and dead features stay nothing."""
     for x in SAMPLES.values():
         params = IntStatic(8).fit(Stats(sample=x))
-        assert not IntStatic(8).snap(torch.zeros(4), params).any()
+        assert not IntStatic(8).fake_quantize(torch.zeros(4), params).any()
 
 
 def test_an_input_of_zeros_is_fitted():
     for name in ("int8-static", "fp8-e4m3-static"):
         params = ACTIVATIONS[name].fit(Stats(sample=torch.zeros(4, 8)))
-        assert not ACTIVATIONS[name].snap(torch.zeros(2, 8), params).any()
+        assert not ACTIVATIONS[name].fake_quantize(torch.zeros(2, 8), params).any()
 
 
 def test_fp8_spans_what_was_seen_beside_the_sample():
     x = random(16, 8).clamp(-1, 1)
     params = Fp8Static().fit(Stats(sample=x, largest=torch.full((8,), 20.0)))
-    assert Fp8Static().snap(torch.tensor([20.0, -20.0, 500.0]), params).tolist() == [20, -20, 20]
+    assert Fp8Static().fake_quantize(torch.tensor([20.0, -20.0, 500.0]), params).tolist() == [20, -20, 20]
 
 
 @pytest.mark.parametrize("name", ["int8-static", "fp8-e4m3-static"])

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from tersor.calibration.curvature import gather
+from tersor.calibration.curvature import estimate_fisher
 from tersor.core.errors import DataError
 from tersor.methods.stats import Stats
 from tersor.nn.sites import find_sites
@@ -115,7 +115,7 @@ def losses(
     model: nn.Module, task: Toy, loss: Callable[[Tensor, Tensor], float], noise: float, num_tries: int = 10
 ) -> tuple[list[float], list[float]]:
     """Predicted and measured loss of small random changes, summed over several tries, one pair per site."""
-    stats = gather(model, task)
+    stats = estimate_fisher(model, task)
     predicted, measured = [], []
     with torch.no_grad():
         before = model(task.inputs)
@@ -160,7 +160,7 @@ def test_tells_columns_that_matter_from_those_that_do_not():
     """Inputs of very different size: the curvature's columns follow their squares."""
     torch.manual_seed(0)
     size = torch.logspace(-2, 1, 8)
-    stats = gather(nn.Sequential(nn.Linear(8, 4)), Toy(torch.randn(2000, 8) * size, "values"))["0"]
+    stats = estimate_fisher(nn.Sequential(nn.Linear(8, 4)), Toy(torch.randn(2000, 8) * size, "values"))["0"]
     expected = size.square() / size.square().mean()
     torch.testing.assert_close(stats.column_weight, expected, rtol=0.25, atol=0)
     torch.testing.assert_close(stats.row_weight, torch.full((4,), size.square().mean().item()), rtol=0.3, atol=0)
@@ -169,16 +169,16 @@ def test_tells_columns_that_matter_from_those_that_do_not():
 def test_the_number_of_examples_does_not_change_the_scale():
     torch.manual_seed(0)
     model, index = LanguageModel().eval(), torch.randint(0, 30, (400, 9))
-    few, many = (gather(model, Toy(index[:n], "logits"))["head"].row_weight.sum() for n in (100, 400))
+    few, many = (estimate_fisher(model, Toy(index[:n], "logits"))["head"].row_weight.sum() for n in (100, 400))
     assert 0.8 < few / many < 1.25
 
 
 def test_same_seed_same_statistics(classifier, digits):
     task = Toy(digits[:64], "logits")
     torch.manual_seed(5)
-    first = gather(classifier, task, seed=3)
+    first = estimate_fisher(classifier, task, seed=3)
     torch.manual_seed(6)
-    second, third = gather(classifier, task, seed=3), gather(classifier, task, seed=4)
+    second, third = estimate_fisher(classifier, task, seed=3), estimate_fisher(classifier, task, seed=4)
     assert all(torch.equal(first[n].row_weight, second[n].row_weight) for n in first)
     assert all(torch.equal(first[n].column_weight, second[n].column_weight) for n in first)
     assert not torch.equal(first["10"].row_weight, third["10"].row_weight)
@@ -188,7 +188,7 @@ def test_leaves_the_random_numbers_alone(classifier, digits):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    gather(classifier, Toy(digits[:16], "logits"))
+    estimate_fisher(classifier, Toy(digits[:16], "logits"))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -202,9 +202,9 @@ def test_leaves_the_model_as_it_was(classifier, digits, fails):
     modes = [module.training for module in model.modules()]
     if fails:
         with pytest.raises(RuntimeError):
-            gather(model, Toy(torch.randn(4, 3), "logits"))
+            estimate_fisher(model, Toy(torch.randn(4, 3), "logits"))
     else:
-        gather(model, Toy(digits[:64], "logits"))
+        estimate_fisher(model, Toy(digits[:64], "logits"))
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert [parameter.requires_grad for parameter in model.parameters()] == needs
     assert [module.training for module in model.modules()] == modes
@@ -215,7 +215,9 @@ def test_a_frozen_model_and_a_caller_without_gradients(classifier, digits):
     task = Toy(digits[:64], "logits")
     frozen = copy.deepcopy(classifier).requires_grad_(False)
     with torch.no_grad():
-        assert torch.equal(gather(frozen, task)["0"].row_weight, gather(classifier, task)["0"].row_weight)
+        assert torch.equal(
+            estimate_fisher(frozen, task)["0"].row_weight, estimate_fisher(classifier, task)["0"].row_weight
+        )
 
 
 def test_sites_the_data_never_reaches_cost_nothing(digits):
@@ -227,7 +229,7 @@ def test_sites_the_data_never_reaches_cost_nothing(digits):
         def forward(self, x):
             return self.used(x.flatten(1))
 
-    stats = gather(Partly(), Toy(digits[:32], "logits"))
+    stats = estimate_fisher(Partly(), Toy(digits[:32], "logits"))
     assert stats["unused"].loss(torch.ones(3, 64)) == 0
     assert stats["used"].loss(torch.ones(3, 64)) > 0
     assert all(torch.isfinite(found.column_weight).all() for found in stats.values())
@@ -235,7 +237,7 @@ def test_sites_the_data_never_reaches_cost_nothing(digits):
 
 def test_no_data_is_refused(classifier, digits):
     with pytest.raises(DataError, match="toy: the calibration split is empty"):
-        gather(classifier, Toy(digits[:0], "logits"))
+        estimate_fisher(classifier, Toy(digits[:0], "logits"))
 
 
 def test_without_statistics_the_loss_is_the_plain_error():

@@ -141,7 +141,7 @@ def test_statistics_that_are_not_numbers_name_the_site_and_a_way_out():
 def test_the_curvature_is_gathered_only_where_it_is_read(scheme, name, read, monkeypatch):
     """It costs a backward pass over all the data."""
     calls = []
-    monkeypatch.setattr(weights_run, "gather", lambda *args, **options: calls.append(args) or {})
+    monkeypatch.setattr(weights_run, "estimate_fisher", lambda *args, **options: calls.append(args) or {})
     model = ZOO[name].model()
     tersor.compress(model, Recipe.of(scheme), task_for(ZOO[name], model))
     assert bool(calls) == read

@@ -123,10 +123,10 @@ def test_a_float_file_with_the_computed_weight_is_loaded(way, tmp_path):
 def test_curvature_is_that_of_the_computed_weight():
     model, x = built("weight norm", "linear")
     with torch.enable_grad():
-        (stats,) = tersor.calibration.curvature.gather(model, Ready(x)).values()
+        (stats,) = tersor.calibration.curvature.estimate_fisher(model, Ready(x)).values()
         plain = nn.Sequential(nn.Linear(16, 16), nn.Tanh()).eval()
         plain[0].weight.data, plain[0].bias.data = model[0].weight.detach(), model[0].bias.detach()
-        (expected,) = tersor.calibration.curvature.gather(plain, Ready(x)).values()
+        (expected,) = tersor.calibration.curvature.estimate_fisher(plain, Ready(x)).values()
     torch.testing.assert_close(stats.row_weight, expected.row_weight)
     assert stats.row_weight.any()
 

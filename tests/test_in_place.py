@@ -103,7 +103,7 @@ CHANGES = [hook, named_hook, pre_hook, own_forward, reads_its_weight, accelerate
 def rounded(model, small):
     """The float model with the weights that the packed one decodes to."""
     for site in find_sites(small):
-        for place in site.places:
+        for place in site.owners:
             weight = model.get_submodule(place.module)._parameters[place.parameter]
             weight.data.copy_(site.weight(small))
     return model

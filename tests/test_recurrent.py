@@ -94,15 +94,15 @@ def textbook(layer, x, first, suffix="l0"):
     def matrix(name):
         return getattr(layer, f"packed_{name}_{suffix}").encoded.decode().double()
 
-    def snap(values):
-        return ACTIVATIONS["int8-dynamic"].snap(values.float(), {}).double()
+    def fake_quantize(values):
+        return ACTIVATIONS["int8-dynamic"].fake_quantize(values.float(), {}).double()
 
     bias = {each: getattr(layer, f"bias_{each}_{suffix}").double() for each in ("ih", "hh")}
     h, c = (state.double() for state in first)
     outputs = []
     for x_t in x:
-        of_x = F.linear(snap(x_t), matrix("weight_ih"), bias["ih"])
-        of_h = F.linear(snap(h), matrix("weight_hh"), bias["hh"])
+        of_x = F.linear(fake_quantize(x_t), matrix("weight_ih"), bias["ih"])
+        of_h = F.linear(fake_quantize(h), matrix("weight_hh"), bias["hh"])
         if layer.mode == "LSTM":
             i, f, g, o = (of_x + of_h).chunk(4, -1)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()

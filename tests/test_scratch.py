@@ -8,7 +8,7 @@ import torch
 
 from cli_runner import tersor as run
 from tersor import cli
-from tersor.calibration.offload import Spill
+from tersor.calibration.offload import ActivationCache
 from tersor.checkpoint.container_write import size_of
 from tersor.core.errors import InputError
 from tersor.core.scratch import scratch_folder
@@ -31,12 +31,12 @@ def test_no_place_is_one_message(no_place):
     with pytest.raises(InputError, match=message), scratch_folder():
         pytest.fail("went in")
     with pytest.raises(InputError, match=message):
-        Spill(limit=0).keep(torch.ones(3))
+        ActivationCache(limit=0).keep(torch.ones(3))
 
 
 def test_what_needs_no_file_needs_no_place(no_place):
     assert size_of(torch.nn.Linear(2, 2)) > 24
-    assert Spill(limit=100).keep(torch.ones(3)).sum() == 3
+    assert ActivationCache(limit=100).keep(torch.ones(3)).sum() == 3
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_rnn_finds_every_layer_direction_and_projection():
     ],
 )
 def test_a_tied_weight_is_one_site_with_all_its_places(name, places):
-    tied = {site.name: len(site.places) for site in find_sites(original(name)) if len(site.places) > 1}
+    tied = {site.name: len(site.owners) for site in find_sites(original(name)) if len(site.owners) > 1}
     assert tied == places
 
 
@@ -343,7 +343,7 @@ def test_int8_dynamic_linear_is_what_it_says(num_in, num_out, batch, dtype):
     model = nn.Sequential(nn.Linear(num_in, num_out)).to(dtype)
     small = tersor.compress(model, Recipe.of("int8-dynamic")).model
     x = torch.randn(*batch, num_in, dtype=dtype)
-    said = F.linear(Int8Dynamic().snap(x, {}), small[0].weight, small[0].bias)
+    said = F.linear(Int8Dynamic().fake_quantize(x, {}), small[0].weight, small[0].bias)
     with torch.no_grad():
         fast = small(x)
         with reference():
@@ -420,7 +420,7 @@ def test_a_weight_tied_to_an_unknown_module_is_packed_there_too(scheme, tmp_path
     embed = nn.Embedding(40, 16)
     model = nn.Sequential(embed, Projector(embed.weight))
     (site,) = tersor.find_sites(model)
-    assert site.places == (("0", "weight"), ("1", "weight"))
+    assert site.owners == (("0", "weight"), ("1", "weight"))
     small = tersor.compress(model, tersor.Recipe.of(scheme)).model
     assert not sum(parameter.numel() for parameter in small.parameters())
     x = torch.randint(0, 40, (3, 5))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from laws import random, same_bits
-from tersor.calibration.offload import Spill
+from tersor.calibration.offload import ActivationCache
 
 
 @pytest.fixture(autouse=True)
@@ -21,15 +21,15 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2, 0), (2, 3, 4)], ids=str)
 def test_the_same_numbers(dtype, shape, folder):
     tensor = (10 * random(*shape)).to(dtype)
-    kept = Spill(limit=0).keep(tensor)
+    kept = ActivationCache(limit=0).keep(tensor)
     assert same_bits(kept, tensor)
     strided = tensor.expand(4, *shape).transpose(0, -1)
-    assert same_bits(Spill(limit=0).keep(strided), strided.contiguous())
+    assert same_bits(ActivationCache(limit=0).keep(strided), strided.contiguous())
     assert list(folder.iterdir()) == []
 
 
 def test_the_limit_is_kept():
-    spill = Spill(limit=100)
+    spill = ActivationCache(limit=100)
     kept = [spill.keep(torch.ones(10)) for _ in range(5)]
     assert (spill.num_bytes_in_memory, spill.num_bytes_on_disk) == (80, 120)
     del kept[0]
@@ -44,13 +44,13 @@ def test_the_limit_is_kept():
 
 def test_what_stays_in_memory_is_the_tensor_itself():
     tensor = torch.ones(4)
-    assert Spill(limit=16).keep(tensor) is tensor
-    assert Spill(limit=15).keep(tensor) is not tensor
+    assert ActivationCache(limit=16).keep(tensor) is tensor
+    assert ActivationCache(limit=15).keep(tensor) is not tensor
 
 
 def test_later_changes_do_not_reach_the_disk():
     tensor = torch.ones(4)
-    kept = Spill(limit=0).keep(tensor)
+    kept = ActivationCache(limit=0).keep(tensor)
     tensor.zero_()
     assert kept.tolist() == [1, 1, 1, 1]
 
@@ -61,5 +61,5 @@ def test_a_full_disk_leaves_nothing_behind(folder: Path, monkeypatch):
 
     monkeypatch.setattr(torch, "from_file", full)
     with pytest.raises(OSError, match="No space left"):
-        Spill(limit=0).keep(torch.ones(4))
+        ActivationCache(limit=0).keep(torch.ones(4))
     assert list(folder.iterdir()) == []

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from laws import random, same_bits
 from tersor.activations.quantizers import ACTIVATIONS, Activation
-from tersor.calibration.blocks import Stream, find_blocks
+from tersor.calibration.blocks import BlockStates, find_blocks
 from tersor.calibration.moments import Moments, has_inputs, inputs_of, takes_inputs
-from tersor.calibration.offload import Spill
+from tersor.calibration.offload import ActivationCache
 from tersor.calibration.walk import Chosen, Walk
 from tersor.core.errors import DataError
 from tersor.formats import FORMATS
@@ -108,7 +108,7 @@ def test_every_site_is_visited_once_and_packed(name):
         if name == "embedding max_norm":  # PyTorch itself rewrites the rows that are looked up
             continue
         matrix = site.matrix(original)
-        assert torch.equal(site.matrix(model), FORMAT.snap(matrix, FORMAT.fit(matrix)).to(site.dtype).float())
+        assert torch.equal(site.matrix(model), FORMAT.fake_quantize(matrix, FORMAT.fit(matrix)).to(site.dtype).float())
         assert has_inputs(original, site) or stats.num_tokens == 0
     if name != "embedding max_norm":
         assert_same_state(state(original), before)
@@ -121,7 +121,7 @@ def test_sites_are_visited_in_the_order_of_the_data(name):
     reached: list[str] = []
     hooks = []
     for site in find_sites(model):
-        for place in site.places:
+        for place in site.owners:
             hook = lambda module, args, site=site: reached.append(site.name)  # noqa: E731
             hooks.append(model.get_submodule(place.module).register_forward_pre_hook(hook))
     case.run(model)
@@ -139,7 +139,7 @@ def brute_force(model, original, site, task):
     """The moments of one site's inputs by plain hooks, in a model as it stands and in the original."""
     caught = []
     for each in (model, original):
-        place = next(p for p in site.places if has_inputs_at(each, p))
+        place = next(p for p in site.owners if has_inputs_at(each, p))
         inputs: list[Tensor] = []
         module = each.get_submodule(place.module)
         hook = module.register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0]))
@@ -246,7 +246,7 @@ def test_quantized_inputs_reach_what_follows():
     x = random(4, 6)
     coarse = Activation("int8-static", {"scale": torch.tensor([0.7]), "zero_point": torch.zeros(1, dtype=torch.int8)})
     with torch.no_grad():
-        middle = model[0](ACTIVATIONS["int8-static"].snap(x, coarse.params))
+        middle = model[0](ACTIVATIONS["int8-static"].fake_quantize(x, coarse.params))
     mine = copy.deepcopy(model)
 
     def visit(site, stats):
@@ -268,7 +268,7 @@ def test_quantized_inputs_reach_the_next_block(memory_limit):
     seen = {site.name: stats for site, stats in walked(mine, model, Toy((x,)), visit, memory_limit=memory_limit)}
     first = model.layers[0]
     with torch.no_grad():
-        middle = (x + first.down(first.up(coarse.snap(x)).relu())).flatten(0, 1)
+        middle = (x + first.down(first.up(coarse.fake_quantize(x)).relu())).flatten(0, 1)
     wanted = middle.t() @ middle / len(middle)
     torch.testing.assert_close(seen["layers.1.up"].second_moment, wanted, rtol=1e-2, atol=1e-2)
 
@@ -434,7 +434,7 @@ def test_a_block_runs_on_some_of_the_examples():
 def test_no_hidden_states_outlive_their_block():
     """What every block was called with says nothing of the first block's input, which would stay for the whole walk."""
     model, x = Biased(), random(5, 6, 8)
-    stream = Stream(model, Toy({"x": x, "mask": random(5, 6)}), ["layers.0", "layers.1"], Spill(0))
+    stream = BlockStates(model, Toy({"x": x, "mask": random(5, 6)}), ["layers.0", "layers.1"], ActivationCache(0))
     with torch.no_grad():
         stream.stem(0, {"x": x, "mask": random(5, 6)})
         first = weakref.ref(stream.hidden[0])

@@ -123,7 +123,7 @@ def sees_inputs(job: Job, step: Assignment, site: Site) -> bool:
     that were only rounded; and where weights are zero on purpose, what makes up for errors would fill them again."""
     if job.task is None or not isinstance(step, WeightsStep) or site.name in job.masks.masks:
         return False
-    packed = packed_weight(job.model.get_submodule(site.places[0].module), site.places[0].parameter)
+    packed = packed_weight(job.model.get_submodule(site.owners[0].module), site.owners[0].parameter)
     return shows_inputs(job.model, site) and not (packed and isinstance(packed.format, Sparse))
 
 

@@ -24,7 +24,7 @@ from tersor.search.noise_level import (
     NUM_MODELS,
     Forecast,
     Found,
-    Searching,
+    NoiseLevelSearch,
     check_codable,
     defend,
     fit,
@@ -122,7 +122,7 @@ def test_a_drop_is_bisected(worst):
 
 
 def test_the_forecast_is_close_to_the_file():
-    searching = Searching(net(), None, KEEP_STEP, {})
+    searching = NoiseLevelSearch(net(), None, KEEP_STEP, {})
     forecast = searching.foresee()
     assert forecast.num_weights == sum(p.numel() for n, p in net().named_parameters() if p.ndim > 1)
     for bits in (2.0, 4.0):
@@ -133,7 +133,7 @@ def test_the_forecast_is_close_to_the_file():
 @pytest.mark.parametrize("size", ["40KB", "70KB"])
 def test_the_finished_file_meets_the_limit(size, tmp_path):
     limit = Limit.of(original_bytes=1, num_parameters=1, size=size)
-    found = Searching(net(), None, KEEP_STEP, {}).within(limit)
+    found = NoiseLevelSearch(net(), None, KEEP_STEP, {}).within(limit)
     tersor.save(found.made.model, tmp_path)
     assert (tmp_path / CODED).stat().st_size == found.num_bytes
     assert NEAR * limit.num_bytes <= found.num_bytes <= limit.num_bytes
@@ -155,7 +155,7 @@ def test_a_limit_below_what_is_kept_is_refused_at_once():
 
 def test_rules_and_excludes_fix_their_sites():
     step = Recipe.of(KEEP, {"*embed": "int8"}, ["layers.0"]).weights[0]
-    found = Searching(net(), None, step, {}).within(Limit(200_000, "size"))
+    found = NoiseLevelSearch(net(), None, step, {}).within(Limit(200_000, "size"))
     schemes = {site.name: site.scheme for site in found.made.sites}
     assert schemes["embed"] == "mse:int8"
     assert "layers.0" not in schemes
@@ -165,7 +165,7 @@ def test_rules_and_excludes_fix_their_sites():
 def test_a_trellis_spends_the_same_bytes_on_less_error(tmp_path):
     """Under the same limit all sites are along paths, at a finer level."""
     limit = Limit(70_000, "70 kB")
-    plain, ours = (Searching(net(), None, KEEP_STEP, {}, num_states=each).within(limit) for each in (0, 16))
+    plain, ours = (NoiseLevelSearch(net(), None, KEEP_STEP, {}, num_states=each).within(limit) for each in (0, 16))
     assert NEAR * limit.num_bytes <= ours.num_bytes <= limit.num_bytes
     assert "num_states=16" in ours.recipe.weights[0].scheme
     errors = [sum(site.relative_error for site in found.made.sites) for found in (plain, ours)]

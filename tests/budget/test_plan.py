@@ -270,7 +270,7 @@ def test_mistakes_in_rules_are_told():
 
 @pytest.mark.parametrize("rules", [None, {"layers.0": "int4-g128"}])
 def test_a_format_that_fits_nothing_is_told(rules, monkeypatch):
-    monkeypatch.setattr(IntGroup, "misfit", lambda self, shape: f"has in={shape[1]} columns")
+    monkeypatch.setattr(IntGroup, "why_not", lambda self, shape: f"has in={shape[1]} columns")
     with pytest.raises(FormatError, match=r"int4-g128: .* has in=.* columns"):
         measure_menus(net(), {}, step_of(rules), ["int4-g128"])
 

@@ -117,8 +117,8 @@ def test_tied_weights_are_stored_once_and_stay_tied(name, gone, scheme, packed_a
     loaded = tersor.load(saved(small, tmp_path), model=fresh(name), packed=packed_again)
     with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
         assert not any(key.startswith(gone) for key in file.keys())  # noqa: SIM118
-    tied = [site for site in find_sites(loaded) if len(site.places) > 1]
-    assert tied == [site for site in find_sites(small) if len(site.places) > 1]
+    tied = [site for site in find_sites(loaded) if len(site.owners) > 1]
+    assert tied == [site for site in find_sites(small) if len(site.owners) > 1]
     assert len(tied) == 1
 
 

@@ -42,4 +42,4 @@ def expected(folder: Path) -> torch.Tensor:
 
 def weights(folder: Path) -> Mapping[str, torch.Tensor]:
     """Every packed weight of an artifact, decoded, by the name of its module."""
-    return {site.places[0].module: packed.encoded.decode() for site, packed, _ in packed_sites(tersor.load(folder))}
+    return {site.owners[0].module: packed.encoded.decode() for site, packed, _ in packed_sites(tersor.load(folder))}

@@ -237,7 +237,7 @@ def test_refused_and_decoded(tmp_path):
 def test_what_is_refused_has_a_scheme_that_fits(layer, scheme, instead, tmp_path):
     def misfits(scheme):
         model = tersor.compress(nn.Sequential(layer()), Recipe.of(scheme)).model
-        return [ExecuTorch().misfit(packed) for packed in checkpoint_of(tmp_path, model).sites]
+        return [ExecuTorch().why_not(packed) for packed in checkpoint_of(tmp_path, model).sites]
 
     assert misfits(scheme)[0].instead == instead
     assert "static" in instead or not any(misfits(instead))

@@ -83,7 +83,7 @@ class Calibration:
 def write(model: nn.Module, examples: Examples, folder: Path, **options):
     """The files that the client writes: the one to keep, and the one that rounds exactly as the artifact does."""
     checkpoint, export = checkpoint_of(folder, model, examples), Onnx(**options)
-    assert not [p.site.name for p in checkpoint.sites if export.misfit(p)]
+    assert not [p.site.name for p in checkpoint.sites if export.why_not(p)]
     export.check(checkpoint)
     written = export.write(checkpoint, folder / "out.onnx", folder)
     tersor.export.check.check(export, checkpoint, folder / "out.onnx", written)

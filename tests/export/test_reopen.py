@@ -22,7 +22,7 @@ def exported(kind, config, to, format, tmp_path):
     torch.manual_seed(0)
     model = getattr(transformers, kind)(config).eval()
     heads = ("lm_head", "embed_out")
-    linears = [s for s in find_sites(model) if s.kind == "linear" and not s.places[0].module.endswith(heads)]
+    linears = [s for s in find_sites(model) if s.kind == "linear" and not s.owners[0].module.endswith(heads)]
     rules = {site.name: format for site in linears if site.fold.view == "rows"}
     tersor.save(tersor.compress(model, tersor.Recipe.of("keep", rules=rules)).model, tmp_path / "a")
     return export_model(tmp_path / "a", tmp_path / "out", to=to)

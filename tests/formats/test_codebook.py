@@ -11,7 +11,7 @@ from tersor.formats.codebook import Codebook
 def test_reaches_the_best_quantizer_of_a_gaussian(num_values, distortion):
     """Max 1960, table I."""
     weight, format = random(64, 4096), Codebook(num_values, per_tensor=True)
-    error = (format.snap(weight, format.fit(weight)) - weight).square().mean().item()
+    error = (format.fake_quantize(weight, format.fit(weight)) - weight).square().mean().item()
     assert error == pytest.approx(distortion, rel=0.02)
 
 
@@ -20,13 +20,13 @@ def test_few_values_are_kept_exactly(per_tensor):
     weight = torch.tensor([0.5, -1.0, 0.0, 3.0])[torch.randint(4, (5, 60), generator=torch.Generator().manual_seed(0))]
     for num_values in (4, 8, 16):
         format = Codebook(num_values, per_tensor)
-        assert torch.equal(format.snap(weight, format.fit(weight)), weight)
+        assert torch.equal(format.fake_quantize(weight, format.fit(weight)), weight)
 
 
 def test_a_row_has_its_own_values():
     weight = random(4, 512) * torch.tensor([[1e-3], [1.0], [100.0], [0.1]])
     errors = [
-        ((format.snap(weight, format.fit(weight)) - weight) / weight.std(dim=1, keepdim=True)).square().mean()
+        ((format.fake_quantize(weight, format.fit(weight)) - weight) / weight.std(dim=1, keepdim=True)).square().mean()
         for format in (Codebook(16), Codebook(16, per_tensor=True))
     ]
     assert errors[0] < 0.012

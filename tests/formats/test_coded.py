@@ -39,13 +39,13 @@ def test_no_weight_is_clipped():
     weight = random(64, 256)
     weight[3, 7], weight[60, 0] = 80.0, -120.0
     params = Coded().fit(weight)
-    error = (Coded().snap(weight, params) - weight).abs()
+    error = (Coded().fake_quantize(weight, params) - weight).abs()
     assert (error <= steps(params) / 2 * (1 + 1e-5)).all()
 
 
 def test_what_no_code_reaches_is_held_at_the_end():
     params = scales(torch.ones(1), torch.tensor([1.0, 1.0]))
-    assert Coded().snap(torch.tensor([[1e6, -1e6]]), params).tolist() == [[LARGEST, -LARGEST]]
+    assert Coded().fake_quantize(torch.tensor([[1e6, -1e6]]), params).tolist() == [[LARGEST, -LARGEST]]
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 37])

@@ -47,7 +47,7 @@ def textbook_group(weights, format):
 def test_agrees_with_the_textbook(format, label):
     weight = odd_weights()[label]
     weight = weight[:: max(1, weight.shape[0] // 8)]
-    params, snapped = format.fit(weight), format.snap(weight, format.fit(weight))
+    params, snapped = format.fit(weight), format.fake_quantize(weight, format.fit(weight))
     for row in range(weight.shape[0]):
         for group, start in enumerate(range(0, weight.shape[1], 32)):
             scale, code, expected = textbook_group(weight[row, start : start + 32].numpy(), format)
@@ -64,7 +64,7 @@ def test_no_code_is_nearer(format):
         weight = odd_weights()[label][:3]
         params = format.fit(weight)
         lowest = 1 if format.bits == 8 and format.symmetric else 0
-        error = (format.snap(weight, params) - weight).abs()
+        error = (format.fake_quantize(weight, params) - weight).abs()
         step = params["scale"].float().abs().repeat_interleave(weight.shape[1] // params["scale"].shape[1], dim=1)
         for code in range(lowest, 2**format.bits):
             other = format.dequantize(torch.full_like(weight, code), params)
@@ -105,7 +105,7 @@ def test_the_largest_weight_lands_on_the_longer_end(bits, sign):
     params = format.fit(weight)
     assert params["scale"].sign().item() == -sign
     assert format.quantize(weight, params)[0, -1] == 0
-    torch.testing.assert_close(format.snap(weight, params)[0, -1], weight[0, -1], rtol=1e-3, atol=0)
+    torch.testing.assert_close(format.fake_quantize(weight, params)[0, -1], weight[0, -1], rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("group_size", [None, 32])
@@ -129,11 +129,11 @@ def test_asymmetric_range_holds_zero(bits, shift):
     format = IntGroup(bits, 32, symmetric=False)
     params = format.fit(weight)
     step = params["scale"].float().max().item()
-    assert format.snap(torch.zeros_like(weight), params).abs().max() <= step / 2
-    assert (format.snap(weight, params) - weight).abs().max() <= step * 0.52
+    assert format.fake_quantize(torch.zeros_like(weight), params).abs().max() <= step / 2
+    assert (format.fake_quantize(weight, params) - weight).abs().max() <= step * 0.52
     one_sided = IntGroup(bits, None, symmetric=False)
     weight = weight - weight.amin(dim=1, keepdim=True)
-    assert (one_sided.snap(torch.zeros_like(weight), one_sided.fit(weight)) == 0).all()
+    assert (one_sided.fake_quantize(torch.zeros_like(weight), one_sided.fit(weight)) == 0).all()
 
 
 @pytest.mark.parametrize("format", GRIDS, ids=named)
@@ -142,5 +142,5 @@ def test_finer_grids_are_closer(format):
     weight = random(16, 128)
     finer = IntGroup(format.bits + 1, format.group_size, format.symmetric) if format.bits < 8 else None
     if finer:
-        errors = [(grid.snap(weight, grid.fit(weight)) - weight).square().mean() for grid in (format, finer)]
+        errors = [(grid.fake_quantize(weight, grid.fit(weight)) - weight).square().mean() for grid in (format, finer)]
         assert errors[1] < errors[0]

@@ -48,7 +48,7 @@ def textbook(format, weight):
 @pytest.mark.parametrize("format", K_QUANTS, ids=lambda format: format.name)
 def test_agrees_with_a_slow_version(format):
     weight = random(1, 256, seed=3)
-    snapped = format.snap(weight, format.fit(weight)).numpy().flatten()
+    snapped = format.fake_quantize(weight, format.fit(weight)).numpy().flatten()
     np.testing.assert_allclose(snapped, textbook(format, weight), rtol=1e-5, atol=1e-6)
 
 
@@ -58,7 +58,10 @@ def test_shrink_of_a_block_leaves_the_others_alone(format):
     size = format.kind.block_size
     shrink = torch.ones(weight.shape[0], weight.shape[1] // size)
     shrink[:, 3] = 0.6
-    plain, changed = format.snap(weight, format.fit(weight)), format.snap(weight, format.fit(weight, shrink))
+    plain, changed = (
+        format.fake_quantize(weight, format.fit(weight)),
+        format.fake_quantize(weight, format.fit(weight, shrink)),
+    )
     moved = (plain != changed).view(weight.shape[0], -1, size).any(-1)
     assert moved[:, 3].any()
     assert not moved[:, [0, 1, 2, 4, 5, 6, 7]].any()
@@ -74,7 +77,7 @@ def test_refit_never_raises_the_error_of_a_block(format):
     params = format.fit(weight, 0.8)
 
     def error(params):
-        return format.grouped((format.snap(weight, params) - weight).square() * importance).sum(-1)
+        return format.grouped((format.fake_quantize(weight, params) - weight).square() * importance).sum(-1)
 
     before, after = error(params), error(format.refit(weight, params, importance))
     assert (after <= before * (1 + 1e-5)).all()

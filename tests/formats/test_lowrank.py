@@ -27,7 +27,7 @@ def test_fit_finds_the_weights_own_rank(rank):
 def test_no_product_of_that_rank_is_closer(rank):
     """Eckart-Young: the error is the singular values left out."""
     weight = random(12, 20)
-    error = LowRank().snap(weight, LowRank().fit(weight, rank)) - weight
+    error = LowRank().fake_quantize(weight, LowRank().fit(weight, rank)) - weight
     left_out = torch.linalg.svdvals(weight)[rank:].square().sum()
     assert error.square().sum() <= left_out * (1 + 1e-4)
 
@@ -39,7 +39,7 @@ def test_factors_share_the_size(size):
     params = LowRank().fit(weight, 3)
     left, right = params["left"].float().abs().amax(0), params["right"].float().abs().amax(1)
     torch.testing.assert_close(left, right, rtol=2e-3, atol=0)
-    error = (LowRank().snap(weight, params) - weight).abs().max()
+    error = (LowRank().fake_quantize(weight, params) - weight).abs().max()
     assert error <= 2e-3 * weight.abs().max()
 
 
@@ -60,7 +60,7 @@ def test_a_correction_is_added_to_the_base():
     base = format.base.encode(weight, format.base.fit(weight))
     factors = LowRank().fit(weight - base.decode(), 2)
     encoded = format.join(base, factors)
-    torch.testing.assert_close(encoded.decode(), base.decode() + LowRank().snap(weight, factors))
+    torch.testing.assert_close(encoded.decode(), base.decode() + LowRank().fake_quantize(weight, factors))
     assert encoded.num_bytes == base.num_bytes + 2 * 2 * (8 + 96)
 
 
@@ -69,8 +69,8 @@ def test_snap_looks_for_the_nearest_codes_under_the_correction():
     format, weight = Corrected(IntGroup(3, 64)), random(8, 64)
     params = format.base.fit(weight)
     params |= LowRank().fit(random(8, 64, seed=3), 1)
-    snapped = format.snap(weight, params)
-    shift = LowRank().snap(weight, {"left": params["left"], "right": params["right"]})
+    snapped = format.fake_quantize(weight, params)
+    shift = LowRank().fake_quantize(weight, {"left": params["left"], "right": params["right"]})
     step = params["scale"].float().abs()
     inside = ((weight - shift).abs() <= 3 * step).float()
     assert inside.mean() > 0.5

@@ -69,13 +69,13 @@ def test_a_mask_that_keeps_less_is_held_and_one_that_keeps_more_is_not(pattern):
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, Bitmask()], ids=by_name)
 def test_a_projector_follows_the_mask(pattern):
-    """Column by column what `snap` does, also when a solver changes the mask on the way."""
+    """Column by column what `fake_quantize` does, also when a solver changes the mask on the way."""
     weight = random(6, 16)
     params = {"mask": torch.zeros(6, 16, dtype=torch.bool)}
     project = pattern.projector(params, (6, 16))
     params["mask"].copy_(pattern.choose(weight.abs(), 0.5))
     columns = torch.stack([project(weight[:, j], j) for j in range(16)], dim=1)
-    assert torch.equal(columns, pattern.snap(weight, params))
+    assert torch.equal(columns, pattern.fake_quantize(weight, params))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=by_name)

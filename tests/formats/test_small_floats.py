@@ -66,7 +66,7 @@ def test_fp8_rounds_to_the_nearest_value_to_even(name):
     values = torch.arange(256, dtype=torch.uint8).view(format.dtype).float()
     values = values[values.isfinite()].unique()
     steps = weight / params["scale"].float()
-    error = (format.snap(weight, params) / params["scale"].float() - steps).abs()
+    error = (format.fake_quantize(weight, params) / params["scale"].float() - steps).abs()
     least = (steps.unsqueeze(-1) - values).abs().amin(-1)
     torch.testing.assert_close(error, least, rtol=1e-4, atol=1e-4)
     assert (params["scale"].shape == (1, 1)) == format.per_tensor
@@ -92,7 +92,7 @@ def test_nf4_levels_are_quantiles_of_a_gaussian():
 
 def test_double_quantization_costs_little():
     weight = random(64, 512)
-    errors = [(f.snap(weight, f.fit(weight)) - weight).square().mean() for f in (Nf4Double(), Nf4())]
+    errors = [(f.fake_quantize(weight, f.fit(weight)) - weight).square().mean() for f in (Nf4Double(), Nf4())]
     assert errors[0] < 1.01 * errors[1]
 
 
@@ -101,9 +101,9 @@ def test_scales_of_either_sign():
     weight = random(4, 64)
     for format in (Nf4(), Nf4Double()):
         params = format.fit(weight, -1.0)
-        assert torch.equal(format.encode(weight, params).decode(), format.snap(weight, params))
+        assert torch.equal(format.encode(weight, params).decode(), format.fake_quantize(weight, params))
         torch.testing.assert_close(
-            format.snap(weight, params), -format.snap(-weight, format.fit(weight)), atol=0.05, rtol=0
+            format.fake_quantize(weight, params), -format.fake_quantize(-weight, format.fit(weight)), atol=0.05, rtol=0
         )
 
 

@@ -36,7 +36,7 @@ def test_what_is_kept_is_the_grids_and_all_else_is_zero(format):
     params = half_kept(format, weight)
     mask = params["mask"]
     decoded = format.encode(weight, params).decode()
-    grid = format.grid.snap(torch.where(mask, weight, 0.0), {"scale": params["scale"]})
+    grid = format.grid.fake_quantize(torch.where(mask, weight, 0.0), {"scale": params["scale"]})
     assert torch.equal(decoded[mask], grid[mask])
     assert not decoded[~mask].any()
     assert not torch.signbit(decoded[~mask]).any()
@@ -72,7 +72,7 @@ def test_solvers_can_use_it(format):
     params = half_kept(format, weight)
     project = format.projector(params, (5, 70))
     columns = torch.stack([project(weight[:, j], j) for j in range(70)], dim=1)
-    assert torch.equal(columns, format.snap(weight, params))
+    assert torch.equal(columns, format.fake_quantize(weight, params))
 
 
 def test_the_codes_of_all_rows_stand_in_one_row():
@@ -91,7 +91,7 @@ def test_a_mask_that_keeps_less_than_the_pattern():
     weight, mask = random(3, 20), torch.zeros(3, 20, dtype=torch.bool)
     mask[:, ::5] = True
     params = with_mask(format, weight, mask)
-    assert torch.equal(format.encode(weight, params).decode(), format.snap(weight, params))
+    assert torch.equal(format.encode(weight, params).decode(), format.fake_quantize(weight, params))
     assert not format.encode(weight, params).decode()[~mask].any()
 
 

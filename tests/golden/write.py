@@ -35,7 +35,7 @@ def make_weight() -> Tensor:
 def stored_weight(format: Format) -> Tensor:
     """Two rows side by side where a format wants 256 columns."""
     weight = safetensors.torch.load_file(HOME / "weight.safetensors")["weight"]
-    return weight.view(2, 256) if format.misfit((4, 128)) else weight
+    return weight.view(2, 256) if format.why_not((4, 128)) else weight
 
 
 def encode(name: str) -> Encoded:

@@ -37,7 +37,7 @@ def heavy_tailed(num_rows, num_columns):
 
 
 def width(format):
-    return 96 if format.misfit((12, 96)) is None else 256
+    return 96 if format.why_not((12, 96)) is None else 256
 
 
 def searching(format):

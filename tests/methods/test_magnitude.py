@@ -80,7 +80,7 @@ def test_scales_are_searched_for_what_is_kept(name):
 
     plain = format.grid.fit(torch.where(mask, weight, 0.0))
     searched = error(Magnitude(0.5).compress(weight, format, Stats()).decode())
-    assert searched <= error(format.snap(weight, {"mask": mask, **plain}))
+    assert searched <= error(format.fake_quantize(weight, {"mask": mask, **plain}))
     assert format.grid.bits == 8 or searched < 0.999 * error(Mse().compress(weight, format.grid, Stats()).decode())
 
 

@@ -127,8 +127,8 @@ def test_a_shorter_last_group_is_a_group_of_its_own(name):
     whole = searched(weight, format, columns)
     end = torch.cat([weight[:, :size], weight[:, 4 * size :]], dim=1)
     alone = searched(end, format, torch.cat([columns[:size], columns[4 * size :]]))
-    snapped = format.snap(weight, whole)
-    assert torch.equal(snapped[:, 4 * size :], format.snap(end, alone)[:, size:])
+    snapped = format.fake_quantize(weight, whole)
+    assert torch.equal(snapped[:, 4 * size :], format.fake_quantize(end, alone)[:, size:])
     assert torch.equal(format.encode(weight, whole).decode(), snapped)
 
 
@@ -146,4 +146,4 @@ def test_searched_takes_every_grid():
         if isinstance(format, Grid):
             weight = laws.widened(random(8, 128), format)
             params = searched(weight, format, torch.ones(weight.shape[1]))
-            assert torch.equal(format.encode(weight, params).decode(), format.snap(weight, params)), name
+            assert torch.equal(format.encode(weight, params).decode(), format.fake_quantize(weight, params)), name

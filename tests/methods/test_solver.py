@@ -94,12 +94,12 @@ def test_polishing_never_costs_anything(name):
     format, weight = FORMATS[name], random(8, 130)
     problem = pose(weight, stats_of(inputs(500, 130)), 0.01, 0)
     project = format.projector(format.fit(weight), (8, 130))
-    values = format.snap(weight, format.fit(weight))
+    values = format.fake_quantize(weight, format.fit(weight))
     losses = [problem.loss(values)]
     for _ in range(4):
         values = polish(problem, values, project)
         losses.append(problem.loss(values))
-        assert torch.equal(format.snap(values, format.fit(weight)), values)
+        assert torch.equal(format.fake_quantize(values, format.fit(weight)), values)
     assert losses[1] < 0.9 * losses[0]
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(losses))
     swept = sweep(problem, project)
@@ -120,7 +120,7 @@ def test_rescaling_is_least_squares(num_columns, group_size):
     weight, x = random(5, num_columns), inputs(600, num_columns)
     problem = pose(weight, stats_of(x), 0.0, 0)
     format = FORMATS["int3-g32"]
-    rounded = format.snap(1.3 * weight, format.fit(weight))
+    rounded = format.fake_quantize(1.3 * weight, format.fit(weight))
     factors = rescaling(problem, rounded, group_size)
     num_groups = -(-num_columns // group_size)
     assert factors.shape == (5, num_groups)
@@ -206,8 +206,11 @@ def test_singular_moments_work(kind, damping):
     project = format.projector(format.fit(weight), (4, 70))
     values = polish(problem, sweep(problem, project), project)
     assert torch.isfinite(values).all()
-    assert torch.equal(format.snap(values, format.fit(weight)), values)
-    assert output_error(weight, values, x) <= output_error(weight, format.snap(weight, format.fit(weight)), x) * 1.05
+    assert torch.equal(format.fake_quantize(values, format.fit(weight)), values)
+    assert (
+        output_error(weight, values, x)
+        <= output_error(weight, format.fake_quantize(weight, format.fit(weight)), x) * 1.05
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

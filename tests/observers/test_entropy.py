@@ -16,7 +16,9 @@ def textbook(x, codes, low, high):
     p = {v: bins[v] for v in inside}
     p[inside[0]] += sum(c for v, c in bins.items() if v < low)
     p[inside[-1]] += sum(c for v, c in bins.items() if v > high)
-    codes_of = dict(zip(inside, codes.snap(torch.tensor(inside), codes.params(low, high)).tolist(), strict=True))
+    codes_of = dict(
+        zip(inside, codes.fake_quantize(torch.tensor(inside), codes.params(low, high)).tolist(), strict=True)
+    )
     q = {}
     for v in inside:
         sharing = [u for u in inside if codes_of[u] == codes_of[v]]

@@ -14,7 +14,7 @@ def test_no_other_observer_has_less_squared_error(kind, bits, other):
     x, codes = SAMPLES[kind], IntStatic(bits)
 
     def error(observer):
-        return (codes.snap(x, codes.fit(stats_of(x), observer)) - x).square().sum().item()
+        return (codes.fake_quantize(x, codes.fit(stats_of(x), observer)) - x).square().sum().item()
 
     assert error(LeastSquares()) <= 1.02 * error(OBSERVERS[other]())
 

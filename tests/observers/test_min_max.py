@@ -17,4 +17,4 @@ def test_it_is_the_range_of_everything_seen_not_of_the_sample():
 def test_nothing_seen_is_clipped():
     x = SAMPLES["an outlier"]
     params = IntStatic(8).fit(stats_of(x), MinMax())
-    assert (IntStatic(8).snap(x, params) - x).abs().max() <= params["scale"].item() * 0.501 * 2
+    assert (IntStatic(8).fake_quantize(x, params) - x).abs().max() <= params["scale"].item() * 0.501 * 2

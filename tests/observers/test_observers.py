@@ -28,8 +28,8 @@ def test_the_range_holds_zero_and_lies_within_what_was_seen(name, bits, kind):
     assert low >= min(x.min().item(), 0) - slack
     assert high <= max(x.max().item(), 0) + slack
     params = IntStatic(bits).fit(stats_of(x), observer)
-    assert not IntStatic(bits).snap(torch.zeros(4), params).any(), "zero stays exact"
-    assert IntStatic(bits).snap(x, params).isfinite().all()
+    assert not IntStatic(bits).fake_quantize(torch.zeros(4), params).any(), "zero stays exact"
+    assert IntStatic(bits).fake_quantize(x, params).isfinite().all()
 
 
 @ALL

@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from tersor.calibration.curvature import gather
+from tersor.calibration.curvature import estimate_fisher
 from tersor.core.errors import DataError, InputError
 from tersor.tasks import made_up, open_task
 from tersor.tasks.takes import takes
@@ -93,7 +93,7 @@ def test_without_data(architecture, padded):
     assert task.output == output
     assert task.score(model).value == 1.0
     assert task.score(damaged(model)).value < 1.0
-    stats = gather(model, task)
+    stats = estimate_fisher(model, task)
     assert any(each.row_weight.any() for each in stats.values())
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from tersor.calibration.curvature import gather
+from tersor.calibration.curvature import estimate_fisher
 from tersor.calibration.divergence import divergence, outputs
 from tersor.core.errors import DataError, InputError
 from tersor.tasks import open_task
@@ -132,7 +132,7 @@ class ClassesLast:
 def test_curvature_is_that_of_the_classes(tmp_path, kind):
     model = kind().eval()
     task = open_task(None, data(tmp_path, (3, NUM) if kind is tcn else (3, NUM, NUM)))
-    ours, own = gather(model, task), gather(model, ClassesLast(task))
+    ours, own = estimate_fisher(model, task), estimate_fisher(model, ClassesLast(task))
     for name, stats in own.items():
         torch.testing.assert_close(ours[name].row_weight, stats.row_weight)
         torch.testing.assert_close(ours[name].column_weight, stats.column_weight)
@@ -197,7 +197,7 @@ def test_everything_else_is_values(tmp_path, what):
     assert itself.extras == {"relative_error": 0.0}
     assert 1 > near.value > far.value >= 0
     assert near.extras["relative_error"] < far.extras["relative_error"]
-    assert all(stats.row_weight.any() for stats in gather(model, task).values())
+    assert all(stats.row_weight.any() for stats in estimate_fisher(model, task).values())
 
 
 def test_explained_variance_by_hand(tmp_path):
@@ -316,7 +316,7 @@ def test_arrays_by_name(tmp_path):
     task.prepare(model)
     assert task.score(model).value == 1.0
     assert task.score(damaged(model)).value < 1.0
-    assert set(gather(model, task)) == {"words", "see"}
+    assert set(estimate_fisher(model, task)) == {"words", "see"}
     with pytest.raises(DataError, match="unlike numbers of examples: ids 20, picture 19"):
         open_task(None, data(tmp_path, ids=ids, picture=picture[:19]))
     wrong = open_task(None, data(tmp_path, ids=ids, other=picture))

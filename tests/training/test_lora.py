@@ -116,7 +116,7 @@ def test_quantized_inputs_let_the_gradient_straight_through():
     made = compress(model, Recipe.of("int8-dynamic")).model
     x = torch.randn(5, 64, requires_grad=True)
     y = made(x)
-    snapped = made[0].input_quantizer.activation.snap(x.detach())
+    snapped = made[0].input_quantizer.activation.fake_quantize(x.detach())
     torch.testing.assert_close(y, F.linear(snapped, made[0].weight), rtol=1e-5, atol=1e-6)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(gradient, made[0].weight.sum(0).expand(5, 64))
@@ -158,7 +158,7 @@ def test_an_adapted_layer_adds_the_scaled_product(task, base):
     with torch.no_grad():
         b.normal_()
     torch.testing.assert_close(layer(x), x @ weight.t() + 3 * (x @ a.t()) @ b.t())
-    assert name in {site.places[0].module for site in block_sites(llama())}
+    assert name in {site.owners[0].module for site in block_sites(llama())}
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
         n for n, _ in model.named_parameters() if "lora_" in n
     }
@@ -257,7 +257,7 @@ def test_plain_peft_reads_a_packed_bases_adapter_on_its_decoded_weights(task, tm
     decoded = llama()
     for site in block_sites(decoded):
         scheme = Scheme.parse(base)
-        module = decoded.get_submodule(site.places[0].module)
+        module = decoded.get_submodule(site.owners[0].module)
         module.weight.data = scheme.method.compress(site.matrix(decoded), scheme.format, Stats()).decode()
     found = logits(PeftModel.from_pretrained(decoded, tmp_path / "adapter").eval(), task)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -108,7 +108,7 @@ def test_resolving_loses_less_than_rounding_and_keeps_the_format(task, scheme):
     assert found["solved"] < found["naive"] < found["base"]
     assert found["solved"] < 0.8 * found["naive"]
     for site in block_sites(base):
-        name = site.places[0].module
+        name = site.owners[0].module
         one, two = base.get_submodule(name), models["solved"].get_submodule(name)
         assert one.packed.format == two.packed.format
         assert (one.input_quantizer is None) == (two.input_quantizer is None)
@@ -120,7 +120,7 @@ def test_a_site_without_an_adapter_keeps_its_very_codes(task):
     adapter = random_adapter(llama(), targets=("up_proj",))
     merged = merge(base, adapter, task)
     for site in block_sites(base):
-        name = site.places[0].module
+        name = site.owners[0].module
         codes = [m.get_submodule(name).packed.tensors["codes"] for m in (base, merged)]
         assert torch.equal(*codes) == (not name.endswith("up_proj"))
 

@@ -30,7 +30,7 @@ from tersor.training import Job, Masks, QatStep
 from tersor.training.fake_quant import FakeInput, FakeWeight
 from tersor.training.journal import Journal
 from tersor.training.norms import Norms
-from tersor.training.qat import Begun, Fakes, groups
+from tersor.training.qat import Fakes, PlannedSite, groups
 from zoo import ZOO, outputs
 
 LEARNED = [name for name, format in FORMATS.items() if isinstance(format, IntGroup | Fp8)]
@@ -104,7 +104,7 @@ def faked(model, scheme, sample=None):
         encoded, activation = chosen.method.compress(site.matrix(model), chosen.format, Stats()), None
         if chosen.activation and site.takes_activation(model, chosen.activation):
             activation = Activation(chosen.activation, ACTIVATIONS[chosen.activation].fit(Stats(sample=sample)))
-        begun[site.name] = Begun(encoded, activation)
+        begun[site.name] = PlannedSite(encoded, activation)
     fakes = Fakes.put(model, work, begun)
     shaken(fakes)
     return fakes
@@ -236,7 +236,7 @@ def test_so_are_those_of_inputs():
 def test_dynamic_inputs_pass_gradients_on():
     x = torch.randn(3, 8, requires_grad=True)
     fake = FakeInput(Activation("int8-dynamic"))
-    assert torch.equal(fake(x), ACTIVATIONS["int8-dynamic"].snap(x.detach(), {}))
+    assert torch.equal(fake(x), ACTIVATIONS["int8-dynamic"].fake_quantize(x.detach(), {}))
     fake(x).sum().backward()
     assert torch.equal(x.grad, torch.ones(3, 8))
 
@@ -378,9 +378,9 @@ def test_integer_inputs_use_all_their_codes(bits):
         codes = quantizer.quantize(sample, params)
         assert (codes.min(), codes.max()) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         assert lowest is None or params["zero_point"].item() == lowest
-        assert not quantizer.snap(torch.zeros(3), params).any()
+        assert not quantizer.fake_quantize(torch.zeros(3), params).any()
         widest = quantizer.fit(Stats(sample=sample[:1] * 0 + sample.abs().max()))
-        error, wide = ((quantizer.snap(sample, p) - sample).square().mean() for p in (params, widest))
+        error, wide = ((quantizer.fake_quantize(sample, p) - sample).square().mean() for p in (params, widest))
         assert error <= wide
 
 
@@ -394,7 +394,7 @@ def test_a_convolution_takes_quantized_inputs_before_it_pads(mode):
     encoded = format.encode(weight, format.fit(weight))
     bias = model[0].bias
     site.replace(model, encoded, Activation("int4-static", params))
-    snapped = IntStatic(4).snap(x, params)
+    snapped = IntStatic(4).fake_quantize(x, params)
     padded = nn.functional.pad(snapped, (1, 1, 1, 1), mode="constant" if mode == "zeros" else mode)
     torch.testing.assert_close(model(x), conv2d(padded, site.fold.unfold(encoded.decode()), bias))
     assert not torch.allclose(model(x), conv2d(padded, model[0].weight, None))

@@ -30,7 +30,7 @@ from tersor.tasks.inputs import scoring
 from tersor.training import Job, TuneScalesStep
 from tersor.training.journal import Journal
 from tersor.training.norms import Norms
-from tersor.training.tune_scales import CONTINUOUS, FINER, Leftovers, Part, in_training, parts_of
+from tersor.training.tune_scales import CONTINUOUS, FINER, Part, RemainderTensors, in_training, parts_of
 
 TUNED = [name for name, format in FORMATS.items() if type(format) in CONTINUOUS]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,7 +45,7 @@ def packed_in(name):
 def leftovers_of(encoded):
     packed = PackedWeight(encoded, Fold(encoded.shape), torch.float32)
     stores = CONTINUOUS[type(encoded.format)]
-    return packed, Leftovers(Part(packed, part, stores[part]) for part in stores if part in encoded.parts)
+    return packed, RemainderTensors(Part(packed, part, stores[part]) for part in stores if part in encoded.parts)
 
 
 @pytest.mark.parametrize("name", TUNED)
@@ -220,7 +220,7 @@ def test_what_is_trained_and_what_is_not(pictures, net):
 
 def test_gradients_reach_the_first_layer_through_quantized_inputs(pictures, net):
     model = tersor.compress(net, Recipe.of("int8/int4-static"), pictures).model
-    leftovers = Leftovers(parts_of(model))
+    leftovers = RemainderTensors(parts_of(model))
     with in_training(model, leftovers):
         model(torch.randn(4, 2, 6, 6)).square().sum().backward()
         assert len(leftovers.shifts) == 3
@@ -238,7 +238,7 @@ def test_tied_weights_are_trained_once(pictures):
             return self.head(self.embed(index))
 
     model = tersor.compress(Tied(), Recipe.of("int4-g32")).model
-    leftovers = Leftovers(parts_of(model))
+    leftovers = RemainderTensors(parts_of(model))
     assert len(leftovers.shifts) == 1
     with in_training(model, leftovers):
         model(torch.tensor([[1, 2]])).square().sum().backward()

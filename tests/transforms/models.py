@@ -130,7 +130,7 @@ def measured(model: nn.Module, name: str) -> dict[str, Stats]:
     """What the linear sites of a model see on its inputs."""
     stats, hooks = {}, []
     for site in find_sites(model):
-        module = model.get_submodule(site.places[0].module)
+        module = model.get_submodule(site.owners[0].module)
 
         def see(module, args, site=site):
             x = args[0].reshape(-1, args[0].shape[-1]).float()

@@ -44,7 +44,7 @@ def test_one_scale_for_the_whole_tensor_is_enough_then():
         exact, rounded = model(x), x
         for layer in (model[0], model[2]):
             flat = layer.weight.detach().view(1, -1)
-            weight = IntGroup(8).snap(flat, IntGroup(8).fit(flat)).view_as(layer.weight)
+            weight = IntGroup(8).fake_quantize(flat, IntGroup(8).fit(flat)).view_as(layer.weight)
             rounded = F.linear(rounded if layer is model[0] else rounded.relu(), weight, layer.bias)
         return (rounded - exact).norm() / exact.norm()
 

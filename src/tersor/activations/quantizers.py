@@ -1,9 +1,9 @@
 """How a site's input is quantized when the site runs.
 
 A weight's format says what is stored; an activation format says what the arithmetic sees: one class each, with `fit`
-choosing its parameters from calibration and `snap` giving the reference result that every kernel is judged against.
-Dynamic formats take a scale from every token when the site runs; static ones keep the scale that calibration chose.
-As a method chooses a point of a weight's format, an observer (observers/) chooses the range of static integers.
+choosing its parameters from calibration and `fake_quantize` giving the reference result that every kernel is judged
+against. Dynamic formats take a scale from every token when the site runs; static ones keep the scale that calibration
+chose. As a method chooses a point of a weight's format, an observer (observers/) chooses the range of static integers.
 """
 
 from collections.abc import Mapping
@@ -30,8 +30,8 @@ class Activation:
     format: str
     params: dict[str, Tensor] = field(default_factory=dict)
 
-    def snap(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
-        return ACTIVATIONS[self.format].snap(x, self.params)
+    def fake_quantize(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
+        return ACTIVATIONS[self.format].fake_quantize(x, self.params)
 
 
 @runtime_checkable
@@ -49,7 +49,7 @@ class ActivationFormat(Protocol):
     def fit(self, stats: Stats) -> dict[str, Tensor]:
         """Static parameters from calibration, each of shape `[1]`; empty for dynamic formats."""
 
-    def snap(self, x: Float[Tensor, "*batch in"], params: Mapping[str, Tensor]) -> Float[Tensor, "*batch in"]:
+    def fake_quantize(self, x: Float[Tensor, "*batch in"], params: Mapping[str, Tensor]) -> Float[Tensor, "*batch in"]:
         """The values the arithmetic stands for: quantized, then dequantized."""
 
 
@@ -74,7 +74,7 @@ class Int8Dynamic:
         scale = x.abs().amax(dim=-1, keepdim=True).clamp_min_(1e-12).div_(127)
         return (x / scale).round_().to(torch.int8), scale
 
-    def snap(self, x: Float[Tensor, "*batch in"], params: Mapping[str, Tensor]) -> Float[Tensor, "*batch in"]:
+    def fake_quantize(self, x: Float[Tensor, "*batch in"], params: Mapping[str, Tensor]) -> Float[Tensor, "*batch in"]:
         codes, scale = self.quantize(x)
         return (codes * scale).to(x.dtype)
 
@@ -133,7 +133,7 @@ class IntStatic:
         codes = x.float() / params["scale"] + params["zero_point"].float()
         return codes.clamp_(self.lowest, self.highest).round_().to(torch.int8)
 
-    def snap(self, x: Float[Tensor, "*batch in"], params: Mapping[str, Tensor]) -> Float[Tensor, "*batch in"]:
+    def fake_quantize(self, x: Float[Tensor, "*batch in"], params: Mapping[str, Tensor]) -> Float[Tensor, "*batch in"]:
         codes = self.quantize(x, params).float().sub_(params["zero_point"].float())
         return codes.mul_(params["scale"]).to(x.dtype)
 
@@ -150,7 +150,7 @@ class Fp8Dynamic:
     def fit(self, stats: Stats) -> dict[str, Tensor]:
         return {}
 
-    def snap(self, x: Float[Tensor, "*batch in"], params: Mapping[str, Tensor]) -> Float[Tensor, "*batch in"]:
+    def fake_quantize(self, x: Float[Tensor, "*batch in"], params: Mapping[str, Tensor]) -> Float[Tensor, "*batch in"]:
         scale = x.float().abs().amax(dim=-1, keepdim=True).clamp_min_(1e-12).div_(LARGEST_FP8)
         return snap_fp8(x, scale)
 
@@ -176,7 +176,7 @@ class Fp8Static:
             largest = torch.maximum(largest, stats.largest.amax())
         return {"scale": largest.float().clamp_min(1e-12).div(LARGEST_FP8).view(1)}
 
-    def snap(self, x: Float[Tensor, "*batch in"], params: Mapping[str, Tensor]) -> Float[Tensor, "*batch in"]:
+    def fake_quantize(self, x: Float[Tensor, "*batch in"], params: Mapping[str, Tensor]) -> Float[Tensor, "*batch in"]:
         return snap_fp8(x, params["scale"])
 
 

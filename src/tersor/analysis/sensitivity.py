@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from tersor.calibration.curvature import gather
+from tersor.calibration.curvature import estimate_fisher
 from tersor.calibration.divergence import UNITS, divergence, outputs
 from tersor.core.progress import Progress, silent
 from tersor.nn.sites import escape
@@ -85,7 +85,7 @@ def sensitivity(
         UnknownName, InputError: a scheme does not exist.
     """
     named = [str(parse_rule(text) or KEEP) for text in schemes]
-    stats = gather(model, task, seed=seed, progress=progress)
+    stats = estimate_fisher(model, task, seed=seed, progress=progress)
     menus = measure_menus(model, stats, Recipe.of(KEEP).weights[0], [KEEP, *named], progress)
     losses = {menu.site.name: losses_of(menu) for menu in menus}
     worst_first = sorted(losses, key=lambda name: max(losses[name].values(), default=0.0), reverse=True)

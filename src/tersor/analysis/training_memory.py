@@ -284,7 +284,7 @@ def pack_shadow(shadow: nn.Module, format: Format) -> None:
             parts = {n: torch.empty(shape, dtype=kind, device="meta") for n, (kind, shape) in layout.items()}  # type: ignore[arg-type]
             encoded = Encoded(format, site.shape, parts)
             site.replace(shadow, encoded)
-            shadow.get_submodule(site.places[0].module).packed = Shadow(encoded, site.fold, site.dtype)
+            shadow.get_submodule(site.owners[0].module).packed = Shadow(encoded, site.fold, site.dtype)
 
 
 def drawn_layout(format: Format, shape: tuple[int, int]) -> Layout:

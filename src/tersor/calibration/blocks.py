@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tersor.calibration.offload import Spill
+from tersor.calibration.offload import ActivationCache
 from tersor.nn.in_place import own_class
 from tersor.nn.packed import Fold
 from tersor.nn.sites import find_sites
@@ -76,7 +76,7 @@ def hidden_of(*args: Any, **kwargs: Any) -> Tensor:
 
 
 @dataclass
-class Stream:
+class BlockStates:
     """A model and where the calibration data stands in it.
 
     Attributes:
@@ -88,7 +88,7 @@ class Stream:
     model: nn.Module
     task: Task
     block_names: Sequence[str]
-    spill: Spill
+    spill: ActivationCache
     num_outputs: int = 0
     calls: list[list[Call]] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
@@ -253,7 +253,7 @@ def find_blocks(model: nn.Module) -> list[str]:
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len({own_class(child) for child in module}) != 1 or len(module) < 2:
             continue
-        inside = sum(site.num_weights for site in sites if site.places[0].module.startswith(path + "."))
+        inside = sum(site.num_weights for site in sites if site.owners[0].module.startswith(path + "."))
         if 2 * inside > total and len(module) > len(best):
             best = [f"{path}.{index}" for index in range(len(module))]
     return best
@@ -268,7 +268,7 @@ def part_of(block_names: Sequence[str], name: str) -> str:
     return next((block for block in block_names if name == block or name.startswith(block + ".")), "")
 
 
-def hidden_bytes(stream: Stream, batch: Any) -> int:
+def hidden_bytes(stream: BlockStates, batch: Any) -> int:
     """Bytes of one batch's hidden states; 0 if the blocks do not simply take hidden states and give the like. Finds
     out in what form they do."""
     try:

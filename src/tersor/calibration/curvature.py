@@ -33,7 +33,7 @@ MOST = 1e30  # curvature of a row, which float32 still holds when it is multipli
 LOGITS = 2**25  # numbers of output at a time: a language model's logits and their gradients are its largest tensors
 
 
-def gather(
+def estimate_fisher(
     model: nn.Module, task: Task, *, seed: int = 0, progress: Callable[[str, int, int], None] | None = None
 ) -> dict[str, Stats]:
     """Statistics of every site over the task's calibration split, keyed by site name.

@@ -132,13 +132,13 @@ def takes_inputs(module: nn.Module) -> bool:
 
 def has_inputs(model: nn.Module, site: Site) -> bool:
     """Whether a pass can show what a site's matrix is multiplied with."""
-    return any(takes_inputs(model.get_submodule(place.module)) for place in site.places)
+    return any(takes_inputs(model.get_submodule(place.module)) for place in site.owners)
 
 
 def shows_inputs(model: nn.Module, site: Site) -> bool:
     """Whether everything a site's weight does is to be multiplied with inputs that the walk can see. An embedding that
     is tied to a head is looked up, too."""
-    return all(takes_inputs(model.get_submodule(place.module)) for place in site.places)
+    return all(takes_inputs(model.get_submodule(place.module)) for place in site.owners)
 
 
 def inputs_of(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> Iterator[Float[Tensor, "token in"]]:

@@ -9,7 +9,7 @@ from tersor.core.errors import InputError
 from tersor.core.scratch import no_room, scratch_folder
 
 
-class Spill:
+class ActivationCache:
     """Keeps tensors in memory up to `limit` bytes, and further ones on disk. Either is freed with its last reference.
 
     >>> spill = Spill(limit=8)

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from tersor.activations.quantizers import Activation
-from tersor.calibration.blocks import BlockRun, Stop, Stream, find_blocks, hidden_bytes
+from tersor.calibration.blocks import BlockRun, BlockStates, Stop, find_blocks, hidden_bytes
 from tersor.calibration.moments import Moments, groups_of, has_inputs, inputs_of, takes_inputs
-from tersor.calibration.offload import Spill
+from tersor.calibration.offload import ActivationCache
 from tersor.core.errors import DataError, ModelError
 from tersor.formats.contract import Encoded
 from tersor.kernels import reference
@@ -45,7 +45,7 @@ class Chosen(NamedTuple):
 
 Refine = Callable[[BlockRun, dict[Site, Chosen]], dict[Site, Chosen]]
 Visit = Callable[[Site, Stats], Chosen | None]  # None: the site is kept as it is
-Run = Callable[[Stream, int, bool], None]  # one batch of one stream; whether the hidden states go on
+Run = Callable[[BlockStates, int, bool], None]  # one batch of one stream; whether the hidden states go on
 Around = Callable[[str], Any]  # a context manager around the work on one block, by its name; "" outside the blocks
 
 
@@ -84,7 +84,7 @@ class Walk:
                 leave_fused_path(model)
             self.left = {site.name: site for site in self.sites}
             self.chosen: dict[Site, Chosen] = {}
-            self.spill = Spill(self.memory_limit)
+            self.spill = ActivationCache(self.memory_limit)
             self.num_outputs = 0
             self.block_names, batch_size = self.survey()
             self.batches = list(self.task.batches("calibration", batch_size=batch_size))
@@ -93,8 +93,8 @@ class Walk:
                 self.streams.append(self.stream(self.original))
             self.walk_blocks() if self.block_names else self.walk_whole()
 
-    def stream(self, model: nn.Module) -> Stream:
-        return Stream(model, self.task, self.block_names, self.spill, self.num_outputs)
+    def stream(self, model: nn.Module) -> BlockStates:
+        return BlockStates(model, self.task, self.block_names, self.spill, self.num_outputs)
 
     def survey(self) -> tuple[list[str], int]:
         """Which blocks there are, and how many examples can be worked on at a time, from a look at one example."""
@@ -103,7 +103,7 @@ class Walk:
             raise DataError(f"{self.task.name}: the calibration split is empty; give more data, or --calibration FILE")
         names = find_blocks(self.model)
         with self.around(""), self.around(names[0]) if names else nullcontext():
-            look = Stream(self.model, self.task, names, Spill(0))
+            look = BlockStates(self.model, self.task, names, ActivationCache(0))
             if names and (width := hidden_bytes(look, batch)):
                 self.singles, self.num_outputs = look.calls[0], look.num_outputs
                 return names, max(1, self.memory_limit // (WIDTHS * width))
@@ -121,16 +121,16 @@ class Walk:
         return [], max(1, self.memory_limit // (WIDTHS * widest))
 
     def walk_blocks(self) -> None:
-        inside = {s.name for s in self.sites for n in self.block_names if s.places[0].module.startswith(n + ".")}
+        inside = {s.name for s in self.sites for n in self.block_names if s.owners[0].module.startswith(n + ".")}
         outside = [site for site in self.sites if site.name not in inside]
         with self.around(""):
             self.settle([site for site in outside if not has_inputs(self.model, site)])
             self.segment(outside, self.run_stem)
         for index, name in enumerate(self.block_names):
-            sites = [site for site in self.sites if site.places[0].module.startswith(name + ".")]
+            sites = [site for site in self.sites if site.owners[0].module.startswith(name + ".")]
             with self.around(name):
                 self.settle([site for site in sites if not has_inputs(self.model, site)])
-                self.segment(sites, partial(Stream.block, index=index), index)
+                self.segment(sites, partial(BlockStates.block, index=index), index)
                 self.settle(sites)
         if any(site.name in self.left for site in outside):
             with self.around(""):
@@ -143,13 +143,13 @@ class Walk:
             self.segment(self.sites, self.run_whole, stop_when_done=True)
             self.settle(self.sites)
 
-    def run_stem(self, stream: Stream, number: int, keep: bool) -> None:
+    def run_stem(self, stream: BlockStates, number: int, keep: bool) -> None:
         stream.stem(number, self.batches[number])
 
-    def run_head(self, stream: Stream, number: int, keep: bool) -> None:
+    def run_head(self, stream: BlockStates, number: int, keep: bool) -> None:
         stream.head(number, self.batches[number])
 
-    def run_whole(self, stream: Stream, number: int, keep: bool) -> None:
+    def run_whole(self, stream: BlockStates, number: int, keep: bool) -> None:
         stream.until_stop(self.batches[number])
 
     def settle(self, sites: Sequence[Site]) -> None:
@@ -170,7 +170,7 @@ class Walk:
     def hold(self, site: Site, chosen: Chosen) -> None:
         packed = PackedWeight(chosen.encoded, site.fold, site.dtype)
         weight = nn.Parameter(packed(), requires_grad=False) if has_inputs(self.model, site) else None
-        for place in site.places:
+        for place in site.owners:
             module = self.model.get_submodule(place.module)
             if packed_weight(module, place.parameter) is not None:
                 put(self.model, place, packed, None)
@@ -201,11 +201,11 @@ class Walk:
         stream, inputs = self.streams[0], list(self.streams[0].hidden)
         if len(self.streams) > 1:
             for number in numbers:
-                with before_sites(self.original, sites, Keeper(originals, number, self.spill, until)):
+                with before_sites(self.original, sites, OriginalInputs(originals, number, self.spill, until)):
                     run(self.streams[1], number, True)
         sums: dict[str, Moments] = {}
         for number in numbers:
-            with before_sites(self.model, sites, Watch(self, sums, originals, number, at_once, until)):
+            with before_sites(self.model, sites, InputRecorder(self, sums, originals, number, at_once, until)):
                 run(stream, number, at_once)
         if not at_once:
             for site in sites:
@@ -239,7 +239,7 @@ class Walk:
         return bool(better)
 
 
-class Watch:
+class InputRecorder:
     """Sums up the inputs of sites as a pass reaches them; when `at_once`, visits each right there."""
 
     def __init__(
@@ -301,13 +301,15 @@ class Watch:
         self.originals.pop((site.name, self.number), None)
         self.walk.choose(site, self.latest[1])
         chosen = self.walk.chosen.get(site)
-        return x if chosen is None or chosen.activation is None else chosen.activation.snap(x)
+        return x if chosen is None or chosen.activation is None else chosen.activation.fake_quantize(x)
 
 
-class Keeper:
+class OriginalInputs:
     """Keeps the original model's inputs of the sites a pass reaches."""
 
-    def __init__(self, kept: dict[tuple[str, int], Tensor], number: int, spill: Spill, until: Sequence[Site] | None):
+    def __init__(
+        self, kept: dict[tuple[str, int], Tensor], number: int, spill: ActivationCache, until: Sequence[Site] | None
+    ):
         self.kept, self.number, self.spill = kept, number, spill
         self.waiting = {site.name for site in until} if until else None
         self.latest: tuple[Tensor, Tensor] | None = None
@@ -331,7 +333,7 @@ def before_sites(
     """Call `see(site, module, input)` before each of the sites runs, and run it on what that returns."""
     with ExitStack() as stack:
         for site in sites:
-            for place in site.places:
+            for place in site.owners:
                 module = model.get_submodule(place.module)
                 if takes_inputs(module):
 

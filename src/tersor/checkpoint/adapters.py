@@ -262,9 +262,9 @@ def to_bitsandbytes(model: nn.Module, runs_on: str) -> dict[str, PackedLinear]:
         return {}
     replaced = {}
     for site in find_sites(model):
-        name = site.places[0].module
+        name = site.owners[0].module
         layer = model.get_submodule(name)
-        if not isinstance(layer, PackedLinear) or len(site.places) > 1 or not runs_there(layer):
+        if not isinstance(layer, PackedLinear) or len(site.owners) > 1 or not runs_there(layer):
             continue
         tensors = module_tensors(layer.packed.encoded, site.dtype)
         linear = bnb.nn.Linear4bit(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tersor.checkpoint.container_write import holds_codes, write_coded
 from tersor.checkpoint.guards import at_most, check_config, check_links, shapes_of
 from tersor.checkpoint.layout import CODED, other_tensors, packed_sites, tensors_of
-from tersor.checkpoint.lazy import Shelf
+from tersor.checkpoint.lazy import LazyContainer
 from tersor.checkpoint.manifest import (
     MANIFEST,
     VERSION,
@@ -181,11 +181,11 @@ def load(
     device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
     model.to("cpu")
     weights = weights_path(folder, manifest)
-    shelf: Shelf | None = None
+    shelf: LazyContainer | None = None
     if lazy:
         if weights.name != CODED or not packed:
             raise InputError(f"{weights}: only entropy-coded weights that stay packed can be left in the file")
-        shelf = Shelf(weights)
+        shelf = LazyContainer(weights)
     sites = {site.name: site for site in find_sites(model)}
     matrices: dict[str, Tensor] = {}
     if shelf is not None:

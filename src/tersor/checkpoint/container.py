@@ -33,7 +33,7 @@ from torch import Tensor
 from tersor.checkpoint.views import Packed
 from tersor.codecs import CODECS
 from tersor.codecs.bits import BitReader
-from tersor.codecs.contract import Decoding, Task
+from tersor.codecs.contract import CodecJob, Decoding
 from tersor.codecs.integers import Integers
 from tersor.codecs.tables import TableSet, read_tables
 from tersor.core.errors import ArtifactError
@@ -138,7 +138,7 @@ class Container:
                 float32, each value times the product of its two scales, without integers in between.
         """
         decodings: dict[str, Decoding] = {}
-        large: list[Task] = []
+        large: list[CodecJob] = []
         for name in self.entries if names is None else names:
             decodings[name] = self.decoding(name, (scales or {}).get(name))
             if self.stored_bytes(name) < WORTH_A_THREAD:
@@ -210,7 +210,7 @@ class Container:
         except ArtifactError as error:
             raise ArtifactError(f"{self.path}: {name}: {error}") from None
 
-    def run(self, task: Task, chunk: Chunk, what: str) -> None:
+    def run(self, task: CodecJob, chunk: Chunk, what: str) -> None:
         """Check a chunk, and decode it."""
         self.checked(chunk, what)
         try:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from tersor.checkpoint.safetensors_header import Extent
+from tersor.checkpoint.safetensors_header import TensorSpan
 from tersor.core.errors import ModelError
 from tersor.core.messages import first_line
 from tersor.core.weights_file import bytes_of
@@ -26,7 +26,7 @@ class Source:
 
     name: str
     pattern: str
-    extent: Extent
+    extent: TensorSpan
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Converted:
         target.write(bytes_of(self.read().contiguous()))
 
 
-def by_model_names(model: Any, stored: Mapping[str, Extent]) -> dict[str, Extent | Converted]:
+def by_model_names(model: Any, stored: Mapping[str, TensorSpan]) -> dict[str, TensorSpan | Converted]:
     """The checkpoint under the names that the model has for its tensors; others keep theirs."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -90,7 +90,7 @@ def by_model_names(model: Any, stored: Mapping[str, Extent]) -> dict[str, Extent
     converters = [entry for entry in table if isinstance(entry, WeightConverter)]
     converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     own = model.state_dict()
-    found: dict[str, Extent | Converted] = {}
+    found: dict[str, TensorSpan | Converted] = {}
     parts: dict[str, list[Source]] = {}
     for key in sorted(stored, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)

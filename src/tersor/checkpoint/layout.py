@@ -19,10 +19,10 @@ def packed_sites(model: nn.Module) -> list[tuple[Site, PackedWeight, InputQuanti
     """The sites whose weight is packed, with what quantizes their input."""
     found = []
     for site in find_sites(model):
-        module = model.get_submodule(site.places[0].module)
-        packed = packed_weight(module, site.places[0].parameter)
+        module = model.get_submodule(site.owners[0].module)
+        packed = packed_weight(module, site.owners[0].parameter)
         if packed is not None:
-            found.append((site, packed, quantizer_of(module, site.places[0].parameter)))
+            found.append((site, packed, quantizer_of(module, site.owners[0].parameter)))
     return found
 
 
@@ -47,10 +47,10 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Everything the weights file holds, by name."""
     parts = stored_parts(model)
     tensors = {f"{prefix}.{name}": tensor for prefix, stored in parts for name, tensor in stored.tensors.items()}
-    return tensors | kept_tensors(model)
+    return tensors | unpacked_tensors(model)
 
 
-def kept_tensors(model: nn.Module, detach: bool = True) -> dict[str, Tensor]:
+def unpacked_tensors(model: nn.Module, detach: bool = True) -> dict[str, Tensor]:
     """Parameters and persistent buffers that are not packed, tied ones once."""
     kept: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -68,4 +68,4 @@ def kept_tensors(model: nn.Module, detach: bool = True) -> dict[str, Tensor]:
 def other_tensors(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
     """Of the kept tensors, those that are none of these sites' weights, under whatever name."""
     weights = {id(tensor) for site in sites for tensor in (site.weight(model), *site.originals(model))}
-    return {name: tensor for name, tensor in kept_tensors(model, detach=False).items() if id(tensor) not in weights}
+    return {name: tensor for name, tensor in unpacked_tensors(model, detach=False).items() if id(tensor) not in weights}

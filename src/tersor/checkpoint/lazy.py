@@ -12,7 +12,7 @@ from tersor.nn.packed import packed_weight
 from tersor.nn.sites import Site
 
 
-class Shelf:
+class LazyContainer:
     """An open container that keeps the parts of one site in memory, those asked for last."""
 
     def __init__(self, path: Path):
@@ -26,8 +26,8 @@ class Shelf:
 
     def serve(self, model: nn.Module, site: Site) -> None:
         """Have a site that was restored from `tensors` ask for its parts whenever it runs."""
-        module = model.get_submodule(site.places[0].module)
-        packed = packed_weight(module, site.places[0].parameter)
+        module = model.get_submodule(site.owners[0].module)
+        packed = packed_weight(module, site.owners[0].parameter)
         assert packed is not None
         packed.leave(partial(self.parts, site.parameter, tuple(packed.tensors)))
         quantizer = getattr(module, "input_quantizer", None)

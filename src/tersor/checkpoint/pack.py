@@ -48,7 +48,7 @@ class Written:
     after: int
 
 
-class Shelved(Mapping[str, Tensor]):
+class LazyTensors(Mapping[str, Tensor]):
     """The tensors of safetensors files, each read when it is asked for."""
 
     def __init__(self, files: list[Path]):
@@ -97,7 +97,7 @@ def pack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
         raise InputError(f"{source}: packed already; `tersor unpack` gives it back")
     if not files:
         raise ModelError(f"{source}: no *.safetensors file in the folder")
-    tensors = Shelved(files)
+    tensors = LazyTensors(files)
     shards = {file.relative_to(source).as_posix(): names_in(tensors, file) for file in files} if len(files) > 1 else {}
     metadata = {FILES: json.dumps(shards)} if shards else {}
     before = sum(file.stat().st_size for file in files)
@@ -196,7 +196,7 @@ def other_than(path: Path, tensors: Mapping[str, Tensor], source: Path) -> str |
     return None if same else f"it is not what {source} holds"
 
 
-def names_in(tensors: Shelved, file: Path) -> list[str]:
+def names_in(tensors: LazyTensors, file: Path) -> list[str]:
     """The tensors of one file."""
     return [name for name, place in tensors.places.items() if place == file]
 

@@ -35,7 +35,7 @@ class OnDisk(Protocol):
 
 
 @dataclass(frozen=True)
-class Extent:
+class TensorSpan:
     """Where in a file the bytes of a tensor lie."""
 
     path: Path
@@ -73,7 +73,7 @@ class Extent:
                 left -= len(piece)
 
 
-class Shelf(Mapping[str, Tensor]):
+class SpanTensors(Mapping[str, Tensor]):
     """Tensors by name, each read when it is asked for."""
 
     def __init__(self, extents: Mapping[str, OnDisk]):
@@ -89,7 +89,7 @@ class Shelf(Mapping[str, Tensor]):
         return len(self.extents)
 
 
-def read_extents(path: Path) -> dict[str, Extent]:
+def read_extents(path: Path) -> dict[str, TensorSpan]:
     """Where each tensor of a safetensors file lies. Raises ModelError for a damaged file."""
     try:
         num_bytes = path.stat().st_size
@@ -102,7 +102,7 @@ def read_extents(path: Path) -> dict[str, Extent]:
         for name, entry in entries.items():
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
-                extent = Extent(path, 8 + length + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+                extent = TensorSpan(path, 8 + length + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
                 if begin < 0 or end - begin != extent.num_bytes or 8 + length + end > num_bytes:
                     raise ValueError(f"{name} does not fit its place")
                 found[name] = extent
@@ -119,9 +119,9 @@ class Scratch:
     path: Path
     num_bytes: int = 0
 
-    def append(self, tensor: Tensor) -> Extent:
+    def append(self, tensor: Tensor) -> TensorSpan:
         """Raises ArtifactError when the disk refuses."""
-        extent = Extent(self.path, self.num_bytes, tensor.dtype, tuple(tensor.shape))
+        extent = TensorSpan(self.path, self.num_bytes, tensor.dtype, tuple(tensor.shape))
         try:
             with self.path.open("ab") as file:
                 file.write(bytes_of(tensor.detach().contiguous()))

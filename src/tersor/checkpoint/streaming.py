@@ -22,9 +22,9 @@ from tersor.checkpoint.artifact import describe
 from tersor.checkpoint.container_write import holds_codes, packing_of, write
 from tersor.checkpoint.converted import by_model_names
 from tersor.checkpoint.guards import at_most, room_for
-from tersor.checkpoint.layout import CODED, kept_tensors, stored_parts, tensors_of
+from tersor.checkpoint.layout import CODED, stored_parts, tensors_of, unpacked_tensors
 from tersor.checkpoint.manifest import WEIGHTS
-from tersor.checkpoint.safetensors_header import OnDisk, Scratch, Shelf, read_extents, write_extents
+from tersor.checkpoint.safetensors_header import OnDisk, Scratch, SpanTensors, read_extents, write_extents
 from tersor.checkpoint.side_files import copy_side_files
 from tersor.checkpoint.source import Source, few, from_hub, look_into
 from tersor.core.errors import InputError, ModelError
@@ -86,7 +86,9 @@ class StreamedModel:
         self.extents, unused = matched(self.model, by_model_names(self.model, stored), name)
         fill_buffers(self.model, self.extents)
         self.original = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
-        self.names = {id(tensor): tensor_name for tensor_name, tensor in kept_tensors(self.model, detach=False).items()}
+        self.names = {
+            id(tensor): tensor_name for tensor_name, tensor in unpacked_tensors(self.model, detach=False).items()
+        }
         self.meta: dict[int, nn.Parameter] = {}  # what stood in the place of the weights that are there
         notes = (f"{model_class.__name__} does not use {few(sorted(unused))}: left out",) if unused else ()
         self.source = Source(
@@ -170,7 +172,7 @@ class StreamedModel:
             if content[name].dtype != tensor.dtype:
                 content[name] = self.scratch.append(content[name].read().to(tensor.dtype))
         if holds_codes(self.model):
-            tensors = Shelf(content)
+            tensors = SpanTensors(content)
             write(tensors, self.output / CODED, packing_of(self.model, tensors))
         else:
             write_extents(content, self.output / WEIGHTS)
@@ -227,7 +229,7 @@ def matched(model: Any, stored: Mapping[str, OnDisk], place: str) -> tuple[dict[
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         paths.setdefault(id(tensor), []).extend([name, name.removeprefix(prefix), prefix + name])
     found, used, missing = {}, set(), []
-    for name, tensor in kept_tensors(model, detach=False).items():
+    for name, tensor in unpacked_tensors(model, detach=False).items():
         used.update(paths[id(tensor)])
         keys = [path for path in dict.fromkeys(paths[id(tensor)]) if path in stored]
         check_tied(keys, stored, place)
@@ -259,6 +261,6 @@ def check_tied(keys: list[str], stored: Mapping[str, OnDisk], place: str) -> Non
 
 def fill_buffers(model: nn.Module, extents: Mapping[str, OnDisk]) -> None:
     """Read the buffers that the checkpoint holds; they stay in memory."""
-    for name, buffer in kept_tensors(model, detach=False).items():
+    for name, buffer in unpacked_tensors(model, detach=False).items():
         if not isinstance(buffer, nn.Parameter) and name in extents:
             buffer.copy_(extents[name].read())

@@ -10,7 +10,7 @@ from tersor.analysis.sensitivity import sensitivity as predict
 from tersor.analysis.training_memory import Tokens
 from tersor.analysis.training_memory import training_memory as predict_training
 from tersor.checkpoint.container_write import size_of
-from tersor.checkpoint.layout import kept_tensors, packed_sites
+from tersor.checkpoint.layout import packed_sites, unpacked_tensors
 from tersor.checkpoint.open import open_model
 from tersor.checkpoint.source import Source
 from tersor.cli import options
@@ -75,7 +75,7 @@ def inspect(
     file_bytes = source.num_bytes or size_of(source.model)
     sites = find_sites(source.model)
     packed = {site.name: module.format.name for site, module, _ in packed_sites(source.model)}
-    kept = {n: t for n, t in kept_tensors(source.model).items() if n not in {s.parameter for s in sites}}
+    kept = {n: t for n, t in unpacked_tensors(source.model).items() if n not in {s.parameter for s in sites}}
     kept_bytes = sum(tensor.nbytes for tensor in kept.values())
     site_rows: list[dict[str, Any]] = [
         {
@@ -85,7 +85,7 @@ def inspect(
             "dtype": str(site.dtype).removeprefix("torch."),
             "format": packed.get(site.name),
             "weights": site.num_weights,
-            "tied": [".".join(place) for place in site.places[1:]],
+            "tied": [".".join(place) for place in site.owners[1:]],
         }
         for site in sites
     ]

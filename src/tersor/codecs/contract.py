@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-Task = Callable[[], None]  # fills a part of a tensor; tasks of one tensor may run side by side
+CodecJob = Callable[[], None]  # fills a part of a tensor; tasks of one tensor may run side by side
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Decoding:
     """
 
     tensor: Tensor
-    tasks: Sequence[Task]
+    tasks: Sequence[CodecJob]
     rows: Sequence[slice]
 
     @property

@@ -30,7 +30,7 @@ ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
 
 
 @dataclass(frozen=True)
-class Awq:
+class AwqExport:
     """A Hugging Face folder with `quant_method: awq`."""
 
     name = "awq"
@@ -40,7 +40,7 @@ class Awq:
     extra = None
     packages = ("gptqmodel", "accelerate")
 
-    def misfit(self, packed: PackedSite) -> Misfit | None:
+    def why_not(self, packed: PackedSite) -> Misfit | None:
         rows, columns = packed.site.shape
         place = packed.is_linear and packed.module != "lm_head" and rows % 8 == 0 and columns % 32 == 0
         grid = symmetric_grid(packed, bits=[4])

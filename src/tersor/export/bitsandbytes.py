@@ -34,7 +34,7 @@ class BitsAndBytes:
     extra = None
     packages = ("bitsandbytes", "accelerate")
 
-    def misfit(self, packed: PackedSite) -> Misfit | None:
+    def why_not(self, packed: PackedSite) -> Misfit | None:
         place = packed.is_linear and packed.site.shape[1] % Nf4.group_size == 0
         fits = isinstance(packed.encoded.format, Nf4 | Nf4Double) and packed.activation is None
         return misfit_of(packed, HOLDS, place=place, fits=fits, instead="nf4")

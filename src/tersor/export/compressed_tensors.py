@@ -52,7 +52,7 @@ class CompressedTensors:
     extra = None
     packages = ("compressed_tensors",)
 
-    def misfit(self, packed: PackedSite) -> Misfit | None:
+    def why_not(self, packed: PackedSite) -> Misfit | None:
         group, float8 = int_group(packed.encoded), fp8(packed.encoded)
         instead = "int4-g64" if packed.site.shape[1] % 64 == 0 else "int4"
         if packed.activation is not None:
@@ -78,7 +78,7 @@ class CompressedTensors:
         groups: dict[str, dict[str, Any]] = {}
         for packed in checkpoint.quantized:
             scheme = groups.setdefault(packed.scheme, {**scheme_of(packed), "targets": []})
-            scheme["targets"] += [place.module for place in packed.site.places]
+            scheme["targets"] += [place.module for place in packed.site.owners]
         formats = {scheme["format"] for scheme in groups.values()}
         config = {
             "quant_method": self.name,

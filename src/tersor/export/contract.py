@@ -40,7 +40,7 @@ class PackedSite(NamedTuple):
     @property
     def module(self) -> str:
         """The path of the (first) module that owns the weight."""
-        return self.site.places[0].module
+        return self.site.owners[0].module
 
 
 class Misfit(NamedTuple):
@@ -102,7 +102,7 @@ class Checkpoint:
         return self.kept | values
 
 
-class Layout(Protocol):
+class WeightLayout(Protocol):
     """What every client's layout has. Codes and scales are copied into it; nothing is rounded anew unless a note says
     so."""
 
@@ -126,7 +126,7 @@ class Layout(Protocol):
     def extra(self) -> str | None:
         """Of tersor's optional dependencies, the one that writing needs."""
 
-    def misfit(self, packed: PackedSite) -> Misfit | None:
+    def why_not(self, packed: PackedSite) -> Misfit | None:
         """Why a site cannot be held; None when it can."""
 
     def check(self, checkpoint: Checkpoint) -> None:
@@ -137,7 +137,7 @@ UNMARKED = "it does not say that tersor wrote it"
 
 
 @runtime_checkable
-class Filed(Layout, Protocol):
+class Filed(WeightLayout, Protocol):
     """A client of one file, and what lies beside it."""
 
     def foreign(self, output: Path) -> str | None:
@@ -149,7 +149,7 @@ class Filed(Layout, Protocol):
 
 
 @runtime_checkable
-class Export(Layout, Protocol):
+class Export(WeightLayout, Protocol):
     """A client that reads artifacts of Hugging Face models; what was written is opened in it before it is kept."""
 
     @property
@@ -180,7 +180,7 @@ class Written(NamedTuple):
 
 
 @runtime_checkable
-class Runnable(Layout, Protocol):
+class Runnable(WeightLayout, Protocol):
     """A client that runs here: it takes any model, and what was written is run and compared before it is kept."""
 
     @property

@@ -84,8 +84,8 @@ def is_exact(scale: Tensor, dtype: torch.dtype) -> bool:
 
 def kept_linears(checkpoint: Checkpoint) -> list[str]:
     """The linear layers that stay float, by module path: where a client must not look for packed weights."""
-    packed = {place.module for packed in checkpoint.quantized for place in packed.site.places}
-    plain = {place.module for packed in checkpoint.sites if packed.is_plain for place in packed.site.places}
+    packed = {place.module for packed in checkpoint.quantized for place in packed.site.owners}
+    plain = {place.module for packed in checkpoint.sites if packed.is_plain for place in packed.site.owners}
     linears = [path for path, module in checkpoint.model.named_modules() if is_linear(module) or path in plain]
     return [path for path in linears if path not in packed and path != ""]
 

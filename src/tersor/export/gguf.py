@@ -56,7 +56,7 @@ class Gguf:
     def beside(self, output: Path) -> tuple[str, ...]:
         return ()
 
-    def misfit(self, packed: PackedSite) -> Misfit | None:
+    def why_not(self, packed: PackedSite) -> Misfit | None:
         if packed.is_plain or (block_type(packed.encoded) and packed.activation is None):
             return None
         return Misfit(HOLDS, "int4-g32" if packed.site.shape[1] % BLOCK == 0 else "bf16")

@@ -35,7 +35,7 @@ IN_BLOCK = re.compile(r"^.*?\.\d+\.")
 
 
 @dataclass(frozen=True)
-class Gptq:
+class GptqExport:
     """A Hugging Face folder with `quant_method: gptq`."""
 
     name = "gptq"
@@ -45,7 +45,7 @@ class Gptq:
     extra = None
     packages = ("optimum", "gptqmodel")
 
-    def misfit(self, packed: PackedSite) -> Misfit | None:
+    def why_not(self, packed: PackedSite) -> Misfit | None:
         rows, columns = packed.site.shape
         in_block = IN_BLOCK.match(packed.module) is not None
         place = packed.is_linear and in_block and rows % 32 == 0 and columns % 32 == 0

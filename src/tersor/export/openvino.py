@@ -65,7 +65,7 @@ class OpenVinoIr:
     def beside(self, output: Path) -> tuple[str, ...]:
         return (output.with_suffix(".bin").name,)
 
-    def misfit(self, packed: PackedSite) -> Misfit | None:
+    def why_not(self, packed: PackedSite) -> Misfit | None:
         from tersor.export.onnx.layers import holds
 
         return None if self.decode or holds(packed) else Misfit(self.holds, nearby(packed))

@@ -66,8 +66,8 @@ class Web:
         """What writes the ONNX file."""
         return Onnx(self.dtype, self.per_token, self.float_outputs, self.decode, cache=False)
 
-    def misfit(self, packed: PackedSite) -> Misfit | None:
-        return self.onnx.misfit(packed)
+    def why_not(self, packed: PackedSite) -> Misfit | None:
+        return self.onnx.why_not(packed)
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises as `Onnx.check`, and InputError where `runtime_path` is no onnxruntime-web."""

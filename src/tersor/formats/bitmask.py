@@ -32,11 +32,11 @@ class Bitmask:
     """
 
     name = "bitmask"
-    rows_apart = False
+    rows_independent = False
     usual_methods = ("magnitude", "sparsegpt")
     entropy_coded = False
 
-    def misfit(self, shape: tuple[int, int]) -> str | None:
+    def why_not(self, shape: tuple[int, int]) -> str | None:
         return None
 
     def layout(self, shape: tuple[int, int]) -> Layout:
@@ -49,7 +49,7 @@ class Bitmask:
         """Keeps what is not zero already."""
         return {"mask": weight != 0}
 
-    def snap(self, weight: Weight, params: Params) -> Weight:
+    def fake_quantize(self, weight: Weight, params: Params) -> Weight:
         return kept_halves(weight, params["mask"], self.name).float()
 
     def encode(self, weight: Weight, params: Params) -> Encoded:

@@ -33,10 +33,10 @@ class Codebook:
 
     num_values: int
     per_tensor: bool = False
-    rows_apart = True
+    rows_independent = True
     usual_methods = ("kmeans", "gptq")
     entropy_coded = False
-    lopsided = False
+    asymmetric_range = False
 
     @property
     def name(self) -> str:
@@ -46,7 +46,7 @@ class Codebook:
     def bits(self) -> int:
         return self.num_values.bit_length() - 1
 
-    def misfit(self, shape: tuple[int, int]) -> str | None:
+    def why_not(self, shape: tuple[int, int]) -> str | None:
         return None
 
     def layout(self, shape: tuple[int, int]) -> Layout:
@@ -66,7 +66,7 @@ class Codebook:
         w_rn = w_rn.clamp(-range_r, range_r)
         return self.params(clustered(w_rn, torch.ones_like(w_rn), self.num_values))
 
-    def snap(self, weight: Weight, params: Params) -> Weight:
+    def fake_quantize(self, weight: Weight, params: Params) -> Weight:
         book_rk = params["codebook"].float()
         w_rn = self.grouped(weight).squeeze(1)
         return book_rk.gather(1, nearest(w_rn, book_rk)).view(weight.shape)

@@ -38,11 +38,11 @@ class Coded:
     """
 
     name = "coded"
-    rows_apart = True
+    rows_independent = True
     usual_methods = ("waterfill", "waterfill")
     entropy_coded = True
 
-    def misfit(self, shape: tuple[int, int]) -> str | None:
+    def why_not(self, shape: tuple[int, int]) -> str | None:
         return None
 
     def layout(self, shape: tuple[int, int]) -> Layout:
@@ -63,7 +63,7 @@ class Coded:
             )
         return scales(torch.ones_like(weight[:, 0]), torch.full_like(weight[0], step))
 
-    def snap(self, weight: Weight, params: Params) -> Weight:
+    def fake_quantize(self, weight: Weight, params: Params) -> Weight:
         return self.decode(self.encode(weight, params))
 
     def encode(self, weight: Weight, params: Params) -> Encoded:

@@ -43,7 +43,7 @@ class Encoded:
         memory is needed than the result takes."""
         num_rows, step = self.shape[0], max(1, CHUNK // self.shape[1])
         trained = any(part.requires_grad for part in self.parts.values())
-        if not self.format.rows_apart or num_rows <= step or trained:
+        if not self.format.rows_independent or num_rows <= step or trained:
             return self.format.decode(self).to(dtype)
         weight = torch.empty(self.shape, dtype=dtype, device=next(iter(self.parts.values())).device)
         for first in range(0, num_rows, step):
@@ -54,7 +54,7 @@ class Encoded:
 
     def rows(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n in"]:
         """Some rows of the decoded matrix; decodes only those where the format allows it (embeddings)."""
-        if not self.format.rows_apart:
+        if not self.format.rows_independent:
             return self.decode().index_select(0, index)
         parts = self.rows_of_parts(index)
         return self.format.decode(Encoded(self.format, (len(index), self.shape[1]), parts))
@@ -71,14 +71,14 @@ class Format(Protocol):
     """A set of representable weights. Frozen dataclass; `name` is how recipes and artifacts spell it.
 
     The law that guards every format: what is stored is what was computed,
-    `decode(encode(w, p)) == snap(w, p)` bit for bit.
+    `decode(encode(w, p)) == fake_quantize(w, p)` bit for bit.
     """
 
     @property
     def name(self) -> str: ...
 
     @property
-    def rows_apart(self) -> bool:
+    def rows_independent(self) -> bool:
         """Whether row i of every part decodes to row i of the weight; a part of a single row serves all rows."""
 
     @property
@@ -91,7 +91,7 @@ class Format(Protocol):
         """The names of the methods that fill it where nobody names one: the best without the inputs of the site, and
         the best with them."""
 
-    def misfit(self, shape: tuple[int, int]) -> str | None:
+    def why_not(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix of this shape cannot be held, with the way out; None when it can."""
 
     def layout(self, shape: tuple[int, int]) -> Layout:
@@ -100,7 +100,7 @@ class Format(Protocol):
     def fit(self, weight: Weight) -> Params:
         """The plain choice of parameters for this weight. Methods may choose better ones."""
 
-    def snap(self, weight: Weight, params: Params) -> Weight:
+    def fake_quantize(self, weight: Weight, params: Params) -> Weight:
         """The nearest representable weight, float32."""
 
     def encode(self, weight: Weight, params: Params) -> Encoded:
@@ -133,7 +133,7 @@ class Grid(Format, Protocol):
     """
 
     @property
-    def lopsided(self) -> bool:
+    def asymmetric_range(self) -> bool:
         """Whether the levels of a group are not symmetric about zero and turn around with a negative `shrink`."""
 
     def fit(self, weight: Weight, shrink: float | Tensor = 1.0) -> Params:
@@ -145,7 +145,7 @@ class Grid(Format, Protocol):
 
     def projector(self, params: Params, shape: tuple[int, int]) -> Projector:
         """`project(values [out], j)`: the nearest representable values for column j of a `shape` matrix, float32,
-        exactly those of `snap`."""
+        exactly those of `fake_quantize`."""
 
 
 @runtime_checkable

@@ -20,7 +20,7 @@ class FloatCast:
     """
 
     name: str
-    rows_apart = True
+    rows_independent = True
     usual_methods = ("nearest", "nearest")
     entropy_coded = False
 
@@ -28,7 +28,7 @@ class FloatCast:
     def dtype(self) -> torch.dtype:
         return DTYPES[self.name]
 
-    def misfit(self, shape: tuple[int, int]) -> str | None:
+    def why_not(self, shape: tuple[int, int]) -> str | None:
         return None
 
     def layout(self, shape: tuple[int, int]) -> Layout:
@@ -42,7 +42,7 @@ class FloatCast:
             )
         return {}
 
-    def snap(self, weight: Weight, params: Params) -> Weight:
+    def fake_quantize(self, weight: Weight, params: Params) -> Weight:
         return weight.to(self.dtype).float()
 
     def encode(self, weight: Weight, params: Params) -> Encoded:

@@ -64,12 +64,12 @@ class FourBit(ABC):
     """
 
     name: str
-    rows_apart = True
+    rows_independent = True
     usual_methods = ("mse", "gptq")
     entropy_coded = False
     group_size: int
     levels: Levels
-    lopsided = False
+    asymmetric_range = False
     first_in_high_half = False
 
     @abstractmethod
@@ -83,7 +83,7 @@ class FourBit(ABC):
     def scale(self, params: Params) -> Float[Tensor, "out groups"]:
         """What the stored scales stand for, float32."""
 
-    def misfit(self, shape: tuple[int, int]) -> str | None:
+    def why_not(self, shape: tuple[int, int]) -> str | None:
         return None
 
     def layout(self, shape: tuple[int, int]) -> Layout:
@@ -91,7 +91,7 @@ class FourBit(ABC):
         codes: Layout = {"codes": (torch.uint8, (num_rows, packed_width(num_columns, 4)))}
         return codes | self.scale_layout((num_rows, -(-num_columns // self.group_size)))
 
-    def snap(self, weight: Weight, params: Params) -> Weight:
+    def fake_quantize(self, weight: Weight, params: Params) -> Weight:
         w_ogk, scale = self.grouped(weight), self.scale(params).unsqueeze(-1)
         nearest = self.levels.nearest(w_ogk / divisor(scale))
         return ungrouped(lookup(self.levels.sorted, nearest).mul_(scale), weight.shape[1])

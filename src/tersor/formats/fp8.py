@@ -32,10 +32,10 @@ class Fp8:
 
     kind: str
     per_tensor: bool = False
-    rows_apart = True
+    rows_independent = True
     usual_methods = ("mse", "gptq")
     entropy_coded = False
-    lopsided = False
+    asymmetric_range = False
 
     @property
     def name(self) -> str:
@@ -49,7 +49,7 @@ class Fp8:
     def largest(self) -> float:
         return torch.finfo(self.dtype).max
 
-    def misfit(self, shape: tuple[int, int]) -> str | None:
+    def why_not(self, shape: tuple[int, int]) -> str | None:
         return None
 
     def layout(self, shape: tuple[int, int]) -> Layout:
@@ -61,7 +61,7 @@ class Fp8:
         highest = torch.finfo(torch.float32).max / self.largest * (1 - 2**-8)  # stays below when rounded
         return {"scale": scale.clamp(max=highest).bfloat16()}
 
-    def snap(self, weight: Weight, params: Params) -> Weight:
+    def fake_quantize(self, weight: Weight, params: Params) -> Weight:
         scale = params["scale"].float()
         return self.nearest(weight / divisor(scale)).float().mul_(scale)
 

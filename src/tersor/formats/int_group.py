@@ -44,7 +44,7 @@ class IntGroup:
     bits: int
     group_size: int | None = None
     symmetric: bool = True
-    rows_apart = True
+    rows_independent = True
     usual_methods = ("mse", "gptq")
     entropy_coded = False
 
@@ -59,10 +59,10 @@ class IntGroup:
         return self.bits == 8 and self.symmetric and self.group_size is None
 
     @property
-    def lopsided(self) -> bool:
+    def asymmetric_range(self) -> bool:
         return self.symmetric and self.bits < 8
 
-    def misfit(self, shape: tuple[int, int]) -> str | None:
+    def why_not(self, shape: tuple[int, int]) -> str | None:
         return None
 
     def num_groups(self, num_columns: int) -> int:
@@ -97,7 +97,7 @@ class IntGroup:
         extreme = torch.where(largest > -smallest, largest, smallest)
         return {"scale": self.storable(extreme * shrink / -(2 ** (self.bits - 1)))}
 
-    def snap(self, weight: Weight, params: Params) -> Weight:
+    def fake_quantize(self, weight: Weight, params: Params) -> Weight:
         return self.dequantize(self.quantize(weight, params), params)
 
     def encode(self, weight: Weight, params: Params) -> Encoded:

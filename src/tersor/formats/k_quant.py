@@ -61,7 +61,7 @@ class KQuant:
     """
 
     bits: int
-    rows_apart = True
+    rows_independent = True
     usual_methods = ("mse", "gptq")
     entropy_coded = False
 
@@ -74,10 +74,10 @@ class KQuant:
         return KINDS[self.bits]
 
     @property
-    def lopsided(self) -> bool:
+    def asymmetric_range(self) -> bool:
         return self.kind.symmetric
 
-    def misfit(self, shape: tuple[int, int]) -> str | None:
+    def why_not(self, shape: tuple[int, int]) -> str | None:
         if shape[1] % SUPER_BLOCK == 0:
             return None
         instead = f"int{self.bits}-g32" + ("" if self.kind.symmetric else "-asym")
@@ -126,7 +126,7 @@ class KQuant:
             return product.sum(-1)
 
         def error(tried: Params) -> Float[Tensor, "o g"]:
-            return total((self.grouped(self.snap(weight, tried)) - w_ogk).square_())
+            return total((self.grouped(self.fake_quantize(weight, tried)) - w_ogk).square_())
 
         found, q_q = dict(params), total(q_ogk, q_ogk)
         if not self.kind.symmetric:
@@ -147,7 +147,7 @@ class KQuant:
         picked = {n: torch.where(first, self.of_blocks(n, ours), self.of_blocks(n, others)) for n in names}
         return {key: part for n in names for key, part in self.in_units(n, ours[n], picked[n]).items()}
 
-    def snap(self, weight: Weight, params: Params) -> Weight:
+    def fake_quantize(self, weight: Weight, params: Params) -> Weight:
         return self.dequantize(self.quantize(weight, params), params)
 
     def encode(self, weight: Weight, params: Params) -> Encoded:

@@ -22,7 +22,7 @@ FACTORS = ("left", "right")
 class LowRank:
     """Two thin factors: `weight = left @ right`, summed in float64 and rounded to float32.
 
-    The parameters are the weight: `snap` does not look at what it is given.
+    The parameters are the weight: `fake_quantize` does not look at what it is given.
 
     Parts:
         left: `[out, rank]` fp16.
@@ -35,11 +35,11 @@ class LowRank:
     """
 
     name = "lowrank"
-    rows_apart = False
+    rows_independent = False
     usual_methods = ("svd", "svd")
     entropy_coded = False
 
-    def misfit(self, shape: tuple[int, int]) -> str | None:
+    def why_not(self, shape: tuple[int, int]) -> str | None:
         return None
 
     def layout(self, shape: tuple[int, int]) -> Layout:
@@ -52,7 +52,7 @@ class LowRank:
             rank = int((sizes > max(weight.shape) * torch.finfo(torch.float32).eps * sizes[0]).sum())
         return self.factors(u[:, :rank] * sizes[:rank], vh[:rank])
 
-    def snap(self, weight: Weight, params: Params) -> Weight:
+    def fake_quantize(self, weight: Weight, params: Params) -> Weight:
         return product(params).float()
 
     def encode(self, weight: Weight, params: Params) -> Encoded:
@@ -90,7 +90,7 @@ class Corrected:
     """
 
     base: IntGroup
-    rows_apart = False
+    rows_independent = False
     usual_methods = ("lqer", "lqer")
     entropy_coded = False
 
@@ -98,8 +98,8 @@ class Corrected:
     def name(self) -> str:
         return f"{self.base.name}+lowrank"
 
-    def misfit(self, shape: tuple[int, int]) -> str | None:
-        return self.base.misfit(shape)
+    def why_not(self, shape: tuple[int, int]) -> str | None:
+        return self.base.why_not(shape)
 
     def layout(self, shape: tuple[int, int]) -> Layout:
         return self.base.layout(shape) | LowRank().layout(shape)
@@ -111,9 +111,9 @@ class Corrected:
         except FormatError as error:
             raise FormatError(f"{self.name}: {error}") from None
 
-    def snap(self, weight: Weight, params: Params) -> Weight:
+    def fake_quantize(self, weight: Weight, params: Params) -> Weight:
         correction = product(params)
-        nearest = self.base.snap((weight - correction).float(), base_of(params))
+        nearest = self.base.fake_quantize((weight - correction).float(), base_of(params))
         return (nearest + correction).float()
 
     def encode(self, weight: Weight, params: Params) -> Encoded:

@@ -56,7 +56,7 @@ class Nf4(FourBit):
     name = "nf4"
     group_size = 64
     levels = NORMAL_FLOAT
-    lopsided = True
+    asymmetric_range = True
     first_in_high_half = True
 
     def scale_layout(self, groups: tuple[int, int]) -> Layout:
@@ -88,9 +88,9 @@ class Nf4Double(FourBit):
     name = "nf4-dq"
     group_size = 64
     levels = NORMAL_FLOAT
-    lopsided = True
+    asymmetric_range = True
     first_in_high_half = True
-    rows_apart = False
+    rows_independent = False
 
     def scale_layout(self, groups: tuple[int, int]) -> Layout:
         return {

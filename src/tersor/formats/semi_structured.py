@@ -36,7 +36,7 @@ class SemiStructured:
 
     n: int
     m: int
-    rows_apart = True
+    rows_independent = True
     usual_methods = ("magnitude", "sparsegpt")
     entropy_coded = False
 
@@ -44,7 +44,7 @@ class SemiStructured:
     def name(self) -> str:
         return f"{self.n}:{self.m}"
 
-    def misfit(self, shape: tuple[int, int]) -> str | None:
+    def why_not(self, shape: tuple[int, int]) -> str | None:
         return None
 
     def layout(self, shape: tuple[int, int]) -> Layout:
@@ -57,7 +57,7 @@ class SemiStructured:
         """Keeps the largest."""
         return {"mask": self.choose(weight.abs())}
 
-    def snap(self, weight: Weight, params: Params) -> Weight:
+    def fake_quantize(self, weight: Weight, params: Params) -> Weight:
         return kept_halves(weight, params["mask"], self.name).float()
 
     def encode(self, weight: Weight, params: Params) -> Encoded:

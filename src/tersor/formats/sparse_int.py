@@ -47,10 +47,10 @@ class SparseInt:
         return f"{self.pattern.name}+{self.grid.name}"
 
     @property
-    def rows_apart(self) -> bool:
-        return self.pattern.rows_apart
+    def rows_independent(self) -> bool:
+        return self.pattern.rows_independent
 
-    def misfit(self, shape: tuple[int, int]) -> str | None:
+    def why_not(self, shape: tuple[int, int]) -> str | None:
         return None
 
     def layout(self, shape: tuple[int, int]) -> Layout:
@@ -73,21 +73,27 @@ class SparseInt:
         except FormatError as error:
             raise FormatError(f"{self.pattern.name}+{error}") from None
 
-    def snap(self, weight: Weight, params: Params) -> Weight:
-        return torch.where(params["mask"], self.grid.snap(weight, scales(params)), 0.0) + 0.0  # no negative zeros
+    def fake_quantize(self, weight: Weight, params: Params) -> Weight:
+        return (
+            torch.where(params["mask"], self.grid.fake_quantize(weight, scales(params)), 0.0) + 0.0
+        )  # no negative zeros
 
     def encode(self, weight: Weight, params: Params) -> Encoded:
         stored = self.pattern.stored(params["mask"])
         codes = torch.where(params["mask"], self.grid.quantize(weight, scales(params)), self.zero)[stored]
-        codes = codes.to(torch.uint8).view(len(weight) if self.rows_apart else 1, -1)
+        codes = codes.to(torch.uint8).view(len(weight) if self.rows_independent else 1, -1)
         packed = pack(codes, self.grid.bits)
-        parts = {"mask": pack_mask(stored), "codes": packed if self.rows_apart else packed.squeeze(0), **scales(params)}
+        parts = {
+            "mask": pack_mask(stored),
+            "codes": packed if self.rows_independent else packed.squeeze(0),
+            **scales(params),
+        }
         return Encoded(self, (weight.shape[0], weight.shape[1]), parts)
 
     def decode(self, encoded: Encoded) -> Weight:
         mask, num_kept = self.pattern.unpack_mask(encoded), self.pattern.kept_shape(encoded.shape)[-1]
         num_codes = int(torch.count_nonzero(mask)) if num_kept is None else num_kept
-        packed = encoded.parts["codes"] if self.rows_apart else encoded.parts["codes"].unsqueeze(0)
+        packed = encoded.parts["codes"] if self.rows_independent else encoded.parts["codes"].unsqueeze(0)
         if packed.shape[1] != packed_width(num_codes, self.grid.bits):
             raise FormatError(
                 f"{self.name}: {packed.shape[1]} bytes of codes for {num_codes} kept weights; the file is damaged"

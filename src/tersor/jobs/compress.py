@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.calibration.curvature import gather
+from tersor.calibration.curvature import estimate_fisher
 from tersor.checkpoint.artifact import fill, load
 from tersor.checkpoint.container_write import size_of
 from tersor.checkpoint.layout import tensors_of
@@ -38,7 +38,7 @@ from tersor.schemes.scheme import KEEP, parse_rule
 from tersor.search.choices import Budget, check_choices
 from tersor.search.drop import search_drop
 from tersor.search.limit import Limit
-from tersor.search.noise_level import Searching, check_codable
+from tersor.search.noise_level import NoiseLevelSearch, check_codable
 from tersor.search.plan import CANDIDATES, check_reachable, measure_menus, plan_and_make
 from tersor.search.trials import ALPHA, Trial, TrialJournal, Trials, nearest_points, smallest_within
 from tersor.tasks.contract import Task
@@ -122,9 +122,9 @@ def compress_to_folder(
     trials: list[Trial] = []
     recipe, made, kept = recipe or given, None, None
     if recipe is None:
-        stats = gather(source.model, task, seed=seed, progress=progress)
+        stats = estimate_fisher(source.model, task, seed=seed, progress=progress)
         menus = [] if budget.coded else measure_menus(source.model, stats, step, formats or CANDIDATES, progress)
-        searching = Searching(source.model, task, step, stats, seed, progress, num_states=budget.trellis)
+        searching = NoiseLevelSearch(source.model, task, step, stats, seed, progress, num_states=budget.trellis)
         if limit is None:
             asked = [repr((budget, formats, step, dtype)), *source.hashes.values(), *sums_of(source.model)]
             kept = TrialJournal(output.with_name(f".{output.name}.trials"), [*asked, *identity(task, seed)])

@@ -12,7 +12,7 @@ from typing import Any
 
 from tersor.activations.quantizers import Activation
 from tersor.checkpoint.artifact import load
-from tersor.checkpoint.layout import kept_tensors, packed_sites
+from tersor.checkpoint.layout import packed_sites, unpacked_tensors
 from tersor.checkpoint.manifest import MANIFEST, read_manifest
 from tersor.checkpoint.open import open_model
 from tersor.checkpoint.output import Foreign, atomic_file, atomic_folder, check_output
@@ -21,7 +21,7 @@ from tersor.core.errors import FormatError, InputError, ModelError
 from tersor.core.scratch import scratch_folder
 from tersor.export import export_named
 from tersor.export.check import Check, check
-from tersor.export.contract import Checkpoint, Filed, Layout, PackedSite, Runnable
+from tersor.export.contract import Checkpoint, Filed, PackedSite, Runnable, WeightLayout
 from tersor.export.decoder import has_cache
 from tersor.export.examples import Examples, examples_of, with_cache
 from tersor.export.reopen import reopen
@@ -120,7 +120,7 @@ def export_model(
     return Exported(output, export.name, num_bytes, formats, notes, checked, opened)
 
 
-def with_options(export: Layout, options: Mapping[str, Any]) -> Any:
+def with_options(export: WeightLayout, options: Mapping[str, Any]) -> Any:
     """The client with some of its fields changed. Raises InputError for one that it does not have."""
     known = {field.name for field in fields(export)}  # type: ignore[arg-type]
     for name in options:
@@ -170,10 +170,10 @@ def checkpoint_of(folder: Path, model: Any, examples: Examples | None = None) ->
         PackedSite(site, packed.encoded, Activation(quantizer.format, quantizer.tensors) if quantizer else None)
         for site, packed, quantizer in packed_sites(model)
     )
-    return Checkpoint(folder, model, sites, kept_tensors(model), examples)
+    return Checkpoint(folder, model, sites, unpacked_tensors(model), examples)
 
 
-def check_sites(checkpoint: Checkpoint, export: Layout) -> None:
+def check_sites(checkpoint: Checkpoint, export: WeightLayout) -> None:
     """Before anything is written: every site fits, and the model as a whole."""
     if isinstance(export, Runnable) and getattr(getattr(checkpoint.model, "config", None), "is_encoder_decoder", False):
         raise ModelError(
@@ -183,31 +183,31 @@ def check_sites(checkpoint: Checkpoint, export: Layout) -> None:
     floats = isinstance(export, Runnable) or (bool(checkpoint.sites) and getattr(export, "holds_floats", False))
     if not checkpoint.quantized and not floats:
         raise ModelError(f"{checkpoint.folder}: no weight is quantized, so there is nothing to export to {export.name}")
-    misfits = [(packed, misfit) for packed in checkpoint.sites if (misfit := export.misfit(packed))]
+    misfits = [(packed, why_not) for packed in checkpoint.sites if (why_not := export.why_not(packed))]
     if misfits:
-        packed, misfit = misfits[0]
+        packed, why_not = misfits[0]
         others = f" ({len(misfits) - 1} more sites do not fit either)" if misfits[1:] else ""
         decode = ", or write it with decoded weights by --decode" if isinstance(export, Runnable) else ""
         raise FormatError(
-            f"{export.name} holds {misfit.holds}; {packed.site.name} is {packed.scheme}{others}; "
-            f"compress again with --rule '{packed.site.name}={misfit.instead}'{decode}"
+            f"{export.name} holds {why_not.holds}; {packed.site.name} is {packed.scheme}{others}; "
+            f"compress again with --rule '{packed.site.name}={why_not.instead}'{decode}"
         )
     export.check(checkpoint)
 
 
-def check_suffix(output: Path, export: Layout) -> None:
+def check_suffix(output: Path, export: WeightLayout) -> None:
     """Before any work: a client of one file is given the name of one. Raises InputError."""
     if export.suffix and output.suffix != export.suffix:
         raise InputError(f"{output}: {export.name} writes one file; name it {output.with_suffix(export.suffix)}")
 
 
-def standing(export: Layout, output: Path) -> tuple[Foreign, Sequence[str]] | tuple[()]:
+def standing(export: WeightLayout, output: Path) -> tuple[Foreign, Sequence[str]] | tuple[()]:
     """For a client of files: what tells whether one that stands at the output may be replaced, and the names of the
     files that may be written beside it."""
     return (export.foreign, export.beside(output)) if isinstance(export, Filed) else ()
 
 
-def place_for(output: Path, export: Layout, overwrite: bool) -> AbstractContextManager[Path]:
+def place_for(output: Path, export: WeightLayout, overwrite: bool) -> AbstractContextManager[Path]:
     """Where to write: it takes the place of `output` when the block ends well, and vanishes when it does not."""
     if not isinstance(export, Filed):
         return atomic_folder(output, overwrite)

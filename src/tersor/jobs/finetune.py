@@ -257,7 +257,7 @@ def merge_to_folder(
 
 def packed_names(model: nn.Module, adapter: Adapter) -> list[str]:
     """The adapted weights that are packed."""
-    packed = {site.places[0].module for site, _, _ in packed_sites(model)}
+    packed = {site.owners[0].module for site, _, _ in packed_sites(model)}
     return [name for name in adapted_names(adapter) if name in packed]
 
 

@@ -1,8 +1,9 @@
 """Fast paths for running an encoded weight without decoding it: the table `ROWS` of choice.py, chosen by measuring.
 
-A kernel is only used where it computes what the reference computes, `F.linear(activation.snap(x), weight.decode())`,
-up to float rounding in the last step. The weight-only kernels multiply in bfloat16, so only a model that runs in
-bfloat16 gets them: `tersor.load(folder, dtype=torch.bfloat16)`. With float32 inputs they are many times slower.
+A kernel is only used where it computes what the reference computes, `F.linear(activation.fake_quantize(x),
+weight.decode())`, up to float rounding in the last step. The weight-only kernels multiply in bfloat16, so only a model
+that runs in bfloat16 gets them: `tersor.load(folder, dtype=torch.bfloat16)`. With float32 inputs they are many times
+slower.
 
 Where several fit, each runs a few times on the first input of its shape, and the fastest is kept for all sites of that
 shape; numbers of tokens are taken together up to the next power of two. One whose result strays from the reference

@@ -24,7 +24,7 @@ def run_decoded(
     x: Tensor, encoded: Encoded, activation: Activation | None, layout: Layout, bias: Tensor | None
 ) -> Tensor:
     """Decode the weight, use it, drop it: the reference."""
-    return F.linear(x if activation is None else activation.snap(x), encoded.decode(x.dtype), bias)
+    return F.linear(x if activation is None else activation.fake_quantize(x), encoded.decode(x.dtype), bias)
 
 
 DECODE = Kernel("decode", always, nothing, run_decoded, 0.0)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tersor.checkpoint.layout import kept_tensors, packed_sites
+from tersor.checkpoint.layout import packed_sites, unpacked_tensors
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def measure_size(model: nn.Module) -> Size:
         num_bytes += packed.encoded.num_bytes + packed.memory.num_bytes
         num_bytes += sum(tensor.nbytes for tensor in quantizer.tensors.values()) if quantizer else 0
     buffers = {id(buffer) for buffer in model.buffers()}
-    for tensor in kept_tensors(model, detach=False).values():
+    for tensor in unpacked_tensors(model, detach=False).values():
         num_bytes += tensor.nbytes
         if id(tensor) not in buffers:
             num_parameters += tensor.numel()

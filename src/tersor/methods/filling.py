@@ -15,7 +15,7 @@ BIT = log(2) / 6  # squared error, in steps, that a bit is worth where each weig
 PER_OCTAVE = 8  # deviations that are told apart
 
 
-class Filling:
+class ColumnRounder:
     """Rounds column after column, as a solver asks for them; a column's scale follows the codes that it gets.
 
     Args:
@@ -36,7 +36,7 @@ class Filling:
     @classmethod
     def of(
         cls, problem: Problem, rows: Float[Tensor, " out"], level: float, rate: float, kept: Bool[Tensor, "out in"]
-    ) -> "Filling":
+    ) -> "ColumnRounder":
         """With the steps that `level` asks for, larger ones where codes would leave their range."""
         columns = columns_at(problem, level)
         largest = (problem.target.abs() / rows.unsqueeze(1)).amax(0)
@@ -84,14 +84,14 @@ def code_masses(deviation: Float[Tensor, " n"], num_codes: int = 16) -> Float[Te
 
 
 NUM_CODES = 16
-FINEST, NUM_SPREADS = -3, 64
+MIN_OCTAVE, NUM_SPREADS = -3, 64
 
 
 @cache
 def saved_bits() -> Float[Tensor, " spread_code"]:
     """How many bits a code takes more than the next one towards zero, for the codes 0 to 15 at each of 64 deviations
     from 2^-3 steps on."""
-    deviation = torch.exp2(FINEST + torch.arange(NUM_SPREADS, dtype=torch.float64) / PER_OCTAVE)
+    deviation = torch.exp2(MIN_OCTAVE + torch.arange(NUM_SPREADS, dtype=torch.float64) / PER_OCTAVE)
     bits = -code_masses(deviation).clamp_min(1e-12).log2()
     return bits.diff(dim=1, prepend=bits[:, :1]).float().flatten()
 
@@ -101,7 +101,7 @@ def cheapest(exact: Float[Tensor, " n"], deviation: Float[Tensor, " n"], bit: fl
     size = exact.abs()
     near = size.round().clamp_(max=LARGEST)
     if bit:
-        spread = (deviation.clamp_min(1e-30).log2() - FINEST).mul_(PER_OCTAVE).round_().clamp_(0, NUM_SPREADS - 1)
+        spread = (deviation.clamp_min(1e-30).log2() - MIN_OCTAVE).mul_(PER_OCTAVE).round_().clamp_(0, NUM_SPREADS - 1)
         saved = saved_bits().to(exact.device)[(spread * NUM_CODES + near.clamp(max=NUM_CODES - 1)).long()]
         # (size - near + 1)^2 - (size - near)^2 = 2 (size - near) + 1
         near -= (2 * (size - near) + 1 < bit * saved).float()

@@ -66,7 +66,7 @@ def dense_codebook(weight: Weight, format: Codebook, importance: Float[Tensor, "
     weighted = format.params(clustered(w_rn, importance_rn, format.num_values))
 
     def error(params: Params) -> Float[Tensor, "rows 1"]:
-        return format.grouped((format.snap(weight, params) - weight).square_().mul_(importance)).sum(-1)
+        return format.grouped((format.fake_quantize(weight, params) - weight).square_().mul_(importance)).sum(-1)
 
     return {"codebook": torch.where(error(weighted) < error(plain), weighted["codebook"], plain["codebook"])}
 

@@ -66,7 +66,7 @@ class Mse:
         """The same, for all rows at once."""
 
         def error(params: Params) -> Float[Tensor, "rows groups"]:
-            return format.grouped((format.snap(weight, params) - weight).square_().mul_(importance)).sum(-1)
+            return format.grouped((format.fake_quantize(weight, params) - weight).square_().mul_(importance)).sum(-1)
 
         plain = format.fit(weight)
         before = lowest = error(plain)
@@ -98,10 +98,12 @@ class Mse:
         if not isinstance(format, IntGroup):
             low, high = K_QUANTS if isinstance(format, KQuant) else SMALL_FLOATS
             ranges = [low + (high - low) * step / self.num_steps for step in range(self.num_steps + 1)]
-            return ranges + [-shrink for shrink in ranges] if format.lopsided else ranges
+            return ranges + [-shrink for shrink in ranges] if format.asymmetric_range else ranges
         ranges = [1 - (1 - self.smallest) * step / self.num_steps for step in range(1, self.num_steps + 1)]
         # From 4 bits on, one level more at one end is not worth the time.
-        return ranges + [-shrink for shrink in (1.0, *ranges)] if format.lopsided and format.bits < 4 else ranges
+        return (
+            ranges + [-shrink for shrink in (1.0, *ranges)] if format.asymmetric_range and format.bits < 4 else ranges
+        )
 
 
 def searched(weight: Weight, format: Grid, importance: Float[Tensor, " in"]) -> Params:

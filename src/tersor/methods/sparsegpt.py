@@ -54,7 +54,9 @@ class SparseGpt:
     def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
         assert isinstance(format, Sparse)
         shape = (weight.shape[0], weight.shape[1])
-        format.snap(weight, format.fit(weight))  # raises where it cannot hold such weights, before the long work
+        format.fake_quantize(
+            weight, format.fit(weight)
+        )  # raises where it cannot hold such weights, before the long work
         problem = pose(weight, stats, self.damping, self.drift, reorder=False)
         params = self.first_guess(problem, format)
         mask, num_zeros = params["mask"], (~params["mask"]).sum(0)

@@ -18,14 +18,14 @@ from torch import Tensor
 from tersor.core.compiled import compiled
 from tersor.formats.coded import LARGEST, scales
 from tersor.formats.trellis import NOISE, PATH, taps
-from tersor.methods.filling import BIT, FINEST, NUM_SPREADS, PER_OCTAVE, Filling, code_masses, columns_at
+from tersor.methods.filling import BIT, MIN_OCTAVE, NUM_SPREADS, PER_OCTAVE, ColumnRounder, code_masses, columns_at
 from tersor.methods.solver import Problem
 
 NUM_CODES = 256  # whose bits are told apart, from 0 on
 MOST_BITS = 40.0
 
 
-class Paths(Filling):
+class TrellisRounder(ColumnRounder):
     """Rounds column after column to paths of a trellis.
 
     Args:
@@ -47,7 +47,7 @@ class Paths(Filling):
         rate: float,
         kept: Bool[Tensor, "out in"],
         num_states: int,
-    ) -> "Paths":
+    ) -> "TrellisRounder":
         """With steps that make the error that `level` asks for; larger ones where codes would leave their range."""
         wider = 12 * NOISE[num_states]  # the square of what a step would be without a trellis
         columns = columns_at(problem, level) / wider**0.5
@@ -71,14 +71,14 @@ class Paths(Filling):
 
 def spreads_of(deviation: Float[Tensor, " n"]) -> Tensor:
     """Rows of `parity_bits`."""
-    spread = (deviation.clamp_min(1e-30).log2() - FINEST) * PER_OCTAVE
+    spread = (deviation.clamp_min(1e-30).log2() - MIN_OCTAVE) * PER_OCTAVE
     return spread.round().clamp(0, NUM_SPREADS - 1).to(torch.int32)
 
 
 @cache
 def parity_bits() -> Float[ndarray, "spread code"]:
     """Bits of the codes 0 to 255 and beyond at each of 64 deviations, where it is known whether a code is even."""
-    deviation = torch.exp2(FINEST + torch.arange(NUM_SPREADS, dtype=torch.float64) / PER_OCTAVE)
+    deviation = torch.exp2(MIN_OCTAVE + torch.arange(NUM_SPREADS, dtype=torch.float64) / PER_OCTAVE)
     masses = code_masses(deviation, NUM_CODES)
     both = torch.where(torch.arange(NUM_CODES) > 0, 2, 1) * masses  # of a code and its negative
     totals = torch.stack([both[:, parity::2].sum(1) for parity in (0, 1)], 1).repeat(1, NUM_CODES // 2)

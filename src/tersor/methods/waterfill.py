@@ -33,7 +33,7 @@ from tersor.core.errors import InputError
 from tersor.formats.coded import Coded
 from tersor.formats.contract import Encoded, Format, Weight
 from tersor.formats.trellis import NOISE, POLYNOMIALS
-from tersor.methods.filling import PER_OCTAVE, Filling, code_masses, columns_at, spreads
+from tersor.methods.filling import PER_OCTAVE, ColumnRounder, code_masses, columns_at, spreads
 from tersor.methods.solver import Problem, polish, pose, sweep
 from tersor.methods.stats import Stats
 
@@ -122,13 +122,13 @@ def filling_of(
     rate: float,
     kept: Bool[Tensor, "out in"],
     num_states: int,
-) -> Filling:
+) -> ColumnRounder:
     """With a trellis, or without one."""
     if not num_states:
-        return Filling.of(problem, rows, level, rate, kept)
-    from tersor.methods.viterbi import Paths  # its loops are compiled when it is imported
+        return ColumnRounder.of(problem, rows, level, rate, kept)
+    from tersor.methods.viterbi import TrellisRounder  # its loops are compiled when it is imported
 
-    return Paths.through(problem, rows, level, rate, kept, num_states)
+    return TrellisRounder.through(problem, rows, level, rate, kept, num_states)
 
 
 def damping_of(weight: Weight, stats: Stats, each: float) -> float:

@@ -169,7 +169,7 @@ class InputQuantizer(Stored):
 
     def forward(self, x: Tensor) -> Tensor:
         """The input as its format holds it; gradients pass straight through."""
-        snapped = self.activation.snap(x)
+        snapped = self.activation.fake_quantize(x)
         return straight_through(x, snapped) if torch.is_grad_enabled() and x.requires_grad else snapped
 
     def extra_repr(self) -> str:
@@ -219,7 +219,7 @@ class PackedLinear(Packed):
         if y is not None:
             return y
         if activation is not None:
-            x = straight_through(x, activation.snap(x)) if trained else activation.snap(x)
+            x = straight_through(x, activation.fake_quantize(x)) if trained else activation.fake_quantize(x)
         if trained and not any(part.requires_grad for part in self.packed.tensors.values()):
             return DecodedLinear.apply(x, self.bias, self.packed)
         return F.linear(x, self.packed.matrix(), self.bias)
@@ -264,7 +264,7 @@ class PackedEmbedding(Packed):
     num_embeddings: int
 
     def forward(self, input: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:
-        if not 0 < input.numel() < self.num_embeddings or not self.packed.format.rows_apart:
+        if not 0 < input.numel() < self.num_embeddings or not self.packed.format.rows_independent:
             return F.embedding(input, self.packed())
         return self.packed.rows(input.reshape(-1)).view(*input.shape, -1)
 

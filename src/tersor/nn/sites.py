@@ -79,14 +79,14 @@ class Site:
         name: its place in the model: the parameter's name without a trailing `.weight`.
         kind: `linear`, `conv`, `embedding`, `rnn`, `attention` or `stack`.
         fold: how the weight becomes a matrix `[out, in]`.
-        places: where the weight is used; more than one when it is tied.
+        owners: where the weight is used; more than one when it is tied.
         dtype: of the weight as it came.
     """
 
     name: str
     kind: str
     fold: Fold
-    places: tuple[Place, ...]
+    owners: tuple[Place, ...]
     dtype: torch.dtype
 
     @property
@@ -100,12 +100,12 @@ class Site:
     @property
     def parameter(self) -> str:
         """The full name of the parameter, as in a state dict."""
-        return ".".join(filter(None, self.places[0]))
+        return ".".join(filter(None, self.owners[0]))
 
     def weight(self, model: nn.Module) -> Tensor:
         """The weight in its own shape: the parameter itself, or decoded from what stands in its place."""
-        module = model.get_submodule(self.places[0].module)
-        name = self.places[0].parameter
+        module = model.get_submodule(self.owners[0].module)
+        name = self.owners[0].parameter
         packed = packed_weight(module, name)
         if packed is not None:
             return packed()
@@ -117,18 +117,18 @@ class Site:
 
     def originals(self, model: nn.Module) -> list[Tensor]:
         """What the weight is computed from, where it is computed."""
-        return [each for place in self.places for each in originals(model.get_submodule(place.module), place.parameter)]
+        return [each for place in self.owners for each in originals(model.get_submodule(place.module), place.parameter)]
 
     def settle(self, model: nn.Module) -> None:
         """Where the weight is computed from others (weight norm and its like), make it a parameter of its own."""
-        for place in self.places:
+        for place in self.owners:
             settle(model.get_submodule(place.module), place.parameter)
 
     def takes_activation(self, model: nn.Module, activation: str) -> bool:
         """Whether an input quantizer of this format can run here: everywhere the weight is used, it is a plain linear
         map, or a convolution, whose inputs have no tokens to take a dynamic scale from, or in an LSTM or GRU, whose
         inputs calibration does not see."""
-        modules = [model.get_submodule(place.module) for place in self.places]
+        modules = [model.get_submodule(place.module) for place in self.owners]
         if self.kind == "rnn":
             return not ACTIVATIONS[activation].layout and all(map(is_recurrent, modules))
         if self.kind == "conv":
@@ -142,7 +142,7 @@ class Site:
         packed = PackedWeight(encoded, self.fold, self.dtype)
         if activation is not None and not self.takes_activation(model, activation.format):
             activation = None
-        for place in self.places:
+        for place in self.owners:
             put(model, place, packed, activation)
 
 
@@ -172,8 +172,8 @@ def find_sites(model: nn.Module) -> list[Site]:
             place = Place(path, parameter)
             if id(owner) in found:
                 site = found[id(owner)]
-                if place not in site.places:
-                    found[id(owner)] = Site(site.name, site.kind, site.fold, (*site.places, place), site.dtype)
+                if place not in site.owners:
+                    found[id(owner)] = Site(site.name, site.kind, site.fold, (*site.owners, place), site.dtype)
                 continue
             fold = owner.fold if isinstance(owner, PackedWeight) else Fold(tuple(owner.shape), view)
             name = ".".join(filter(None, place)).removesuffix(".weight")
@@ -181,9 +181,9 @@ def find_sites(model: nn.Module) -> list[Site]:
     for path, module in modules:  # ties to modules that the table does not name
         for parameter, owner in owned_by(module).items():
             place = Place(path, parameter)
-            if id(owner) in found and place not in found[id(owner)].places:
-                places = (*found[id(owner)].places, place)
-                found[id(owner)] = replace(found[id(owner)], places=places)
+            if id(owner) in found and place not in found[id(owner)].owners:
+                owners = (*found[id(owner)].owners, place)
+                found[id(owner)] = replace(found[id(owner)], owners=owners)
     for tensor in from_which_others_are_computed(model):
         found.pop(id(tensor), None)
     return [site for site in found.values() if all(site.shape)]  # there is nothing to compress in a weight of no size

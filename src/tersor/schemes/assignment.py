@@ -83,7 +83,7 @@ class Assignment(BaseModel):
         return self.model_copy(update={"scheme": scheme, "rules": kept | own})
 
 
-def spelled(text: str) -> str:
+def canonical_name(text: str) -> str:
     """A scheme's full spelling; raises what `Scheme.parse` raises, as a message pydantic can carry."""
     return as_message(lambda: in_full(text))
 

@@ -13,7 +13,7 @@ def cost_of(name: str, sites: list, kept_bytes: int, model: object) -> dict:
     scheme = Scheme.parse(name)
     num_bytes, bits, num_weights, squared, energy, misfits = kept_bytes, 0.0, 0, 0.0, 0.0, 0
     for site in sites:
-        if scheme.format.misfit(site.shape):
+        if scheme.format.why_not(site.shape):
             misfits += 1
             num_bytes += site.num_weights * site.dtype.itemsize
             continue

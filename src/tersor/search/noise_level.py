@@ -86,7 +86,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Searching:
+class NoiseLevelSearch:
     """The search for the coarsest level that a budget allows.
 
     Attributes:
@@ -127,7 +127,7 @@ class Searching:
         """Whether the loss of every site by itself can be measured in reasonable time."""
         return self.task is not None and not self.factors and len(find_sites(self.model)) <= MOST_SITES
 
-    def corrected(self, level: float) -> "tuple[Searching, Forecast]":
+    def corrected(self, level: float) -> "tuple[NoiseLevelSearch, Forecast]":
         """The same search with a level for each site, corrected by what it costs at `level`, and its forecast."""
         assert self.task is not None
         self.progress("measuring what sites cost", 0, 1)

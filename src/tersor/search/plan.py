@@ -16,7 +16,7 @@ from math import inf
 import torch
 from torch import Tensor, nn
 
-from tersor.calibration.curvature import gather
+from tersor.calibration.curvature import estimate_fisher
 from tersor.calibration.moments import shows_inputs
 from tersor.checkpoint.container_write import size_of
 from tersor.checkpoint.layout import other_tensors
@@ -105,7 +105,7 @@ def candidates_for(step: WeightsStep, site: Site, assigned: str, candidates: lis
     """
     texts = [assigned] if is_fixed(step, site) else candidates
     schemes = {text: parse_rule(text) for text in texts}
-    fitting = [text for text, scheme in schemes.items() if scheme is None or not scheme.format.misfit(site.shape)]
+    fitting = [text for text, scheme in schemes.items() if scheme is None or not scheme.format.why_not(site.shape)]
     if not fitting:
         preflight([(site, scheme) for scheme in schemes.values() if scheme is not None])
     return fitting
@@ -336,7 +336,7 @@ def plan(
     if limit is None:
         raise InputError("plan needs a limit: size='8MB', ratio='4x' or bits=4.2")
     check_has_sites(model)
-    stats = gather(model, task, seed=seed) if task is not None else {}
+    stats = estimate_fisher(model, task, seed=seed) if task is not None else {}
     step = Recipe.of(KEEP, rules, exclude).weights[0]
     menus = measure_menus(model, stats, step, candidates)
     if not are_coded(menus):

@@ -204,7 +204,7 @@ def predicted_loss(weight: Tensor, encoded: Encoded, activation: Activation | No
     if stats.sample is None or not len(stats.sample) or stats.row_weight is None:
         return stats.loss(encoded.decode() - weight)
     x = stats.sample.float()
-    quantized = activation.snap(x) if activation else x
+    quantized = activation.fake_quantize(x) if activation else x
     error = quantized @ encoded.decode().t() - x @ weight.t()
     # The Fisher information of row i sums to g_i E[x'x] over its columns, and row_weight is its mean.
     length = x.square().sum(1).mean().clamp_min(1e-30).item()

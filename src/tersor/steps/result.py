@@ -75,7 +75,7 @@ def most_error(scheme: Scheme, weight: Weight, stats: Stats) -> float:
         return MOST
     scaled = weight / weight.square().mean().sqrt().clamp_min(torch.finfo(weight.dtype).tiny)
     try:
-        plain = relative_error(base.snap(scaled, base.fit(scaled)) - scaled, scaled, stats)
+        plain = relative_error(base.fake_quantize(scaled, base.fit(scaled)) - scaled, scaled, stats)
     except FormatError:  # weights too far apart for the format at any size
         return MOST
     return min(MOST, SMALL + SLACK * plain)

@@ -32,13 +32,13 @@ class WeightsStep(Assignment):
 
 def preflight(work: list[tuple[Site, Scheme]]) -> None:
     """Every shape fits its format, or one message names what does not."""
-    problems = [problem for site, scheme in work if (problem := misfit(site, scheme.format))]
+    problems = [problem for site, scheme in work if (problem := why_not(site, scheme.format))]
     if problems:
         more = f" (and {len(problems) - 1} more sites)" if len(problems) > 1 else ""
         raise FormatError(problems[0] + more)
 
 
-def misfit(site: Site, format: Format) -> str | None:
+def why_not(site: Site, format: Format) -> str | None:
     """Why a format cannot hold a site, in one line with the way out."""
-    problem = format.misfit(site.shape)
+    problem = format.why_not(site.shape)
     return problem and f"{format.name}: {site.name} {problem}, or exclude it with --exclude '{site.name}'"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tersor.activations.quantizers import ACTIVATIONS, Activation, IntStatic
 from tersor.calibration.blocks import BlockRun, find_blocks, part_of
-from tersor.calibration.curvature import gather
+from tersor.calibration.curvature import estimate_fisher
 from tersor.calibration.moments import has_inputs
 from tersor.calibration.walk import Around, Chosen, Walk
 from tersor.core.errors import TersorError
@@ -74,7 +74,7 @@ class WeightsRun:
         if self.predicted is not None:
             needs |= {"row_weight", "column_weight", "sample"}
         if self.task is not None and not self.stats and needs & CURVATURE and self.original is None:
-            self.stats = gather(self.model, self.task, seed=self.seed, progress=self.progress)
+            self.stats = estimate_fisher(self.model, self.task, seed=self.seed, progress=self.progress)
         if self.task is not None and needs - CURVATURE:
             original = self.original
             if original is None:
@@ -116,9 +116,9 @@ class WeightsRun:
     def new_bias(self, site: Site, encoded: Encoded, weight: Tensor, stats: Stats) -> nn.Parameter | None:
         """The bias that takes back what the new weight does to the mean output; None: it stays."""
         repairs = "cross_moment" in self.work[site].method.needs
-        if not self.corrects_biases or stats.mean is None or repairs or len(site.places) > 1:
+        if not self.corrects_biases or stats.mean is None or repairs or len(site.owners) > 1:
             return None
-        bias = self.model.get_submodule(site.places[0].module).bias
+        bias = self.model.get_submodule(site.owners[0].module).bias
         if not isinstance(bias, nn.Parameter):
             return None
         with named(site):

@@ -59,10 +59,10 @@ class Snapped(torch.autograd.Function):
         x: Tensor,
         log_scale: Tensor,
         zero_fraction: Tensor | None,
-        snap: Callable[[Tensor], Tensor],
+        fake_quantize: Callable[[Tensor], Tensor],
         levels: Levels,
     ) -> Tensor:
-        snapped = snap(x)
+        snapped = fake_quantize(x)
         ctx.save_for_backward(x, snapped)
         ctx.levels = levels
         return snapped
@@ -105,7 +105,11 @@ class FakeWeight(Simulated):
         """The weight in its own shape and type, as it will be decoded."""
         matrix, params = self.fold.matrix(weight).float(), self.params()
         snapped = Snapped.apply(
-            matrix, self.log_scale, self.zero_fraction, lambda x: self.format.snap(x, params), self.levels(params)
+            matrix,
+            self.log_scale,
+            self.zero_fraction,
+            lambda x: self.format.fake_quantize(x, params),
+            self.levels(params),
         )
         return self.fold.unfold(snapped).to(weight.dtype)
 
@@ -172,8 +176,8 @@ class FakeInput(nn.Module):
         """The input as the packed site will see it."""
         activation = self.activation()
         if self.log_scale is None:
-            return straight_through(x, activation.snap(x))
-        return Snapped.apply(x, self.log_scale, None, activation.snap, self.levels(activation, x))
+            return straight_through(x, activation.fake_quantize(x))
+        return Snapped.apply(x, self.log_scale, None, activation.fake_quantize, self.levels(activation, x))
 
     @torch.no_grad()
     def activation(self) -> Activation:

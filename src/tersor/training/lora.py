@@ -39,7 +39,7 @@ from tersor.methods.svd import principal_components
 from tersor.nn.copies import copy_but_sites
 from tersor.nn.packed import PackedLinear
 from tersor.nn.sites import Site, find_sites, is_linear, is_transposed_linear
-from tersor.schemes.assignment import spelled
+from tersor.schemes.assignment import canonical_name
 from tersor.schemes.scheme import KEEP, parse_rule
 from tersor.steps.weights import WeightsStep
 from tersor.steps.weights_run import CURVATURE, WeightsRun
@@ -87,7 +87,7 @@ class LoraStep(TrainingStep):
     @field_validator("base")
     @classmethod
     def base_exists(cls, text: str) -> str:
-        return spelled(text)
+        return canonical_name(text)
 
     def run(self, job: Job) -> None:
         """Train adapters and merge them. Raises what `train_adapter` and `merge` raise."""
@@ -136,32 +136,32 @@ def adapt(
 
 def linear_sites(model: nn.Module) -> list[Site]:
     """The sites that an adapter can stand beside: plain linear maps with a weight of their own."""
-    sites = [site for site in find_sites(model) if site.kind == "linear" and len(site.places) == 1]
-    modules = {site: model.get_submodule(site.places[0].module) for site in sites}
+    sites = [site for site in find_sites(model) if site.kind == "linear" and len(site.owners) == 1]
+    modules = {site: model.get_submodule(site.owners[0].module) for site in sites}
     return [site for site, module in modules.items() if is_linear(module) or isinstance(module, PackedLinear)]
 
 
 def block_sites(model: nn.Module) -> list[Site]:
     """Those inside the blocks; of a model without blocks, all."""
     sites, blocks = linear_sites(model), find_blocks(model)
-    inside = [s for s in sites if any(s.places[0].module.startswith(f"{block}.") for block in blocks)]
+    inside = [s for s in sites if any(s.owners[0].module.startswith(f"{block}.") for block in blocks)]
     return inside or sites
 
 
 def targets_of(model: nn.Module, step: LoraStep) -> list[str]:
     """The modules that get an adapter. Raises InputError or UnknownName where there is none."""
     if step.targets == "blocks":
-        names = [site.places[0].module for site in block_sites(model)]
+        names = [site.owners[0].module for site in block_sites(model)]
         if not names:
             raise InputError(f"lora: {type(model).__name__} has no linear layer of its own to adapt")
         return names
     sites = linear_sites(model)
     wanted = usual_targets(model) if step.targets == "usual" else step.targets
-    last_parts = sorted({site.places[0].module.rpartition(".")[2] for site in sites})
+    last_parts = sorted({site.owners[0].module.rpartition(".")[2] for site in sites})
     for name in wanted:
-        if not any(ends_with(site.places[0].module, name) for site in sites):
+        if not any(ends_with(site.owners[0].module, name) for site in sites):
             raise UnknownName("linear layer", name, last_parts)
-    return [s.places[0].module for s in sites if any(ends_with(s.places[0].module, name) for name in wanted)]
+    return [s.owners[0].module for s in sites if any(ends_with(s.owners[0].module, name) for name in wanted)]
 
 
 def usual_targets(model: nn.Module) -> list[str]:
@@ -244,7 +244,7 @@ def check_start(model: nn.Module, step: LoraStep, targets: list[str]) -> None:
         raise InputError(
             "lora: init=pissa takes components out of float weights, and the base is packed; use init=eora"
         )
-    shapes = {site.places[0].module: site.shape for site in find_sites(model)}
+    shapes = {site.owners[0].module: site.shape for site in find_sites(model)}
     narrow = next((name for name in targets if min(shapes[name]) < step.rank), None)
     if narrow is not None:
         raise InputError(f"lora: {narrow} {shapes[narrow]} has no {step.rank} components; use a smaller rank")
@@ -258,7 +258,7 @@ def pack_base(model: nn.Module, step: LoraStep, task: Task | None, seed: int, pr
     if step.base == KEEP:
         return None
     before = copy_but_sites(model) if step.init == "eora" else None
-    sites = {site.name: model.get_submodule(site.places[0].module) for site in block_sites(model)}
+    sites = {site.name: model.get_submodule(site.owners[0].module) for site in block_sites(model)}
     rules = {name: step.base for name, module in sites.items() if not isinstance(module, PackedLinear)}
     if not rules:
         raise InputError(f"lora: base={step.base} finds no float linear layer to pack; leave base out")
@@ -275,7 +275,7 @@ def start_at_losses(model: nn.Module, before: nn.Module, task: Task | None, seed
     """EoRA: let every adapter begin as the largest components of what packing lost beside it, weighed by the second
     moment of its inputs. Without a task all inputs weigh the same."""
     moments = second_moments(before, task, seed) if task is not None else {}
-    sites = {site.places[0].module: site for site in find_sites(before)}
+    sites = {site.owners[0].module: site for site in find_sites(before)}
     for name, layer in adapted_layers(model).items():
         base, factors = layer.get_base_layer(), (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
         decoded = base.packed.matrix() if isinstance(base, PackedLinear) else dequantized(base)

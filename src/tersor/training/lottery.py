@@ -82,7 +82,7 @@ class LotteryStep(TrainingStep):
         choice.groups(job.model)  # what is wrong with it is said before anything is done
         if self.reinit:
             check_resettable(job.model)
-        early = Early(job.model, self.rewind_to, beside(job.journal, "early"))
+        early = RewindPoint(job.model, self.rewind_to, beside(job.journal, "early"))
         for number in range(self.num_rounds + 1):
             fresh = self.reinit and number == self.num_rounds
             if number:
@@ -108,7 +108,7 @@ class LotteryStep(TrainingStep):
         curve.notes += empty_sites(job.masks)
 
 
-class Early:
+class RewindPoint:
     """The weights that are rewound to; in a file, too, where there is a journal, for a run that is taken up later."""
 
     def __init__(self, model: nn.Module, when: float, journal: Journal | None):

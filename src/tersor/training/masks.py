@@ -95,7 +95,7 @@ class Masks:
 
 def trained(model: nn.Module, site: Site) -> nn.Parameter | None:
     """The parameter whose numbers are trained where a site runs; None where it is packed."""
-    place = site.places[0]
+    place = site.owners[0]
     module = model.get_submodule(place.module)
     parameter = {**module._parameters, **simulated_parameters(module)}.get(place.parameter)
     return parameter if isinstance(parameter, nn.Parameter) else None

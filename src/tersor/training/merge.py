@@ -80,7 +80,7 @@ def check_untied(model: nn.Module, adapter: Adapter) -> None:
     """Raises ModelError where an adapted weight is shared: merged, it would change the other layer as well."""
     names = set(adapted_names(adapter))
     for site in find_sites(model):
-        paths = [place.module for place in site.places]
+        paths = [place.module for place in site.owners]
         changed = [path for path in paths if path in names]
         if changed and len(paths) > 1:
             other = next(path for path in paths if path != changed[0])
@@ -122,7 +122,7 @@ def is_same(tensor: Tensor, base: Tensor) -> bool:
 
 def packed_adapted(model: nn.Module, adapter: Adapter) -> dict[Site, PackedLinear | PackedEmbedding]:
     """The packed layers that the adapter stands beside, or takes the place of, by site."""
-    sites = {site.places[0].module: site for site in find_sites(model)}
+    sites = {site.owners[0].module: site for site in find_sites(model)}
     modules = dict(model.named_modules())
     layers = {name: modules.get(name) for name in adapted_names(adapter)}
     return {sites[name]: layer for name, layer in layers.items() if isinstance(layer, PackedLinear | PackedEmbedding)}
@@ -132,7 +132,7 @@ def merged_float(model: nn.Module, adapter: Adapter) -> nn.Module:
     """A float32 copy of `model` with the adapter added; layers that were packed and adapted are float in it."""
     target = own_float_copy(model)
     for site, layer in packed_adapted(target, adapter).items():
-        replace_module(target, site.places[0].module, unpacked(layer))
+        replace_module(target, site.owners[0].module, unpacked(layer))
     adapted = put_in(target, adapter.config, tensors=adapter.tensors)
     try:
         merged = adapted.peft.merge_and_unload(safe_merge=True)
@@ -189,7 +189,7 @@ def unmerged(model: nn.Module, adapter: Adapter) -> nn.Module:
     adapter = without_base(model, adapter)
     copied, whole = own_float_copy(model), set(getattr(adapter.config, "modules_to_save", None) or ())
     for site, layer in packed_adapted(copied, adapter).items():  # peft adapts packed linear layers alone
-        name = site.places[0].module
+        name = site.owners[0].module
         if isinstance(layer, PackedEmbedding) or name.rpartition(".")[2] in whole:
             replace_module(copied, name, unpacked(layer))
     return put_in(copied, adapter.config, tensors=adapter.tensors).model

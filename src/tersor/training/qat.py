@@ -115,7 +115,7 @@ def check_sites(model: nn.Module, work: dict[Site, Scheme], masks: Masks) -> Non
         raise InputError("qat: every site is kept; give a scheme or rules, or use step finetune")
     for site, scheme in work.items():
         assert isinstance(scheme.format, IntGroup | Fp8)
-        if packed_weight(model.get_submodule(site.places[0].module), site.places[0].parameter) is not None:
+        if packed_weight(model.get_submodule(site.owners[0].module), site.owners[0].parameter) is not None:
             raise FormatError(
                 f"{site.name}: is packed already, and qat trains float weights; let qat come before the weights step, "
                 f"or exclude it with exclude: ['{site.name}']"
@@ -125,25 +125,27 @@ def check_sites(model: nn.Module, work: dict[Site, Scheme], masks: Masks) -> Non
             raise FormatError(
                 f"{site.name}: an earlier step pruned it, and {scheme.format.name} has no exact zero; use {plain}"
             )
-        problem = scheme.format.misfit(site.shape)
+        problem = scheme.format.why_not(site.shape)
         if problem:
             raise FormatError(f"{scheme.format.name}: {site.name} {problem}")
 
 
-class Begun(NamedTuple):
+class PlannedSite(NamedTuple):
     """What a weights step would have put in a site's place."""
 
     encoded: Encoded
     activation: Activation | None
 
 
-def beginning(job: Job, step: QatStep) -> dict[str, Begun]:
+def beginning(job: Job, step: QatStep) -> dict[str, PlannedSite]:
     """What the weights step of the same spelling makes of the model as it is, by site. The inputs of recurrent layers
     are trained, and stay, in float."""
     packed, weights = copy_but_sites(job.model), WeightsStep(scheme=step.scheme, rules=step.rules, exclude=step.exclude)
     WeightsRun(packed, weights, job.task, None, job.seed, job.progress).run()
     return {
-        site.name: Begun(weight.encoded, None if quantizer is None or site.kind == "rnn" else quantizer.activation)
+        site.name: PlannedSite(
+            weight.encoded, None if quantizer is None or site.kind == "rnn" else quantizer.activation
+        )
         for site, weight, quantizer in packed_sites(packed)
     }
 
@@ -158,7 +160,7 @@ class Fakes:
     hooks: list[Any] = field(default_factory=list)
 
     @classmethod
-    def put(cls, model: nn.Module, work: dict[Site, Scheme], begun: dict[str, Begun]) -> "Fakes":
+    def put(cls, model: nn.Module, work: dict[Site, Scheme], begun: dict[str, PlannedSite]) -> "Fakes":
         """Quantize weights and inputs of a float model as they begin. A weight that its method moved begins where it
         is now; one that was only rounded stays in float."""
         fakes = cls(work)
@@ -166,7 +168,7 @@ class Fakes:
             encoded, activation = begun[site.name]
             weight, decoded = site.weight(model), encoded.decode()
             scales: Params = {name: encoded.parts[name] for name in ("scale", "zero_point") if name in encoded.parts}
-            if not torch.equal(encoded.format.snap(site.matrix(model), scales), decoded):
+            if not torch.equal(encoded.format.fake_quantize(site.matrix(model), scales), decoded):
                 weight.data = site.fold.unfold(decoded).to(weight.dtype)
             fakes.weights[site.name] = FakeWeight(encoded, site.fold).to(weight.device)
             if activation is not None:
@@ -201,7 +203,7 @@ class Fakes:
     @staticmethod
     def places(model: nn.Module, site: Site) -> Iterator[tuple[nn.Module, str]]:
         """The modules that use a weight, each once."""
-        found = {(id(model.get_submodule(place.module)), place.parameter): place for place in site.places}
+        found = {(id(model.get_submodule(place.module)), place.parameter): place for place in site.owners}
         for place in found.values():
             yield model.get_submodule(place.module), place.parameter
 

@@ -110,7 +110,7 @@ class TuneScalesStep(TrainingStep):
         """Train the job's model. Raises InputError where nothing is packed, and what `train` raises."""
         task = check_trainable(job.task, self.step)
         refine_exponents(job.model)
-        leftovers = Leftovers(parts_of(job.model))
+        leftovers = RemainderTensors(parts_of(job.model))
         if not leftovers.parts:
             raise InputError("tune-scales: no site is packed in a format with scales; let it follow a weights step")
         norms = Norms(job.model, 0.0, self.gradient_checkpointing)
@@ -146,7 +146,7 @@ class Part(NamedTuple):
 def parts_of(model: nn.Module) -> Iterator[Part]:
     """The continuous parts of every packed weight, tied ones once."""
     for site in find_sites(model):
-        packed = packed_weight(model.get_submodule(site.places[0].module), site.places[0].parameter)
+        packed = packed_weight(model.get_submodule(site.owners[0].module), site.owners[0].parameter)
         stores = CONTINUOUS.get(type(packed.format), {}) if packed is not None else {}
         for name, store in stores.items():
             if packed is not None and name in packed.tensors:
@@ -159,7 +159,7 @@ FINER = 8  # times: as fine as the exponents of scales become before they are tr
 def refine_exponents(model: nn.Module) -> None:
     """Have the scales of `coded` weights take small steps, which costs a few bits for every row and column."""
     for site in find_sites(model):
-        packed = packed_weight(model.get_submodule(site.places[0].module), site.places[0].parameter)
+        packed = packed_weight(model.get_submodule(site.owners[0].module), site.owners[0].parameter)
         if packed is not None and isinstance(packed.format, Coded):
             packed._buffers.update(finer(packed.tensors, FINER))
 
@@ -173,7 +173,7 @@ def size_of_part(part: Part) -> Tensor:
     return part.packed.tensors[part.name].float().square().mean(-1, keepdim=True).sqrt()
 
 
-class Leftovers(nn.Module):
+class RemainderTensors(nn.Module):
     """Float32 copies of continuous parts: `start + shift * size`, where only the shifts are trained."""
 
     def __init__(self, parts: Iterator[Part]):
@@ -225,7 +225,7 @@ class Rounded(torch.autograd.Function):
 
 
 @contextmanager
-def in_training(model: nn.Module, leftovers: Leftovers) -> Iterator[None]:
+def in_training(model: nn.Module, leftovers: RemainderTensors) -> Iterator[None]:
     """The model decodes with what is trained, and nothing but that, biases and norms has gradients."""
     weights = {id(site.weight(model)) for site in find_sites(model)}
     kept = [p for p in model.parameters() if id(p) in weights and p.requires_grad]

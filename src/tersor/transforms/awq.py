@@ -71,5 +71,5 @@ def output_error(
     """The squared error of a reader's outputs on the sample, when its scaled weight is rounded to the format."""
     columns = torch.ones(weight.shape[1]) if factor is None else pair.spread(factor, weight.shape[1])
     scaled = weight * columns
-    error = format.snap(scaled, format.fit(scaled)) / columns - weight
+    error = format.fake_quantize(scaled, format.fit(scaled)) / columns - weight
     return (x @ error.t()).square().sum().item()

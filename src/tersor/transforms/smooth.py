@@ -75,8 +75,8 @@ def int8_error(stats: Stats, weight: Float[Tensor, "out in"], factor: Float[Tens
     assert stats.sample is not None
     x, largest = stats.sample / factor, None if stats.largest is None else stats.largest / factor
     activation, format = IntStatic(8), IntGroup(8)
-    x_int8 = activation.snap(x, activation.fit(Stats(sample=x, largest=largest)))
-    w_int8 = format.snap(weight * factor, format.fit(weight * factor))
+    x_int8 = activation.fake_quantize(x, activation.fit(Stats(sample=x, largest=largest)))
+    w_int8 = format.fake_quantize(weight * factor, format.fit(weight * factor))
     exact = stats.sample @ weight.t()
     errors = (x_int8 @ w_int8.t() - exact).square().sum(1)
     return (errors / exact.square().sum(1).clamp_min(1e-12)).sum().item()

@@ -21,7 +21,7 @@ class Codes(Protocol):
     def params(self, low: float, high: float) -> dict[str, Tensor]:
         """Scale and zero point that spread the codes from `low` to `high`, zero being one of the values."""
 
-    def snap(self, x: Float[Tensor, "*batch"], params: Mapping[str, Tensor]) -> Float[Tensor, "*batch"]:
+    def fake_quantize(self, x: Float[Tensor, "*batch"], params: Mapping[str, Tensor]) -> Float[Tensor, "*batch"]:
         """The nearest values."""
 
 

@@ -48,7 +48,7 @@ def divergence(
     clipped = kept.clone()
     clipped[0] += counts[values < low].sum()
     clipped[-1] += counts[values > high].sum()
-    code = torch.unique_consecutive(codes.snap(within, codes.params(low, high)), return_inverse=True)[1]
+    code = torch.unique_consecutive(codes.fake_quantize(within, codes.params(low, high)), return_inverse=True)[1]
     num_codes = int(code[-1]) + 1
     mass = torch.zeros(num_codes, dtype=kept.dtype).index_add_(0, code, kept)
     num_bins = torch.bincount(code, minlength=num_codes)

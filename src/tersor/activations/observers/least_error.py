@@ -55,7 +55,7 @@ def error_of(
     """The summed error of a range."""
 
     def error(low: float, high: float) -> float:
-        return ((codes.snap(values, codes.params(low, high)) - values).abs().pow(power) @ counts).item()
+        return ((codes.fake_quantize(values, codes.params(low, high)) - values).abs().pow(power) @ counts).item()
 
     return error
 

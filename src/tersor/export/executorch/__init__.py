@@ -41,7 +41,7 @@ class ExecuTorch:
     def beside(self, output: Path) -> tuple[str, ...]:
         return ()
 
-    def misfit(self, packed: PackedSite) -> Misfit | None:
+    def why_not(self, packed: PackedSite) -> Misfit | None:
         from tersor.export.executorch.layers import holds, nearby
 
         return None if self.decode or holds(packed) else Misfit(self.holds, nearby(packed))
@@ -57,14 +57,14 @@ class ExecuTorch:
     def write(self, checkpoint: Checkpoint, output: Path, scratch: Path) -> Written:
         """Raises ModelError for what ExecuTorch cannot express, with the layer."""
         from tersor.export.executorch.codes import hand_on
-        from tersor.export.executorch.images import suit_pictures
+        from tersor.export.executorch.images import suit_images
         from tersor.export.executorch.layers import Rounding, rounded
         from tersor.export.executorch.program import save
         from tersor.export.executorch.trace import largest, trace
 
         model, examples = checkpoint.model.float(), checkpoint.need_examples()
         traced = trace(model, examples, checkpoint.sites, Rounding.KERNELS)
-        suit_pictures(traced)
+        suit_images(traced)
         num_rounded, num_float = hand_on(traced, examples)
         placed = save(traced, model, examples, output)
         sizes = ", ".join(f"{axis} up to {size}" for axis, size in largest(model, examples).items())
@@ -80,7 +80,7 @@ class ExecuTorch:
         if checkpoint.sites:
             as_float = scratch / "float.pte"
             plain = trace(model, examples, checkpoint.sites, Rounding.NONE)
-            suit_pictures(plain)
+            suit_images(plain)
             save(plain, model, examples, as_float)
         exact = None
         if num_rounded or own:

@@ -22,7 +22,7 @@ from tersor.export.executorch.nodes import (
 ONES = "_ones"  # ends the name of a weight that only picks pixels
 
 
-def suit_pictures(model: GraphModule) -> None:
+def suit_images(model: GraphModule) -> None:
     """Write pools and strides as XNNPACK has them; what is computed stays the same."""
     suit_pools(model)
     suit_views(model)

@@ -41,7 +41,7 @@ def holds(packed: PackedSite) -> bool:
     if packed.is_plain:
         return True
     if packed.site.kind == "embedding":
-        shared = len(packed.site.places) > 1
+        shared = len(packed.site.owners) > 1
         return dynamic(packed) if shared else isinstance(packed.encoded.format, IntGroup)
     return static(packed) or dynamic(packed)
 
@@ -93,7 +93,7 @@ def quantized(packed: PackedSite, rounding: Rounding) -> Callable[[Tensor], Tens
     if rounding is Rounding.KERNELS and static(packed):
         scale, zero_point = (activation.params[name].item() for name in ("scale", "zero_point"))
         return lambda x: through_static(x, scale, int(zero_point))
-    return activation.snap
+    return activation.fake_quantize
 
 
 def weight(packed: PackedSite, rounding: Rounding) -> Callable[[], Tensor]:

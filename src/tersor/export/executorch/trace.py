@@ -85,7 +85,7 @@ def placeholders(model: nn.Module, sites: Iterable[PackedSite], rounding: Roundi
     """Inside this block packed modules run as layers.py says."""
     packed: dict[int, PackedSite] = {}
     for site in sites:
-        place = site.site.places[0]
+        place = site.site.owners[0]
         packed[id(packed_weight(model.get_submodule(place.module), place.parameter))] = site
     changed: list[tuple[nn.Module, str]] = []
 

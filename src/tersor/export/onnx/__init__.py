@@ -51,7 +51,7 @@ class Onnx:
     def beside(self, output: Path) -> tuple[str, ...]:
         return (beside(output).name,)
 
-    def misfit(self, packed: PackedSite) -> Misfit | None:
+    def why_not(self, packed: PackedSite) -> Misfit | None:
         from tersor.export.onnx.layers import holds
 
         return None if self.decode or holds(packed) else Misfit(self.holds, nearby(packed))

@@ -55,7 +55,7 @@ def blocks(packed: PackedSite) -> UInt8[Tensor, "out blocks width"]:
 
 def is_shared(packed: PackedSite) -> bool:
     """Whether an embedding is a linear layer's weight, too: both then read the same codes."""
-    return len(packed.site.places) > 1 and isinstance(packed.encoded.format, IntGroup)
+    return len(packed.site.owners) > 1 and isinstance(packed.encoded.format, IntGroup)
 
 
 def zero_points(packed: PackedSite) -> Float[Tensor, "out groups"]:

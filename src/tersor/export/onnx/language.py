@@ -132,7 +132,7 @@ def one_product(b: Builder, rows: list[ir.Value | None], parts: Parts) -> ir.Val
     packed = [parts.sites[node.attributes["site"].as_string()] for node in nodes]
     kinds = {(each.encoded.format, each.activation is None, each.site.shape[1]) for each in packed}
     plain = isinstance(packed[0].encoded.format, IntGroup) and packed[0].activation is None
-    apart = any(each.site.name in parts.alone or len(each.site.places) > 1 for each in packed)
+    apart = any(each.site.name in parts.alone or len(each.site.owners) > 1 for each in packed)
     inputs = {tuple(node.inputs) for node in nodes}
     if not plain or apart or len(kinds) > 1 or len(inputs) > 1 or len(nodes[0].inputs) > 1:
         return None

@@ -87,7 +87,7 @@ def placeholders(model: nn.Module, sites: Iterable[PackedSite]) -> Iterator[None
     """Inside this block packed modules leave a node in a trace instead of computing."""
     names: dict[int, str] = {}
     for packed in sites:
-        place = packed.site.places[0]
+        place = packed.site.owners[0]
         names[id(packed_weight(model.get_submodule(place.module), place.parameter))] = packed.site.name
     changed: list[tuple[nn.Module, str]] = []
 
