@@ -1,5 +1,10 @@
 """The floors of the house: a room imports only from rooms below it."""
 
+import re
+from importlib import import_module
+from operator import attrgetter
+from pathlib import Path
+
 import pytest
 
 from test_house import MODULES, all_imports
@@ -64,3 +69,21 @@ def test_a_room_imports_only_from_below(floor):
 def test_upward_arrows_are_still_there():
     gone = {arrow for arrow in UPWARD if arrow[0] not in MODULES or arrow[1] not in all_imports(MODULES[arrow[0]])}
     assert not gone, f"no longer there: take {gone} off the list"
+
+
+# docs/architecture.md says what stands here.
+
+PAGE = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def test_the_page_lists_the_rooms_in_order():
+    listed = re.findall(r"^\| `(\w+)` \|", PAGE.partition("## The rooms")[2].partition("\n## ")[0], re.MULTILINE)
+    assert tuple(listed) == FLOORS
+
+
+def test_functions_named_on_the_page_exist():
+    named = re.findall(r"`([\w/]+)\.py: ([\w.]+)`", PAGE)
+    assert len(named) > 20
+    for path, name in named:
+        module = import_module("tersor." + path.replace("/", "."))
+        assert attrgetter(name)(module) is not None, f"docs/architecture.md: {path}.py has no {name}"
