@@ -263,7 +263,11 @@ def options_table() -> str:
 
 
 TABLES = {"methods": methods_table, "formats": formats_table, "options": options_table}
-PLACES = {"methods": HOME / "README.md", "formats": HOME / "README.md", "options": HOME / "docs/quickstart.md"}
+PLACES = {
+    "methods": HOME / "docs/methods.md",
+    "formats": HOME / "docs/formats.md",
+    "options": HOME / "docs/quickstart.md",
+}
 
 
 def with_table(text: str, name: str) -> str:
@@ -278,6 +282,24 @@ def test_tables_are_those_of_the_code(name):
     assert with_table(text, name) == text, "run `python tests/test_docs.py`"
 
 
+def result_rows() -> list[str]:
+    """The rows of the README's two tables of numbers."""
+    text = (HOME / "README.md").read_text(encoding="utf-8")
+    tables = [text.partition(f"<!-- {name} -->\n")[2].partition("\n\n")[0] for name in ("results", "others")]
+    return [row for table in tables for row in table.splitlines()[2:]]
+
+
+@pytest.mark.parametrize("row", result_rows(), ids=lambda row: row.split("|")[1].strip())
+def test_numbers_of_the_readme_stand_in_the_pages_it_links(row):
+    """And each of these pages names the command that made it."""
+    number = r"\d+(?:\.\d+)?"
+    pages = [(HOME / path).read_text(encoding="utf-8") for path in re.findall(r"\]\((benchmarks/\w+\.md)\)", row)]
+    assert pages
+    assert all(re.search(r"`(?:PYTHONPATH=benchmarks )?python benchmarks/\w+\.py", page) for page in pages)
+    claimed = set(re.findall(number, row.rpartition("|")[0].rpartition("|")[0]))
+    assert claimed <= set(re.findall(number, "\n".join(pages))), row
+
+
 @pytest.mark.parametrize("page", ALL_PAGES, ids=name_of)
 def test_commands_exist(page):
     text = page.read_text(encoding="utf-8")
@@ -290,7 +312,8 @@ def test_commands_exist(page):
         _, verb, *rest = shlex.split(span)
         assert verb in COMMANDS, span
         assert {word for word in rest if word.startswith("--")} <= flags(verb), span
-    known = {flag for verb in COMMANDS for flag in flags(verb)}
+    of_all = {flag for parameter in typer.main.get_command(app).params for flag in parameter.opts}
+    known = of_all.union(*map(flags, COMMANDS))
     unknown = set(re.findall(r"`(--[a-z][\w-]*)", prose)) - known
     assert not unknown
 
