@@ -210,6 +210,7 @@ SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embe
         (lambda: LlamaForCausalLM(LlamaConfig(**SMALL, hidden_act="gelu")), "SiLU in llama.*hidden_act gelu"),
         (lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, hidden_act="relu")), "SiLU in qwen3.*hidden_act relu"),
         (lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, attention_bias=True)), "no attention_bias in qwen3"),
+        (lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, head_dim=32)), "= 16 in qwen2 models, .* head_dim 32"),
         (lambda: LlamaModel(LlamaConfig(**SMALL)), r"llama, mistral, qwen2, qwen3 with .* head.*LlamaModel"),
         (lambda: GemmaForCausalLM(GemmaConfig(**SMALL)), "this model is gemma"),
         (lambda: LlamaForCausalLM(LlamaConfig(**SMALL | {"vocab_size": 96})), "a token 319.*embeddings for 96"),

@@ -56,3 +56,41 @@ def test_what_it_refuses(gguf, tmp_path):
         open_decoder(str(tmp_path / "broken.gguf"))
     with pytest.raises(ModelError, match="no such file"):
         open_decoder(str(tmp_path / "missing.gguf"))
+
+
+SMALL = {"vocab_size": 352, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("Llama", {}),
+        ("Llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+        ("Llama", {"head_dim": 32, "attention_bias": True, "mlp_bias": True}),
+        ("Llama", {"num_key_value_heads": 4, "rms_norm_eps": 0.1}),
+        ("Mistral", {"sliding_window": 12}),
+        ("Qwen2", {}),
+        ("Qwen3", {"head_dim": 32}),
+        ("Qwen3", {"head_dim": 128}),
+    ],
+    ids=str,
+)
+def test_it_computes_the_model_that_the_keys_describe(name, given, tmp_path):
+    """Widths of heads, biases, bases of rotations, epsilons: no coarse weights hide what is off."""
+    torch.manual_seed(0)
+    model = pretrained(f"{name}ForCausalLM", **{**SMALL, **given})().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model = tersor.compress(model, tersor.Recipe.of("fp16")).model
+    tersor.save(model, tmp_path / "a")
+    byte_level().save_pretrained(tmp_path / "a")
+    made = tersor.export_model(tmp_path / "a", tmp_path / "small.gguf", to="gguf")
+    ids = np.arange(12)[None] * 7 % 256
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids)).logits.numpy()
+    found = open_session(str(made.output)).run({"input_ids": ids})["logits"]
+    assert np.linalg.norm(found - expected) < 5e-3 * np.linalg.norm(expected)  # inputs, keys and values lie in 16 bits
+    assert made.opened is not None
+    assert "in llama-cpp-python" in made.opened

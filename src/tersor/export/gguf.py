@@ -141,8 +141,19 @@ def check_architecture(checkpoint: Checkpoint) -> None:
             f"gguf export: llama.cpp computes SiLU in {config.model_type} models, and this one has hidden_act "
             f"{config.hidden_act}; {ELSEWHERE}"
         )
+    if config.model_type == "qwen2" and head_width(config) * config.num_attention_heads != config.hidden_size:
+        raise ModelError(
+            f"gguf export: llama.cpp has heads of hidden_size / num_attention_heads = "
+            f"{config.hidden_size // config.num_attention_heads} in qwen2 models, and this one has head_dim "
+            f"{config.head_dim}; {ELSEWHERE}"
+        )
     if config.model_type == "qwen3" and getattr(config, "attention_bias", False):
         raise ModelError(f"gguf export: llama.cpp has no attention_bias in qwen3 models; {ELSEWHERE}")
+
+
+def head_width(config: Any) -> int:
+    """Columns of a head of queries, keys or values."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def context_length(config: Any) -> int:
@@ -203,7 +214,7 @@ def in_rotary_order(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor
 def metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     """Every key-value pair but the architecture, as llama.cpp's converter writes them. None values are left out."""
     config = checkpoint.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_width(config)
     about = {
         "block_count": config.num_hidden_layers,
         "context_length": context_length(config),
