@@ -18,7 +18,7 @@ HELP = {
     "output": "how outputs are judged: logits, embedding or values (default: as the model shows it)",
     "field": "which of several outputs is judged, by name or number (default: all)",
     "class_axis": "which axis of the outputs holds the classes, 1 being the first after the examples",
-    "augment": "what is done to pictures in training: flip, shift, or both as flip,shift",
+    "augment": "what is done to images in training: flip, shift, or both as flip,shift",
     "max_examples": "evaluate a random subset of this many",
     "calibration_examples": "examples for calibration, at most",
 }
