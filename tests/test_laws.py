@@ -1,6 +1,7 @@
 """The laws of laws.py over the tables. A new line in a table is covered without a change here."""
 
 from itertools import product
+from zlib import crc32
 
 import pytest
 import torch
@@ -17,14 +18,30 @@ def by_name(law):
     return law.__name__
 
 
+def held(law, cases, *entries):
+    """The law, for every case `name: what it is tried on`; the name of the one that breaks it is said."""
+    for name, case in cases.items():
+        try:
+            law(*entries, *(case if isinstance(case, tuple) else (case,)))
+        except AssertionError as broken:
+            raise AssertionError(f"{name}: {broken}") from broken
+
+
+def share(cases, of, *entries):
+    """Every `of`-th case, a different share for other entries, so that the entries of a table meet all of them."""
+    first = crc32(repr(entries).encode()) % of
+    return dict(list(cases.items())[first::of]) or cases
+
+
+# The default run takes a share of the cases for each line of a table, `make test-slow` all of them.
+ALL = pytest.param(1, marks=pytest.mark.slow, id="all")
+
+
+@pytest.mark.parametrize("of", [pytest.param(3, id="a third"), ALL])
 @pytest.mark.parametrize("law", laws.FORMAT_LAWS, ids=by_name)
 @pytest.mark.parametrize("name", FORMATS)
-def test_format(name, law):
-    for label, weight in laws.weights_for(FORMATS[name]).items():
-        try:
-            law(FORMATS[name], weight)
-        except AssertionError as broken:
-            raise AssertionError(f"{name}, weight '{label}': {broken}") from broken
+def test_format(name, law, of):
+    held(law, share(laws.weights_for(FORMATS[name]), of, name, by_name(law)), FORMATS[name])
 
 
 @pytest.mark.parametrize("law", laws.FORMAT_TABLE_LAWS, ids=by_name)
@@ -33,23 +50,12 @@ def test_format_in_the_table(name, law):
     law(FORMATS[name])
 
 
+@pytest.mark.parametrize("of", [pytest.param(8, id="an eighth"), ALL])
 @pytest.mark.parametrize("law", laws.METHOD_LAWS, ids=by_name)
 @pytest.mark.parametrize(("method", "format"), list(laws.pairs()))
-def test_method(method, format, law):
-    for label, weight in laws.weights_for(FORMATS[format]).items():
-        for kind, stats in laws.stats_for(weight).items():
-            told = {name for name, value in vars(stats).items() if value is not None}
-            if kind != "no data" and not METHODS[method].needs & told:
-                continue
-            try:
-                law(METHODS[method](), FORMATS[format], weight, stats)
-            except AssertionError as broken:
-                raise AssertionError(f"{method}:{format}, weight '{label}', {kind}: {broken}") from broken
-
-
-@pytest.mark.parametrize(("method", "format"), list(laws.pairs()))
-def test_method_is_a_function(method, format):
-    laws.method_is_a_function(METHODS[method](), FORMATS[format])
+def test_method(method, format, law, of):
+    entries = METHODS[method](), FORMATS[format]
+    held(law, share(laws.cases_for(*entries), of, method, format, by_name(law)), *entries)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -74,26 +80,20 @@ def test_schemes_read_what_they_write(method):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activation(name, dtype, law):
-    for label, x in laws.inputs().items():
-        try:
-            law(ACTIVATIONS[name], x.to(dtype))
-        except AssertionError as broken:
-            raise AssertionError(f"{name}, input '{label}': {broken}") from broken
+    held(law, {label: x.to(dtype) for label, x in laws.inputs().items()}, ACTIVATIONS[name])
 
 
 # Every activation with the format that kernels run and some that are decoded, one with all.
 RUNS = sorted({*product(ACTIVATIONS, ["int8", "int8-asym", "int4-g64", "bf16"]), *product(["int8-dynamic"], FORMATS)})
 
 
+@pytest.mark.parametrize("of", [pytest.param(3, id="a third"), ALL])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "format"), RUNS)
-def test_kernel(name, format, dtype, bias):
-    for label, x in laws.inputs().items():
-        try:
-            laws.kernel_agrees_with_reference(ACTIVATIONS[name], FORMATS[format], x.to(dtype), bias)
-        except AssertionError as broken:
-            raise AssertionError(f"{format}/{name}, input '{label}': {broken}") from broken
+def test_kernel(name, format, dtype, bias, of):
+    cases = share(laws.inputs(), of, name, format, dtype, bias)
+    held(laws.kernel_agrees_with_reference, cases, ACTIVATIONS[name], FORMATS[format], dtype, bias)
 
 
 @pytest.mark.parametrize("name", FORMATS)
