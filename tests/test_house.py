@@ -266,6 +266,24 @@ def test_public_names_have_docstrings():
     assert not silent, "no docstring:\n" + "\n".join(silent)
 
 
+NO_SENTENCE = {"As", "By", "From", "How", "In", "Of", "What", "Where", "Whether", "With", "Without"}
+
+
+def test_one_line_docstrings_name_what_comes_out():
+    """A line that begins with one of these words is the end of a sentence whose beginning is in the writer's head.
+
+    Say what a function does or returns ("Write ...", "The ...", "True if ..."), what a class is, what a file holds.
+    """
+    fragments = []
+    for file in FILES:
+        for node in ast.walk(tree(file)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node) or ""
+                if "\n" not in text and text.split(" ")[0].strip(",") in NO_SENTENCE:
+                    fragments.append(f"{names([file])[0]}: {getattr(node, 'name', 'the file')}: {text}")
+    assert not fragments, "no sentences:\n" + "\n".join(fragments)
+
+
 def test_public_face():
     """`__all__` is what tersor's __init__ imports from tersor: sorted as ruff sorts it, and all there."""
     face = tree(SRC / "__init__.py").body

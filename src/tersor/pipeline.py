@@ -142,7 +142,7 @@ def float_sites(job: Job, step: WeightsStep, stats: Mapping[str, Stats] | None) 
 
 
 def key_of(model: nn.Module, recipe: Recipe, number: int, task: Task | None) -> str:
-    """What the checkpoints of a recipe's step depend on, as a hash: not on the steps that come after it."""
+    """A hash of all that the checkpoints of a recipe's step depend on: not of the steps that come after it."""
     steps = [
         recipe.transform_of(place) if isinstance(step, TransformStep) else step
         for place, step in enumerate(recipe.steps[: number + 1])

@@ -104,7 +104,7 @@ class Recipe(BaseModel):
 
     @property
     def trains(self) -> bool:
-        """Whether any step trains."""
+        """True if any step trains."""
         return any(isinstance(step, TrainingStep) for step in self.steps)
 
     @property

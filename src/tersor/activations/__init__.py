@@ -1,1 +1,1 @@
-"""How the inputs of a site are quantized, and the observers that choose the range."""
+"""Quantizers of a site's inputs, and the observers that choose their range."""

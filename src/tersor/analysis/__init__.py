@@ -1,1 +1,1 @@
-"""What can be said of a model before it is compressed."""
+"""Analyses of a model before or after it is compressed: bytes, time and loss."""

@@ -84,7 +84,7 @@ class Info:
 
     @property
     def bits(self) -> float:
-        """Of all sites."""
+        """The bits of all sites together."""
         return sum(s.bits * s.num_weights for s in self.sites) / max(1, sum(s.num_weights for s in self.sites))
 
     def to_dict(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Peaks:
 
 @dataclass(frozen=True)
 class Bound:
-    """What a layer takes at least, in seconds, and why: `memory` or `compute`."""
+    """The least time that a layer takes, in seconds, and what limits it: `memory` or `compute`."""
 
     seconds: float
     by: str
@@ -82,7 +82,7 @@ def bound_of(macs: int, num_bytes: int, precision: str, working_set: int, peaks:
 
 
 def machine_peaks(num_threads: int = 1, *, remeasure: bool = False) -> Peaks:
-    """From the cache folder, or measured now in a process of its own and put there."""
+    """The peaks of this machine: read from the cache folder, or measured in a process of its own and put there."""
     key = f"{processor()} | torch {torch.__version__} | {num_threads} threads"
     path = cache_folder() / "peaks.json"
     known = read_cache(path)
@@ -94,12 +94,12 @@ def machine_peaks(num_threads: int = 1, *, remeasure: bool = False) -> Peaks:
 
 
 def cache_folder() -> Path:
-    """Where what was measured of this machine is kept."""
+    """The folder that keeps what was measured of this machine."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tersor"
 
 
 def read_cache(path: Path) -> dict[str, dict]:
-    """What was measured before; nothing where the file is missing or damaged."""
+    """The peaks measured before, by machine; empty if the file is missing or damaged."""
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         fields, sizes = Peaks.__dataclass_fields__.keys(), {str(size) for size in WORKING_SETS}
@@ -109,7 +109,7 @@ def read_cache(path: Path) -> dict[str, dict]:
 
 
 def write_cache(path: Path, known: dict[str, dict]) -> None:
-    """By one rename; a folder that cannot be written to is no reason to stop."""
+    """Write the cache by one rename; a folder that cannot be written to is ignored."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
@@ -174,7 +174,7 @@ def fastest(call: Callable[[], object], clock: Callable[[], float]) -> float:
 
 
 def runs(call: Callable[[], object]) -> bool:
-    """Whether this build of torch has such a product."""
+    """True if this build of torch has such a product."""
     try:
         call()
     except RuntimeError:

@@ -209,7 +209,7 @@ class Tokens:
         """Nothing."""
 
     def batches(self, split: Split, batch_size: int | None = None) -> Iterator[Batch]:
-        """As `epoch`."""
+        """Yields shape-only batches in the same order as `epoch`."""
         return self.epoch(0, batch_size)
 
     def epoch(self, seed: int, batch_size: int | None = None) -> Iterator[Batch]:
@@ -226,7 +226,7 @@ class Tokens:
         return output.logits if "logits" in output else output[0]
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """Of the next token where there are logits for each, else of the first class."""
+        """The loss of the next token if there are logits for each, else that of the first class."""
         logits = output[:, :-1].flatten(0, 1) if output.ndim == 3 else output
         return cross_entropy(logits.float(), torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 

@@ -1,1 +1,1 @@
-"""What data says about a model: its inputs, its curvature, and how far two models' outputs are apart."""
+"""Calibration: inputs of every site, curvature of the loss, and the divergence between two models' outputs."""

@@ -102,7 +102,7 @@ class BlockStates:
         return (hidden, *[None] * (self.num_outputs - 1)) if self.num_outputs else hidden
 
     def first_output(self, batch: Any) -> Any:
-        """What the first block returns."""
+        """The output of the first block for a batch."""
         found: list[tuple[Call, Tensor]] = []
 
         def record(*args: Any, **kwargs: Any) -> Tensor:
@@ -171,7 +171,7 @@ class BlockStates:
             self.hidden[number] = self.spill.keep(output)
 
     def in_line(self, batch: Any) -> bool:
-        """Whether a pass calls every block once, in order, each on the very tensor that the one before gave."""
+        """True if a pass calls every block once, in order, each on the very tensor that the one before gave."""
         num_calls, latest, as_expected = 0, torch.empty(0), True
 
         def passed(index: int, *args: Any, **kwargs: Any) -> Any:

@@ -84,7 +84,7 @@ def estimate_fisher(
 
 
 def batch_size(model: nn.Module, task: Task) -> int:
-    """How many examples are run at a time. Raises DataError if there is none."""
+    """The number of examples run at a time. Raises DataError if there is none."""
     first = next(iter(task.batches("calibration", batch_size=1)), None)
     if first is None:
         raise DataError(f"{task.name}: the calibration split is empty; give more data, or --calibration FILE")

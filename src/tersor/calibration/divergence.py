@@ -1,4 +1,4 @@
-"""How far a changed model's outputs are from the original's, in the unit of the task's output."""
+"""The distance of a changed model's outputs from the original's, in the unit of the task's output."""
 
 from collections.abc import Iterable, Iterator
 

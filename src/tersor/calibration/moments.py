@@ -125,13 +125,13 @@ def groups_of(module: nn.Module) -> int:
 
 
 def takes_inputs(module: nn.Module) -> bool:
-    """Whether the inputs of a module are what its weight is multiplied with."""
+    """True if the inputs of a module are what its weight is multiplied with."""
     packed = isinstance(module, PackedLinear) and not isinstance(module, PackedProjection)
     return packed or is_linear(module) or is_convolution(module)
 
 
 def has_inputs(model: nn.Module, site: Site) -> bool:
-    """Whether a pass can show what a site's matrix is multiplied with."""
+    """True if a pass can show what a site's matrix is multiplied with."""
     return any(takes_inputs(model.get_submodule(place.module)) for place in site.owners)
 
 

@@ -36,7 +36,7 @@ WIDTHS = 24  # what a block holds while it runs, in hidden states
 
 
 class Chosen(NamedTuple):
-    """What stands in a site's place from now on; the bias beside it stays as it is without a new one."""
+    """The new weight of a site, its input quantizer, and a new bias; without a new one the bias stays as it is."""
 
     encoded: Encoded
     activation: Activation | None = None
@@ -286,7 +286,7 @@ class InputRecorder:
                 moments.add(part, next(others) if others is not None else None)
 
     def paired(self, x: Tensor, original: Tensor) -> bool:
-        """Whether both hold the same tokens: experts get those that their own model routes to them."""
+        """True if both hold the same tokens: experts get those that their own model routes to them."""
         self.whole = x if self.whole is None else self.whole
         all_rows = x.ndim > 2 or len(x) in (len(self.whole), self.whole.shape[:-1].numel())
         return original.shape == x.shape and all_rows

@@ -40,7 +40,7 @@ Start = Annotated[str, StringConstraints(pattern=r"^(gaussian|olora|orthogonal|p
 
 
 class Settings(BaseModel):
-    """What is handed on to peft."""
+    """The settings that are handed on to peft."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 

@@ -286,7 +286,7 @@ def to_bitsandbytes(model: nn.Module, runs_on: str) -> dict[str, PackedLinear]:
 
 
 def runs_there(layer: PackedLinear) -> bool:
-    """Whether bitsandbytes has the layer's format."""
+    """True if bitsandbytes has the layer's format."""
     whole = layer.in_features % Nf4.group_size == 0 and layer.packed.fold.view == "rows"
     return isinstance(layer.packed.format, Nf4 | Nf4Double) and whole and layer.input_quantizer is None
 

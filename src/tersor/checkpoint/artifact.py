@@ -104,7 +104,7 @@ VOLATILE = {"architectures", "dtype", "transformers_version", "_name_or_path", "
 
 
 def differs(config: Any, folder: Path) -> bool:
-    """Whether a model's configuration says another architecture than the folder's config.json."""
+    """True if a model's configuration says another architecture than the folder's config.json."""
     from transformers import AutoConfig
 
     if not (folder / "config.json").exists():

@@ -52,7 +52,7 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class Entry(BaseModel):
-    """What the header says of one tensor. Its chunks follow those of the entry before."""
+    """One tensor as the header describes it. Its chunks follow those of the entry before."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -76,7 +76,7 @@ class Header(BaseModel):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Where some bytes of a file lie, and their CRC32."""
+    """A range of bytes in a file, and their CRC32."""
 
     first: int
     length: int
@@ -317,7 +317,7 @@ def check_entry(entry: Entry, path: Path) -> None:
 
 
 def alignments(header: Header, pairs: Sequence[tuple[int, int]]) -> Iterator[bool]:
-    """Of each chunk, whether it begins at a multiple of `ALIGNMENT`: large ones of tensors stored as they are."""
+    """Yields for each chunk if it begins at a multiple of `ALIGNMENT`: large ones of tensors stored as they are."""
     lengths = iter(length for length, _ in pairs)
     if header.tables:
         yield is_aligned("", next(lengths))
@@ -327,5 +327,5 @@ def alignments(header: Header, pairs: Sequence[tuple[int, int]]) -> Iterator[boo
 
 
 def is_aligned(codec: str, num_bytes: int) -> bool:
-    """As `alignments`, for one chunk."""
+    """Alignment check for one chunk; see `alignments`."""
     return codec == "raw" and num_bytes >= ALIGNED_BYTES

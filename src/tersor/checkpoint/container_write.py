@@ -85,7 +85,7 @@ def check_written(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def equal_bits(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are the same, NaN and all."""
+    """True if two tensors are the same, NaN and all."""
     alike = first.dtype == second.dtype and first.shape == second.shape
     return alike and torch.equal(
         first.contiguous().view(-1).view(torch.uint8), second.contiguous().view(-1).view(torch.uint8)
@@ -99,7 +99,7 @@ def write_coded(model: nn.Module, path: Path) -> None:
 
 
 def holds_codes(model: nn.Module) -> bool:
-    """Whether a site's format counts on an entropy coder."""
+    """True if a site's format counts on an entropy coder."""
     return any(packed.format.entropy_coded for _, packed, _ in packed_sites(model))
 
 

@@ -29,7 +29,7 @@ SPARE = 2**24  # weights that a model may have beside those of its file: a new h
 
 
 def named_path(name: str | Path) -> Path:
-    """What the user named, as a path. Raises InputError for what no file can be called, or may not be read."""
+    """A path that the user named. Raises InputError if no file can have this name, or it may not be read."""
     try:
         path = Path(name).expanduser()
         if path.is_dir():
@@ -107,7 +107,7 @@ def shapes_of(files: Sequence[Path]) -> list[tuple[int, ...]]:
 
 
 def room_for(shapes: Sequence[tuple[int, ...]]) -> int:
-    """How many weights a model filled from such tensors may have: those that are missing are new, or tied."""
+    """The most weights that a model filled from such tensors may have: those that are missing are new, or tied."""
     return 4 * sum(math.prod(shape) for shape in shapes) + SPARE
 
 

@@ -27,14 +27,14 @@ def packed_sites(model: nn.Module) -> list[tuple[Site, PackedWeight, InputQuanti
 
 
 def quantizer_of(module: nn.Module, parameter: str) -> InputQuantizer | None:
-    """What quantizes the input of one of a module's weights."""
+    """The input quantizer of one of a module's weights; None if its inputs stay float."""
     if isinstance(module, PackedRecurrent):
         return module.quantizer(parameter)
     return module.input_quantizer if isinstance(module, PackedLinear | PackedConv) else None
 
 
 def stored_parts(model: nn.Module) -> list[tuple[str, Stored]]:
-    """What stands in the place of packed weights and before them, each with the prefix of its tensors' names."""
+    """All packed weights and input quantizers of a model, each with the prefix of its tensors' names."""
     parts: list[tuple[str, Stored]] = []
     for site, packed, quantizer in packed_sites(model):
         parts.append((site.parameter, packed))
@@ -66,6 +66,6 @@ def unpacked_tensors(model: nn.Module, detach: bool = True) -> dict[str, Tensor]
 
 
 def other_tensors(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
-    """Of the kept tensors, those that are none of these sites' weights, under whatever name."""
+    """The tensors of a model that are none of these sites' weights, under whatever name."""
     weights = {id(tensor) for site in sites for tensor in (site.weight(model), *site.originals(model))}
     return {name: tensor for name, tensor in unpacked_tensors(model, detach=False).items() if id(tensor) not in weights}

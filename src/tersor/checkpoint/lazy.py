@@ -44,5 +44,5 @@ class LazyContainer:
         return self.latest[1]
 
     def decoded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What no site took."""
+        """Tensors of the file that belong to no compressed layer, read into memory."""
         return self.container.tensors(list(tensors))

@@ -17,7 +17,7 @@ WEIGHTS = "model.safetensors"
 
 
 class SiteEntry(BaseModel):
-    """What the manifest says of one site."""
+    """The manifest's entry for one site."""
 
     format: str
     shape: tuple[int, int]
@@ -28,14 +28,14 @@ class SiteEntry(BaseModel):
 
 
 class ModelEntry(BaseModel):
-    """What the manifest says of the model."""
+    """The manifest's entry for the model."""
 
     name: str = Field(alias="class")
     factory: str | None = None
 
 
 class FileEntry(BaseModel):
-    """What the manifest says of one file."""
+    """The manifest's entry for one file."""
 
     sha256: str
     bytes: int
@@ -90,7 +90,7 @@ def weights_path(folder: Path, manifest: Mapping[str, Any]) -> Path:
 
 
 def weights_name(manifest: Mapping[str, Any]) -> str:
-    """Of the file with the tensors: coded, or as they are."""
+    """The name of the file with the tensors, entropy-coded or not."""
     return CODED if CODED in manifest["files"] else WEIGHTS
 
 

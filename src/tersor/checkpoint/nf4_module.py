@@ -10,7 +10,7 @@ from tersor.formats.nf4 import BLOCK, NORMAL_FLOAT, Nf4, Nf4Double, dynamic_leve
 
 
 def module_tensors(encoded: Encoded, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What stands in the place of a weight of this dtype, by its name in the module."""
+    """The tensors that bitsandbytes keeps for a weight of this dtype, by name in the module."""
     parts = encoded.parts
     state = {
         "quant_type": "nf4",

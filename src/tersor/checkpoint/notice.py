@@ -34,7 +34,7 @@ def withdraw(folder: Path) -> None:
 
 
 def has_notice(config: Any) -> bool:
-    """Whether a configuration has it."""
+    """True if a configuration holds the notice."""
     return isinstance(config, dict) and config.get(KEY) == NOTICE
 
 
@@ -44,5 +44,5 @@ def without(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_text(config: dict[str, Any]) -> str:
-    """As transformers writes it."""
+    """A configuration as JSON, written as transformers writes it."""
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"

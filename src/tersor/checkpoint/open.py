@@ -1,4 +1,4 @@
-"""What the user named, opened: a Hugging Face model, a tersor artifact, or a model of their own."""
+"""Opens the model that the user named: a Hugging Face model, a tersor artifact, or a model of their own."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def cast(source: Source, dtype: torch.dtype) -> Source:
 
 
 def open_as_saved(name: str, weights: Path | None, lazy: bool) -> Source:
-    """What the user named, in the types of its files."""
+    """Open the model that the user named, in the types of its files."""
     folder = named_path(name)
     if lazy and not ((folder if weights is None else weights) / "tersor.json").exists():
         raise InputError(f"{name}: only an artifact's entropy-coded weights can be left in their file; drop --lazy")

@@ -101,7 +101,7 @@ def atomic_file(output: Path, overwrite: bool, foreign: Foreign, beside: Sequenc
 
 
 def place_of(output: Path, overwrite: bool) -> Path:
-    """Where an output is written: for one that is replaced, where links lead."""
+    """The path that an output is written to; one that is replaced is found through its links."""
     return Path(os.path.realpath(output)) if overwrite else output.absolute()
 
 
@@ -111,14 +111,14 @@ def journal_of(output: Path) -> Path:
 
 
 def busy(output: Path, lock: Path) -> str:
-    """What to tell a user whose output another run is at."""
+    """The message for a user whose output another run is writing."""
     about = told_by(lock)
     who = f"process {about.get('process')} on {about.get('host')}"
     return f"{output}: {who} is writing it; wait for its end, or choose another --output"
 
 
 def prefix_of(target: Path) -> str:
-    """How the names of the temporary folders of an output begin."""
+    """The beginning of the names of an output's temporary folders."""
     return f".{target.name[:200]}."
 
 
@@ -239,7 +239,7 @@ def restore(place: Path, target: Path) -> None:
 
 
 def is_same(first: Path, second: Path) -> bool:
-    """Whether both are there, and are one file."""
+    """True if both are there, and are one file."""
     return first.exists() and second.exists() and os.path.samefile(first, second)
 
 

@@ -41,7 +41,7 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: the folder, and the bytes of the weights before and after."""
+    """The folder that was written, and the bytes of the weights before and after."""
 
     output: Path
     before: int
@@ -168,7 +168,7 @@ def unpack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
 
 
 def names_file(source: Path, output: Path, suffix: str) -> bool:
-    """Whether the output is a single file, by its name. Raises InputError where it cannot be one."""
+    """True if the output is a single file, by its name. Raises InputError where it cannot be one."""
     if output.suffix != suffix:
         return False
     if source.is_dir():

@@ -36,7 +36,7 @@ class OnDisk(Protocol):
 
 @dataclass(frozen=True)
 class TensorSpan:
-    """Where in a file the bytes of a tensor lie."""
+    """The place of a tensor's bytes in a file."""
 
     path: Path
     start: int
@@ -90,7 +90,7 @@ class SpanTensors(Mapping[str, Tensor]):
 
 
 def read_extents(path: Path) -> dict[str, TensorSpan]:
-    """Where each tensor of a safetensors file lies. Raises ModelError for a damaged file."""
+    """The place of each tensor in a safetensors file. Raises ModelError for a damaged file."""
     try:
         num_bytes = path.stat().st_size
         with path.open("rb") as file:

@@ -34,7 +34,7 @@ def listing(folder: Path, known: Mapping[str, Any] = {}) -> Listed:
 
 
 def entry_of(path: Path) -> dict[str, Any]:
-    """What a list says of one file."""
+    """The hash and the size of one file, as a list of files holds them."""
     return {"sha256": sha256(path), "bytes": path.stat().st_size}
 
 
@@ -70,7 +70,7 @@ def seal(folder: Path) -> None:
 
 
 def as_text(content: Mapping[str, Any]) -> str:
-    """What a file with a list holds: the content, and last a hash of it."""
+    """The text of a file with a list: the content, and last a hash of it."""
     kept = {key: value for key, value in content.items() if key != OWN_HASH}
     digest = hashlib.sha256(json.dumps(kept, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
     return json.dumps(kept | {OWN_HASH: digest}, indent=2, ensure_ascii=False) + "\n"

@@ -64,7 +64,7 @@ def files_of(source: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def is_side_file(path: Path, relative: Path) -> bool:
-    """Whether a file belongs to any model of its kind, whatever its weights."""
+    """True if a file belongs to any model of its kind, whatever its weights."""
     aside = any(fnmatchcase(part.lower(), pattern) for part in relative.parts[:-1] for pattern in LEFT_FOLDERS)
     named = any(fnmatchcase(path.name.lower(), pattern) for pattern in LEFT)
     return not aside and not named and path.stat().st_size <= LARGEST

@@ -164,7 +164,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name of a weights file stays in the folder it is read from, and can be a file's."""
+    """True if a name of a weights file stays in the folder it is read from, and can be a file's."""
     parts = PurePosixPath(name).parts
     plain = all(part not in ("..", "/") and len(os.fsencode(part)) < 256 for part in parts)
     return plain and len(os.fsencode(name)) < 1024 and name.endswith(".safetensors") and "\0" not in name
@@ -191,14 +191,14 @@ def unknown_architecture(config: Any) -> str:
 
 
 def transformers_version() -> str:
-    """Of the library."""
+    """The installed version of transformers."""
     import transformers
 
     return transformers.__version__
 
 
 def way_out(unknown: str, config: Any) -> str:
-    """What to do about an architecture that is not known; names the nearest that are."""
+    """The advice for an architecture that is not known; names the nearest that are."""
     import transformers
 
     prefix = type(config).__name__.removesuffix("Config")
@@ -279,7 +279,7 @@ def import_object(name: str, what: str) -> Any:
 
 
 def is_pythons(module_name: str) -> bool:
-    """Whether a module is one of Python's own; a file of the user's of the same name is not."""
+    """True if a module is one of Python's own; a file of the user's of the same name is not."""
     root = module_name.partition(".")[0]
     if root not in (*sys.stdlib_module_names, "builtins", "_sitebuiltins"):
         return False

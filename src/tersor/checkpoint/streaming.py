@@ -150,7 +150,7 @@ class StreamedModel:
                     yield module
 
     def packed(self, part: str) -> Iterator[tuple[str, Stored]]:
-        """What was packed in a part, with the prefix of its tensors' names."""
+        """Yields the packed weights of a part, with the prefix of their tensors' names."""
         for prefix, stored in stored_parts(self.model):
             if part_of(self.block_names, prefix) == part:
                 yield prefix, stored

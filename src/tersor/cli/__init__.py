@@ -105,11 +105,11 @@ def main() -> None:
 
 
 def notes_on(error: BaseException) -> list[str]:
-    """What was added to an error on its way: what is kept, for one."""
+    """The notes that were added to an error on its way, such as what is kept."""
     return getattr(error, "__notes__", [])
 
 
 def told(error: OSError) -> str:
-    """What the system refused, and where: a name that is no name, a folder or a file that may not be read."""
+    """The message of an operating system error, and the file or folder it is about."""
     place = f"{str(error.filename)[:200]}: " if error.filename else ""
     return f"{place}{error.strerror or error}"

@@ -140,7 +140,7 @@ def show(found: Bench, first: str) -> None:
 
 
 def show_decoding(found: DecodeBench, first: str) -> None:
-    """As `show`, of language models that write."""
+    """Print the table of a text generation benchmark."""
     candidates = [timing.candidate for timing in found.timings[: len(found.memory)]]
     rows = [
         (
@@ -179,7 +179,7 @@ def show_memory(candidates: Sequence[Candidate], memory: Sequence[Memory | None]
 
 
 def show_noise(first: str, noise: Sequence[tuple[float, float]], versions: Sequence[str]) -> None:
-    """What the first model's ratio to itself says, and what ran."""
+    """Print the first model's ratio to itself, which is noise, and the versions that ran."""
     low, high = min(n[0] for n in noise), max(n[1] for n in noise)
     told = f"{first} against itself: {low:.2f} to {high:.2f}; a ratio within that is no difference"
     out.print(f"{told}. {', '.join(versions)}", markup=False, highlight=False)

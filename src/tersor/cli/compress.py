@@ -205,7 +205,7 @@ def show_trial(trial: Trial) -> None:
 
 
 def show_streamed(output: Path, manifest: dict[str, Any]) -> None:
-    """What was made, and that nobody measured it."""
+    """Prints the result of a streamed run (sizes only; no evaluation)."""
     for note in manifest["notes"]:
         err.print("note:", note, style="yellow", markup=False, highlight=False)
     before, after = manifest["source"]["bytes"], manifest["files"][weights_name(manifest)]["bytes"]

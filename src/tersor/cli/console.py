@@ -1,4 +1,4 @@
-"""What the verbs share: tables to stdout, progress and errors to stderr, or one JSON object."""
+"""Output that the verbs share: tables to stdout, progress and errors to stderr, or one JSON object."""
 
 import json
 import sys

@@ -103,7 +103,7 @@ def sizes(text: str | None) -> tuple[int, ...] | None:
 
 
 def checked(made: Exported) -> list[str]:
-    """What running the file showed, a line each."""
+    """The results of running the exported file, a line each."""
     if made.check is None:
         return [made.opened] if made.opened else []
     found, latency = made.check, made.check.latency

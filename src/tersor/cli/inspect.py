@@ -184,7 +184,7 @@ def print_sensitivity(name: str, found: Sensitivity) -> None:
 
 
 def training_steps(source: Source, fields: dict[str, Any], lora: list[str], base: str) -> dict[str, TrainingStep]:
-    """What is predicted, by its name: of an artifact, whose weights are packed, adapters only."""
+    """The training steps whose memory is predicted, by name; adapters only for an artifact, which is packed."""
     packed = source.kind == "artifact"
     steps: dict[str, TrainingStep] = {}
     for name, flags in (("", {}), (", checkpointed", {"gradient_checkpointing": True})):

@@ -50,7 +50,7 @@ NAMES = {
 
 
 def show(made: Merged) -> None:
-    """How far from the base with the adapter beside it."""
+    """Print how far the merged model is from the base with the adapter beside it."""
     for note in made.notes:
         err.print("note:", note, style="yellow", markup=False, highlight=False)
     what = "KL divergence" if made.unit.startswith("nats") else "distance"

@@ -71,7 +71,7 @@ def parse_layers(text: str | None) -> int | tuple[int, ...] | None:
 
 
 def sizes_of(model: Any) -> dict[str, int]:
-    """What a model measures, by the words of its configuration."""
+    """The sizes of a model (layers, widths, heads), by the words of its configuration."""
     names = architecture_of(model, "student")
     fields = (names.num_layers, names.hidden, names.num_heads, names.intermediate)
     known = {name: value for name in fields if (value := getattr(model.config, name)) is not None}

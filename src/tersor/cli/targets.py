@@ -45,12 +45,12 @@ def targets(json: options.Json = False) -> None:
 
 
 def installed(extra: str | None) -> bool:
-    """Whether the packages that writing needs are there."""
+    """True if the packages that writing needs are there."""
     return all(importlib.util.find_spec(package) is not None for package in PACKAGES.get(extra or "", []))
 
 
 def needed(extra: object, is_installed: object) -> str:
-    """What to install, where it is not."""
+    """The extra to install, and whether it is there; `-` if none is needed."""
     if not extra:
         return "-"
     return f"{extra} (installed)" if is_installed else f"pip install 'tersor[{extra}]'"

@@ -98,7 +98,7 @@ def rates(parts: Int32[ndarray, " n"], stride: int) -> Float[ndarray, " class"]:
 
 
 def counted(symbols: UInt8[ndarray, "out in"], row: Int32[ndarray, " out"], column: Int32[ndarray, " in"]) -> ndarray:
-    """How often every symbol stands in every class."""
+    """The number of times that every symbol occurs in every class."""
     counts = np.zeros((int(row.max(initial=0)) + int(column.max(initial=0)) + 1, NUM_SYMBOLS), np.int64)
     count(symbols, row, column, counts)
     return counts

@@ -41,7 +41,7 @@ class Decoding:
 
     @property
     def num_rows(self) -> int:
-        """Of the matrix as which it is coded."""
+        """Number of rows after reshaping the tensor to 2-D for coding."""
         return max((rows.stop for rows in self.rows), default=0)
 
 
@@ -53,10 +53,10 @@ class Codec(Protocol):
 
     @property
     def has_head(self) -> bool:
-        """Whether `Pieces.head` says anything."""
+        """True if the codec writes a head (`Pieces.head`) before the chunks."""
 
     def takes(self, dtype: torch.dtype) -> bool:
-        """Whether it codes tensors of this type."""
+        """True if it codes tensors of this type."""
 
     def encode(self, tensor: Tensor) -> Pieces:
         """The tensor as bytes."""

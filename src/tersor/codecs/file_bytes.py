@@ -12,7 +12,7 @@ from tersor.formats.contract import Encoded, Format
 
 
 def file_bytes(encoded: Encoded) -> int:
-    """Of all parts. Where the file is entropy-coded, as the coder estimates them, within a percent."""
+    """Bytes of all parts in the file; entropy-coded ones as the coder estimates them, within a percent."""
     if not encoded.format.entropy_coded:
         return encoded.num_bytes
     whole = [part for part in encoded.parts.values() if not part.is_floating_point()]

@@ -126,7 +126,7 @@ def num_planes(split: Split) -> int:
 
 
 def plan_of(plane: UInt8[ndarray, "out in"], split: Split) -> Plan | None:
-    """How a plane of the rest is coded; None where it is stored as it is, for it would hardly be smaller."""
+    """The plan for a plane of low bits; None if it is stored as it is, because coding would hardly make it smaller."""
     blocks = row_blocks(len(plane), max(1, LOOKED_AT // max(1, plane.shape[1])))
     if split.num_rest == 1 or sum(bits_in(plane[block]) for block in blocks) > ALMOST_RANDOM * plane.size:
         return None
@@ -149,7 +149,7 @@ def head_of(plan: Plan, plans: Mapping[int, Plan | None]) -> bytes:
 
 
 def read_planes(head: memoryview, split: Split, shape: tuple[int, int]) -> tuple[dict[int, Head | None], bytes]:
-    """What `head_of` says of the planes that are stored, and the head of the symbols. Raises ArtifactError."""
+    """Heads of the planes that `head_of` stored, and the head of the symbols. Raises ArtifactError."""
     flags = head[0] if head else 0
     stored, coded = flags & (1 << MOST_PLANES) - 1, flags >> MOST_PLANES
     if not head or stored >= 1 << num_planes(split) or coded & ~stored or (coded and split.num_rest == 1):

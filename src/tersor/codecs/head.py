@@ -1,4 +1,4 @@
-"""What stands before the chunks of coded integers: lanes, tables, and the classes of rows and columns."""
+"""The head before the chunks of coded integers: lanes, tables, and the classes of rows and columns."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ MOST_LOW_BITS = 28
 
 
 def write_head(plan: Plan, shared: bool = False) -> bytes:
-    """What a decoder must know before the first chunk; its tables only where the file's are not used."""
+    """The bytes that a decoder needs before the first chunk; its tables only if the file's are not used."""
     out = BitWriter()
     num_lanes, chunk_rows = plan.lanes_and_rows
     if plan.num_states:

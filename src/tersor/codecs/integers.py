@@ -131,7 +131,7 @@ def pieces_of(values: Int[ndarray, "out in"], plan: Plan, shared: bool = False) 
 
 
 def as_matrix(codes: Int[Tensor, "..."]) -> Int[ndarray, "out in"]:
-    """As the coder sees a tensor."""
+    """The tensor as the 2-D matrix that the coder sees."""
     return codes.detach().cpu().contiguous().view(matrix_shape(tuple(codes.shape))).numpy()
 
 

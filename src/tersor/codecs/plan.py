@@ -1,4 +1,4 @@
-"""How a matrix of integers will be coded: its window of symbols, classes and tables, chosen by what they cost."""
+"""The plan for coding a matrix of integers: its window of symbols, classes and tables, chosen by what they cost."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -37,7 +37,7 @@ class Plan:
 
     @property
     def lanes_and_rows(self) -> tuple[int, int]:
-        """As `lanes_and_rows`; paths of a trellis are not cut."""
+        """The number of lanes of a matrix, and of its rows in a chunk; paths of a trellis are not cut."""
         return lanes_and_rows(self.shape, PATH if self.num_states else None)
 
     @property
@@ -47,7 +47,7 @@ class Plan:
 
 
 def best_plan(values: Int[ndarray, "out in"]) -> Plan:
-    """As `make_plan`, but a plan with a trellis where columns are its paths, and that pays."""
+    """The plan of `make_plan`, or one with a trellis if columns are its paths and that saves bytes."""
     plan = make_plan(values)
     num_states = num_states_of(values) if values.dtype == np.int16 else 0
     return min(plan, replace(plan, num_states=num_states), key=plan_bits) if num_states else plan
@@ -64,7 +64,7 @@ def make_plan(values: Int[ndarray, "out in"]) -> Plan:
 
 
 def log_plan(values: UInt8[ndarray, "out in"], per_octave: int) -> Plan:
-    """As `make_plan`, for values that are logarithms themselves: exponents."""
+    """The plan for values that are logarithms themselves (exponents); see `make_plan`."""
     zeros = single_class(values)
     often = counted(values, zeros.row, zeros.column)[0]
     low = int(often.nonzero()[0].min(initial=NUM_SYMBOLS - 1)) - 1
@@ -117,7 +117,7 @@ def window(values: Int[ndarray, "out in"]) -> tuple[int, int]:
 
 
 def lanes_and_rows(shape: tuple[int, int], path: int | None = None) -> tuple[int, int]:
-    """How many lanes a matrix gets, and how many of its rows a chunk has: `path`, if that is given."""
+    """The number of lanes of a matrix, and of its rows in a chunk; paths of a trellis are not cut."""
     num_rows, num_columns = shape
     num_chunks = max(1, round(num_rows * num_columns / CHUNK) if path is None else -(-num_rows // path))
     num_lanes = 1

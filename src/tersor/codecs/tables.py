@@ -57,7 +57,7 @@ class TableSet:
         return (int(present[0]), int(present[-1])) if len(present) else None
 
     def within(self, least: int, most: int) -> bool:
-        """Whether every value of every table lies between two numbers."""
+        """True if every value of every table lies between two numbers."""
         return self.span is None or least <= self.span[0] <= self.span[1] <= most
 
     @cached_property
@@ -88,7 +88,7 @@ class TableSet:
 
     @cached_property
     def symbol_pairs(self) -> UInt8[ndarray, "table slot two"]:
-        """As `symbols`, of an even value and of an odd one side by side."""
+        """Tables like `symbols`, of an even value and of an odd one side by side."""
         by_parity = self.by_parity.symbols.reshape(-1, 2, TOTAL)
         return np.ascontiguousarray(by_parity.transpose(0, 2, 1))
 
@@ -101,7 +101,7 @@ class TableSet:
 
     @cached_property
     def costs_by_parity(self) -> Float32[ndarray, "class symbol"]:
-        """As `costs`, where it is known whether a value is even or odd."""
+        """Costs in bits like `costs`, for a decoder that knows if a value is even or odd."""
         known = self.by_parity
         odd = replace(known, table_of=known.table_of + 1)
         return np.where((np.arange(NUM_SYMBOLS) + self.low) & 1, odd.costs, known.costs)

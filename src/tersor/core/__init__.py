@@ -1,1 +1,1 @@
-"""What every room may use, and what knows nothing of models: messages, files, progress."""
+"""The ground floor: errors, messages, files and progress. Every room may use it; it knows nothing of models."""

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def holder() -> dict[str, Any]:
-    """What a lock says of this process."""
+    """The description of this process that a lock holds."""
     return {"process": os.getpid(), "host": socket.gethostname()}
 
 
@@ -46,7 +46,7 @@ def open_locked(path: Path) -> int:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process holds the file. A file that cannot be asked counts as held."""
+    """True if a process holds the file. A file that cannot be asked counts as held."""
     try:
         handle = os.open(path, os.O_RDWR)
     except OSError:
@@ -61,7 +61,7 @@ def is_held(path: Path) -> bool:
 
 
 def told_by(path: Path) -> dict[str, Any]:
-    """What the file says of who holds it or held it last; empty where it says nothing."""
+    """The description of the process that holds a lock or held it last; empty if the file has none."""
     with suppress(OSError, ValueError):
         about = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(about, dict):

@@ -1,4 +1,4 @@
-"""Where tensors begin in memory (kernels may end the process where what they read begins elsewhere), and its end."""
+"""Memory: the alignment that kernels need (some end the process without it), and errors that mean it is full."""
 
 import torch
 from torch import Tensor
@@ -19,6 +19,6 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was not enough of it, as Python, NumPy, torch or a runtime says in words of its own."""
+    """True if an error of Python, NumPy, torch or a runtime means that memory ran out."""
     words = ("allocate memory", "out of memory", "bad_alloc", "bad allocation", "not enough memory")
     return isinstance(error, MemoryError) or any(text in str(error).lower() for text in words)

@@ -11,7 +11,7 @@ def first_line(error: BaseException) -> str:
 
 
 def first_mistake(error: ValidationError, kinds: Sequence[str] = ()) -> str:
-    """Where pydantic found the first mistake, and what it is; `kinds` are the tags of a union, which are no place."""
+    """The place of pydantic's first mistake, and what it is; `kinds` are the tags of a union, which are no place."""
     first = error.errors()[0]
     before_and_part = zip((None, *first["loc"]), first["loc"], strict=False)
     parts = [str(part) for before, part in before_and_part if not (isinstance(before, int) and part in kinds)]

@@ -1,4 +1,4 @@
-"""What a sentence-transformers folder consists of: `modules.json` lists modules, some with a subfolder of their own."""
+"""The modules of a sentence-transformers folder: `modules.json` lists them, some with a subfolder of their own."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def module_folders(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """What a file of sentence-transformers holds. Raises ModelError where it is not of that kind."""
+    """The content of a sentence-transformers file. Raises ModelError if it is not of that kind."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

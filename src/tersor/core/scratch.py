@@ -20,5 +20,5 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def no_room(error: OSError) -> str:
-    """What to tell a user whose system has no place for temporary files."""
+    """The message for a user whose system has no place for temporary files."""
     return f"no temporary file can be written ({error.strerror}); set TMPDIR to a folder with room for some"

@@ -176,6 +176,6 @@ def check_finite(tensors: Mapping[str, Tensor], place: str) -> None:
 
 
 def finite_range(tensor: Tensor) -> bool:
-    """Whether smallest and largest value are finite, and so all are; without a mask as large as the tensor."""
+    """True if smallest and largest value are finite, and so all are; without a mask as large as the tensor."""
     smallest, largest = (tensor if tensor.itemsize > 1 else tensor.float()).aminmax()  # NaN goes through
     return bool(torch.isfinite(smallest) & torch.isfinite(largest))

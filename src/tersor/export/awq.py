@@ -67,7 +67,7 @@ class AwqExport:
 
 
 def module_tensors(packed: PackedSite) -> dict[str, Tensor]:
-    """What stands in the place of the weight, by its name in the module."""
+    """The tensors of the AWQ layer that replaces the weight, by name in the module."""
     scales = packed.encoded.parts["scale"].t().contiguous()
     zeros = torch.full(scales.shape, 8, dtype=torch.uint8)
     return {"qweight": words(unsigned_codes(packed.encoded).t()), "qzeros": words(zeros), "scales": scales}

@@ -70,7 +70,7 @@ def check(export: Runnable, checkpoint: Checkpoint, output: Path, written: Writt
 def run_and_compare(
     export: Runnable, checkpoint: Checkpoint, output: Path, written: Written, num_threads: int
 ) -> Check:
-    """As `check`, with the runtime's own errors."""
+    """Compare a file with the model as `check` does, raising the runtime's own errors."""
     runtime, examples = runtime_named(export.runtime), checkpoint.need_examples()
     if examples.texts is not None:
         return decode_and_compare(export, checkpoint, written.file or output, written, num_threads)
@@ -114,7 +114,7 @@ def run_and_compare(
 def decode_and_compare(
     export: Runnable, checkpoint: Checkpoint, file: Path, written: Written, num_threads: int
 ) -> Check:
-    """As `run_and_compare`, for a language model with a cache; a token is what is timed."""
+    """Compare a language model that has a cache with the file's decoder, and time one token."""
     runtime, examples = runtime_named(export.runtime), checkpoint.need_examples()
     assert isinstance(runtime, Decodes)
     assert examples.texts is not None
@@ -156,7 +156,7 @@ def read_whole(model: nn.Module, ids: np.ndarray, mask: np.ndarray) -> Tensor:
 
 
 def read_in_steps(decoder: Decoder, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """As `read_whole`, the last tokens one by one."""
+    """Logits of texts whose last tokens are read one by one; see `read_whole`."""
     decoder.reset()
     first = ids.shape[1] - NUM_NEW
     made = [decoder.feed(ids[:, :first], mask[:, :first])]
@@ -173,7 +173,7 @@ def judged(examples: Examples) -> list[Examples]:
 
 
 def limit_of(dtype: str, input_rounding: float) -> float:
-    """How far outputs may be apart: never more than `ROUNDED`, whatever the rounding of inputs does to these."""
+    """The largest difference that outputs may have: never more than `ROUNDED`, whatever rounding inputs does."""
     return min(FLOAT[dtype] + CHAOS * input_rounding, ROUNDED)
 
 
@@ -207,7 +207,7 @@ def difference(made: Mapping[str, np.ndarray], model: Mapping[str, Tensor]) -> f
 
 
 def as_arrays(examples: Examples) -> dict[str, np.ndarray]:
-    """What a session is fed."""
+    """Example inputs as NumPy arrays, which a session is fed."""
     return {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in examples.inputs.items()}
 
 

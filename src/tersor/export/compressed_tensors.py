@@ -107,7 +107,7 @@ class CompressedTensors:
 
 
 def module_tensors(packed: PackedSite) -> dict[str, Tensor]:
-    """What stands in the place of the weight, by its name in the module."""
+    """The tensors of the compressed-tensors layer that replaces the weight, by name in the module."""
     format, parts = packed.encoded.format, packed.encoded.parts
     inputs = packed.activation.params if packed.activation else {}
     static = {f"input_{name}": tensor for name, tensor in inputs.items()}
@@ -164,7 +164,7 @@ def fp8(encoded: Encoded) -> Fp8 | None:
 
 
 def is_float4(encoded: Encoded) -> bool:
-    """Whether it is one of the two kinds of 4-bit floats."""
+    """True if it is one of the two kinds of 4-bit floats."""
     return isinstance(encoded.format, Nvfp4 | Mxfp4)
 
 

@@ -29,12 +29,12 @@ class PackedSite(NamedTuple):
 
     @property
     def is_linear(self) -> bool:
-        """Whether it is the weight of plain linear layers, stored `[out, in]`, and of nothing else."""
+        """True if it is the weight of plain linear layers, stored `[out, in]`, and of nothing else."""
         return self.site.kind == "linear" and self.site.fold.view == "rows"
 
     @property
     def is_plain(self) -> bool:
-        """Whether any client holds it as an ordinary 16-bit tensor."""
+        """True if any client holds it as an ordinary 16-bit tensor."""
         return isinstance(self.encoded.format, FloatCast) and self.activation is None
 
     @property
@@ -108,15 +108,15 @@ class WeightLayout(Protocol):
 
     @property
     def name(self) -> str:
-        """What `--to` takes."""
+        """The name that `--to` takes."""
 
     @property
     def suffix(self) -> str:
-        """Of the file that is written; empty for a folder."""
+        """The suffix of the file that is written; empty for a folder."""
 
     @property
     def readers(self) -> str:
-        """What loads it."""
+        """The programs that load it."""
 
     @property
     def holds(self) -> str:
@@ -124,13 +124,13 @@ class WeightLayout(Protocol):
 
     @property
     def extra(self) -> str | None:
-        """Of tersor's optional dependencies, the one that writing needs."""
+        """The optional dependency (extra) of tersor that writing needs; None if it needs none."""
 
     def why_not(self, packed: PackedSite) -> Misfit | None:
         """Why a site cannot be held; None when it can."""
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """What single sites cannot tell. Raises FormatError or ModelError with the way out."""
+        """Check what no single site shows. Raises FormatError or ModelError with the way out."""
 
 
 UNMARKED = "it does not say that tersor wrote it"
@@ -154,10 +154,10 @@ class Export(WeightLayout, Protocol):
 
     @property
     def packages(self) -> tuple[str, ...]:
-        """Of Python, that opening needs."""
+        """The Python packages that opening needs."""
 
     def open(self, checkpoint: Checkpoint, output: Path) -> tuple[nn.Module, dict[str, Any]]:
-        """What transformers makes of it, float32 where the client can, and its `loading_info`."""
+        """Open the output with transformers: the model, float32 if the client can, and its `loading_info`."""
 
     def write(self, checkpoint: Checkpoint, output: Path) -> Iterable[str]:
         """Write the file, or fill the empty folder, `output`. Returns what the user should know."""

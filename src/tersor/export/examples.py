@@ -43,11 +43,11 @@ class Examples:
 
     @property
     def cached(self) -> bool:
-        """Whether a language model's cache is among the inputs."""
+        """True if a language model's cache is among the inputs."""
         return self.texts is not None
 
     def call(self, model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Any:
-        """What the model returns for these inputs, the examples' own unless others are given."""
+        """The model's output for these inputs, the examples' own unless others are given."""
         given = self.inputs if inputs is None else inputs
         if self.cached:
             return call_cached(model, given)
@@ -67,11 +67,11 @@ class Examples:
             return {name: tensor.float() for name, tensor in outputs_of(made).items()}
 
     def cast(self, dtype: torch.dtype) -> "Examples":
-        """With floating-point inputs in this type."""
+        """The same examples with floating-point inputs in this type."""
         return replace(self, inputs={n: t.to(dtype) if t.is_floating_point() else t for n, t in self.inputs.items()})
 
     def fixed(self, names: Sequence[str]) -> "Examples":
-        """With the size of these axes fixed to that of the examples."""
+        """The same examples, with the sizes of these axes fixed to theirs."""
         known = sorted({axis for axes in self.axes.values() for axis in axes.values()})
         for name in names:
             if name not in known:
@@ -102,7 +102,7 @@ def outputs_of(made: Any) -> dict[str, Tensor]:
 
 
 def examples_of(source: Source, task: Task | None, shape: Sequence[int] | None) -> Examples:
-    """Of a `task`'s data, of random numbers in `shape` (one example, without the batch), or what the config says."""
+    """Example inputs: from a task's data, random in `shape` (one example, without the batch), or by the config."""
     if shape is not None:
         x = torch.randn(ROWS, *shape, dtype=float_type_of(source.model))
         return Examples({"x": x}, {"x": {0: "batch"}}, keywords=False)

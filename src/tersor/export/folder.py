@@ -1,4 +1,4 @@
-"""What every Hugging Face folder with a `quantization_config` has in common."""
+"""Reading and writing of Hugging Face folders with a `quantization_config`."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -78,7 +78,7 @@ def exact_dtype(original: str, scales: Sequence[Tensor], others: Mapping[str, Te
 
 
 def is_exact(scale: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a cast to `dtype` leaves every value as it is."""
+    """True if a cast to `dtype` leaves every value as it is."""
     return torch.equal(scale.to(dtype).double(), scale.double())
 
 
@@ -91,7 +91,7 @@ def kept_linears(checkpoint: Checkpoint) -> list[str]:
 
 
 def open_folder(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
-    """What `from_pretrained` makes of a folder, and what it says of it."""
+    """Open a folder by `from_pretrained`: the model, and the information about loading it."""
     kind: Any = type(checkpoint.model)
     return kind.from_pretrained(
         folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False

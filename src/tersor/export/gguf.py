@@ -166,7 +166,7 @@ def context_length(config: Any) -> int:
 
 
 def notes_on(checkpoint: Checkpoint) -> list[str]:
-    """Where clients and the model part."""
+    """Notes on where clients compute something else than the model."""
     config, notes = checkpoint.config, []
     if (length := context_length(config)) < config.max_position_embeddings:
         notes.append(f"context_length is {length}, the sliding window, which llama.cpp does not have in this model")
@@ -189,7 +189,7 @@ def gguf_package() -> ModuleType:
 
 
 def parameters(checkpoint: Checkpoint) -> dict[str, Encoded]:
-    """What is stored for each quantized parameter."""
+    """The encoded weight that is stored for each quantized parameter."""
     return {packed.site.parameter: packed.encoded for packed in checkpoint.quantized}
 
 

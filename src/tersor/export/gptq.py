@@ -84,7 +84,7 @@ class GptqExport:
 
 
 def module_tensors(packed: PackedSite) -> dict[str, Tensor]:
-    """What stands in the place of the weight, by its name in the module."""
+    """The tensors of the GPTQ layer that replaces the weight, by name in the module."""
     encoded, scale = packed.encoded, packed.encoded.parts["scale"]
     group = int_group(encoded)
     assert group is not None

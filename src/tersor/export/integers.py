@@ -23,7 +23,7 @@ def int_group(encoded: Encoded) -> IntGroup | None:
 
 
 def whole_groups(encoded: Encoded) -> bool:
-    """Whether every group of columns is full."""
+    """True if every group of columns is full."""
     group_size = getattr(encoded.format, "group_size", None)
     return not group_size or encoded.shape[1] % group_size == 0
 

@@ -121,7 +121,7 @@ CACHED = "a language model that keeps its cache inside: input_ids, attention_mas
 
 
 def weights_alone(packed: PackedSite) -> bool:
-    """Whether a linear site's inputs have no static scale."""
+    """True if a linear site's inputs have no static scale."""
     is_static = packed.activation is not None and packed.activation.format == "int8-static"
     return packed.site.kind == "linear" and not packed.is_plain and not is_static
 
@@ -170,7 +170,7 @@ def operands(node: Any) -> list[Any]:
 
 
 def products(openvino: Any, path: Path, group_size: int) -> dict[str, int]:
-    """How many matrix products and convolutions run in which type, as the compiled model says."""
+    """The number of matrix products and convolutions by type, as the compiled model reports them."""
     compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     counts: Counter[str] = Counter()
     for node in compiled.get_runtime_model().get_ops():

@@ -14,7 +14,7 @@ from tersor.export.onnx.blocks import DOMAIN
 
 
 def extensions(openvino: Any) -> list[Any]:
-    """How OpenVINO's ONNX reader translates our blocks."""
+    """The extensions by which OpenVINO's ONNX reader translates our blocks."""
     from openvino import opset13 as ops
     from openvino.frontend.onnx import ConversionExtension
 
@@ -34,7 +34,7 @@ def extensions(openvino: Any) -> list[Any]:
         return [rows.output(0), *(each.output(0) for each in present)]
 
     def shares(query: Any, keys: Any, bias: Any, softcap: float, sinks: Any) -> Any:
-        """What every token takes of every other."""
+        """The attention weights: the share that every token takes of every other."""
         scores = ops.matmul(query, keys, False, True)
         if softcap:
             cap = ops.constant(softcap, dtype=np.float32)
@@ -109,5 +109,5 @@ def make_stateful(openvino: Any, model: Any) -> None:
 
 
 def name_of(port: Any) -> str:
-    """Of an input or output."""
+    """The name of an input or output."""
     return min(port.get_names(), default="")

@@ -67,7 +67,7 @@ OTHERWISE = "Export to onnx or openvino, which hold any model, or leave those la
 
 
 def others(names: Sequence[str]) -> str:
-    """How many there are besides the first."""
+    """The end of a message about several sites: how many there are besides the first."""
     return f", nor {len(names) - 1} others" if names[1:] else ""
 
 
@@ -111,7 +111,7 @@ def llama_cpp(export: Export, file: Path, examples: Examples, expected: dict[str
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What transformers says while it loads is no concern of the user's."""
+    """Silence the messages of transformers while it loads."""
     from transformers.utils import logging
 
     log: Any = logging

@@ -63,7 +63,7 @@ class Web:
 
     @property
     def onnx(self) -> Onnx:
-        """What writes the ONNX file."""
+        """The exporter that writes the ONNX file."""
         return Onnx(self.dtype, self.per_token, self.float_outputs, self.decode, cache=False)
 
     def why_not(self, packed: PackedSite) -> Misfit | None:
@@ -137,7 +137,7 @@ def found_runtime(path: str | Path | None) -> Path | None:
 
 
 def version_of(package: Path) -> str | None:
-    """What package.json says; None for another package."""
+    """The version in package.json; None for another package."""
     try:
         about = json.loads((package / "package.json").read_text(encoding="utf-8"))
     except ValueError:

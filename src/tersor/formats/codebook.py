@@ -151,7 +151,7 @@ def cumulated(values: Tensor) -> Tensor:
 
 
 def at_quantiles(x: Float[Tensor, "r n"], total: Float[Tensor, "r n"], num_values: int) -> Float[Tensor, "r k"]:
-    """Where the running total, linear between the ascending `x`, reaches 1/2k, 3/2k, ... of its end."""
+    """The points where the running total, linear between the ascending `x`, reaches 1/2k, 3/2k, ... of its end."""
     wanted = (torch.arange(num_values, device=x.device) + 0.5) / num_values * total[:, -1:]
     after = torch.searchsorted(total, wanted).clamp(1, max(1, x.shape[1] - 1)).clamp(max=x.shape[1] - 1)
     before = (after - 1).clamp(min=0)

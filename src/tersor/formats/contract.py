@@ -79,7 +79,7 @@ class Format(Protocol):
 
     @property
     def rows_independent(self) -> bool:
-        """Whether row i of every part decodes to row i of the weight; a part of a single row serves all rows."""
+        """True if row i of every part decodes to row i of the weight; a part of a single row serves all rows."""
 
     @property
     def entropy_coded(self) -> bool:
@@ -134,7 +134,7 @@ class Grid(Format, Protocol):
 
     @property
     def asymmetric_range(self) -> bool:
-        """Whether the levels of a group are not symmetric about zero and turn around with a negative `shrink`."""
+        """True if the levels of a group are not symmetric about zero and turn around with a negative `shrink`."""
 
     def fit(self, weight: Weight, shrink: float | Tensor = 1.0) -> Params:
         """The parameters that span the weights' range, or `shrink` times it: a number, or one for each group
@@ -162,4 +162,4 @@ class Sparse(Format, Protocol):
         block of the weight's; for `n:m` patterns it starts at a multiple of m."""
 
     def projector(self, params: Params, shape: tuple[int, int]) -> Projector:
-        """As a Grid's: the nearest representable values for a column. Changes made to `params["mask"]` count."""
+        """The nearest representable values for a column, as a Grid's. Changes made to `params["mask"]` count."""

@@ -81,7 +81,7 @@ class FourBit(ABC):
 
     @abstractmethod
     def scale(self, params: Params) -> Float[Tensor, "out groups"]:
-        """What the stored scales stand for, float32."""
+        """The scales that the stored ones stand for, float32."""
 
     def why_not(self, shape: tuple[int, int]) -> str | None:
         return None

@@ -55,7 +55,7 @@ class IntGroup:
 
     @property
     def plain_int8(self) -> bool:
-        """Whether `codes` are signed bytes with one scale per row, as int8 kernels take them."""
+        """True if `codes` are signed bytes with one scale per row, as int8 kernels take them."""
         return self.bits == 8 and self.symmetric and self.group_size is None
 
     @property
@@ -147,7 +147,7 @@ class IntGroup:
         return ungrouped((self.grouped(codes) - self.zero_point(params)) * scale, codes.shape[1])
 
     def zero_point(self, params: Params) -> Tensor | float:
-        """In units of one step: half the grid, or what the stored code stands for `[out, groups, 1]`."""
+        """The zero point in units of one step: half the grid, or the one stored for each group `[out, groups, 1]`."""
         if self.symmetric:
             return float(2 ** (self.bits - 1))
         return params["zero_point"].float().unsqueeze(-1) * (2**self.bits / 256)

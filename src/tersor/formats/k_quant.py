@@ -27,7 +27,7 @@ SUPER_BLOCK = 256
 
 
 class Kind(NamedTuple):
-    """What differs between the formats beside the bits of a code."""
+    """The layout in which the formats differ, beside the bits of a code."""
 
     block_size: int
     scale_bits: int
@@ -188,7 +188,7 @@ class KQuant:
         return 2 ** (self.bits - 1) if self.kind.symmetric else 0
 
     def minimum(self, params: Params) -> Float[Tensor, "o g"]:
-        """What is taken off each block's weights."""
+        """The minimum that is taken off each block's weights."""
         scale = params["scale"]
         num_blocks = scale.shape[1] * (SUPER_BLOCK // self.kind.block_size)
         return scale.new_zeros(1, num_blocks).float() if self.kind.symmetric else self.of_blocks("minimum", params)
@@ -226,7 +226,7 @@ class KQuant:
         return 2 ** (self.kind.scale_bits - 1) - 1 if self.kind.symmetric else 2**self.kind.scale_bits - 1
 
     def zero_of(self, bits: int) -> int:
-        """What stands for zero where a block's code has a sign."""
+        """The code that stands for zero in blocks whose codes have a sign."""
         return 2 ** (bits - 1) if self.kind.symmetric else 0
 
 

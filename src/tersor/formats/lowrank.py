@@ -130,7 +130,7 @@ class Corrected:
 
 
 def product(params: Params) -> Float[Tensor, "out in"]:
-    """In float64, so that every reader gets the same float32 whatever the order of its sum."""
+    """The product of both factors, in float64, so that every reader gets the same float32."""
     left, right = params["left"], params["right"]
     if left.shape[1] != right.shape[0]:
         raise FormatError(

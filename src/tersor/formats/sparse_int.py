@@ -116,5 +116,5 @@ class SparseInt:
 
 
 def scales(params: Params) -> Params:
-    """What the grid needs of the parameters, or of the parts."""
+    """The parameters, or parts, that the integer grid needs."""
     return {"scale": params["scale"]}

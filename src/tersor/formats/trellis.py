@@ -39,7 +39,7 @@ NOISE = {4: 0.2650, 8: 0.2595, 16: 0.2560, 32: 0.2522, 64: 0.2495, 128: 0.2470, 
 
 
 def taps(num_states: int) -> tuple[int, int]:
-    """What a bit of a code, and the state's own lowest bit, turn over in the next state."""
+    """The bits of the next state that a bit of a code, and the state's own lowest bit, turn over."""
     feed, back = POLYNOMIALS[num_states]
     return feed >> 1, back >> 1
 
@@ -61,7 +61,7 @@ def parities(halves: Int[ndarray, "rows in"], num_states: int) -> Int[ndarray, "
 
 
 def follows(codes: Int[ndarray, "rows in"], num_states: int) -> bool:
-    """Whether all columns are paths of the trellis."""
+    """True if all columns are paths of the trellis."""
     block = 8  # rows are looked at in growing blocks: codes of any other kind end it soon
     while block < min(PATH, len(codes)):
         if not np.array_equal(parities(codes[:block] >> 1, num_states), codes[:block] & 1):

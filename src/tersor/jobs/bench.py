@@ -165,7 +165,7 @@ def bench(
 
 
 class Feeder:
-    """Where inputs come from: made up, or a task's examples."""
+    """The source of a benchmark's inputs: made up, or a task's examples."""
 
     def __init__(
         self,

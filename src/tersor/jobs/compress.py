@@ -49,7 +49,7 @@ from tersor.training.loop import check_trainable
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `tersor compress` made, measured and concluded."""
+    """The folder that `tersor compress` made, its measurements and its verdict."""
 
     output: Path
     recipe: Recipe
@@ -241,7 +241,7 @@ def told(trials: Trials) -> Iterator[None]:
 
 
 def identity(task: Task, seed: int) -> list[str]:
-    """What scores depend on beside the model."""
+    """Everything that scores depend on beside the model, as text."""
     return [version("tersor"), task.name, task.description, str(task.fingerprint), str(seed)]
 
 
@@ -251,7 +251,7 @@ def sums_of(model: nn.Module) -> list[str]:
 
 
 def same_tensors(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two models hold the same bits under the same names."""
+    """True if two models hold the same bits under the same names."""
     a, b = tensors_of(one), tensors_of(other)
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
@@ -279,7 +279,7 @@ def uncorrected(recipe: Recipe) -> list[str]:
 
 
 def about(source: Source) -> dict[str, Any]:
-    """What the manifest says of the model's origin."""
+    """The manifest's description of the model's origin."""
     if source.kind == "custom":
         return {"model": {"class": type(source.model).__name__, "factory": source.architecture}}
     return {"model": {"class": source.architecture}}

@@ -208,7 +208,7 @@ def standing(export: WeightLayout, output: Path) -> tuple[Foreign, Sequence[str]
 
 
 def place_for(output: Path, export: WeightLayout, overwrite: bool) -> AbstractContextManager[Path]:
-    """Where to write: it takes the place of `output` when the block ends well, and vanishes when it does not."""
+    """A temporary place to write to: it replaces `output` when the block ends well, and vanishes when it does not."""
     if not isinstance(export, Filed):
         return atomic_folder(output, overwrite)
     return atomic_file(output, overwrite, *standing(export, output))

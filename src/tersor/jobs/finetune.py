@@ -264,7 +264,7 @@ def packed_names(model: nn.Module, adapter: Adapter) -> list[str]:
 def measure_divergences(
     base: nn.Module, adapter: Adapter, merged: nn.Module, task: Task, seed: int, progress: Progress, *, rounded: bool
 ) -> dict[str, float]:
-    """From the base with the adapter beside its weights, on the evaluation split; all computed in float32."""
+    """Divergences from the base with the adapter beside its weights, on the evaluation split, in float32."""
     progress("measuring divergences", 0, 1)
     models: dict[str, nn.Module] = {"base": own_float_copy(base)}
     if rounded:

@@ -102,7 +102,7 @@ def only_step(recipe: Recipe | None) -> WeightsStep:
 
 
 def notes_of(run: WeightsRun) -> list[str]:
-    """What the user should know about the result."""
+    """Notes for the user about the result."""
     notes = [UNMEASURED]
     if needs_of(run.model, run.work) & CURVATURE:
         notes.append("the curvature of the loss takes the whole model in memory: methods that weigh by it did without")

@@ -13,7 +13,7 @@ from tersor.tasks import Task, open_task
 
 @dataclass(frozen=True)
 class TaskChoice:
-    """What the user says about the task; each field is a flag of the command line."""
+    """The user's choice of a task and its data; each field is a flag of the command line."""
 
     task: str | None = None
     data: Path | None = None

@@ -54,7 +54,7 @@ class Choice:
 
 @dataclass
 class Memory:
-    """What one packed weight knows about its kernels: those that fit an input type, those chosen, their layouts."""
+    """The kernels of one packed weight: those that fit an input type, those chosen, and their layouts."""
 
     fitting: dict[torch.dtype, list[Kernel]] = field(default_factory=dict)
     chosen: dict[tuple[int, torch.dtype, int], Kernel] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Memory:
 
     @property
     def num_bytes(self) -> int:
-        """Of all layouts."""
+        """The bytes of all layouts."""
         tensors = [value for layout in self.layouts.values() for value in layout.values() if isinstance(value, Tensor)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -89,7 +89,7 @@ _choices: dict[tuple[Any, ...], Choice] = {}
 
 
 def choices() -> list[Choice]:
-    """What was chosen in this process, in the order of its first use."""
+    """The choices made in this process, in the order of their first use."""
     return list(_choices.values())
 
 

@@ -11,7 +11,7 @@ from tersor.kernels.int8 import is_int8
 
 
 def always(encoded: Encoded, activation: Activation | None, dtype: torch.dtype) -> bool:
-    """What decodes fits wherever nothing else is much faster for every number of tokens."""
+    """True if decoding is offered: wherever nothing else is much faster for every number of tokens."""
     return not is_int8(encoded, activation, dtype)
 
 

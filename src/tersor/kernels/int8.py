@@ -39,7 +39,7 @@ def quantized(x: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
 
 
 def offsets(encoded: Encoded, activation: Activation | None) -> Layout:
-    """What the zero point of a static input adds to every sum."""
+    """The amount that the zero point of a static input adds to every sum."""
     if activation is None or "zero_point" not in activation.params:
         return {}
     row_sums = encoded.parts["codes"].sum(1, dtype=torch.int32)
@@ -59,7 +59,7 @@ def run_int_mm(
 
 
 def has_qlinear(encoded: Encoded, activation: Activation | None, dtype: torch.dtype) -> bool:
-    """Whether oneDNN's linear layer for quantized inputs is there and exact, and the weight worth a second copy."""
+    """True if oneDNN's linear layer for quantized inputs is there and exact, and the weight worth a second copy."""
     return is_int8(encoded, activation, dtype) and encoded.parts["codes"].numel() >= LARGE and qlinear_is_exact()
 
 

@@ -85,7 +85,7 @@ def measure_opened(
 def measure_this_process(
     model: str, runtime: str, feeds: str, weights: str | None, num_threads: int, decode: bool
 ) -> dict[str, int] | None:
-    """What `measure_opened` starts: `Memory` as a dictionary."""
+    """Measure this process for `measure_opened`, which starts it: `Memory` as a dictionary."""
     with np.load(feeds) as file:
         arrays = dict(file)
     try:

@@ -60,7 +60,7 @@ class AutoRound:
         return f"autoround learns integer codes, and {format.name} has none; use int4-g64"
 
     def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
-        """Where the descent starts; all there is for a site outside the blocks."""
+        """The point where the descent starts; the result for a site outside the blocks."""
         return Gptq(self.damping, self.drift, self.num_rounds).compress(weight, format, stats)
 
     def tune(self, weights: Mapping[str, Weight], starts: Mapping[str, Encoded], run: BlockRun) -> dict[str, Encoded]:

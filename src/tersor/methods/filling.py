@@ -37,7 +37,7 @@ class ColumnRounder:
     def of(
         cls, problem: Problem, rows: Float[Tensor, " out"], level: float, rate: float, kept: Bool[Tensor, "out in"]
     ) -> "ColumnRounder":
-        """With the steps that `level` asks for, larger ones where codes would leave their range."""
+        """A rounder with the steps that `level` asks for, larger ones if codes would leave their range."""
         columns = columns_at(problem, level)
         largest = (problem.target.abs() / rows.unsqueeze(1)).amax(0)
         return cls(problem, scales(rows, columns.maximum(2 * largest / LARGEST)), rate * BIT, kept)
@@ -77,7 +77,7 @@ def spreads(problem: Problem, rows: Float[Tensor, " out"]) -> tuple[Float[Tensor
 
 
 def code_masses(deviation: Float[Tensor, " n"], num_codes: int = 16) -> Float[Tensor, "n code"]:
-    """How probable the codes from 0 on of rounded normal numbers are."""
+    """The probabilities of the codes from 0 on, of rounded normal numbers."""
     edges = (torch.arange(num_codes + 1, dtype=torch.float64) - 0.5) / deviation.double().unsqueeze(1)
     tails = torch.special.erfc(edges / 2**0.5) / 2
     return tails[:, :-1] - tails[:, 1:]

@@ -79,12 +79,12 @@ def column_importance(weight: Weight, stats: Stats) -> Float[Tensor, " in"]:
 
 
 def row_importance(weight: Weight, stats: Stats) -> Float[Tensor, " out"]:
-    """How much an error in each row matters, with the same floor; ones without data."""
+    """The weight of an error in each row, with the same floor; ones without data."""
     return floored(stats.row_weight, weight.shape[0], weight.device)
 
 
 def floored(energy: Tensor | None, size: int, device: torch.device) -> Float[Tensor, " n"]:
-    """With a mean of one, and 1 % of that added; ones where there is nothing to go by."""
+    """The energies scaled to a mean of one, plus 1 % of that; ones if there is nothing to go by."""
     if energy is None or not energy.any():
         return torch.ones(size, device=device)
     return (energy / energy.mean()).float().to(device) + 0.01

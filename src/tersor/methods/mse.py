@@ -94,7 +94,7 @@ class Mse:
         return best
 
     def ranges(self, format: Grid) -> list[float]:
-        """What is tried beside the full range, in fractions of it; negative with the levels turned around."""
+        """The ranges tried beside the full one, as fractions of it; negative ones turn the levels around."""
         if not isinstance(format, IntGroup):
             low, high = K_QUANTS if isinstance(format, KQuant) else SMALL_FLOATS
             ranges = [low + (high - low) * step / self.num_steps for step in range(self.num_steps + 1)]

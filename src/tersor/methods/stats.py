@@ -1,4 +1,4 @@
-"""What calibration can tell about one site. Methods name the fields they read in `needs`."""
+"""The statistics of one site that calibration gathers. Methods name the fields they read in `needs`."""
 
 from dataclasses import dataclass
 

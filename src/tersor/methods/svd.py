@@ -60,7 +60,7 @@ class Svd:
         return format.encode(weight, format.factors(found.left[:, :rank], found.right[:rank]))
 
     def choose_rank(self, energy: Float[Tensor, " k"], shape: tuple[int, int]) -> int:
-        """By the first option above zero, at least one."""
+        """Rank from `rank`, else `energy`, else `ratio` (the first that is above zero); at least 1."""
         if self.rank:
             return self.rank
         if self.energy:

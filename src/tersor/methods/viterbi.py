@@ -48,7 +48,7 @@ class TrellisRounder(ColumnRounder):
         kept: Bool[Tensor, "out in"],
         num_states: int,
     ) -> "TrellisRounder":
-        """With steps that make the error that `level` asks for; larger ones where codes would leave their range."""
+        """A rounder with steps for the error that `level` asks for; larger ones if codes would leave their range."""
         wider = 12 * NOISE[num_states]  # the square of what a step would be without a trellis
         columns = columns_at(problem, level) / wider**0.5
         largest = (problem.target.abs() / rows.unsqueeze(1)).amax(0)

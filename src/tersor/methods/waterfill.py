@@ -123,7 +123,7 @@ def filling_of(
     kept: Bool[Tensor, "out in"],
     num_states: int,
 ) -> ColumnRounder:
-    """With a trellis, or without one."""
+    """The rounding rule: plain, or trellis-coded if `num_states` is above 0."""
     if not num_states:
         return ColumnRounder.of(problem, rows, level, rate, kept)
     from tersor.methods.viterbi import TrellisRounder  # its loops are compiled when it is imported
@@ -137,14 +137,14 @@ def damping_of(weight: Weight, stats: Stats, each: float) -> float:
 
 
 def deviations(problem: Problem, rows: Float[Tensor, " out"]) -> Float[Tensor, " bin"]:
-    """How many codes have which deviation at level 1, in eighths of an octave; at half the level they have twice it."""
+    """Counts of codes by their standard deviation at level 1, in eighths of an octave; half the level doubles it."""
     row, column = spreads(problem, rows)
     products = np.convolve(histogram(row), histogram(column / columns_at(problem, 1.0)))
     return torch.from_numpy(products)
 
 
 def histogram(values: Float[Tensor, " n"]) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
-    """How many lie in which eighth of an octave, from `2^-REACH` to `2^REACH`."""
+    """Counts of values by the eighth of an octave they lie in, from `2^-REACH` to `2^REACH`."""
     octaves = values.clamp_min(1e-30).log2().clamp(-REACH, REACH) + REACH
     bins = (octaves * PER_OCTAVE).round().long().cpu()
     return np.bincount(bins.numpy(), minlength=2 * REACH * PER_OCTAVE + 1).astype(np.float64)
@@ -171,7 +171,7 @@ def bounds_at(counts: Float[Tensor, " bin"], level: float) -> Float[Tensor, " bi
 
 
 def deviations_at(counts: Float[Tensor, " bin"], level: float) -> Float[Tensor, " bin"]:
-    """In steps and octaves."""
+    """Standard deviations of the bins in units of the step at this level, as log2."""
     return torch.arange(len(counts), dtype=torch.float64) / PER_OCTAVE - 2 * REACH - log(level, 2)
 
 

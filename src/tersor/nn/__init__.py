@@ -1,1 +1,1 @@
-"""What knows a model's insides: layers, their stand-ins, and how models of a family are called."""
+"""The insides of a model: layers that can be compressed, the packed ones, and how models of a family are called."""

@@ -47,7 +47,7 @@ def names_beside(module: nn.Module) -> set[str]:
 
 
 def originals(module: nn.Module, name: str) -> list[Tensor]:
-    """What one weight is computed from."""
+    """The tensors that one weight is computed from."""
     if is_parametrized(module, name):
         each: nn.Module = module.parametrizations[name]  # type: ignore[index, assignment]
         return [*each.parameters(), *each.buffers()]
@@ -57,7 +57,7 @@ def originals(module: nn.Module, name: str) -> list[Tensor]:
 
 
 def inside(path: str) -> bool:
-    """Whether a module stands inside a parametrization."""
+    """True if a module stands inside a parametrization."""
     return INSIDE in path.split(".")
 
 

@@ -82,7 +82,7 @@ class Copying:
         return made
 
     def holds_module(self, thing: Any) -> bool:
-        """Whether a module of the model can be reached from here. Notes on the way what `copy.deepcopy` is told."""
+        """True if a module of the model can be reached from here. Notes on the way what `copy.deepcopy` is told."""
         if isinstance(thing, KNOWN_LEAVES) or thing is None:
             return False
         if id(thing) in self.held:
@@ -119,7 +119,7 @@ class Copying:
         return copy.deepcopy(thing, self.memo) if self.holds_module(thing) else thing
 
     def explained(self, problem: Exception) -> ModelError:
-        """What could not be copied, and where it is."""
+        """The error that names what could not be copied, and where it is."""
         modules = {id(module): module for module in self.model.modules()}
         for path, module in self.model.named_modules():
             for name, value in attributes_of(module).items():
@@ -139,12 +139,12 @@ class Copying:
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """What hangs on a module beside its parameters, buffers and children: attributes and hooks."""
+    """The attributes and hooks of a module beside its parameters, buffers and children."""
     return {name: value for name, value in vars(module).items() if name not in ("_parameters", "_buffers", "_modules")}
 
 
 def parts_of(thing: Any) -> list[Any]:
-    """What a thing of any kind holds."""
+    """The objects that an object of any kind holds."""
     if isinstance(thing, types.FunctionType):
         cells = [content for cell in thing.__closure__ or () for content in content_of(cell)]
         return [*cells, thing.__defaults__, thing.__kwdefaults__, thing.__dict__]
@@ -161,7 +161,7 @@ def parts_of(thing: Any) -> list[Any]:
 
 
 def content_of(cell: types.CellType) -> list[Any]:
-    """What a variable of a closure holds; nothing before it was assigned."""
+    """The object that a closure's variable holds; nothing before it was assigned."""
     try:
         return [cell.cell_contents]
     except ValueError:

@@ -62,7 +62,7 @@ class DecodedWeight(Tensor):
 
 
 def writes(func: Any) -> bool:
-    """Whether a function of PyTorch changes its first argument."""
+    """True if a function of PyTorch changes its first argument."""
     name = getattr(func, "__name__", "")
     if name == "__set__":
         return getattr(getattr(func, "__self__", None), "__name__", "") == "data"
@@ -72,7 +72,7 @@ def writes(func: Any) -> bool:
 
 
 def views_of(decoded: DecodedWeight, result: Any) -> Any:
-    """What came of a decoded weight; what shares its memory is a decoded weight as well."""
+    """The result of an operation on a decoded weight; what shares its memory is a decoded weight as well."""
     if isinstance(result, tuple | list) and type(result) in (tuple, list):
         return type(result)(views_of(decoded, each) for each in result)
     if type(result) is Tensor and result.layout is torch.strided:
@@ -124,7 +124,7 @@ class PackedModule(Packed):
 
 
 class FlatWeights(nn.Module):
-    """What an LSTM, a GRU or an RNN keeps as a list beside its weights."""
+    """The list that an LSTM, a GRU or an RNN keeps beside its weights, decoded when it is read."""
 
     _flat_weights_names: list[str]
 
@@ -181,7 +181,7 @@ def new_packed(kind: type[Packed], own: type[nn.Module], children: tuple[tuple[s
 
 
 def reader(name: str, child: str) -> Callable[[nn.Module], Tensor]:
-    """What reads a packed parameter."""
+    """The getter of a packed parameter."""
 
     def read(module: nn.Module) -> Tensor:
         packed: Any = module._modules[child]

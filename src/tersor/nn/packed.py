@@ -311,7 +311,7 @@ def packed_parameters(module: nn.Module) -> dict[str, PackedWeight]:
 
 
 def packed_weight(module: nn.Module, parameter: str) -> PackedWeight | None:
-    """What stands in a parameter's place, if it was packed."""
+    """The packed weight that replaced a parameter; None if it was not packed."""
     layer = isinstance(module, PackedLinear | PackedConv | PackedEmbedding) and parameter == "weight"
     packed = module._modules.get(LAYER if layer else PREFIX + parameter)
     return packed if isinstance(packed, PackedWeight) else None

@@ -53,7 +53,7 @@ def resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args:
 
 
 def is_packed(model: nn.Module, name: str) -> bool:
-    """Whether something stands in the place of a parameter, given by its full name."""
+    """True if something stands in the place of a parameter, given by its full name."""
     owner, _, parameter = name.rpartition(".")
     try:
         return packed_weight(model.get_submodule(owner), parameter) is not None

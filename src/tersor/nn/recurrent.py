@@ -43,12 +43,12 @@ class PackedRecurrent(Packed):
     bidirectional: bool
 
     def quantizer(self, name: str) -> InputQuantizer | None:
-        """What quantizes the input of one of the weights."""
+        """The input quantizer of one of the weights; None if its inputs stay float."""
         return getattr(self, QUANTIZER + name, None)
 
     @property
     def kernel(self) -> str:
-        """What runs a step: `int_mm`, or `decode`."""
+        """The kernel that runs a step: `int_mm`, or `decode`."""
         return INT_MM.name if self.map_of("weight_hh_l0", None).is_int8 else "decode"
 
     def map_of(self, name: str, bias: Tensor | None) -> "Map":
@@ -153,14 +153,14 @@ class Map(NamedTuple):
 
     @property
     def is_int8(self) -> bool:
-        """Whether it can run on integers."""
+        """True if it can run on integers."""
         if not isinstance(self.weight, PackedWeight) or self.quantizer is None:
             return False
         activation = self.quantizer.activation
         return activation.format == "int8-dynamic" and INT_MM.fits(self.weight.encoded, activation, torch.float32)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Of many inputs at once."""
+        """Matrix product for all time steps at once."""
         if isinstance(self.weight, PackedWeight):
             activation = self.quantizer.activation if self.quantizer is not None else None
             y = linear(x, self.weight.encoded, activation, self.bias, self.weight.memory)

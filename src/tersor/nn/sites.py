@@ -65,7 +65,7 @@ SMALLEST_STACK = 16  # a bare 3-D parameter is taken for stacked experts when bo
 
 
 class Place(NamedTuple):
-    """Where a weight lives: the module's path and the parameter's name in it."""
+    """The place of a weight: the module's path and the parameter's name in it."""
 
     module: str
     parameter: str
@@ -116,11 +116,11 @@ class Site:
         return self.fold.matrix(self.weight(model).detach()).float().contiguous()
 
     def originals(self, model: nn.Module) -> list[Tensor]:
-        """What the weight is computed from, where it is computed."""
+        """The tensors that the weight is computed from; none if it is a parameter of its own."""
         return [each for place in self.owners for each in originals(model.get_submodule(place.module), place.parameter)]
 
     def settle(self, model: nn.Module) -> None:
-        """Where the weight is computed from others (weight norm and its like), make it a parameter of its own."""
+        """Make the weight a parameter of its own if it is computed from others (weight norm and its like)."""
         for place in self.owners:
             settle(model.get_submodule(place.module), place.parameter)
 
@@ -250,7 +250,7 @@ def weights_of(module: nn.Module) -> list[tuple[str, nn.Parameter | PackedWeight
 
 
 def is_stack(owner: nn.Parameter | PackedWeight) -> bool:
-    """Whether a bare parameter is a stack of matrices, such as the weights of experts."""
+    """True if a bare parameter is a stack of matrices, such as the weights of experts."""
     shape = owner.fold.weight_shape if isinstance(owner, PackedWeight) else owner.shape
     return len(shape) == 3 and shape[0] > 1 and min(shape[1:]) >= SMALLEST_STACK
 
@@ -262,7 +262,7 @@ def is_transposed_linear(module: nn.Module) -> bool:
 
 
 def runs_as_its_class(module: nn.Module) -> bool:
-    """Whether nobody gave this one module a forward of its own, or attributes that a packed layer needs."""
+    """True if nobody gave this one module a forward of its own, or attributes that a packed layer needs."""
     return not module.__dict__.keys() & {"forward", "packed", "input_quantizer"}
 
 
@@ -274,18 +274,18 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module computes exactly `x @ W.T + b`, and may become one that does."""
+    """True if a module computes exactly `x @ W.T + b`, and may become one that does."""
     return (type(module) is nn.Linear or is_transposed_linear(module)) and runs_as_its_class(module)
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether a module is a convolution as PyTorch runs it, packed or not."""
+    """True if a module is a convolution as PyTorch runs it, packed or not."""
     plain = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and runs_as_its_class(module)
     return isinstance(module, PackedConv) or plain
 
 
 def is_recurrent(module: nn.Module) -> bool:
-    """Whether a module is an LSTM or GRU as PyTorch runs it, without projections, packed or not."""
+    """True if a module is an LSTM or GRU as PyTorch runs it, without projections, packed or not."""
     kind = own_class(module)
     return kind in (nn.LSTM, nn.GRU) and not module.proj_size and runs_as_its_class(module)
 
@@ -311,7 +311,7 @@ def put(model: nn.Module, place: Place, packed: PackedWeight, activation: Activa
 
 
 def layer_kind(module: nn.Module) -> type[Packed] | None:
-    """What a layer becomes whose forward can be replaced; None for any other module."""
+    """The class that a layer becomes if its forward can be replaced; None for any other module."""
     for kind, _ in PACKED_KINDS:
         if isinstance(module, kind):
             return PackedTransposedLinear if isinstance(module, PackedTransposedLinear) else kind

@@ -1,4 +1,4 @@
-"""What to do where a smaller model is slower, or takes more memory, than the original: from what it really holds."""
+"""Hints for a model that came out slower, or takes more memory, than the original."""
 
 from collections.abc import Sequence
 

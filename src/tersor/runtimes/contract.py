@@ -76,7 +76,7 @@ class Session(Protocol):
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        """What `run` must be fed."""
+        """The inputs that `run` must be fed."""
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
         """All outputs by name. Raises InputError where `feeds` are not the declared inputs."""
@@ -91,21 +91,21 @@ class Runtime(Protocol):
 
     @property
     def name(self) -> str:
-        """What `--runtime` takes."""
+        """The name that `--runtime` takes."""
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """Of the files it opens; an empty one is a folder."""
+        """Suffixes of the files it opens; an empty one is a folder."""
 
     def version(self) -> str:
-        """Of the library. Raises MissingExtra where it is not installed."""
+        """The version of the library. Raises MissingExtra if it is not installed."""
 
     def open(self, path: str | Path, *, num_threads: int = 1) -> Session:
         """Raises MissingExtra where the library is not installed, ModelError for a file it cannot open."""
 
 
 def run_clock(num_threads: int) -> Callable[[], float]:
-    """What whole runs are timed with: the process's own time on one thread, else the clock on the wall."""
+    """The clock that times whole runs: the process's CPU time on one thread, else the wall clock."""
     return time.process_time if num_threads == 1 else time.perf_counter
 
 
@@ -152,7 +152,7 @@ class Decodes(Protocol):
 
 @dataclass
 class Reading:
-    """What every decoder counts: which of the tokens fed so far are no padding, `[row, token]`."""
+    """The state that every decoder keeps: which of the tokens fed so far are no padding, `[row, token]`."""
 
     mask: Int64[np.ndarray, "row token"] | None = None
 

@@ -118,7 +118,7 @@ class ExecuTorchSession:
         return dict(zip(self.outputs, arrays, strict=True))
 
     def profile(self, feeds: Feeds, num_runs: int = 10) -> Profile:
-        """By ExecuTorch's own profiler, in a program loaded for it; some runs come before those that count."""
+        """Profile by ExecuTorch's own profiler, in a program loaded for it; some runs come before those that count."""
         check_feeds(feeds, self.inputs, str(self.path))
         if self.pool != Pool.number:
             self.load()

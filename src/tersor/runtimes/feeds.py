@@ -1,4 +1,4 @@
-"""What a session is fed: made-up inputs of the declared types and shapes, or a task's own examples."""
+"""Inputs of a session: made up in the declared types and shapes, or a task's own examples."""
 
 from collections.abc import Mapping, Sequence
 

@@ -57,7 +57,7 @@ class OnnxSession:
         return dict(zip(self.outputs, self.session.run(None, dict(feeds)), strict=True))
 
     def profile(self, feeds: Feeds, num_runs: int = 10) -> Profile:
-        """By ONNX Runtime's own profiler, in a session of its own; two runs come before those that count."""
+        """Profile by ONNX Runtime's own profiler, in a session of its own; two runs come before those that count."""
         check_feeds(feeds, self.inputs, str(self.path))
         with scratch_folder() as folder:
             session = open_session(self.path, self.num_threads, profile=folder)

@@ -59,7 +59,7 @@ class OnnxDecoder:
         return logits.astype(np.float32, copy=False)
 
     def hand_on(self, num_rows: int, had: int) -> None:
-        """What was the present becomes the past; of length 0 in the first call."""
+        """Feeds the new key/value cache back as the past of the next call; of length 0 in the first call."""
         present = (
             self.binding.get_outputs()[: len(self.past)] if had else [self.empty(n, num_rows, 0) for n in self.past]
         )

@@ -93,7 +93,7 @@ Shaped = tuple[str, list[int]]  # type and shape
 
 
 def part_of(op: str, inputs: list[Shaped], weights: dict[int, tuple[str, tuple[int, ...]]]) -> str:
-    """What a node is there for."""
+    """The purpose of a node, such as a product, decoding or the rest."""
     if op in MATMULS | CONVOLUTIONS | RECURRENT | ATTENTION:
         return "product"
     if op in DECODERS or (op == "DequantizeLinear" and 0 in weights):
@@ -112,13 +112,13 @@ def kernel_of(op: str, inputs: list[Shaped], weights: dict[int, tuple[str, tuple
 
 
 def stored_as(weights: dict[int, tuple[str, tuple[int, ...]]]) -> str:
-    """How the largest of a product's weights is kept; empty where it has none (a bias, a scale and such are none)."""
+    """The type that a product's largest weight is stored in; empty if it has none (biases and scales do not count)."""
     matrices = [(prod(shape), kind) for kind, shape in weights.values() if len(shape) > 1]
     return "" if not matrices else "packed" if max(matrices)[1] in INTEGERS else "float"
 
 
 def precision_of(op: str, inputs: list[Shaped], node: Node | None) -> str:
-    """What is multiplied."""
+    """The types that a product multiplies."""
     if op == "MatMulNBits":
         return "int8" if node is not None and node.attributes.get("accuracy_level") == 4 else "fp32"
     if "Integer" in op or op.startswith(("QLinear", "QGemm", "DynamicQuantize", "QAttention")):

@@ -45,7 +45,7 @@ class OpenVino:
         return OpenVinoDecoder(Path(path), compiled)
 
     def settings(self, num_threads: int) -> dict[str, Any]:
-        """What a model is compiled with."""
+        """The settings that a model is compiled with."""
         settings: dict[str, Any] = {
             "INFERENCE_NUM_THREADS": num_threads,
             "NUM_STREAMS": 1,
@@ -75,7 +75,7 @@ class OpenVinoSession:
         return {name: np.array(array) for name, array in zip(self.outputs, found.values(), strict=True)}
 
     def profile(self, feeds: Feeds, num_runs: int = 10) -> Profile:
-        """By OpenVINO's performance counters, in a model compiled for it; some runs come before those that count."""
+        """Profile by OpenVINO's performance counters, in a model compiled for it, after some warm-up runs."""
         check_feeds(feeds, self.inputs, str(self.path))
         model = read_model(self.path)
         at_shapes = model.clone()

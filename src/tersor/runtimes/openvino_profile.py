@@ -82,7 +82,7 @@ def layer(name: str, seconds: float, node: Any, macs: dict[str, int], dynamic: b
 
 
 def part_of(kind: str, num_macs: int, about: dict[str, str]) -> str:
-    """What a node is there for; a fused subgraph with products in it is a product."""
+    """The purpose of a node; a fused subgraph with products in it is a product."""
     if kind in PRODUCTS or num_macs:
         return "product"
     small = {"u8", "i8"} & {about["runtimePrecision"], *about["outputPrecisions"].split(",")}
@@ -94,7 +94,7 @@ def part_of(kind: str, num_macs: int, about: dict[str, str]) -> str:
 
 
 def weights_of(node: Any) -> str:
-    """What type a product's weights are: those are, of the inputs that come from nothing but constants, the largest."""
+    """The type of a product's weights: the largest of its inputs that come from nothing but constants."""
     found = []
     for port in node.inputs():
         shape, leaves = port.get_partial_shape(), leaves_of(port.get_source_output().get_node())
@@ -128,7 +128,7 @@ def port_bytes(port: Any) -> int:
 
 
 def macs_at_ports(node: Any) -> int:
-    """Of a product whose operators in the file have other names: its output times the input's last axis."""
+    """Multiply-accumulates of a product that the file names differently: its output times the input's last axis."""
     first, out = node.input(0).get_partial_shape(), node.output(0).get_partial_shape()
     return 0 if first.is_dynamic or out.is_dynamic else prod(out.to_shape()) * first.to_shape()[-1]
 

@@ -56,7 +56,7 @@ class TorchSession:
             return named_outputs(self.model(**arguments))
 
     def profile(self, feeds: Feeds, num_runs: int = 10) -> Profile:
-        """By a stopwatch around every module, every decoding and every operator that Python calls."""
+        """Profile by a stopwatch around every module, every decoding and every operator that Python calls."""
         check_feeds(feeds, self.inputs, self.name)
         arguments = {name: torch.from_numpy(array) for name, array in feeds.items()}
         with torch.inference_mode(), threads(self.num_threads):
@@ -118,5 +118,5 @@ def named_outputs(output: Any) -> dict[str, np.ndarray]:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """As an array; NumPy has no bfloat16, so that becomes float32."""
+    """The tensor as an array; NumPy has no bfloat16, so that becomes float32."""
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -226,7 +226,7 @@ def removed(handle: Any) -> Iterator[None]:
 
 
 def bytes_of(value: Any) -> int:
-    """Of all tensors in nested arguments; an Encoded counts as it is stored."""
+    """Bytes of all tensors in nested arguments; an Encoded counts as it is stored."""
     if isinstance(value, Tensor):
         return value.nbytes
     if isinstance(value, Encoded):
@@ -237,14 +237,14 @@ def bytes_of(value: Any) -> int:
 
 
 def precision_of(name: str, args: Any) -> str:
-    """What a product multiplies."""
+    """The types that a product multiplies."""
     known = next((precision for piece, precision in QUANTIZED.items() if piece in name), "")
     first = next((each for each in args if isinstance(each, Tensor)), None)
     return known or ("" if first is None else PRECISIONS.get(first.dtype, str(first.dtype).removeprefix("torch.")))
 
 
 def stored_as(module: nn.Module | None) -> str:
-    """How a module keeps the weights of its own products; empty where it has none."""
+    """The format of the weights that a module multiplies itself; empty if it has none."""
     if module is None:
         return ""
     if packed_weight(module, "weight") is not None or packed_parameters(module):
@@ -267,7 +267,7 @@ def macs_by_module(model: nn.Module, run: Callable[[], object]) -> dict[str, int
 
 
 def count_calls(run: Callable[[], object]) -> int:
-    """How many operators one run starts, those inside decoding and quantizing included."""
+    """The number of operators that one run starts, those inside decoding and quantizing included."""
     with CallCounter() as counter:
         run()
     return counter.num_calls

@@ -1,1 +1,1 @@
-"""How a weight is compressed, in a word: format, method and input quantizer, and which site gets which."""
+"""Schemes (format, method and input quantizer in a word), and the rules that give each site its own."""

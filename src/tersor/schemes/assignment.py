@@ -89,7 +89,7 @@ def canonical_name(text: str) -> str:
 
 
 def as_message(parse: Callable[[], Result]) -> Result:
-    """What `parse` returns; what it raises on purpose, as a message pydantic can carry."""
+    """The result of `parse`; errors raised on purpose become messages that pydantic can carry."""
     try:
         return parse()
     except TersorError as error:

@@ -78,7 +78,7 @@ class Scheme:
 
 
 def parts_of(text: str) -> tuple[str | None, str, str]:
-    """How a scheme spells its method (None: it names none), its format, and the rest."""
+    """The parts of a scheme: its method (None if it names none), its format, and the rest."""
     spelled = SHORTHANDS.get(text.strip(), text.strip())
     head, _, activation = spelled.partition("/")
     # A method begins with a letter: the colon of `2:4` does not end one.
@@ -134,7 +134,7 @@ def parse_number(name: str, key: str, value: str, whole: bool) -> int | float:
 
 
 def spell_options(made: Any) -> str:
-    """What `parse_options` reads: the name and the options that are not the usual ones."""
+    """The text that `parse_options` reads: the name and the options that are not the usual ones."""
     changed = [f"{f.name}={getattr(made, f.name)}" for f in fields(made) if getattr(made, f.name) != f.default]
     return f"{made.name}({', '.join(changed)})" if changed else made.name
 

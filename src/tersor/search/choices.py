@@ -1,4 +1,4 @@
-"""What the user says about the budget and the recipe, and what cannot be said together."""
+"""The user's choices of budget and recipe, and the check that they go together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What one format would make of a whole model: bytes, and the sites that it can hold."""
+"""The cost of one format over a whole model: bytes, and the sites that it can hold."""
 
 from tersor.codecs.file_bytes import file_bytes, file_bytes_of_shape
 from tersor.methods.stats import Stats

@@ -1,4 +1,4 @@
-"""What the user asks for: a size, a ratio, bits per weight, or the largest tolerated drop of the score."""
+"""The limit a user sets: a size, a ratio, bits per weight, or the largest tolerated drop of the score."""
 
 import re
 from dataclasses import dataclass

@@ -60,7 +60,7 @@ class Forecast:
         return self.counts.sum().item()
 
     def num_bytes(self, level: float) -> float:
-        """Of all codes."""
+        """Bytes that the entropy-coded weights of the whole model take."""
         return bits_at(self.counts, level, self.num_states) / 8
 
     def level(self, num_bytes: float) -> float:
@@ -78,7 +78,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Found:
-    """What a level made."""
+    """A noise level, and the model and file size that it gives."""
 
     recipe: Recipe
     made: Compressed
@@ -124,7 +124,7 @@ class NoiseLevelSearch:
         return fit(limit, forecast, searching.make)
 
     def can_measure(self) -> bool:
-        """Whether the loss of every site by itself can be measured in reasonable time."""
+        """True if the loss of every site by itself can be measured in reasonable time."""
         return self.task is not None and not self.factors and len(find_sites(self.model)) <= MOST_SITES
 
     def corrected(self, level: float) -> "tuple[NoiseLevelSearch, Forecast]":
@@ -160,7 +160,7 @@ class NoiseLevelSearch:
         defend(forecast, judged)
 
     def foresee(self) -> Forecast:
-        """How the codes deviate at all sites that the level decides, from one walk over the model as it is."""
+        """Forecast the deviations of the codes at all sites that the level decides, by one walk over the model."""
         schemes = dict(self.coded_sites(1.0))
         sites = list(schemes)
         counts: list[Tensor] = []
@@ -246,7 +246,7 @@ def fit(limit: Limit, forecast: Forecast, make: Make) -> Found:
 
 
 def next_level(measured: list[tuple[float, int]], num_bytes: float, forecast: Forecast) -> float:
-    """From the nearest measured file along the forecast; from the nearest two along the line through them."""
+    """The level to try next: from the nearest file along the forecast, or along the line through the nearest two."""
     nearest = sorted(measured, key=lambda point: abs(point[1] - num_bytes))
     level, have = nearest[0]
     slope = (forecast.num_bytes(level * 1.05) - forecast.num_bytes(level / 1.05)) / (2 * log2(1.05))

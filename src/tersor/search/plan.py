@@ -112,7 +112,7 @@ def candidates_for(step: WeightsStep, site: Site, assigned: str, candidates: lis
 
 
 def is_fixed(step: WeightsStep, site: Site) -> bool:
-    """Whether a rule or exclude says what becomes of a site."""
+    """True if a rule or an exclude pattern decides on a site."""
     return any(matches(pattern, site.name) for pattern in (*step.rules, *step.exclude))
 
 
@@ -144,7 +144,7 @@ def option_of(site: Site, scheme: Scheme | None, loss: float = 0.0, num_values: 
 
 
 def is_sparse(scheme: Scheme, site: Site) -> bool:
-    """Whether the bytes depend on the weights, not only on the shape."""
+    """True if the bytes depend on the weights, not only on the shape."""
     return any(None in shape for _, shape in scheme.format.layout(site.shape).values())
 
 
@@ -227,7 +227,7 @@ def plan_and_make(
 
 
 def are_coded(menus: list[Menu]) -> bool:
-    """Whether the file of these menus is entropy-coded."""
+    """True if the file of these menus is entropy-coded."""
     return any(option.num_coded is not None for menu in menus for option in menu.options)
 
 
@@ -290,7 +290,7 @@ def planned_size(kept: Tensors, menus: list[Menu], chosen: list[Option]) -> int:
 
 
 def stored_tensors(site: Site, scheme: Scheme | None, num_values: int = 0) -> Tensors:
-    """What the file holds for one site."""
+    """The tensors that the file holds for one site."""
     if scheme is None:
         return [(site.parameter, site.dtype, site.fold.weight_shape)]
     return [

@@ -156,7 +156,7 @@ class Trials:
         return score(self.task, model, self.progress, what)
 
     def way_on(self) -> str:
-        """What has finished, and how to go on where the search is stopped."""
+        """The trials that have finished, and how to continue a search that was stopped."""
         done = "; ".join(f"{t.num_bytes:,} bytes: {t.verdict.sentence()}" for t in self.finished)
         there = (
             f"; the same command goes on from there, with what is in {self.journal.path}" if self.journal.path else ""

@@ -161,7 +161,7 @@ def automatic(
     floor: float,
     unit: str,
 ) -> KeptFloat:
-    """What `auto` keeps; `worst` are the sites, the worst first."""
+    """The sites that `auto` keeps float; `worst` are the sites, the worst first."""
     if whole <= floor:
         reason = f"all sites together cost {whole:.3g} {unit}, which is negligible"
         return KeptFloat(unit, whole, whole, {}, losses, reason)

@@ -49,7 +49,7 @@ def check_result(site: Site, scheme: Scheme, encoded: Encoded, weight: Weight, s
 
 
 def relative_error(error: Weight, weight: Weight, stats: Stats) -> float:
-    """Of the weights, or of the outputs on the calibration data if that is less; 0 where there is nothing to lose."""
+    """Relative error of the weights, or of the outputs on the calibration data if that is less; at least 0."""
     size = weight.abs().max().item() or 1.0
     error, weight = error.double() / size, weight.double() / size
     found = ratio(error.square().sum(), weight.square().sum())

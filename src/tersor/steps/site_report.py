@@ -1,4 +1,4 @@
-"""What became of one site."""
+"""The report on one compressed site."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,7 +30,7 @@ class SiteReport:
     def of(
         cls, site: Site, scheme: Scheme, encoded: Encoded, activation: Activation | None, weight: Tensor
     ) -> "SiteReport":
-        """Of a site whose matrix was `weight`."""
+        """The report of a site whose matrix was `weight`."""
         error = (encoded.decode() - weight).square().sum() / weight.square().sum().clamp_min(1e-38)
         num_bytes = file_bytes(encoded)
         return cls(

@@ -76,7 +76,7 @@ class ArrayInputs:
         return Batch(rows, {"x": normalise(to_model_layout(stored), self.mean, self.std)})
 
     def call(self, model: nn.Module, batch: Batch) -> Any:
-        """What the model returns."""
+        """The model's output for a batch."""
         return run_model(model, batch)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -122,7 +122,7 @@ class NamedArrays:
         return Batch(rows, {name: as_tensor(array[rows]) for name, array in self.arrays.items()})
 
     def call(self, model: nn.Module, batch: Batch) -> Any:
-        """What the model returns."""
+        """The model's output for a batch."""
         return run_model(model, batch)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -44,7 +44,7 @@ def find_class_axis(model: nn.Module, run: Any, before: Tensor) -> int | None:
 
 
 def num_channels(layer: nn.Module) -> int:
-    """How many outputs a layer of weights has; 0 for any other module."""
+    """The number of outputs of a layer with weights; 0 for any other module."""
     sizes = (getattr(layer, name, 0) for name in CHANNELS_AXIS)
     return next((size for size in sizes if isinstance(size, int) and size > 0), 0)
 
@@ -82,7 +82,7 @@ def raised(layer: nn.Module, channel: int) -> Iterator[None]:
 
 
 def rises(before: Tensor, after: Tensor) -> Tensor:
-    """Where the output has become larger, beyond rounding."""
+    """A mask of the outputs that have become larger, beyond rounding."""
     before, after = before.float(), after.float().nan_to_num(0.0, 1e30, -1e30)
     return after - before > 1e-3 * (after - before).abs().max().clamp_min(1e-30)
 

@@ -88,7 +88,7 @@ class Texts:
         )
 
     def call(self, model: nn.Module, batch: Batch) -> Any:
-        """What the model returns."""
+        """The model's output for a batch."""
         arguments = batch.to(device_of(model))
         if "token_type_ids" in arguments and "token_type_ids" not in inspect.signature(model.forward).parameters:
             del arguments["token_type_ids"]
@@ -138,7 +138,7 @@ def tokenize(texts: Sequence[str], source: Source, *, max_length: int | None = N
 
 
 def length_limit(source: Source) -> int:
-    """How many positions the model has, as far as its configuration says."""
+    """The number of positions that the model has, as far as its configuration says."""
     config = part_of(source.config, "text_config")
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
@@ -149,7 +149,7 @@ def length_limit(source: Source) -> int:
 
 
 def tokenizer_limit(tokenizer: Any) -> int:
-    """How many tokens the tokenizer says that a text may have. Raises DataError where it says no number."""
+    """The most tokens that the tokenizer allows in a text. Raises DataError if it gives no number."""
     limit = getattr(tokenizer, "model_max_length", None)
     if limit is None:
         return NO_LIMIT

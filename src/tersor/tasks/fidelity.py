@@ -35,7 +35,7 @@ CHUNK = 2**24  # logits compared at a time
 
 @dataclass(eq=False)
 class Reference:
-    """What the original said, batch by batch in the order of `batches("eval")`."""
+    """The original's outputs, batch by batch in the order of `batches("eval")`."""
 
     dtype: torch.dtype = torch.float32
     outputs: list[Tensor] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Fidelity:
 
     @property
     def description(self) -> str:
-        """What was read and how it was split, and how outputs are read where the model had to be asked."""
+        """A description of the data, how it was split, and how outputs are read if the model had to be asked."""
         reading = self.inputs.reading if isinstance(self.inputs, Judged) else None
         return f"{self.about}; {reading.note}" if reading is not None and reading.note else self.about
 
@@ -176,7 +176,7 @@ def check_original(output: Tensor, kind: Output, original: nn.Module) -> None:
 
 
 def _stored(output: Tensor, dtype: torch.dtype) -> Tensor:
-    """As kept: float32, or float16 cut to its finite range."""
+    """An output in the type it is stored in: float32, or float16 cut to its finite range."""
     largest = torch.finfo(torch.float16).max
     return output.float() if dtype == torch.float32 else output.float().clamp(-largest, largest).to(dtype)
 

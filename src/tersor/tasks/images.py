@@ -69,7 +69,7 @@ class ImageInputs:
         return Batch(rows, {"x": normalise(to_model_layout(np.stack(pictures)), self.mean, self.std)})
 
     def call(self, model: nn.Module, batch: Batch) -> Any:
-        """What the model returns."""
+        """The model's output for a batch."""
         return run_model(model, batch)
 
     def forward(self, model: nn.Module, batch: Batch) -> Float[Tensor, " row *rest"]:

@@ -93,7 +93,7 @@ def scoring(model: nn.Module) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the first parameter or buffer that holds numbers lies; the CPU for a model with neither."""
+    """The device of the first parameter or buffer that holds numbers; the CPU for a model with neither."""
     tensor = next((t for t in chain(model.parameters(), model.buffers()) if not t.is_meta), None)
     return torch.device("cpu") if tensor is None else tensor.device
 

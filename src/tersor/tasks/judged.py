@@ -26,7 +26,7 @@ class Calls(Inputs, Protocol):
     """Inputs that a model can be called with."""
 
     def call(self, model: nn.Module, batch: Batch) -> Any:
-        """What the model returns, as it comes."""
+        """The model's output, as it comes."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def read_one(
     output: Tensor,
     named: bool,
 ) -> Reading:
-    """How one tensor is to be read; `named` where its name says logits."""
+    """The reading of one output tensor; `named` is true if its name says logits."""
     if asked.class_axis is not None:
         if not 1 <= asked.class_axis < output.ndim or output.shape[asked.class_axis] < 2:
             raise InputError(f"option class_axis is {asked.class_axis}, and the model returns {list(output.shape)}")
@@ -175,13 +175,13 @@ def as_logits(name: str, output: Tensor, axis: int, why: str) -> Reading:
 
 
 def is_unit(rows: Tensor) -> bool:
-    """Whether all rows have length 1, as normalized embeddings do."""
+    """True if all rows have length 1, as normalized embeddings do."""
     lengths = rows.float().norm(dim=-1)
     return rows.shape[1] > 1 and bool(((lengths - 1).abs() < LENGTH).all()) and bool((rows < 0).any())
 
 
 def scales_of(outputs: list[Tensor]) -> tuple[float, ...]:
-    """What makes several outputs count alike: the root of each one's mean squared length; 1 for a single one."""
+    """Factors that make several outputs count alike: the root of each one's mean squared length; 1 for a single one."""
     if len(outputs) == 1:
         return (1.0,)
     lengths = [each.float().flatten(1).square().sum(1).mean().sqrt().item() for each in outputs]
@@ -189,5 +189,5 @@ def scales_of(outputs: list[Tensor]) -> tuple[float, ...]:
 
 
 def note_of(names: tuple[str, ...]) -> str:
-    """What is said of values."""
+    """The note that outputs are judged as values."""
     return f"values: {', '.join(names)}" if names != ("",) else ""

@@ -175,12 +175,12 @@ def judged_names(output: Any, num_examples: int) -> tuple[tuple[str, ...], Outpu
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name is that of a state or a by-product rather than of an answer."""
+    """True if a name is that of a state or a by-product rather than of an answer."""
     return any(part in INSIDE or part.endswith(INSIDE_ENDS) for part in name.split("."))
 
 
 def described(output: Any) -> str:
-    """What was returned, by name and shape, for messages."""
+    """A description of an output, by name and shape, for messages."""
     found = {name: list(each.shape) for name, each in tensors_of(output).items()}
     inside = ", ".join(f"{name} {shape}".strip() for name, shape in list(found.items())[:4])
     return inside if isinstance(output, Tensor) else f"{type(output).__name__} ({inside or 'no tensors'})"

@@ -32,7 +32,7 @@ class Processor:
 
     @property
     def description(self) -> str:
-        """What is done, in a few words."""
+        """A description of the processing in a few words."""
         given = {name: getattr(self.own, name, None) for name in ("size", "crop_size", "image_mean", "image_std")}
         crop = "crop_size" if getattr(self.own, "do_center_crop", None) else "size"
         sides = [side for side in dict(given[crop] or given["size"] or {}).values() if side]

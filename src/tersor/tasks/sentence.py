@@ -205,7 +205,7 @@ def read_state(place: Path) -> dict[str, Tensor]:
 
 
 def read_limits(folder: Path) -> tuple[int | None, bool]:
-    """How many tokens a sentence may have, and whether it is put into small letters (`sentence_bert_config.json`)."""
+    """The most tokens of a sentence, and if it is lowercased first (`sentence_bert_config.json`)."""
     path = folder / "sentence_bert_config.json"
     config = read_json(path, dict) if path.is_file() else {}
     length = config.get("max_seq_length")

@@ -48,7 +48,7 @@ class Together:
         return Batch(rows, {PICTURES if name == "x" else name: each for name, each in inputs.items()})
 
     def call(self, model: nn.Module, batch: Batch) -> Any:
-        """What the model returns."""
+        """The model's output for a batch."""
         return run_model(model, batch)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:

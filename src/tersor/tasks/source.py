@@ -1,4 +1,4 @@
-"""What a task is opened from: the data, and the model's own files that say how to feed it."""
+"""The source that a task is opened from: data, and the model's own files that say how to feed it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +29,12 @@ class Source:
 
     @property
     def train_name(self) -> str:
-        """What tables call the training data; empty without it."""
+        """The name of the training data in tables; empty without it."""
         return "" if self.train is None else self.train.name
 
     @property
     def calibration_name(self) -> str:
-        """What tables call the separate calibration source; empty without one."""
+        """The name of the separate calibration source in tables; empty without one."""
         return "" if self.calibration is None else self.calibration.name
 
     def need_data(self, task: str, expected: str) -> Path:

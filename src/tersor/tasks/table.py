@@ -51,12 +51,12 @@ def read_texts(path: Path) -> list[str]:
 
 
 def is_json_lines(path: Path) -> bool:
-    """Whether the file's ending says JSON lines."""
+    """True if the file's ending says JSON lines."""
     return path.suffix.lower() in (".jsonl", ".ndjson", ".json")
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file is read as rows (anything else is plain text)."""
+    """True if a file is read as rows (anything else is plain text)."""
     return is_json_lines(path) or path.suffix.lower() in (".csv", ".tsv")
 
 
@@ -99,7 +99,7 @@ def _csv_rows(path: Path, text: str, columns: Columns) -> list[Row]:
 
 
 def _header(fields: list[str], columns: Columns) -> dict[str, int] | None:
-    """Where each column stands, when these fields are a header that names them all."""
+    """The place of each column if these fields are a header that names them all."""
     names = [field.strip().lower() for field in fields]
     places = {
         column: names.index(known)

@@ -1,4 +1,4 @@
-"""What a Hugging Face model takes, told from its configuration and the signature of its class."""
+"""The kind of input that a Hugging Face model takes, told from its configuration and its class's signature."""
 
 import inspect
 from typing import Any, Literal
@@ -12,7 +12,7 @@ WRITES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # they read
 
 
 def takes(config: Any) -> Takes:
-    """What the architecture of a configuration is fed; `text` where nothing says otherwise."""
+    """The kind of input that an architecture takes; `text` if nothing says otherwise."""
     parameters, main = signature_of(config)
     needed = [name for name, each in parameters.items() if each.default is each.empty]
     if PICTURES in parameters and TEXT in parameters:

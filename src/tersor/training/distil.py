@@ -156,7 +156,7 @@ class DistilStep(TrainingStep):
 
     @contextmanager
     def answers(self, job: Job, task: Trainable, teacher: nn.Module) -> Iterator[TeacherCache | None]:
-        """What the teacher says, on disk: beside the job's journal, or in a temporary folder."""
+        """The teacher's outputs on disk: beside the job's journal, or in a temporary folder."""
         if not self.cache:
             yield None
             return
@@ -175,7 +175,7 @@ class DistilStep(TrainingStep):
             yield cache
 
     def key_of(self, task: Trainable, teacher: nn.Module) -> str:
-        """What the teacher's outputs and their order depend on, as a hash."""
+        """A hash of all that the teacher's outputs and their order depend on."""
         batch = next(iter(task.epoch(0, self.batch_size)))
         inputs = batch.inputs.items() if isinstance(batch, Batch) else ()
         sums = [
@@ -228,7 +228,7 @@ class Distillation(nn.Module):
         return [pair[side] for pair in (*self.blocks, *self.relations)]
 
     def ask(self, batch: Any) -> tuple[Answer, Seen]:
-        """What the teacher says, and what goes on inside it."""
+        """Runs the teacher; returns logits and hidden states."""
         _, teacher = self.models
         with scoring(teacher), watching(teacher, self.watched(1)) as seen:
             return Answer(predictions(self.task.forward(teacher, batch), batch)), seen
@@ -295,7 +295,7 @@ def targets(task: Trainable, batch: Any, answer: Answer) -> Int[Tensor, " predic
 
 
 def projection(width: int, wanted: int) -> nn.Module:
-    """From the student's width to the teacher's."""
+    """A linear map from the student's width to the teacher's."""
     if width == wanted:
         return nn.Identity()
     linear = nn.Linear(width, wanted, bias=False)

@@ -141,7 +141,7 @@ class FakeWeight(Simulated):
         return Levels(scale, low, high, num_steps, self.gather, 1 / math.sqrt(num_sharing * largest))
 
     def spread(self, by_group: Float[Tensor, "rows groups"]) -> Tensor:
-        """What a group has, as it broadcasts against the matrix."""
+        """A value for each group, repeated so that it broadcasts against the matrix."""
         group_size = self.format.group_size if isinstance(self.format, IntGroup) else None
         return by_group.repeat_interleave(group_size, 1)[:, : self.shape[1]] if group_size else by_group
 
@@ -149,7 +149,7 @@ class FakeWeight(Simulated):
         return self.format.grouped(values).sum(-1)
 
     def encode(self, weight: Tensor) -> Encoded:
-        """What is stored for a weight: it decodes to what `forward` gives."""
+        """The encoded weight that decodes to the result of `forward`."""
         return self.format.encode(self.fold.matrix(weight.detach()).float().contiguous(), self.params())
 
 
@@ -181,7 +181,7 @@ class FakeInput(nn.Module):
 
     @torch.no_grad()
     def activation(self) -> Activation:
-        """As it would be stored now."""
+        """The input quantizer with its parameters rounded as they would be stored now."""
         params: dict[str, Tensor] = {}
         if self.log_scale is not None:
             params["scale"] = self.start * self.log_scale.exp()

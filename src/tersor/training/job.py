@@ -1,4 +1,4 @@
-"""What a recipe's training step works on."""
+"""The state that a recipe's training step works on."""
 
 from dataclasses import dataclass, field
 

@@ -55,7 +55,7 @@ class Journal:
         self.latest = time.monotonic()
 
     def read(self) -> tuple[Tensors, dict[str, Any]] | None:
-        """What the file holds; None where there is none, or one of another run."""
+        """The content of the file; None if there is none, or it is of another run."""
         if not self.path.is_file():
             return None
         try:

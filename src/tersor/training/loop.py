@@ -228,7 +228,7 @@ class Run:
         return self.num_worse >= self.settings.patience
 
     def sentence(self) -> str:
-        """What the bar shows."""
+        """The text that the progress bar shows."""
         recent = self.curve.losses[-20:]
         score = f", {self.curve.metric} {self.curve.scores[-1][1]:.4g}" if self.curve.scores else ""
         return f"{self.curve.name}: loss {sum(recent) / len(recent):.4g}{score}"

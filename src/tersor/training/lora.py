@@ -165,7 +165,7 @@ def targets_of(model: nn.Module, step: LoraStep) -> list[str]:
 
 
 def usual_targets(model: nn.Module) -> list[str]:
-    """What peft adapts of this architecture when it is not told."""
+    """The layers that peft adapts in this architecture by default."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
 
     kind = getattr(getattr(model, "config", None), "model_type", "")
@@ -217,7 +217,7 @@ def adapter_config(model: nn.Module, step: LoraStep, targets: list[str]) -> Any:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a layer's float weight is `[in, out]`, as that of Hugging Face's Conv1D."""
+    """True if a layer's float weight is `[in, out]`, as that of Hugging Face's Conv1D."""
     if isinstance(module, PackedLinear):
         return module.packed.fold.view == "transposed"
     return is_transposed_linear(module)

@@ -67,7 +67,7 @@ class LotteryStep(TrainingStep):
 
     @property
     def num_rounds(self) -> int:
-        """Of pruning; the last one drops what is missing to `sparsity`."""
+        """The number of pruning rounds; the last one drops what is missing to `sparsity`."""
         left = 1 - max(self.sparsity, *self.rules.values(), 0.0)
         return math.ceil(math.log(left) / math.log(1 - self.fraction) - 1e-9)
 

@@ -70,7 +70,7 @@ def merge(
 
 
 def scheme_of(layer: PackedLinear | PackedEmbedding, method: Method) -> str:
-    """How recipes spell the layer's format, filled by a method."""
+    """The scheme of the layer's format, filled by a method, as recipes spell it."""
     quantizer = layer.input_quantizer if isinstance(layer, PackedLinear) else None
     activation = f"/{quantizer.format}" if quantizer is not None else ""
     return f"{method(layer.packed.format)}:{layer.packed.format.name}{activation}"
@@ -115,7 +115,7 @@ LAYERS = (nn.Embedding, nn.Linear, PackedEmbedding, PackedLinear)  # embeddings 
 
 
 def is_same(tensor: Tensor, base: Tensor) -> bool:
-    """Whether two weights differ by no more than the coarser of their types rounds."""
+    """True if two weights differ by no more than the coarser of their types rounds."""
     eps = max(torch.finfo(each.dtype).eps for each in (tensor, base))
     return tensor.shape == base.shape and torch.allclose(tensor.float(), base.float().cpu(), rtol=2 * eps, atol=1e-7)
 

@@ -94,7 +94,7 @@ class PruneStep(TrainingStep):
         job.curves.append(curve)
 
     def share(self, step: int, num_steps: int) -> float:
-        """Of the prunings, how many are done before this step: 0 before the first, 1 from the end of the ramp on."""
+        """The share of prunings done before this step: 0 before the first, 1 from the end of the ramp on."""
         ramp_steps = int(self.ramp * num_steps)
         return 1.0 if step >= ramp_steps else step * self.num_prunings // ramp_steps / self.num_prunings
 

@@ -131,7 +131,7 @@ def check_sites(model: nn.Module, work: dict[Site, Scheme], masks: Masks) -> Non
 
 
 class PlannedSite(NamedTuple):
-    """What a weights step would have put in a site's place."""
+    """Initial quantization of a layer, before QAT."""
 
     encoded: Encoded
     activation: Activation | None
@@ -219,7 +219,7 @@ def gather_weights(module: nn.RNNBase, args: object) -> None:
 
 
 def groups(model: nn.Module, step: QatStep) -> list[dict[str, Any]]:
-    """What is trained: matrices with weight decay; biases and norms without; and the scales, at their own rate."""
+    """Parameter groups: matrices with weight decay, biases and norms without, and the scales at their own rate."""
     fakes = [module for module in model.modules() if isinstance(module, FakeWeight | FakeInput)]
     scales = [parameter for fake in fakes for parameter in fake.parameters(recurse=False)]
     known = {id(parameter) for parameter in scales}

@@ -1,4 +1,4 @@
-"""What every step that trains takes: how long, how fast, with what optimizer."""
+"""Settings of every step that trains: length, learning rate, optimizer."""
 
 from typing import Any, Literal
 

@@ -1,4 +1,4 @@
-"""What a training run needs before its first step: an Accelerator, an optimizer, a scheduler."""
+"""Setup of a training run: an Accelerator, an optimizer, a scheduler."""
 
 import math
 from typing import Any

@@ -115,7 +115,7 @@ class TeacherCache:
         write_whole(tensors, path, {"key": self.key})
 
     def answer(self, outputs: Float[Tensor, "prediction class_"]) -> Answer:
-        """What is kept of the teacher's outputs."""
+        """The part of the teacher's outputs that is stored."""
         if self.top_k is None or self.top_k >= outputs.shape[-1]:
             return Answer(outputs.float())
         classes = outputs.topk(self.top_k, dim=-1).indices
@@ -140,7 +140,7 @@ class TeacherCache:
         return True
 
     def read(self, batch: Batch) -> Answer:
-        """What the teacher says on a batch, in the order of its rows."""
+        """The teacher's stored outputs for a batch, in the order of its rows."""
         outputs, classes = [], []
         for row in batch.rows.tolist():
             path, start, count = self.places[row]
@@ -152,7 +152,7 @@ class TeacherCache:
 
 
 def numbers_of_predictions(output: Tensor, batch: Batch) -> list[int]:
-    """How many predictions each row of a batch has."""
+    """The number of predictions in each row of a batch."""
     if output.ndim == 2:
         return [1] * len(output)
     mask = padding_mask(batch, output)

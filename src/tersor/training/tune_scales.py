@@ -38,38 +38,38 @@ LEFTOVERS = "leftovers"  # the module that holds what is trained, in the model
 
 
 def half(values: Tensor) -> Tensor:
-    """As fp16 stores them."""
+    """Round to fp16, as stored."""
     largest = torch.finfo(torch.float16).max
     return values.clamp(-largest, largest).half()
 
 
 def byte(values: Tensor) -> Tensor:
-    """As whole numbers from 0 to 255."""
+    """Round to whole numbers from 0 to 255, as stored."""
     return values.round().clamp(0, 255).to(torch.uint8)
 
 
 def bfloat(values: Tensor) -> Tensor:
-    """As bfloat16 stores them."""
+    """Round to bfloat16, as stored."""
     return values.bfloat16()
 
 
 def e4m3(values: Tensor) -> Tensor:
-    """As FP8 E4M3 stores them, not negative."""
+    """Round to FP8 E4M3, not negative, as stored."""
     return values.clamp(0, torch.finfo(torch.float8_e4m3fn).max).to(torch.float8_e4m3fn)
 
 
 def single(values: Tensor) -> Tensor:
-    """As they are, in float32."""
+    """Cast to float32, as stored."""
     return values.clone()
 
 
 def ascending(values: Tensor) -> Tensor:
-    """As fp16, each at least the one before it."""
+    """Round to fp16, each at least the one before it."""
     return half(values).cummax(-1).values
 
 
 def exponent(values: Tensor) -> Tensor:
-    """As whole exponents."""
+    """Round to whole exponents."""
     return values.round().clamp(-LARGEST, LARGEST).to(torch.int16)
 
 

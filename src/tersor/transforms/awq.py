@@ -52,7 +52,7 @@ class Awq:
     def factor(
         self, pair: Pair, weights: Sequence[Tensor], x: Float[Tensor, "token in"], format: Format
     ) -> Float[Tensor, " features"] | None:
-        """What the source is divided by; None where no ratio lowers the error."""
+        """The factor that the source is divided by; None if no ratio lowers the error."""
         size = pair.largest(x.abs().mean(0)).clamp_min(1e-8)
         candidates: list[Tensor | None] = [None]
         for step in range(1, self.num_steps + 1):

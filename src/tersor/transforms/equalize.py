@@ -101,12 +101,12 @@ def passes_factors(graph: Graph, passed: list[nn.Module], node: torch.fx.Node) -
 
 
 def keeps_channels(source: nn.Module, module: nn.Module, num_axes: int | None) -> bool:
-    """Whether a pool or a batch norm has the source's outputs for channels."""
+    """True if a pool or a batch norm has the source's outputs for channels."""
     return not isinstance(source, nn.Linear) if type(module) in POOLS else of_one_axis(source, module, num_axes)
 
 
 def fit_together(source: nn.Module | None, reader: nn.Module) -> bool:
-    """Whether the source's rows are the channels of the reader's columns."""
+    """True if the source's rows are the channels of the reader's columns."""
     if type(source) not in LAYERS or type(reader) not in LAYERS:
         return False
     both_linear = (type(source) is nn.Linear) == (type(reader) is nn.Linear)
@@ -114,13 +114,13 @@ def fit_together(source: nn.Module | None, reader: nn.Module) -> bool:
 
 
 def takes_channels(layer: nn.Module) -> bool:
-    """Whether columns belong to channels simply: one group, or one channel in each."""
+    """True if columns belong to channels simply: one group, or one channel in each."""
     groups = getattr(layer, "groups", 1)
     return groups in (1, num_channels(layer))
 
 
 def num_channels(layer: nn.Module) -> int:
-    """How many channels a layer reads."""
+    """The number of channels that a layer reads."""
     return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels  # type: ignore[return-value]
 
 

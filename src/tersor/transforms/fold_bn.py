@@ -54,7 +54,7 @@ class FoldBn:
 
 
 def of_one_axis(layer: nn.Module, norm: nn.Module, num_axes: int | None) -> bool:
-    """Whether a batch norm's channels are the outputs of the layer before it, whose input has so many axes."""
+    """True if a batch norm's channels are the outputs of the layer before it, whose input has so many axes."""
     if isinstance(layer, nn.Linear):
         return type(norm) is nn.BatchNorm1d and num_axes == 2
     return AXES.get(type(layer)) is type(norm) and num_axes in (None, len(layer.kernel_size) + 2)  # type: ignore[arg-type]
@@ -78,12 +78,12 @@ def fold(layer: nn.Module, norm: nn.Module) -> None:
 
 
 def is_neutral(norm: nn.Module) -> bool:
-    """Whether a batch norm only adds its bias, as it does after folding."""
+    """True if a batch norm only adds its bias, as it does after folding."""
     eps: float = norm.eps  # type: ignore[assignment]
     mean, var, gain = norm.get_buffer("running_mean"), norm.get_buffer("running_var"), parameter(norm, "weight")
     return not mean.any() and all_equal(var, 1 - eps) and all_equal(gain, 1.0)
 
 
 def all_equal(values: Tensor, number: float) -> bool:
-    """Whether a tensor holds one number."""
+    """True if a tensor holds one number."""
     return torch.equal(values, torch.full_like(values, number))

@@ -70,6 +70,6 @@ class Graph:
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch norm with statistics and a gain of its own."""
+    """True if a module is a batch norm with statistics and a gain of its own."""
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     return type(module) in kinds and module.running_mean is not None and module.weight is not None

@@ -211,7 +211,7 @@ def hadamard(size: int) -> Float[Tensor, "size size"] | None:
 
 
 def is_prime(number: int) -> bool:
-    """Whether a number is prime."""
+    """True if a number is prime."""
     return number > 1 and all(number % divisor for divisor in range(2, int(number**0.5) + 1))
 
 

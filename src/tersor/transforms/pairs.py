@@ -122,7 +122,7 @@ class Pair:
     norm_offset: float = 0.0
 
     def spread(self, factor: Float[Tensor, " features"], num_columns: int) -> Float[Tensor, " columns"]:
-        """What belongs to a feature of the source, for every column of a reader."""
+        """The factor of each feature of the source, repeated for every column of a reader."""
         return factor.view(self.heads, 1, -1).expand(-1, num_columns // len(factor), -1).flatten()
 
     def largest(self, columns: Float[Tensor, " columns"]) -> Float[Tensor, " features"]:
@@ -207,7 +207,7 @@ def pairs_at(modules: dict[str, nn.Module], path: str, config: Any) -> Iterator[
 
 
 def num_outputs(module: nn.Module) -> int:
-    """How many features a norm or a linear layer gives."""
+    """The number of features that a norm or a linear layer gives."""
     return matrix(module).shape[0] if is_linear(module) else len(parameter(module, "weight"))
 
 
@@ -246,5 +246,5 @@ def require_pairs(model: nn.Module, transform: str) -> list[Pair]:
 
 
 def stats_of(pair: Pair, stats: Mapping[str, Stats]) -> Stats:
-    """What is known about the input that the readers of a pair share."""
+    """Statistics of the input that the readers of a pair share."""
     return next((stats[path] for path in pair.readers if path in stats), Stats())

@@ -49,7 +49,7 @@ class Smooth:
                 pair.scale(model, factor)
 
     def factor(self, pair: Pair, weights: Sequence[Tensor], stats: Stats) -> Float[Tensor, " features"] | None:
-        """What the source is divided by; None where nothing is known."""
+        """The factor that the source is divided by; None if nothing is known of the inputs."""
         if stats.largest is None:
             return None
         inputs = pair.largest(stats.largest.float())

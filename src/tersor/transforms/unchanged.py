@@ -1,4 +1,4 @@
-"""What every transform promises, tried on data: the model computes the same after it as before."""
+"""The promise of every transform, tried on data: the model computes the same after it as before."""
 
 from collections.abc import Callable
 
@@ -39,7 +39,7 @@ def apply_unchanged(model: nn.Module, name: str, apply: Callable[[], None], outp
 
 
 def room_of(model: nn.Module, output: Tensor) -> float:
-    """How far outputs may lie apart by rounding: the root of the precision of the least precise type there is."""
+    """The largest difference that rounding explains: the root of the precision of the least precise type there is."""
     types = {p.dtype for p in (*model.parameters(), *model.buffers(), output) if p.is_floating_point()}
     return float(max((torch.finfo(dtype).eps for dtype in types if dtype.itemsize > 1), default=1e-7) ** 0.5)
 
@@ -65,7 +65,7 @@ def put_back(tensors: Tensors) -> None:
 
 
 def changed(before: tuple[dict[str, Tensor | None], ...], after: tuple[dict[str, Tensor | None], ...]) -> bool:
-    """Whether any tensor is another one."""
+    """True if any parameter or buffer has been replaced by another."""
     return any(
         one.get(name) is not tensor for one, other in zip(before, after, strict=True) for name, tensor in other.items()
     )

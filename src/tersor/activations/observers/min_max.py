@@ -11,7 +11,7 @@ from tersor.methods.stats import Stats
 
 @dataclass(frozen=True)
 class MinMax:
-    """From the smallest to the largest input of the calibration data."""
+    """The whole range: from the smallest to the largest input of the calibration data."""
 
     name = "min-max"
     needs = frozenset({"ranges"})

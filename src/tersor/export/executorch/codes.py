@@ -222,7 +222,7 @@ def float_rest(model: GraphModule) -> int:
 
 
 def is_int8(node: Any) -> bool:
-    """Whether a node is a product of codes with a fixed scale and a weight of codes."""
+    """True if a node is a product of codes with a fixed scale and a weight of codes."""
     if not is_node(node) or node.target not in CONVOLUTIONS | {aten.linear.default}:
         return False
     read, weight = node.args[:2]
@@ -231,7 +231,7 @@ def is_int8(node: Any) -> bool:
 
 
 def moves(node: Any) -> bool:
-    """Whether a node's results are values that it reads, and zeros."""
+    """True if a node's results are values that it reads, and zeros."""
     return node.target in MOVERS or is_zero_pad(node) or is_pixels(node)
 
 

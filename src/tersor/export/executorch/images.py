@@ -110,6 +110,6 @@ def pixel_steps(node: Any) -> list[int] | None:
 
 
 def is_pixels(node: Any) -> bool:
-    """Whether a node is a convolution that `pixels_by_convolution` made."""
+    """True if a node is a convolution that `pixels_by_convolution` made."""
     weight: Any = node.args[1] if node.target == aten.conv2d.default else None
     return is_node(weight) and weight.op == "get_attr" and str(weight.target).endswith(ONES)

@@ -29,7 +29,7 @@ EPS = 1e-12  # the least scale of an input
 
 
 class Rounding(Enum):
-    """How inputs are rounded, and weights kept."""
+    """The way a file rounds inputs and keeps weights."""
 
     KERNELS = "as XNNPACK's kernels do, weights as codes"
     ARTIFACT = "exactly as in the artifact, weights decoded"
@@ -37,7 +37,7 @@ class Rounding(Enum):
 
 
 def holds(packed: PackedSite) -> bool:
-    """Whether the file can keep the site's codes, or its 16-bit floats as 32-bit ones."""
+    """True if the file can keep the site's codes, or its 16-bit floats as 32-bit ones."""
     if packed.is_plain:
         return True
     if packed.site.kind == "embedding":
@@ -54,25 +54,25 @@ def nearby(packed: PackedSite) -> str:
 
 
 def plain_convolution(packed: PackedSite) -> bool:
-    """Whether XNNPACK has an int8 kernel for a convolution: of one or two axes, not transposed."""
+    """True if XNNPACK has an int8 kernel for a convolution: of one or two axes, not transposed."""
     fold = packed.site.fold
     return packed.site.kind == "conv" and fold.view == "rows" and len(fold.weight_shape) <= 4
 
 
 def static(packed: PackedSite) -> bool:
-    """Whether a linear layer's or convolution's weights are int8 by row, and its inputs by one fixed scale."""
+    """True if a linear layer's or convolution's weights are int8 by row, and its inputs by one fixed scale."""
     fixed = packed.activation is not None and packed.activation.format == "int8-static"
     return fixed and (packed.site.kind == "linear" or plain_convolution(packed)) and by_row(packed)
 
 
 def dynamic(packed: PackedSite) -> bool:
-    """Whether a linear layer's weights are integers by row, and its inputs are float or quantized when it runs."""
+    """True if a linear layer's weights are integers by row, and its inputs are float or quantized when it runs."""
     inputs = packed.activation.format if packed.activation else None
     return packed.site.kind in ("linear", "embedding") and inputs in (None, "int8-dynamic") and by_row(packed)
 
 
 def by_row(packed: PackedSite) -> bool:
-    """Whether one scale serves a whole row, and codes are spread evenly around zero."""
+    """True if one scale serves a whole row, and codes are spread evenly around zero."""
     format = packed.encoded.format
     return isinstance(format, IntGroup) and format.symmetric and format.num_groups(packed.site.shape[1]) == 1
 
@@ -157,7 +157,7 @@ def signed_codes(packed: PackedSite) -> tuple[Int8[Tensor, "out in"], Float[Tens
 
 
 def rounded(model: GraphModule) -> int:
-    """How many layers of a traced model take inputs that are rounded by scales found when it runs."""
+    """The number of layers in a traced model whose inputs are rounded by scales found when it runs."""
     return sum(node.target == operators().choose_qparams.tensor for node in model.graph.nodes)
 
 

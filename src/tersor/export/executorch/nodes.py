@@ -19,22 +19,22 @@ def nodes_of(model: GraphModule) -> list[Any]:
 
 
 def is_node(value: Any) -> bool:
-    """Whether an argument of a node is another node's result."""
+    """True if an argument of a node is another node's result."""
     return isinstance(value, Node)
 
 
 def is_quantize(node: Any) -> bool:
-    """Whether a node turns floats into codes, by a fixed scale."""
+    """True if a node turns floats into codes, by a fixed scale."""
     return is_node(node) and node.target == operators().quantize_per_tensor.default
 
 
 def is_dequantize(node: Any) -> bool:
-    """Whether a node turns codes into floats, by a fixed scale."""
+    """True if a node turns codes into floats, by a fixed scale."""
     return is_node(node) and node.target == operators().dequantize_per_tensor.default
 
 
 def is_zero_pad(node: Any) -> bool:
-    """Whether a node adds zeros around what it reads."""
+    """True if a node adds zeros around what it reads."""
     if not is_node(node) or node.target not in (aten.pad.default, aten.constant_pad_nd.default):
         return False
     rest = list(node.args[2:]) + list(node.kwargs.values())
@@ -42,7 +42,7 @@ def is_zero_pad(node: Any) -> bool:
 
 
 def only_user(node: Any) -> Any:
-    """What alone reads a value."""
+    """The one node that reads a value; None if there are more."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 

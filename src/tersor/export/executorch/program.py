@@ -100,7 +100,7 @@ def operator_name(target: Any) -> str:
 
 
 def available(name: str) -> bool:
-    """Whether the runtime has an operator, in any of its variants."""
+    """True if the runtime has an operator, in any of its variants."""
     return any(each.split(".")[0] == name for each in library()._get_operator_names())
 
 

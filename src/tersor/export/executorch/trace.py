@@ -114,7 +114,7 @@ def placeholders(model: nn.Module, sites: Iterable[PackedSite], rounding: Roundi
 
 
 def refused(error: Exception, model: nn.Module, examples: Examples) -> ModelError:
-    """What stopped the export."""
+    """The error for a failed export: its cause, and the way out."""
     reason, what = " ".join(str(error).split()), type(model).__name__
     if static := STATIC.search(reason):
         axis = static["axis"]

@@ -32,7 +32,7 @@ NAME = "tersor"  # of our attention in transformers' tables
 
 @dataclass
 class Kept:
-    """What the layers of a trace share: the past they are given, and the present they give."""
+    """The cache that the layers of a trace share: the past they are given, and the present they give."""
 
     past: dict[str, Tensor] = field(default_factory=dict)
     present: dict[str, Tensor] = field(default_factory=dict)
@@ -123,7 +123,7 @@ def attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls for attention: query `[batch, heads, new, size]`, keys and values with fewer heads."""
+    """Attention as transformers calls it: query `[batch, heads, new, size]`, keys and values with fewer heads."""
     number = module.layer_idx
     past_key, past_value = (kept.past[f"{PAST}.{number}.{kind}"] for kind in ("key", "value"))
     batch, num_heads, num_new, size = query.shape
@@ -161,7 +161,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs:
 
 
 def rotates_halves(function: Callable[..., Any]) -> bool:
-    """Whether a model's rotary function is `x * cos + rotate_half(x) * sin`."""
+    """True if a model's rotary function is `x * cos + rotate_half(x) * sin`."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 5, 8, generator=generator)
     cos, sin = (torch.randn(2, 5, 4, generator=generator).repeat(1, 1, 2) for _ in range(2))
@@ -197,7 +197,7 @@ def rotary_tables(model: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def epsilon_of(module: nn.Module) -> float | None:
-    """Of an RMS norm over the last axis; None for any other module."""
+    """The epsilon of an RMS norm over the last axis; None for any other module."""
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     plain = type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor) and weight.dim() == 1

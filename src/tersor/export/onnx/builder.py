@@ -30,7 +30,7 @@ class Builder:
         self.path = ""
 
     def at(self, place: ir.Node, path: str | None = None) -> "Builder":
-        """From here on nodes are added before `place`, in its layer or the one given."""
+        """Add nodes before `place` from here on, in its layer or the one given."""
         self.place, self.path = place, path_of(place) if path is None else path
         return self
 
@@ -51,7 +51,7 @@ class Builder:
         return added.outputs[0] if num_outputs == 1 else list(added.outputs)
 
     def shared(self, kind: str, *inputs: ir.Value | None, num_outputs: int = 1, **attributes: Any) -> Any:
-        """As `node`, or the one that was made of the same inputs before."""
+        """Add a node as `node` does, or return the one that was made of the same inputs before."""
         key = (kind, tuple(id(value) for value in inputs), tuple(sorted(attributes.items())))
         if key not in self.made:
             self.made[key] = self.node(kind, *inputs, num_outputs=num_outputs, **attributes)
@@ -77,7 +77,7 @@ class Builder:
 
 
 def as_tensor(name: str, values: Tensor | np.ndarray) -> ir.Tensor:
-    """As ONNX holds it; NumPy has no bfloat16, so its bits are handed over."""
+    """A tensor of ONNX; NumPy has no bfloat16, so its bits are handed over."""
     if isinstance(values, Tensor) and values.dtype == torch.bfloat16:
         bits = values.contiguous().view(torch.int16).numpy()
         return ir.Tensor(bits.view(ir.DataType.BFLOAT16.numpy()), name=name)

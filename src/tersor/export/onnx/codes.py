@@ -54,12 +54,12 @@ def blocks(packed: PackedSite) -> UInt8[Tensor, "out blocks width"]:
 
 
 def is_shared(packed: PackedSite) -> bool:
-    """Whether an embedding is a linear layer's weight, too: both then read the same codes."""
+    """True if an embedding is a linear layer's weight, too: both then read the same codes."""
     return len(packed.site.owners) > 1 and isinstance(packed.encoded.format, IntGroup)
 
 
 def zero_points(packed: PackedSite) -> Float[Tensor, "out groups"]:
-    """In steps; those of asymmetric grids may have fractions."""
+    """Zero points in steps; those of asymmetric grids may have fractions."""
     scale = packed.encoded.parts["scale"]
     zero = grid(packed).zero_point(packed.encoded.parts)
     return torch.full(scale.shape, zero) if isinstance(zero, float) else zero.squeeze(-1)

@@ -90,7 +90,7 @@ def float_results(model: ir.Model) -> list[ir.Value]:
 
 
 def float_convolutions(model: ir.Model) -> int:
-    """How many int8 convolutions give floats that could be codes."""
+    """The number of int8 convolutions that give floats where codes would do."""
     values = [clamped(node.outputs[0]) for node in model.graph if is_int8(node)]
     given = [value for value in values if list(value.uses()) and not value.is_graph_output()]
     return sum(all(use.node.op_type != "QuantizeLinear" for use in value.uses()) for value in given)
@@ -248,7 +248,7 @@ def quantizers(value: ir.Value) -> list[ir.Node]:
 
 
 def moves(node: ir.Node) -> bool:
-    """Whether a node's results are values that it reads, and zeros."""
+    """True if a node's results are values that it reads, and zeros."""
     if node.op_type != "Pad":
         return node.op_type in MOVERS and len(node.outputs) == 1
     mode = node.attributes["mode"].as_string() if "mode" in node.attributes else "constant"
@@ -258,7 +258,7 @@ def moves(node: ir.Node) -> bool:
 
 
 def is_int8(node: ir.Node) -> bool:
-    """Whether a node is a convolution of a quantized input and a quantized weight."""
+    """True if a node is a convolution of a quantized input and a quantized weight."""
     producers = [value.producer() if value is not None else None for value in node.inputs[:2]]
     return node.op_type == "Conv" and all(p is not None and p.op_type == "DequantizeLinear" for p in producers)
 

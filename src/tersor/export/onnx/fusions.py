@@ -38,7 +38,7 @@ def biases_of_float_results(model: ir.Model) -> None:
 
 
 def is_dequantized(value: ir.Value) -> bool:
-    """Whether a value comes from codes."""
+    """True if a value comes from codes."""
     producer = value.producer()
     return producer is not None and producer.op_type == "DequantizeLinear"
 

@@ -117,7 +117,7 @@ def emit_attention(b: Builder, node: ir.Node, parts: Parts) -> list[ir.Value]:
 
 
 def unrotated(x: ir.Value) -> ir.Value | None:
-    """What a rotary node takes, where one made `x`."""
+    """The input of the rotary node that made `x`; None if none did."""
     made = x.producer()
     return made.inputs[0] if made is not None and made.domain == DOMAIN and made.op_type == "Rotary" else None
 
@@ -188,7 +188,7 @@ def as_rows(b: Builder, x: ir.Value) -> ir.Value:
 
 
 def rotated(b: Builder, x: ir.Value, cos: ir.Value, sin: ir.Value, num_heads: int) -> ir.Value:
-    """By tables of this call's own angles: every token of every text has its row in them."""
+    """Rotate by tables of this call's own angles: every token of every text has its row in them."""
     half = int(cos.shape[-1]) // 2  # type: ignore[index, arg-type]
     tables = [
         b.shared("Slice", b.shared("Reshape", each, b.ints(-1, 2 * half)), b.ints(0), b.ints(half), b.ints(1))
@@ -205,13 +205,13 @@ def rotated(b: Builder, x: ir.Value, cos: ir.Value, sin: ir.Value, num_heads: in
 
 
 def emit_rotary(b: Builder, node: ir.Node, parts: Parts) -> list[ir.Value]:
-    """Where anything but attention takes it, in the layout that it has."""
+    """Write a rotary node that something else than attention reads, in the layout that it has."""
     x, cos, sin = (each for each in node.inputs if each is not None)
     return [rotated(b, x, cos, sin, 0)]
 
 
 def emit_norm(b: Builder, node: ir.Node, parts: Parts) -> list[ir.Value]:
-    """With the sum that it is taken of, where there is one."""
+    """Write an RMS norm, together with the sum that feeds it if there is one."""
     x, weight = (each for each in node.inputs if each is not None)
     epsilon = node.attributes["epsilon"].as_float()
     added = x.producer()

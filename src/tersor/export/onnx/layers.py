@@ -252,35 +252,35 @@ Product = Callable[[Builder, ir.Value, PackedSite, Lowering], ir.Value]
 
 
 class Row(NamedTuple):
-    """How a linear site is multiplied: which sites, by what."""
+    """One way to multiply a linear site: the sites it fits, and the function that writes the product."""
 
     fits: Callable[[PackedSite], bool]
     product: Product
 
 
 def static(packed: PackedSite) -> bool:
-    """Whether inputs and weights are int8, both with scales fixed beforehand."""
+    """True if inputs and weights are int8, both with scales fixed beforehand."""
     return packed.activation is not None and packed.activation.format == "int8-static" and plain_int8(packed)
 
 
 def dynamic(packed: PackedSite) -> bool:
-    """Whether inputs and weights are int8, the inputs' scales taken when the model runs."""
+    """True if inputs and weights are int8, the inputs' scales taken when the model runs."""
     return packed.activation is not None and packed.activation.format == "int8-dynamic" and plain_int8(packed)
 
 
 def plain_int8(packed: PackedSite) -> bool:
-    """Whether weights are signed bytes with one scale per row."""
+    """True if weights are signed bytes with one scale per row."""
     return isinstance(packed.encoded.format, IntGroup) and packed.encoded.format.plain_int8
 
 
 def weight_only(packed: PackedSite) -> bool:
-    """Whether weights are integers in blocks; inputs are float, or int8 with scales taken when the model runs."""
+    """True if weights are integers in blocks; inputs are float, or int8 with scales taken when the model runs."""
     inputs = packed.activation.format if packed.activation else None
     return isinstance(packed.encoded.format, IntGroup) and inputs in (None, "int8-dynamic")
 
 
 def plain(packed: PackedSite) -> bool:
-    """Whether weights are 16-bit floats."""
+    """True if weights are 16-bit floats."""
     return isinstance(packed.encoded.format, FloatCast) and packed.activation is None
 
 
@@ -300,7 +300,7 @@ def product_of(packed: PackedSite, choice: Lowering) -> Product:
 
 
 def holds(packed: PackedSite) -> bool:
-    """Whether a row fits the site in its place."""
+    """True if a row fits the site in its place."""
     if packed.is_linear or packed.site.kind == "linear":
         return any(row.fits(packed) for row in ROWS)
     if packed.site.kind == "conv" and static(packed):
@@ -309,7 +309,7 @@ def holds(packed: PackedSite) -> bool:
 
 
 def inexact(model: ir.Model) -> str | None:
-    """What the runtime will round in its own way, where the artifact does not."""
+    """A note on what the runtime rounds differently from the artifact; None if nothing."""
     kinds = {node.op_type for node in model.graph}
     told = []
     if "MatMulNBits" in kinds:

@@ -1,4 +1,4 @@
-"""How our ONNX files are told from others: by their producer, and by the hash of the weights beside them."""
+"""The mark of our ONNX files: their producer, and the hash of the weights beside them."""
 
 from pathlib import Path
 

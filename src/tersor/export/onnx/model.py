@@ -74,12 +74,12 @@ def as_half(packed: PackedSite) -> PackedSite:
 
 
 def as_decoded(others: Iterable[PackedSite]) -> list[str]:
-    """What to know of sites that `as_half` changed."""
+    """Notes on the sites that `as_half` changed."""
     schemes = sorted({packed.scheme for packed in others})
     return [f"written as decoded fp16 weights with float inputs: {', '.join(schemes)}"] if schemes else []
 
 
 def left_out(missing: Iterable[str]) -> list[str]:
-    """What to know of sites that no output needs."""
+    """Notes on the sites that no output needs."""
     names = ", ".join(sorted(missing))
     return [f"left out, for no output needs it: {names}"] if names else []

@@ -166,7 +166,7 @@ def quiet() -> Iterator[None]:
 
 
 def refused(error: Exception, model: nn.Module, examples: Examples) -> ModelError:
-    """What stopped the export, and where."""
+    """The error for a failed export: its cause, its layer, and the way out."""
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
