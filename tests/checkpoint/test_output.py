@@ -92,6 +92,14 @@ def empty_manifest(folder):
     (folder / MANIFEST).write_text("{}")
 
 
+def list_by_hand(folder):
+    """The user's own file, entered into tersor's list."""
+    add("mine")(folder)
+    content = json.loads((folder / SEAL).read_text())
+    content["files"]["mine"] = {"sha256": sha256(folder / "mine"), "bytes": 4}
+    (folder / SEAL).write_text(json.dumps(content))
+
+
 FOREIGN = {
     "a note": (add("zz notes.txt"), "zz notes.txt, which tersor did not write"),
     "a note in a subfolder": (add("sub/notes.txt"), "sub/notes.txt, which"),
@@ -102,6 +110,8 @@ FOREIGN = {
     "no list": (forget_the_list, "holds sub/file, and no list of files"),
     "a manifest that says nothing": (empty_manifest, "holds sub/file, and no list"),
     "a list that is none": (add(SEAL, '{"files": {"sub/file": 3}}'), "and no list"),
+    "a list of the user's beside tersor's": (add(MANIFEST, "mine"), "tersor.json, which"),
+    "a list changed by hand": (list_by_hand, "tersor-files.json in it was changed since"),
     "an older artifact": (as_old_artifact, "sub/file, which"),
 }
 
@@ -170,12 +180,20 @@ def test_a_missing_parent_is_refused(tmp_path):
 
 def test_relative_and_very_long_names_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("out", "x" * 255):
+    for name in ("out", "x" * 255, "ü" * 127):
+        check_output(Path(name), overwrite=False)
         with atomic_folder(Path(name)) as folder:
             (folder / "file").write_text("new")
         assert tree(tmp_path / name) == {"file": "new"}
     with pytest.raises(InputError, match=r"cannot write in .*: File name too long"):
         check_output(Path("x" * 256), overwrite=False)
+
+
+@pytest.mark.parametrize("place", ["/", "/..", "//"])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_place_without_a_name_is_refused(place, overwrite):
+    with pytest.raises(InputError, match="no name for an output; choose another --output"):
+        check_output(Path(place), overwrite)
 
 
 def test_others_may_read_the_folder(tmp_path):

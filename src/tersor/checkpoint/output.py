@@ -101,13 +101,24 @@ def atomic_file(output: Path, overwrite: bool, foreign: Foreign, beside: Sequenc
 
 
 def place_of(output: Path, overwrite: bool) -> Path:
-    """The path that an output is written to; one that is replaced is found through its links."""
-    return Path(os.path.realpath(output)) if overwrite else output.absolute()
+    """The path that an output is written to; one that is replaced is found through its links.
+
+    Raises InputError for a place that has no name to write to, such as `/`.
+    """
+    place = Path(os.path.realpath(output)) if overwrite else output.absolute()
+    if place.name in ("", ".."):
+        raise InputError(f"{output}: is no name for an output; choose another --output")
+    return place
+
+
+def short(name: str) -> str:
+    """The beginning of a name, so that what is put around it fits into 255 bytes."""
+    return os.fsdecode(os.fsencode(name)[:200])
 
 
 def journal_of(output: Path) -> Path:
     """The folder beside an output where training keeps its checkpoints."""
-    return output.with_name(f".{output.name[:200]}.journal")
+    return output.with_name(f".{short(output.name)}.journal")
 
 
 def busy(output: Path, lock: Path) -> str:
@@ -119,7 +130,7 @@ def busy(output: Path, lock: Path) -> str:
 
 def prefix_of(target: Path) -> str:
     """The beginning of the names of an output's temporary folders."""
-    return f".{target.name[:200]}."
+    return f".{short(target.name)}."
 
 
 def leftovers(target: Path) -> Iterator[Path]:

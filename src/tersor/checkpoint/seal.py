@@ -102,11 +102,9 @@ def check_sealed(folder: Path) -> Checked:
     if listed is None:
         raise ArtifactError(f"{record}: no list of files can be read in it; it was changed or damaged")
     try:
-        text = record.read_text(encoding="utf-8")
-        content = json.loads(text)
-        if OWN_HASH not in content and len(listed) == 1:
+        if OWN_HASH not in json.loads(record.read_text(encoding="utf-8")) and len(listed) == 1:
             return Checked(False)
-        if text.rstrip() != as_text(content).rstrip():
+        if not is_as_written(record):
             raise ArtifactError(f"{record}: is not as it was written; it was changed or damaged")
         for name, entry in listed.items():
             path = folder / name
@@ -122,31 +120,45 @@ def check_sealed(folder: Path) -> Checked:
 
 def listed_in(folder: Path) -> Listed | None:
     """The folder's list; None for a folder that has none, or one that cannot be read."""
+    return recorded_in(folder)[1]
+
+
+def recorded_in(folder: Path) -> tuple[str, Listed | None]:
+    """The name of the file that holds the folder's list, and the list; no name and None where none can be read."""
     for record in RECORDS:
         try:
             content = json.loads((folder / record).read_text(encoding="utf-8"))
-            return {str(name): {"sha256": e["sha256"], "bytes": e["bytes"]} for name, e in content["files"].items()}
+            files = content["files"].items()
+            return record, {str(name): {"sha256": e["sha256"], "bytes": e["bytes"]} for name, e in files}
         except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
             continue
-    return None
+    return "", None
+
+
+def is_as_written(record: Path) -> bool:
+    """Whether a file with a list has the hash that it gives itself. Raises OSError, ValueError."""
+    text = record.read_text(encoding="utf-8")
+    return text.rstrip() == as_text(json.loads(text)).rstrip()
 
 
 def first_foreign(folder: Path) -> str | None:
     """Why a folder is not just what tersor wrote, by its first file that the list does not name, or that was changed.
-    None where every file is as it was written, and for an empty folder."""
+    None where every file, the list itself too, is as it was written, and for an empty folder."""
     if not folder.is_dir():
         return "it is no folder"
-    listed = listed_in(folder)
+    record, listed = recorded_in(folder)
     try:
         for name in sorted(names_in(folder)):
-            if listed is not None and name in RECORDS:
-                continue
             path = folder / name
             if listed is None:
                 return f"it holds {name}, and no list of files that tersor wrote"
-            if name not in listed or path.is_symlink() or not path.is_file():
+            if name == record and path.is_file() and not path.is_symlink():
+                changed = not is_as_written(path)
+            elif name not in listed or path.is_symlink() or not path.is_file():
                 return f"it holds {name}, which tersor did not write"
-            if path.stat().st_size != listed[name]["bytes"] or sha256(path) != listed[name]["sha256"]:
+            else:
+                changed = path.stat().st_size != listed[name]["bytes"] or sha256(path) != listed[name]["sha256"]
+            if changed:
                 return f"{name} in it was changed since tersor wrote it"
     except OSError as error:
         return f"{error.filename} in it cannot be read"
