@@ -31,6 +31,7 @@ from tersor.cli.formats import DATA, bits_per_weight
 from tersor.cli.methods import about
 from tersor.formats import FORMATS
 from tersor.methods import METHODS
+from tersor.schemes.aliases import ALIASES
 from tersor.schemes.scheme import usual_method
 from tersor.tasks import TASKS, task_options
 from tersor.tasks.options import HELP
@@ -262,10 +263,15 @@ def options_table() -> str:
     return "\n".join(rows)
 
 
-TABLES = {"methods": methods_table, "formats": formats_table, "options": options_table}
+def aliases_table() -> str:
+    return "\n".join(["| name | scheme |", "|---|---|", *(f"| `{name}` | `{ALIASES[name]}` |" for name in ALIASES)])
+
+
+TABLES = {"methods": methods_table, "formats": formats_table, "aliases": aliases_table, "options": options_table}
 PLACES = {
     "methods": HOME / "docs/methods.md",
     "formats": HOME / "docs/formats.md",
+    "aliases": HOME / "docs/formats.md",
     "options": HOME / "docs/quickstart.md",
 }
 

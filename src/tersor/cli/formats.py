@@ -7,7 +7,8 @@ from tersor.cli.console import print_json, print_table
 from tersor.codecs.file_bytes import file_bytes_of_shape
 from tersor.formats import FORMATS
 from tersor.formats.contract import Format
-from tersor.schemes.scheme import SHORTHANDS, usual_method
+from tersor.schemes.aliases import ALIASES
+from tersor.schemes.scheme import usual_method
 
 EXAMPLE = (1024, 1024)
 DATA = "depends on the data"
@@ -30,7 +31,7 @@ def formats(json: options.Json = False) -> None:
                 "formats": rows,
                 "activations": list(ACTIVATIONS),
                 "observers": list(OBSERVERS),
-                "shorthands": SHORTHANDS,
+                "shorthands": ALIASES,
             }
         )
         return
@@ -49,9 +50,10 @@ def formats(json: options.Json = False) -> None:
     )
     print_table(
         "activations: write FORMAT/ACTIVATION",
-        ["activation", "short for"],
-        [(name, ", ".join(f"{k} = {v}" for k, v in SHORTHANDS.items() if v.endswith(name))) for name in ACTIVATIONS],
+        ["activation"],
+        [(name,) for name in ACTIVATIONS],
     )
+    print_table("names that other tools use", ["name", "scheme"], list(ALIASES.items()))
     print_table(
         "observers of static integers: write FORMAT/OBSERVER:ACTIVATION",
         ["observer", "range"],

@@ -6,6 +6,7 @@ magnitude(sparsity=0.7):bitmask
 wanda:2:4                   a format may have a colon too (alone in YAML, quote it: '2:4')
 int8/int8-dynamic           int8 weights, inputs quantized to int8 when the site runs
 int8-dynamic                short for the line above
+W8A8, W4A16, FP8_DYNAMIC, q4_0      names that other tools use (aliases.py)
 int8/int8-static            the same with one scale for all inputs, chosen by calibration
 int8/percentile:int8-static           ... by an observer by name
 int8/percentile(percentile=99.9):int8-static
@@ -25,8 +26,8 @@ from tersor.formats import FORMATS, format_named
 from tersor.formats.contract import Format
 from tersor.methods import METHODS
 from tersor.methods.contract import Method
+from tersor.schemes.aliases import unaliased
 
-SHORTHANDS = {"int8-dynamic": "int8/int8-dynamic", "int8-static": "int8/int8-static"}
 KEEP = "keep"
 
 
@@ -79,11 +80,13 @@ class Scheme:
 
 def parts_of(text: str) -> tuple[str | None, str, str]:
     """The parts of a scheme: its method (None if it names none), its format, and the rest."""
-    spelled = SHORTHANDS.get(text.strip(), text.strip())
-    head, _, activation = spelled.partition("/")
+    head, slash, activation = text.strip().partition("/")
     # A method begins with a letter: the colon of `2:4` does not end one.
     before, after = re.fullmatch(r"(?:([A-Za-z_][^:]*)?:)?(.*)", head, re.DOTALL).groups()  # type: ignore[union-attr]
-    return (before or "").strip() or None, after.strip(), activation
+    format, has_activation, of_alias = unaliased(after.strip()).partition("/")
+    if has_activation and slash:
+        raise InputError(f"'{text}': {after.strip()} is short for {format}/{of_alias}; leave out '/{activation}'")
+    return (before or "").strip() or None, format, of_alias or activation
 
 
 def parse_observer(text: str, activation: str) -> Observer:
