@@ -136,7 +136,7 @@ def recorded_in(folder: Path) -> tuple[str, Listed | None]:
 
 
 def is_as_written(record: Path) -> bool:
-    """Whether a file with a list has the hash that it gives itself. Raises OSError, ValueError."""
+    """True if a file with a list has the hash that it gives itself. Raises OSError, ValueError."""
     text = record.read_text(encoding="utf-8")
     return text.rstrip() == as_text(json.loads(text)).rstrip()
 
