@@ -54,7 +54,7 @@ def packed(name: str, scheme: str) -> tuple[nn.Module, Examples]:
         model, arguments = ZOO[name].model(), ZOO[name].arguments(ZOO[name].model())
         keywords = isinstance(arguments, dict)
         inputs = arguments if keywords else {f"x{i}": x for i, x in enumerate(arguments)}
-    axes = {n: {0: "batch", 1: "sequence"} if keywords else {0: "batch"} for n in inputs}
+    axes = {n: {0: "batch", 1: "sequence"} if keywords and x.dim() == 2 else {0: "batch"} for n, x in inputs.items()}
     examples = Examples(inputs, axes, keywords)
     return tersor.compress(model, Recipe.of(scheme), Calibration(examples)).model, examples
 
