@@ -12,6 +12,8 @@ format or method of your own can be held against them just the same:
 import re
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from typing import Any
+from zlib import crc32
 
 import safetensors.torch
 import torch
@@ -147,6 +149,12 @@ def pairs() -> Iterator[tuple[str, str]]:
         for format_name, format in FORMATS.items():
             if method().accepts(format) is None:
                 yield method_name, format_name
+
+
+def share(cases: dict[str, Any], of: int, *entries: object) -> dict[str, Any]:
+    """Every `of`-th case, a different share for other entries, so that the lines of a table together meet all."""
+    of = min(of, len(cases))
+    return dict(list(cases.items())[crc32(repr(entries).encode()) % of :: of])
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -161,7 +161,9 @@ def test_a_search_tells_its_trials_makes_the_winner_once_and_goes_on_where_it_wa
     assert "evaluating the compressed model" not in made.stderr
 
 
-@pytest.mark.parametrize("trellis", [["--num-states", "0"], []], ids=["steps", "trellis"])
+@pytest.mark.parametrize(
+    "trellis", [pytest.param(["--num-states", "0"], marks=pytest.mark.slow), []], ids=["steps", "trellis"]
+)
 def test_coded_weights_end_just_below_the_budget_and_the_recipe_makes_the_same_bytes(digits, inside, capsys, trellis):
     start = ["compress", *digits_arguments(digits), *labelled(digits)]
     made = tersor(capsys, *start, "--ratio", "12x", "--coded", *trellis, "-o", "a", "--json")
@@ -226,6 +228,7 @@ def test_deep_compression_is_a_recipe(digits, inside, capsys):
     assert codes < 9 / 8 * num_kept  # Han et al. before Huffman: 4 bits for the value, 5 for the gap to the next
 
 
+@pytest.mark.slow
 def test_coded_weights_are_searched_for_a_drop(digits, inside, capsys):
     start = ["compress", *digits_arguments(digits), *labelled(digits), "--drop", "5%"]
     plain, made = tersor(capsys, *start, "-o", "p", "--json"), tersor(capsys, *start, "--coded", "-o", "s", "--json")

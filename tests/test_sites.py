@@ -23,7 +23,7 @@ from tersor.nn.packed import PackedConv, PackedEmbedding, PackedLinear, PackedWe
 from tersor.nn.sites import SMALLEST_STACK, find_sites
 from tersor.recipe import Recipe
 from tersor.schemes.scheme import Scheme
-from zoo import PRETRAINED, REMARKS, ZOO, Experts, ScaledEmbedding, TiedHead, decoded, original
+from zoo import PRETRAINED, REMARKS, ZOO, Experts, ScaledEmbedding, TiedHead, decoded, original, with_schemes
 
 pytestmark = [pytest.mark.filterwarnings(remark) for remark in REMARKS]
 
@@ -132,8 +132,7 @@ def test_integer_weights_are_no_sites():
 # The law: a packed model is the float model with the decoded weights.
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(("name", "scheme"), with_schemes(SCHEMES))
 def test_packed_equals_decoded(name, scheme):
     case, model = ZOO[name], original(name)
     small = packed(name, scheme)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 import transformers
@@ -348,6 +349,12 @@ ZOO = {**PLAIN, **PRETRAINED}
 def original(name: str) -> nn.Module:
     """The model of a case, built once; nobody may change it."""
     return ZOO[name].model()
+
+
+def with_schemes(schemes: list[str]) -> list[Any]:
+    """Every model with every scheme, for `parametrize`; every second pair only in the slow run."""
+    pairs = [(i + j, name, scheme) for i, name in enumerate(ZOO) for j, scheme in enumerate(schemes)]
+    return [pytest.param(name, scheme, marks=pytest.mark.slow if odd % 2 else ()) for odd, name, scheme in pairs]
 
 
 def decoded(model: nn.Module, packed: nn.Module) -> nn.Module:

@@ -23,7 +23,7 @@ from tersor.core.weights_file import DTYPE_NAMES, METADATA, file_size, read_weig
 from tersor.nn.packed import PackedWeight
 from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
-from zoo import PLAIN, PRETRAINED, REMARKS, ZOO, TiedHead, decoded, original
+from zoo import PLAIN, PRETRAINED, REMARKS, ZOO, TiedHead, decoded, original, with_schemes
 
 pytestmark = [pytest.mark.filterwarnings(remark) for remark in REMARKS]
 
@@ -50,8 +50,7 @@ def equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(("name", "scheme"), with_schemes(SCHEMES))
 def test_loads_what_was_saved_in_the_size_foretold(name, scheme, tmp_path):
     case, small = ZOO[name], packed(name, scheme)
     loaded = tersor.load(saved(small, tmp_path), model=fresh(name))

@@ -275,7 +275,7 @@ def optimized(path: Path) -> onnx.GraphProto:
         ("linear", "int8/int8-static", {"QGemm", "MatMulIntegerToFloat"}, 0),
         ("linear", "int4-g32", {"MatMulNBits"}, 0),
         ("depthwise", "int8/int8-static", {"QLinearConv"}, 1),  # the last, whose result is float
-        ("bert", "int8-dynamic", {"DynamicQuantizeMatMul", "MatMulIntegerToFloat"}, 0),
+        pytest.param("bert", "int8-dynamic", {"DynamicQuantizeMatMul", "MatMulIntegerToFloat"}, 0, marks=SLOW),
     ],
 )
 def test_what_runs_in_the_place_of_a_site_is_named_after_it(name, scheme, products, num_others, tmp_path):

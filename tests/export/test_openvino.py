@@ -76,9 +76,11 @@ def written(build, scheme: str, folder: Path, **options):
 @pytest.mark.parametrize(
     ("build", "scheme"),
     [
-        *((linear, scheme) for scheme in ("int8-dynamic", "int4-g32")),
-        (tokens, "int4-g32"),
-        *(pytest.param(linear, scheme, marks=SLOW) for scheme in ("int8", "int4-g64-asym", "int6-g32", "bf16")),
+        *((linear, "int8-dynamic"), (tokens, "int4-g32")),
+        *(
+            pytest.param(linear, scheme, marks=SLOW)
+            for scheme in ("int8", "int4-g32", "int4-g64-asym", "int6-g32", "bf16")
+        ),
         *(pytest.param(tokens, scheme, marks=SLOW) for scheme in ("int8", "int2-g32")),
         pytest.param(convolutions, "int4-g32", marks=SLOW),
     ],
@@ -90,7 +92,7 @@ def test_computes_what_the_model_computes(build, scheme, tmp_path):
     assert found.difference < 0.02  # with inputs rounded to int8
 
 
-@pytest.mark.parametrize("build", [linear, convolutions])
+@pytest.mark.parametrize("build", [pytest.param(linear, marks=SLOW), convolutions])
 def test_static_int8_runs_on_int8_kernels(build, tmp_path):
     *_, made, found = written(build, "int8/int8-static", tmp_path)
     assert "OpenVINO runs 2 products in int8 on this machine" in made.notes

@@ -168,8 +168,16 @@ def test_an_adapted_layer_adds_the_scaled_product(task, base):
 # Training.
 
 
-@pytest.mark.parametrize("base", ["keep", "nf4-dq", "int4-g64"])
-@pytest.mark.parametrize("dora", [False, True])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("base", "dora"),
+    [
+        *(("keep", False), ("keep", True), ("nf4-dq", True), ("int4-g64", False)),
+        *(pytest.param("nf4-dq", False, marks=SLOW), pytest.param("int4-g64", True, marks=SLOW)),
+    ],
+)
 def test_it_learns_and_leaves_the_base_alone(task, base, dora):
     model = llama()
     packed = llama()
@@ -303,7 +311,7 @@ def test_eora_starts_closer_to_the_float_model_the_larger_its_rank(task):
 # bitsandbytes.
 
 
-@pytest.mark.parametrize("base", ["nf4", "nf4-dq"])
+@pytest.mark.parametrize("base", [pytest.param("nf4", marks=SLOW), "nf4-dq"])
 def test_bitsandbytes_runs_the_same_numbers_and_learns(task, base):
     pytest.importorskip("bitsandbytes")
     ours, theirs = llama(), llama()

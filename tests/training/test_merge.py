@@ -96,7 +96,10 @@ def test_the_dtypes_stay(task):
     assert layer.down_proj.weight.dtype is torch.bfloat16
 
 
-@pytest.mark.parametrize("scheme", ["int4-g64", "nf4", "int3-g32-asym", "int4-g64/int8-dynamic"])
+@pytest.mark.parametrize(
+    "scheme",
+    ["nf4", "int4-g64/int8-dynamic", *(pytest.param(s, marks=pytest.mark.slow) for s in ("int4-g64", "int3-g32-asym"))],
+)
 def test_resolving_loses_less_than_rounding_and_keeps_the_format(task, scheme):
     model = llama()
     adapted, _, _ = trained(model, task, num_steps=30, rank=8, learning_rate=1e-2, base=scheme)

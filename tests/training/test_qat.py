@@ -113,7 +113,15 @@ def faked(model, scheme, sample=None):
 # What is packed is what was trained.
 
 
-@pytest.mark.parametrize(("format", "activation"), [*product(TRIED, [None, *ACTIVATIONS])])
+def every(number, values):
+    """The values, all but every `number`-th only in the slow run."""
+    return [
+        pytest.param(*value, marks=() if index % number == 0 else pytest.mark.slow)
+        for index, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(("format", "activation"), every(5, product(TRIED, [None, *ACTIVATIONS])))
 def test_the_packed_model_gives_the_numbers_of_training(format, activation):
     """Every integer and FP8 format with every activation; the integer kernels within float rounding."""
     torch.manual_seed(1)
