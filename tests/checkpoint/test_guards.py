@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,12 +14,14 @@ import torch
 from transformers import BertConfig, BertModel
 
 import tersor
+from tersor.analysis.coding import verify
 from tersor.checkpoint.guards import check_links
 from tersor.checkpoint.open import open_model
 from tersor.checkpoint.pack import pack, unpack
+from tersor.checkpoint.seal import first_foreign
 from tersor.checkpoint.side_files import copy_side_files
 from tersor.checkpoint.streaming import StreamedModel, no_lines
-from tersor.core.errors import ModelError, TersorError
+from tersor.core.errors import InputError, ModelError, TersorError
 from tersor.recipe import Recipe
 
 SRC = Path(tersor.__file__).parent
@@ -52,6 +55,34 @@ def folder(request, folders, tmp_path):
 def change(folder: Path, **changed: object) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changed))
+
+
+# Pipes and devices: whoever opens one may wait for ever.
+
+
+def opened(folder):
+    open_model(str(folder))
+
+
+@pytest.mark.parametrize("opening", [opened, tersor.load, verify, check_links])
+@pytest.mark.parametrize("what", ["config.json", "tersor.json", "model.safetensors.index.json"])
+def test_a_pipe_in_a_folder_is_named_and_not_waited_for(folder, what, opening):
+    (folder / what).unlink(missing_ok=True)
+    os.mkfifo(folder / what)
+    with pytest.raises(InputError, match=f"{what}: a pipe or a device"):
+        opening(folder)
+    assert first_foreign(folder)
+
+
+@pytest.mark.parametrize("opening", [opened, check_links])
+def test_devices_and_pipes_further_in_are_no_files(folder, opening):
+    (folder / "1_Pooling").mkdir()
+    os.mkfifo(folder / "1_Pooling" / "config.json")
+    with pytest.raises(InputError, match=r"1_Pooling/config.json: a pipe or a device"):
+        opening(folder)
+    (folder / "tokenizer.json").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"tokenizer.json: a pipe or a device"):
+        opening(folder)
 
 
 # Links.

@@ -20,7 +20,7 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from tersor.checkpoint.container import DTYPES, Container
-from tersor.checkpoint.guards import shapes_of
+from tersor.checkpoint.guards import named_path, shapes_of
 from tersor.checkpoint.layout import CODED
 from tersor.checkpoint.manifest import MANIFEST, check_files, read_manifest, weights_path
 from tersor.checkpoint.open import open_model
@@ -111,8 +111,9 @@ def verify(path: Path) -> Verified:
 
     Raises:
         ArtifactError, or ModelError for plain weights: a file is not whole; names it.
+        InputError: the folder cannot be read, or holds a pipe or a device.
     """
-    checked = check_sealed(path) if path.is_dir() else None
+    checked = check_sealed(named_path(path)) if path.is_dir() else None
     if path.is_dir() and (path / MANIFEST).exists():
         manifest = read_manifest(path)
         check_files(path, manifest)

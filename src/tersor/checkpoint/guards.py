@@ -8,6 +8,7 @@ tensors that are there.
 import json
 import math
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,25 +30,40 @@ SPARE = 2**24  # weights that a model may have beside those of its file: a new h
 
 
 def named_path(name: str | Path) -> Path:
-    """A path that the user named. Raises InputError if no file can have this name, or it may not be read."""
+    """A path that the user named.
+
+    Raises InputError if no file can have this name, or it may not be read, or it is a folder that holds a pipe.
+    """
     try:
         path = Path(name).expanduser()
-        if path.is_dir():
-            next(path.iterdir(), None)
+        inside = list(path.iterdir()) if path.is_dir() else []
         path.resolve()
-        return path
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{str(name)[:200]!r}: cannot be opened: {reason}") from None
+    for each in inside:
+        check_ends(each)
+    return path
+
+
+def check_ends(path: Path) -> None:
+    """Raises InputError for a pipe or a device, whose reader may wait without end."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, RuntimeError):  # a link that leads nowhere, or in a circle
+        return
+    if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise InputError(f"{path}: a pipe or a device, which is not read as part of a folder; put a file there")
 
 
 def check_links(folder: Path) -> None:
-    """Raises ModelError for a link that leads out of a folder, by its name."""
+    """Raises ModelError for a link that leads out of a folder, by its name, and InputError for pipes and devices."""
     root = named_path(folder).resolve()
     cache = next((parent for parent in root.parents if parent.name.startswith(("models--", "datasets--"))), None)
     allowed = [root] if cache is None else [root, cache / "blobs"]
     for path in sorted(folder.rglob("*")):
         if not path.is_symlink():
+            check_ends(path)
             continue
         try:
             target = path.resolve()

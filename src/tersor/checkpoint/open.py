@@ -61,7 +61,7 @@ def open_custom(name: str, weights: Path | None, lazy: bool = False) -> Source:
     """A model made by `package.module:factory`, filled from a state dict or from the artifact folder of its kind."""
     model = call_factory(name)
     if weights is not None and weights.is_dir():
-        return open_artifact(f"{name} from {weights}", weights, model, lazy)
+        return open_artifact(f"{name} from {weights}", named_path(weights), model, lazy)
     notes: tuple[str, ...] = ("no --weights given: the factory's own weights are used",)
     num_bytes, hashes = 0, {"state": state_hash(model)} if weights is None else {}
     if weights is not None:

@@ -126,6 +126,8 @@ def listed_in(folder: Path) -> Listed | None:
 def recorded_in(folder: Path) -> tuple[str, Listed | None]:
     """The name of the file that holds the folder's list, and the list; no name and None where none can be read."""
     for record in RECORDS:
+        if not (folder / record).is_file():  # a pipe would be waited for
+            continue
         try:
             content = json.loads((folder / record).read_text(encoding="utf-8"))
             files = content["files"].items()
