@@ -61,12 +61,17 @@ def extensions(openvino: Any) -> list[Any]:
         return ops.reshape(spread, together, special_zero=False)
 
     def rotary(node: Any) -> list[Any]:
+        """Turn the first columns of every head, as many as there are angles; the others stay as they are."""
         x, cos, sin = (node.get_input(i) for i in range(3))
+        size, angles = x.get_partial_shape()[3].get_length(), cos.get_partial_shape()[2]
+        width = size if angles.is_dynamic else angles.get_length()
         cos, sin = (ops.unsqueeze(each, ops.constant(1)) for each in (cos, sin))
-        half = x.get_partial_shape()[3].get_length() // 2
-        first, second = ops.variadic_split(x, ops.constant(3), ops.constant([half, half])).outputs()
+        lengths = [width // 2, width // 2, *([size - width] if width < size else [])]
+        first, second, *rest = ops.variadic_split(x, ops.constant(3), ops.constant(lengths)).outputs()
+        straight = ops.concat([first, second], axis=-1) if rest else x
         turned = ops.concat([ops.multiply(second, ops.constant(-1.0, dtype=np.float32)), first], axis=-1)
-        return [ops.add(ops.multiply(x, cos), ops.multiply(turned, sin)).output(0)]
+        made = ops.add(ops.multiply(straight, cos), ops.multiply(turned, sin))
+        return [(ops.concat([made, *rest], axis=-1) if rest else made).output(0)]
 
     def norm(node: Any) -> list[Any]:
         x, weight = node.get_input(0), node.get_input(1)
