@@ -156,5 +156,5 @@ class Recipe(BaseModel):
 
 
 def parse_transform(text: str) -> Transform:
-    """`smooth` or `smooth(alpha=0.5)`."""
+    """Parse `smooth` or `smooth(alpha=0.5)` into a transform."""
     return parse_options("transform", TRANSFORMS, text.strip())

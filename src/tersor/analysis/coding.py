@@ -88,7 +88,7 @@ class Info:
         return sum(s.bits * s.num_weights for s in self.sites) / max(1, sum(s.num_weights for s in self.sites))
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """The report as plain values, for `--json`."""
         return {**asdict(self), "file": str(self.file), "bits_per_weight": self.bits}
 
 

@@ -191,7 +191,7 @@ class Ledger(TorchDispatchMode):
             weakref.finalize(storage, self.forget, key, num_bytes)
 
     def forget(self, key: int, num_bytes: int) -> None:
-        """It is gone."""
+        """Count a tensor as freed."""
         self.seen.discard(key)
         self.alive -= num_bytes
 
@@ -206,14 +206,14 @@ class Tokens:
         self.length, self.description = length, f"windows of {length} tokens"
 
     def prepare(self, original: nn.Module) -> None:
-        """Nothing."""
+        """Do nothing: no data is read."""
 
     def batches(self, split: Split, batch_size: int | None = None) -> Iterator[Batch]:
         """Yields shape-only batches in the same order as `epoch`."""
         return self.epoch(0, batch_size)
 
     def epoch(self, seed: int, batch_size: int | None = None) -> Iterator[Batch]:
-        """One batch."""
+        """Yields one batch that has shapes only."""
         num = batch_size or 1
         yield Batch(np.arange(num), {"input_ids": torch.zeros(num, self.length, dtype=torch.long)})
 

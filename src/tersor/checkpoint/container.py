@@ -219,7 +219,7 @@ class Container:
             raise ArtifactError(f"{self.path}: {what} (bytes {chunk.first} to {chunk.end}): {error}") from None
 
     def checked(self, chunk: Chunk, what: str) -> memoryview:
-        """A chunk's bytes."""
+        """The bytes of a chunk, after its CRC32 has been checked."""
         data = self.bytes(chunk)
         if zlib.crc32(data) != chunk.crc:
             place = f"{self.path}: {what} (bytes {chunk.first} to {chunk.end})"

@@ -39,7 +39,7 @@ M_MMAP_THRESHOLD, LARGE = -3, 2**20  # the option's number in malloc.h; bytes
 
 
 def no_lines(done: int, total: int) -> None:
-    """No progress shown."""
+    """Show no progress."""
 
 
 class StreamedModel:

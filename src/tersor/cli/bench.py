@@ -186,7 +186,7 @@ def show_noise(first: str, noise: Sequence[tuple[float, float]], versions: Seque
 
 
 def thread_counts(text: str) -> tuple[int, ...]:
-    """`1,2` as numbers."""
+    """Parse `1,2` as numbers of threads."""
     try:
         counts = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -197,7 +197,7 @@ def thread_counts(text: str) -> tuple[int, ...]:
 
 
 def example_shape(text: str | None) -> tuple[int, ...] | None:
-    """`3,224,224` as numbers."""
+    """Parse `3,224,224` as a shape."""
     if text is None:
         return None
     try:

@@ -93,7 +93,7 @@ def export(
 
 
 def sizes(text: str | None) -> tuple[int, ...] | None:
-    """`3,32,32` as numbers."""
+    """Parse `3,32,32` as a shape."""
     if text is None:
         return None
     numbers = tuple(int(part) if part.strip().isdigit() else 0 for part in text.split(","))

@@ -98,7 +98,7 @@ def number(text: str) -> Any:
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:
-    """`1,32` as numbers."""
+    """Parse `1,32` as batch sizes."""
     try:
         sizes = tuple(int(part) for part in text.split(","))
     except ValueError:

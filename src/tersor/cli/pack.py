@@ -25,7 +25,7 @@ def pack(
 
 
 def show(written: Written, json: bool) -> None:
-    """The two sizes."""
+    """Print the sizes before and after."""
     if json:
         print_json({"output": str(written.output), "bytes_before": written.before, "bytes": written.after})
         return

@@ -47,7 +47,7 @@ class TableSet:
 
     @cached_property
     def counts(self) -> UInt32[ndarray, "table symbol"]:
-        """Out of `TOTAL`."""
+        """The counts of every symbol, out of `TOTAL`."""
         return normalized(self.logs)
 
     @cached_property

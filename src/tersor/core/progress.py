@@ -6,4 +6,4 @@ Progress = Callable[[str, int, int], None]  # what, done, total
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """No progress shown."""
+    """Show no progress."""

@@ -34,7 +34,7 @@ HOLDS = (
 
 @dataclass(frozen=True)
 class Gguf:
-    """One `.gguf` file."""
+    """Writes one `.gguf` file, for llama.cpp and others."""
 
     name = "gguf"
     suffix = ".gguf"

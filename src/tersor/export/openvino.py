@@ -71,7 +71,7 @@ class OpenVinoIr:
         return None if self.decode or holds(packed) else Misfit(self.holds, nearby(packed))
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Raises MissingExtra."""
+        """Raises MissingExtra if openvino is not installed."""
         library()
         require()
 

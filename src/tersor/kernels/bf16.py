@@ -26,7 +26,7 @@ def int8_pack_layout(encoded: Encoded, activation: Activation | None) -> Layout:
 def run_int8_pack(
     x: Tensor, encoded: Encoded, activation: Activation | None, layout: Layout, bias: Tensor | None
 ) -> Tensor:
-    """`torch._weight_int8pack_mm`."""
+    """Multiply with `torch._weight_int8pack_mm`."""
     sums = torch._weight_int8pack_mm(x.contiguous(), encoded.parts["codes"], layout["ones"])
     return scaled(sums, encoded.parts["scale"].new_ones(()).float(), encoded, bias, x.dtype)
 
@@ -57,7 +57,7 @@ def int4_pack_layout(encoded: Encoded, activation: Activation | None) -> Layout:
 def run_int4_pack(
     x: Tensor, encoded: Encoded, activation: Activation | None, layout: Layout, bias: Tensor | None
 ) -> Tensor:
-    """`torch._weight_int4pack_mm_for_cpu`."""
+    """Multiply with `torch._weight_int4pack_mm_for_cpu`."""
     assert isinstance(encoded.format, IntGroup)
     size, multiply = encoded.format.group_size, torch.ops.aten._weight_int4pack_mm_for_cpu
     y = multiply(x.contiguous(), layout["codes"], size, layout["scales"])

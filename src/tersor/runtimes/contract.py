@@ -133,7 +133,7 @@ class Decoder(Protocol):
     """A language model that keeps the keys and values of the tokens it has read."""
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Forget all tokens fed so far."""
 
     def feed(
         self, ids: Int64[np.ndarray, "row new"], mask: Int64[np.ndarray, "row new"] | None = None

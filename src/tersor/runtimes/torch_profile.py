@@ -279,6 +279,6 @@ class CallCounter(TorchDispatchMode):
     num_calls = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """One operator."""
+        """Count one operator, and run it."""
         self.num_calls += 1
         return function(*args, **(kwargs or {}))

@@ -99,7 +99,7 @@ def parse_observer(text: str, activation: str) -> Observer:
 
 
 def parse_method(text: str) -> Method:
-    """`hqq` or `magnitude(sparsity=0.7)`."""
+    """Parse `hqq` or `magnitude(sparsity=0.7)` into a method."""
     return parse_options("method", METHODS, text)
 
 

@@ -81,7 +81,7 @@ class Classification:
         return batches(self.inputs, self.rows[split], self.batch_size if batch_size is None else batch_size)
 
     def forward(self, model: nn.Module, batch: Batch) -> Float[Tensor, "row class_"]:
-        """Logits."""
+        """The logits of a batch."""
         return one_class_each(self.inputs.forward(model, batch))
 
     def score(self, model: nn.Module, split: Split = "eval") -> Scores:

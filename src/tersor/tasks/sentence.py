@@ -57,7 +57,7 @@ class Embedder:
 
 
 class Normalize(nn.Module):
-    """To unit length."""
+    """Scales embeddings to unit length."""
 
     def forward(self, vectors: Float[Tensor, "row dim"]) -> Float[Tensor, "row dim"]:
         return normalize(vectors, dim=-1)

@@ -80,7 +80,7 @@ class Similarity:
         return batches(self.sentences, sentences, self.batch_size if batch_size is None else batch_size)
 
     def forward(self, model: nn.Module, batch: Batch) -> Float[Tensor, "sentence dim"]:
-        """Unit embeddings."""
+        """The embeddings of a batch, scaled to unit length."""
         return self.sentences.forward(model, batch)
 
     def score(self, model: nn.Module, split: Split = "eval") -> Scores:

@@ -82,7 +82,7 @@ def mse(student: Outputs, teacher: Outputs) -> Losses:
 
 
 def cosine(student: Outputs, teacher: Outputs) -> Losses:
-    """1 - cosine."""
+    """The loss 1 - cosine."""
     return 1 - cosine_similarity(student.float(), teacher.float(), dim=-1)
 
 

@@ -49,6 +49,6 @@ class Norms:
         return watched
 
     def release(self) -> None:
-        """After training."""
+        """Let the folded norms be trainable again, after training."""
         for norm in self.folded:
             norm.weight.requires_grad_(True)

@@ -22,7 +22,7 @@ class Codes(Protocol):
         """Scale and zero point that spread the codes from `low` to `high`, zero being one of the values."""
 
     def fake_quantize(self, x: Float[Tensor, "*batch"], params: Mapping[str, Tensor]) -> Float[Tensor, "*batch"]:
-        """The nearest values."""
+        """The nearest values that the range can represent."""
 
 
 @runtime_checkable

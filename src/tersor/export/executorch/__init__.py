@@ -47,7 +47,7 @@ class ExecuTorch:
         return None if self.decode or holds(packed) else Misfit(self.holds, nearby(packed))
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Raises MissingExtra."""
+        """Raises MissingExtra if executorch is not installed."""
         from tersor.export.executorch.program import lowering
         from tersor.runtimes.executorch import library
 

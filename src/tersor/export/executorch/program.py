@@ -33,7 +33,7 @@ class Placement:
     num_parts: int
 
     def describe(self) -> str:
-        """For a user."""
+        """A sentence about the program for the user: which operators run where."""
         total = sum(self.outside.values())
         told = ", ".join(f"{name} x{number}" for name, number in sorted(self.outside.items()))
         parts = f"{self.num_inside} operators in XNNPACK, in {self.num_parts} part{'s' * (self.num_parts != 1)}"
