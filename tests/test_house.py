@@ -164,7 +164,7 @@ def test_lazy_imports_have_a_reason():
     assert not LAZY.keys() - lazy, f"no lazy import any more: take {', '.join(sorted(LAZY.keys() - lazy))} off the list"
 
 
-GROUND = {"tersor.core.compiled", "tersor.core.errors", "tersor.methods.stats"}
+GROUND = {"tersor.core.compiled", "tersor.core.errors", "tersor.core.threads", "tersor.methods.stats"}
 
 
 @pytest.mark.parametrize(("folder", "may"), [("formats", {"formats"}), ("methods", {"formats", "methods"})])

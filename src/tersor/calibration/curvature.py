@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core.errors import DataError
+from tersor.core.threads import mean
 from tersor.kernels import reference
 from tersor.methods.stats import Stats
 from tersor.nn.copies import settled
@@ -109,6 +110,6 @@ def sampled_loss(output: Tensor, kind: Output, generator: torch.Generator) -> Te
 
 def factored(row: Tensor, column: Tensor) -> Stats:
     """Row and column sums of F as `F_ij = row_weight_i * column_weight_j`, with columns of mean one."""
-    mean_column = column.mean().clamp_min(1e-300)
+    mean_column = mean(column).clamp_min(1e-300)
     row_weight = (row / column.numel()).clamp(max=MOST)
     return Stats(row_weight=row_weight.float(), column_weight=(column / mean_column).float())

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from tersor.calibration.walk import position_mask
+from tersor.core.threads import total
 from tersor.tasks.contract import Output, Split, Task
 from tersor.tasks.fidelity import kl_divergence
 from tersor.tasks.inputs import scoring
@@ -46,11 +47,11 @@ def outputs(
 def divergence(original: Iterable[Tensor], compressed: Iterable[Tensor], kind: Output) -> float:
     """The mean over predictions of the KL divergence in nats, or over examples of half the squared distance (for unit
     embeddings: 1 - cosine)."""
-    total, count = 0.0, 0
+    summed, count = 0.0, 0
     for before, after in zip(original, compressed, strict=True):
         count += len(before)
         if kind == "logits":
-            total += kl_divergence(before, after)
+            summed += kl_divergence(before, after)
         else:
-            total += 0.5 * (after - before).double().square().sum().item()
-    return total / max(1, count)
+            summed += 0.5 * total((after - before).double().square()).item()
+    return summed / max(1, count)

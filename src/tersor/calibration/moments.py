@@ -17,6 +17,7 @@ from tersor.nn.sites import Site, is_convolution, is_linear
 CHUNK = 2**12  # inputs at a time, and in a run whose range is noted
 STRIP = 192  # rows of the second moment at a time
 SAMPLE = 512  # inputs kept
+PIECE = 256  # inputs whose products are summed in one go: a library parts longer sums among its threads
 PATCHES = 2**24  # numbers of unfolded convolution inputs at a time
 
 
@@ -69,8 +70,9 @@ class Moments:
             exact = x if x.dtype is torch.bfloat16 and x.device.type == "cpu" else wide
             add_square(self.second, exact)
         if original is not None and "cross_moment" in self.needs:
-            product = (original.float() - wide).t() @ wide
-            self.gap = product if self.gap is None else self.gap.add_(product)
+            self.gap = wide.new_zeros(wide.shape[1], wide.shape[1]) if self.gap is None else self.gap
+            for piece, gap in zip(wide.split(PIECE), (original.float() - wide).split(PIECE), strict=True):
+                self.gap.addmm_(gap.t(), piece)
 
     def keep_sample(self, x: Tensor) -> None:
         """A uniform sample without replacement: every input draws a number, and the smallest stay."""
@@ -108,7 +110,8 @@ def add_square(total: Float[Tensor, "in in"], x: Float[Tensor, "token in"]) -> N
         stop = min(start + STRIP, num_features)
         left, right, strip = x[:, start:stop].t(), x[:, :stop], total[start:stop, :stop]
         if x.dtype is not torch.bfloat16:
-            strip.addmm_(left, right)
+            for piece in range(0, len(x), PIECE):
+                strip.addmm_(left[:, piece : piece + PIECE], right[piece : piece + PIECE])
             continue
         rough = left @ right
         strip.add_(rough).add_(torch.addmm(rough.neg(), left, right))

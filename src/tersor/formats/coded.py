@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersor.core.errors import FormatError
+from tersor.core.threads import mean
 from tersor.formats.contract import Encoded, Layout, Params, Weight
 
 LARGEST = 2**15 - 1  # of codes and of exponents
@@ -56,7 +57,7 @@ class Coded:
     def fit(self, weight: Weight) -> Params:
         """One step for all weights. Raises FormatError where rounding up would overflow."""
         largest = weight.abs().max().item()
-        step = max(PLAIN_STEP * weight.double().square().mean().sqrt().item(), largest / LARGEST) or 1.0
+        step = max(PLAIN_STEP * mean(weight.double().square()).sqrt().item(), largest / LARGEST) or 1.0
         if largest + step > torch.finfo(torch.float32).max:
             raise FormatError(
                 f"{self.name}: the largest weight {largest:.3g} overflows when it is rounded; keep this weight as it is"
@@ -80,7 +81,7 @@ def scales(rows: Float[Tensor, " out"], columns: Float[Tensor, " in"], octave: f
     >>> scales(torch.tensor([1.0, 4.0]), torch.tensor([0.1]), octave=0.5)["row"].flatten().tolist()
     [-2, 2]
     """
-    middles = [scale.double().log2().mean() for scale in (rows, columns)]
+    middles = [mean(scale.double().log2()) for scale in (rows, columns)]
     exponents = [
         ((scale.double().log2() - middle) / octave).round().clamp(-LARGEST, LARGEST).to(torch.int16)
         for scale, middle in zip((rows, columns), middles, strict=True)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersor.core.errors import FormatError
+from tersor.core.threads import threads
 from tersor.formats.contract import Encoded, Layout, Params, Weight
 from tersor.formats.float_cast import to_half
 from tersor.formats.int_group import IntGroup
@@ -45,6 +46,7 @@ class LowRank:
     def layout(self, shape: tuple[int, int]) -> Layout:
         return {"left": (torch.float16, (shape[0], None)), "right": (torch.float16, (None, shape[1]))}
 
+    @threads(1)
     def fit(self, weight: Weight, rank: int | None = None) -> Params:
         """The nearest product of this rank (Eckart-Young); without one, of the weight's own numerical rank."""
         u, sizes, vh = torch.linalg.svd(weight.contiguous().double(), full_matrices=False)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersor.core.errors import FormatError
+from tersor.core.threads import mean
 from tersor.formats.contract import Layout, Params, Weight
 from tersor.formats.four_bit import FourBit, Levels, divisor
 
@@ -102,7 +103,7 @@ class Nf4Double(FourBit):
     def fit(self, weight: Weight, shrink: float | Tensor = 1.0) -> Params:
         """Raises FormatError where the sum of the scales overflows float32."""
         absmax = Nf4().largest(weight, shrink)
-        offset = absmax.mean()
+        offset = mean(absmax)
         if not offset.isfinite():
             raise FormatError(f"{self.name}: the sum of the scales overflows float32; use nf4")
         blocks = blocked(absmax - offset)

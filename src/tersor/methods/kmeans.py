@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tersor.core.threads import mean
 from tersor.formats.codebook import Codebook, clustered
 from tersor.formats.contract import Encoded, Format, Params, Weight
 from tersor.methods.stats import Stats
@@ -87,4 +88,4 @@ def floored(energy: Tensor | None, size: int, device: torch.device) -> Float[Ten
     """The energies scaled to a mean of one, plus 1 % of that; ones if there is nothing to go by."""
     if energy is None or not energy.any():
         return torch.ones(size, device=device)
-    return (energy / energy.mean()).float().to(device) + 0.01
+    return (energy / mean(energy)).float().to(device) + 0.01

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersor.core.errors import InputError
+from tersor.core.threads import total
 from tersor.formats.codebook import Codebook
 from tersor.formats.contract import Encoded, Format, Grid, Params, Weight
 from tersor.formats.int_group import IntGroup, by_rows
@@ -85,7 +86,7 @@ class Mse:
             lowest = torch.minimum(found, lowest)
         best = format.fit(weight, best_range)
         # Groups whose scales are stored together may disturb one another.
-        if error(best).sum() > before.sum():
+        if total(error(best)) > total(before):
             return plain
         if isinstance(format, IntGroup):
             scale = least_squares_scale(weight, format, best, importance)

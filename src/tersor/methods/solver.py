@@ -11,6 +11,9 @@ free to make up for it: successive projection on the lattice spanned by L, which
 https://arxiv.org/abs/2210.17323; the same thing as Babai's nearest plane, Chen et al. 2025,
 https://arxiv.org/abs/2507.18553).
 
+The solver runs on one thread, so that its results do not depend on how many there are: next to the passes that
+gather the moments it takes little time.
+
 Everything here works on transposed matrices `[in, out]`, so that a column of the weight is contiguous.
 """
 
@@ -22,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersor.core.errors import DataError
+from tersor.core.threads import threads
 from tersor.formats.contract import Weight
 from tersor.methods.stats import Stats
 
@@ -46,12 +50,14 @@ class Problem:
     moment: Float[Tensor, "in in"]
     factor: Float[Tensor, "in in"]
 
+    @threads(1)
     def loss(self, weight: Weight) -> float:
         """`tr((W' - T) S (W' - T)')`, the mean squared error of the output per token."""
         error = weight - self.target
         return ((error @ self.moment) * error).sum().item()
 
 
+@threads(1)
 def pose(
     weight: Weight, stats: Stats, damping: float, drift: float, reorder: bool = True, quiet_first: bool = False
 ) -> Problem:
@@ -116,6 +122,7 @@ def second_moment(num_columns: int, stats: Stats) -> Float[Tensor, "in in"]:
     return torch.eye(num_columns)
 
 
+@threads(1)
 def sweep(problem: Problem, project: Project, choose: Choose | None = None, group_size: int = BLOCK) -> Weight:
     """Fix one column after another, each time letting those still free make up for the error.
 
@@ -145,6 +152,7 @@ def sweep(problem: Problem, project: Project, choose: Choose | None = None, grou
     return fixed[order.argsort()].t().contiguous()
 
 
+@threads(1)
 def polish(problem: Problem, weight: Weight, project: Project, num_rounds: int = 1) -> Weight:
     """Coordinate descent from a point of the format: every column in turn moves to the best values given all others.
 
@@ -169,6 +177,7 @@ def polish(problem: Problem, weight: Weight, project: Project, num_rounds: int =
     return values[order.argsort()].t().contiguous()
 
 
+@threads(1)
 def rescaling(problem: Problem, weight: Weight, group_size: int) -> Float[Tensor, "out groups"]:
     """The factor for each group of columns that, with the codes as they are, makes the error least.
 

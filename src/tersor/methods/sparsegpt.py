@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersor.core.errors import InputError
+from tersor.core.threads import mean
 from tersor.formats.contract import Encoded, Format, Params, Sparse, Weight
 from tersor.formats.semi_structured import SemiStructured
 from tersor.formats.sparse_int import SparseInt
@@ -79,4 +80,4 @@ class SparseGpt:
         if not isinstance(format, SparseInt):
             return {"mask": mask}
         kept = torch.where(mask, problem.target, 0.0)
-        return {"mask": mask, **searched(kept, format.grid, energy / energy.mean().clamp_min(1e-30))}
+        return {"mask": mask, **searched(kept, format.grid, energy / mean(energy).clamp_min(1e-30))}

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from tersor.core.threads import threads
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -36,6 +38,7 @@ class Stats:
     num_tokens: int = 0
     num_axes: int | None = None
 
+    @threads(1)
     def loss(self, error: Float[Tensor, "out in"]) -> float:
         """The predicted loss of changing the weight by `error`: half the weighted sum of squares, per example."""
         if self.row_weight is None or self.column_weight is None:

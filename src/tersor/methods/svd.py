@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersor.core.errors import InputError
+from tersor.core.threads import threads
 from tersor.formats.contract import Encoded, Format, Weight
 from tersor.formats.lowrank import LowRank
 from tersor.methods.solver import check_finite
@@ -83,6 +84,7 @@ class Components:
     energy: Float[Tensor, " k"]
 
 
+@threads(1)
 def principal_components(weight: Weight, stats: Stats, damping: float = 0.01) -> Components:
     """The components that minimize `tr(D (W - W') S (W - W')' D)` at every rank, `D^2` being the row weights.
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tersor.core.threads import mean
 from tersor.formats.contract import Encoded, Format, Weight
 from tersor.methods.magnitude import check_sparsity, keep_highest, only_sparse
 from tersor.methods.stats import Stats
@@ -55,4 +56,4 @@ def input_energy(weight: Weight, stats: Stats) -> Float[Tensor, " in"]:
     energy = stats.column_weight if stats.second_moment is None else stats.second_moment.diagonal()
     if energy is None or not energy.any():
         return torch.ones(weight.shape[1], device=weight.device)
-    return energy.clamp_min(SILENT * energy.mean()).to(weight)
+    return energy.clamp_min(SILENT * mean(energy)).to(weight)

@@ -30,6 +30,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tersor.core.errors import InputError
+from tersor.core.threads import threads
 from tersor.formats.coded import Coded
 from tersor.formats.contract import Encoded, Format, Weight
 from tersor.formats.trellis import NOISE, POLYNOMIALS
@@ -90,6 +91,7 @@ class Waterfill:
             return None
         return f"waterfill chooses the steps of codes without bounds, and {format.name} has none; use coded"
 
+    @threads(1)
     def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
         assert isinstance(format, Coded)
         damping = damping_of(weight, stats, STEPS_DAMPING) if self.damping is None else self.damping

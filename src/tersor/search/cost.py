@@ -1,6 +1,7 @@
 """The cost of one format over a whole model: bytes, and the sites that it can hold."""
 
 from tersor.codecs.file_bytes import file_bytes, file_bytes_of_shape
+from tersor.core.threads import total
 from tersor.methods.stats import Stats
 from tersor.schemes.scheme import Scheme
 
@@ -22,8 +23,8 @@ def cost_of(name: str, sites: list, kept_bytes: int, model: object) -> dict:
         rows = site.matrix(model)[:: max(1, site.shape[0] // wanted)]
         encoded = scheme.method.compress(rows, scheme.format, Stats())
         scale = site.shape[0] / rows.shape[0]
-        squared += float((encoded.decode() - rows).square().sum()) * scale
-        energy += float(rows.square().sum()) * scale
+        squared += float(total((encoded.decode() - rows).square())) * scale
+        energy += float(total(rows.square())) * scale
         taken = file_bytes(encoded) * scale if exact is None else exact
         bits += 8 * taken
         num_bytes += round(taken)

@@ -23,6 +23,7 @@ from tersor.checkpoint.layout import other_tensors
 from tersor.codecs.file_bytes import file_bytes
 from tersor.core.errors import BudgetError, InputError
 from tersor.core.progress import Progress, silent
+from tersor.core.threads import mean
 from tersor.core.weights_file import METADATA, file_size
 from tersor.methods.mse import Mse
 from tersor.methods.stats import Stats
@@ -164,15 +165,15 @@ def sample_rows(site: Site, stats: Stats) -> tuple[Tensor, Tensor]:
 def site_curvature(site: Site, stats: Stats, weight: Tensor, floor: float) -> Stats:
     """The measured curvature with a floor; without data, what makes the loss relative to the weights."""
     if stats.row_weight is None or stats.column_weight is None:
-        relative = 1 / weight.square().mean().clamp_min(1e-30).item()
+        relative = 1 / mean(weight.square()).clamp_min(1e-30).item()
         return Stats(torch.full((site.shape[0],), relative), torch.ones(site.shape[1]))
     return Stats(stats.row_weight + floor, stats.column_weight)
 
 
 def median_curvature(stats: Mapping[str, Stats]) -> float:
     """The median of the sites' mean curvatures, over the sites that the data reaches."""
-    means = [s.row_weight.mean().item() for s in stats.values() if s.row_weight is not None]
-    reached = sorted(mean for mean in means if mean > 0)
+    means = [mean(s.row_weight).item() for s in stats.values() if s.row_weight is not None]
+    reached = sorted(value for value in means if value > 0)
     return reached[len(reached) // 2] if reached else 0.0
 
 

@@ -24,6 +24,7 @@ from tersor.calibration.curvature import batch_size
 from tersor.calibration.divergence import UNITS, divergence, outputs
 from tersor.core.errors import InputError
 from tersor.core.progress import Progress
+from tersor.core.threads import threads, total
 from tersor.formats.contract import Encoded
 from tersor.methods.stats import Stats
 from tersor.nn.copies import copy_but_sites
@@ -195,10 +196,11 @@ def negligible(original: list[Tensor], task: Task) -> float:
     """The loss below which nothing needs to be kept."""
     if task.output == "logits":
         return NEGLIGIBLE
-    squares, num_rows = sum(rows.square().sum().item() for rows in original), sum(map(len, original))
+    squares, num_rows = sum(total(rows.square()).item() for rows in original), sum(map(len, original))
     return NEGLIGIBLE * 0.5 * squares / max(1, num_rows)
 
 
+@threads(1)
 def predicted_loss(weight: Tensor, encoded: Encoded, activation: Activation | None, stats: Stats) -> float:
     """The loss of one site, from the curvature and a sample of its inputs; without one, of its weights' error alone."""
     if stats.sample is None or not len(stats.sample) or stats.row_weight is None:

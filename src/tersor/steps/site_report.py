@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tersor.activations.quantizers import Activation
 from tersor.codecs.file_bytes import file_bytes
+from tersor.core.threads import total
 from tersor.formats.contract import Encoded
 from tersor.nn.sites import Site
 from tersor.schemes.scheme import Scheme
@@ -31,7 +32,7 @@ class SiteReport:
         cls, site: Site, scheme: Scheme, encoded: Encoded, activation: Activation | None, weight: Tensor
     ) -> "SiteReport":
         """The report of a site whose matrix was `weight`."""
-        error = (encoded.decode() - weight).square().sum() / weight.square().sum().clamp_min(1e-38)
+        error = total((encoded.decode() - weight).square()) / total(weight.square()).clamp_min(1e-38)
         num_bytes = file_bytes(encoded)
         return cls(
             name=site.name,

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tersor.core.errors import InputError
+from tersor.core.threads import total
 from tersor.formats import format_named
 from tersor.formats.contract import Format
 from tersor.methods.stats import Stats
@@ -72,4 +73,4 @@ def output_error(
     columns = torch.ones(weight.shape[1]) if factor is None else pair.spread(factor, weight.shape[1])
     scaled = weight * columns
     error = format.fake_quantize(scaled, format.fit(scaled)) / columns - weight
-    return (x @ error.t()).square().sum().item()
+    return total((x @ error.t()).square()).item()

@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tersor.core.threads import threads
 from tersor.methods.solver import check_finite
 
 
+@threads(1)
 def corrected_bias(
     bias: Float[Tensor, " out"], error: Float[Tensor, "out in"], mean: Float[Tensor, "*group in"]
 ) -> Float[Tensor, " out"]:

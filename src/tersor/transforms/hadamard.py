@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tersor.core.errors import ModelError
+from tersor.core.threads import threads
 from tersor.methods.stats import Stats
 from tersor.nn.sites import is_linear
 from tersor.transforms.pairs import (
@@ -172,7 +173,8 @@ def random_hadamard(size: int, seed: int) -> Float[Tensor, "size size"]:
     signs = torch.randint(0, 2, (size, 1), generator=generator).double() * 2 - 1
     matrix = hadamard(size)
     if matrix is None:
-        return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+        with threads(1):
+            return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
     return signs * matrix / size**0.5
 
 
