@@ -45,7 +45,7 @@ def test_the_number_of_threads_changes_no_byte(scheme):
     assert_threads_do_not_matter(lambda: tersor.compress(model(), scheme, task()))
 
 
-@pytest.mark.parametrize("size, candidates", [("40KB", "gptq:int3-g64,int4-g64,int8"), ("120KB", "coded")])
+@pytest.mark.parametrize(("size", "candidates"), [("40KB", "gptq:int3-g64,int4-g64,int8"), ("120KB", "coded")])
 def test_nor_of_what_a_size_plans(size, candidates):
     def planned():
         recipe = plan(model(), task(), size=size, candidates=candidates.split(","))
