@@ -21,8 +21,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready
 	$(BIN)/python demo.py
 
+# One process and one thread for each of two cores; the tests of a file run in one process and share what they build.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow
@@ -32,7 +33,7 @@ test-latest:
 	test -x $(LATEST)/bin/python || $(PYTHON) -m venv $(LATEST)
 	$(LATEST)/bin/pip install --quiet $(TORCH)
 	$(LATEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev,demo]' $(TORCH)
-	$(LATEST)/bin/python -m pytest
+	$(LATEST)/bin/python -m pytest -n 2 --dist loadfile
 
 # Exact versions of everything that the extras need, with the torch that the tests run on.
 constraints: $(VENV)/ready
