@@ -8,6 +8,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tersor.checkpoint import output
 from tersor.checkpoint.output import NEW, OLD, atomic_file, atomic_folder, check_output
@@ -386,3 +388,13 @@ def test_files_are_put_back_after_a_kill_between_renames(tmp_path, placed):
     with pytest.raises(InputError, match="exists"):
         check_output(tmp_path / "model.onnx", False, not_ours, ["model.onnx.data"])
     assert tree(tmp_path) == {"model.onnx": "old", "model.onnx.data": "old"}
+
+
+def test_a_disk_that_refuses_others_writers_is_one_message(tmp_path):
+    """`save_pretrained` of transformers and peft raise an error of their own for a full disk."""
+    with (
+        pytest.raises(ArtifactError, match=r"out: cannot be written: .*No such file"),
+        atomic_folder(tmp_path / "out") as folder,
+    ):
+        save_file({"weight": torch.ones(2)}, folder / "gone" / "model.safetensors")
+    assert names(tmp_path) == []

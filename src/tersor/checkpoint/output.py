@@ -18,9 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from tersor.checkpoint.seal import first_foreign, seal
 from tersor.core.errors import ArtifactError, InputError
 from tersor.core.lock import held, holder, is_held, told_by
+from tersor.core.messages import first_line
 
 LOCK, NEW, OLD = "lock", "new", "old"
 finished: list[Path] = []  # the outputs that this process has put in place
@@ -170,9 +173,10 @@ def workplace(output: Path, target: Path) -> Iterator[Path]:
         raise InputError(
             f"{output}: {taken}, and is left alone; the finished work is in {place / NEW}: move it where you want it"
         ) from None
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter: what the system refused to those who write safetensors
         discard(place)
-        raise ArtifactError(f"{output}: cannot be written: {error.strerror or error}") from None
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ArtifactError(f"{output}: cannot be written: {reason}") from None
     except BaseException as stop:
         discard(place)
         if not isinstance(stop, Exception):
