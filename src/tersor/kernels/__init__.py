@@ -21,3 +21,4 @@ from tersor.kernels.choice import fast as fast
 from tersor.kernels.choice import kernel_of as kernel_of
 from tersor.kernels.choice import linear as linear
 from tersor.kernels.choice import reference as reference
+from tersor.kernels.choice import transformed as transformed

@@ -94,10 +94,16 @@ def choices() -> list[Choice]:
 
 
 def fast(x: Tensor, *, compiling: bool = False) -> bool:
-    """Whether kernels may run on this input: on the CPU, without gradients, outside of `reference()`, and not while a
-    compiler follows, unless that is `compiling`."""
-    follows = torch.compiler.is_compiling() and not compiling
+    """Whether kernels may run on this input: on the CPU, without gradients, outside of `reference()`, not while what
+    runs is recorded or transformed, and not while a compiler follows, unless that is `compiling`."""
+    follows = transformed() or (torch.compiler.is_compiling() and not compiling)
     return _enabled and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad) and not follows
+
+
+def transformed() -> bool:
+    """Whether `torch.jit.trace` records what runs, or `torch.func` turns it into something else (its gradient, a map
+    over a batch): plain operations alone can be followed then."""
+    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def linear(

@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from tersor.activations.quantizers import Activation
 from tersor.core.memory import aligned
 from tersor.formats.contract import Encoded
-from tersor.kernels import Memory, linear
+from tersor.kernels import Memory, linear, transformed
 from tersor.nn.in_place import Packed, PackedModule, turn
 
 
@@ -170,7 +169,7 @@ class InputQuantizer(Stored):
     def forward(self, x: Tensor) -> Tensor:
         """The input as its format holds it; gradients pass straight through."""
         snapped = self.activation.fake_quantize(x)
-        return straight_through(x, snapped) if torch.is_grad_enabled() and x.requires_grad else snapped
+        return straight_through(x, snapped) if is_trained(x) else snapped
 
     def extra_repr(self) -> str:
         return self.format
@@ -178,6 +177,11 @@ class InputQuantizer(Stored):
 
 class Simulated(nn.Module):
     """A parametrization under which a weight is trained as its format will hold it; the weight stays the same site."""
+
+
+def is_trained(x: Tensor) -> bool:
+    """Whether gradients may flow back to an input; `torch.func` asks for them without `requires_grad`."""
+    return not torch.jit.is_tracing() and (transformed() or (torch.is_grad_enabled() and x.requires_grad))
 
 
 def straight_through(x: Tensor, snapped: Tensor) -> Tensor:
@@ -195,7 +199,6 @@ class DecodedLinear(torch.autograd.Function):
         return F.linear(x, packed.matrix(), bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         to_x = gradient @ ctx.packed.matrix().to(gradient.dtype)
         to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
@@ -213,14 +216,14 @@ class PackedLinear(Packed):
 
     def forward(self, input: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         x = input
-        trained = torch.is_grad_enabled() and x.requires_grad
+        trained = is_trained(x)
         activation = self.input_quantizer.activation if self.input_quantizer is not None else None
         y = linear(x, self.packed.encoded, activation, self.bias, self.packed.memory)
         if y is not None:
             return y
         if activation is not None:
             x = straight_through(x, activation.fake_quantize(x)) if trained else activation.fake_quantize(x)
-        if trained and not any(part.requires_grad for part in self.packed.tensors.values()):
+        if trained and not transformed() and not any(part.requires_grad for part in self.packed.tensors.values()):
             return DecodedLinear.apply(x, self.bias, self.packed)
         return F.linear(x, self.packed.matrix(), self.bias)
 

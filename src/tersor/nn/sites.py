@@ -19,6 +19,7 @@ from tersor.activations.quantizers import ACTIVATIONS, Activation
 from tersor.core.errors import FormatError, ModelError, UnknownName
 from tersor.formats.contract import Encoded
 from tersor.nn.computed import computed, computed_weights, inside, names_beside, originals, settle
+from tersor.nn.fused import leave_fused_path
 from tersor.nn.in_place import Packed, own_class
 from tersor.nn.packed import (
     Fold,
@@ -165,6 +166,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     [('0', (2, 3)), ('1.weight_ih_l0', (16, 2)), ('1.weight_hh_l0', (16, 4))]
     """
     found: dict[int, Site] = {}
+    check_has_shapes(model)
     modules = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if not inside(path)]
     weights = {id(module): weights_of(module) for _, module in modules}
     for path, module in modules:
@@ -187,6 +189,15 @@ def find_sites(model: nn.Module) -> list[Site]:
     for tensor in from_which_others_are_computed(model):
         found.pop(id(tensor), None)
     return [site for site in found.values() if all(site.shape)]  # there is nothing to compress in a weight of no size
+
+
+def check_has_shapes(model: nn.Module) -> None:
+    """Raises ModelError for layers like nn.LazyLinear that have not seen an input yet."""
+    for path, module in model.named_modules():
+        if any(isinstance(each, nn.UninitializedParameter) for each in module._parameters.values()):
+            raise ModelError(
+                f"{path or 'the model'} ({type(module).__name__}) has no shape before its first input; run the model once"
+            )
 
 
 def from_which_others_are_computed(model: nn.Module) -> list[Tensor]:
@@ -324,12 +335,3 @@ def layer_kind(module: nn.Module) -> type[Packed] | None:
     if is_convolution(module):
         return PackedConv
     return PackedEmbedding if type(module) is nn.Embedding and module.max_norm is None else None
-
-
-def leave_fused_path(model: nn.Module) -> None:
-    """nn.TransformerEncoder has a fused inference path that reads float weights around its modules; turn it off."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False

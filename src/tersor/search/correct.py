@@ -6,7 +6,6 @@ per layer: Turboderp 2025, https://github.com/turboderp-org/exllamav3). If the l
 prediction at every level, then the levels that make all weights cost the same again are `1 / sqrt(a)` times as large.
 """
 
-import copy
 from math import exp, inf, log
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 
 from tersor.calibration.divergence import divergence, outputs
 from tersor.checkpoint.layout import packed_sites
+from tersor.nn.copies import copy_but_sites, own_shared_weights
 from tersor.nn.sites import find_sites
 from tersor.tasks.contract import Task
 
@@ -31,8 +31,11 @@ def measured_factors(
     Args:
         levels: of the sites to measure, at which `compressed` was made.
     """
-    model = copy.deepcopy(original)
+    model = copy_but_sites(original)
     sites = {site.name: site for site in find_sites(model)}
+    for site in sites.values():
+        site.settle(model)
+    own_shared_weights(model, original)
     before = list(outputs(original, task, "calibration", NUM_EXAMPLES))
     ratios, weights = {}, {}
     for site, packed, _ in packed_sites(compressed):
