@@ -196,7 +196,7 @@ def check_has_shapes(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if any(isinstance(each, nn.UninitializedParameter) for each in module._parameters.values()):
             raise ModelError(
-                f"{path or 'the model'} ({type(module).__name__}) has no shape before its first input; run the model once"
+                f"{path or 'the model'} ({type(module).__name__}) has no shape before its first input; run it once"
             )
 
 
