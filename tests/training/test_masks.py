@@ -7,6 +7,7 @@ from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError, UnknownName
 from tersor.formats.semi_structured import SemiStructured
+from tersor.nn.packed import Simulated
 from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
 from tersor.training.masks import Choice, Masks, empty_sites, largest, sparsity_of
@@ -142,7 +143,7 @@ def test_the_optimizer_moves_the_kept_weights_alone(optimizer):
     assert any(bool((tensor == 0).any()) for tensor in states), "no gradient of a dropped weight is remembered"
 
 
-class Double(nn.Module):
+class Double(Simulated):
     """Stands for fake quantization: what runs is made of what is trained."""
 
     def forward(self, weight):
