@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from exported import exact_anywhere
 from onnx import numpy_helper
 from torch import nn
 
@@ -49,7 +50,7 @@ SHAPES = {"linear": (40,), "lstm": (7, 12), "depthwise": (4, 9, 9)}
 def packed(name: str, scheme: str) -> tuple[nn.Module, Examples]:
     """A small model under a scheme, with its inputs; the axes of any size are those of a batch and of texts."""
     if name in LAYERS:
-        model, inputs, keywords = LAYERS[name]().eval(), {"x": torch.randn(3, *SHAPES[name])}, False
+        model, inputs, keywords = exact_anywhere(LAYERS[name]().eval()), {"x": torch.randn(3, *SHAPES[name])}, False
     else:
         model, arguments = ZOO[name].model(), ZOO[name].arguments(ZOO[name].model())
         keywords = isinstance(arguments, dict)
@@ -215,7 +216,9 @@ def convolutions(path: Path) -> list[tuple[bool, bool]]:
 def test_int8_convolutions_of_residual_blocks(tmp_path):
     x = torch.randn(4, 8, 9, 9)
     examples = Examples({"x": x}, {"x": {0: "batch"}}, keywords=False)
-    model = tersor.compress(Residual().eval(), Recipe.of("int8/int8-static"), Calibration(examples)).model
+    model = tersor.compress(
+        exact_anywhere(Residual().eval()), Recipe.of("int8/int8-static"), Calibration(examples)
+    ).model
     as_it_is, _ = write(model, examples, tmp_path)
     assert difference(run(as_it_is, examples), examples.run(model)) < 0.02
     # Both results that go into the sum are float: one of them meets a quantizer, too.
@@ -247,7 +250,9 @@ class Shrinking(Residual):
 def test_the_whole_residual_chain_runs_on_codes(tmp_path):
     x = torch.randn(4, 8, 9, 9)
     examples = Examples({"x": x}, {"x": {0: "batch"}}, keywords=False, calibration=({"x": x},))
-    model = tersor.compress(Shrinking().eval(), Recipe.of("int8/int8-static"), Calibration(examples)).model
+    model = tersor.compress(
+        exact_anywhere(Shrinking().eval()), Recipe.of("int8/int8-static"), Calibration(examples)
+    ).model
     written, _ = write(model, examples, tmp_path)
     assert difference(run(written, examples), examples.run(model)) < 0.05
     options = onnxruntime.SessionOptions()
@@ -324,7 +329,7 @@ class Padded(nn.Module):
 def test_padding_is_the_convolutions_and_a_head_on_floats_runs_in_integers(scheme, tmp_path):
     x = torch.randn(4, 3, 12, 12)
     examples = Examples({"x": x}, {"x": {0: "batch"}}, keywords=False, calibration=({"x": x},))
-    model = tersor.compress(Padded().eval(), Recipe.of(scheme), Calibration(examples)).model
+    model = tersor.compress(exact_anywhere(Padded().eval()), Recipe.of(scheme), Calibration(examples)).model
     written, exact = write(model, examples, tmp_path)
     assert difference(run(exact, examples), examples.run(model)) < (5e-3 if "static" in scheme else 1e-5)
     graph = onnx.load(written).graph
