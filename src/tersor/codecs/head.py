@@ -46,7 +46,7 @@ def write_sequence(parts: Int[ndarray, " n"], out: BitWriter) -> None:
     symbols = (parts[:, None] + 1).astype(np.uint8)
     classes = single_class(symbols)
     tables = make_tables(counted(symbols, classes.row, classes.column), -1)
-    num_lanes = lanes_and_rows(symbols.shape)[0]
+    num_lanes = lanes_and_rows((len(symbols), 1))[0]
     words, _ = encode_words(symbols, tables, classes.row, classes.column, num_lanes)
     out.gamma(num_lanes.bit_length() - 1)
     write_tables(tables, out)

@@ -145,7 +145,7 @@ def deviations(problem: Problem, rows: Float[Tensor, " out"]) -> Float[Tensor, "
     return torch.from_numpy(products)
 
 
-def histogram(values: Float[Tensor, " n"]) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+def histogram(values: Float[Tensor, " n"]) -> np.ndarray:
     """Counts of values by the eighth of an octave they lie in, from `2^-REACH` to `2^REACH`."""
     octaves = values.clamp_min(1e-30).log2().clamp(-REACH, REACH) + REACH
     bins = (octaves * PER_OCTAVE).round().long().cpu()

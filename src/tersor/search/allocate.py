@@ -56,7 +56,7 @@ def allocate(sites: list[list[Option]], limit: int) -> list[Option] | None:
         return [menu[-1] for menu in menus]
     unit = max(1.0, spare / NUM_BINS)
     num_bins = int(spare / unit)
-    best = np.zeros(num_bins + 1)  # least loss of the sites so far, within b bins
+    best: np.ndarray = np.zeros(num_bins + 1)  # least loss of the sites so far, within b bins
     choices = np.zeros((len(menus), num_bins + 1), dtype=np.uint8)
     for row, menu in zip(choices, menus, strict=True):
         total = best + menu[0].loss
