@@ -22,7 +22,7 @@ CHECKED = [
 ]
 jaxtyping.install_import_hook([f"tersor.{module}" for module in CHECKED], "beartype.beartype")
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1 if "PYTEST_XDIST_WORKER" in os.environ else 2)))
 
 
 @pytest.fixture(autouse=True)
