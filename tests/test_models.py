@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import tersor
 from cli_runner import tersor as run_tersor
 from tersor.checkpoint.container_write import size_of
+from tersor.checkpoint.notice import has_notice, without
 from tersor.checkpoint.open import open_model
 from tersor.kernels import reference
 from tersor.nn.packed import PackedLinear
@@ -44,8 +45,10 @@ def test_minilm_shrinks_and_a_new_process_agrees_bit_for_bit(minilm, arguments, 
         assert 0.99 * made.json["limit"]["bytes"] < card["file_bytes"] <= made.json["limit"]["bytes"]
     assert card["score"] > 0.97
     assert made.json["verdict"]["outcome"] == "within"
-    for name in ("config.json", "tokenizer.json"):  # as they came
-        assert (small / name).read_bytes() == (Path(minilm) / name).read_bytes()
+    assert (small / "tokenizer.json").read_bytes() == (Path(minilm) / "tokenizer.json").read_bytes()  # as it came
+    came, written = (json.loads((Path(folder) / "config.json").read_text()) for folder in (minilm, small))
+    assert without(written) == came
+    assert has_notice(written)
     model = tersor.load(small)
     assert type(model).__name__ == "BertModel"
     inputs = {

@@ -12,12 +12,12 @@ from tersor.core.scratch import no_room, scratch_folder
 class ActivationCache:
     """Keeps tensors in memory up to `limit` bytes, and further ones on disk. Either is freed with its last reference.
 
-    >>> spill = Spill(limit=8)
-    >>> small, large = spill.keep(torch.ones(2)), spill.keep(torch.arange(3.0))
-    >>> large.tolist(), spill.num_bytes_in_memory, spill.num_bytes_on_disk
+    >>> cache = ActivationCache(limit=8)
+    >>> small, large = cache.keep(torch.ones(2)), cache.keep(torch.arange(3.0))
+    >>> large.tolist(), cache.num_bytes_in_memory, cache.num_bytes_on_disk
     ([0.0, 1.0, 2.0], 8, 12)
     >>> del small, large
-    >>> spill.num_bytes_in_memory, spill.num_bytes_on_disk
+    >>> cache.num_bytes_in_memory, cache.num_bytes_on_disk
     (0, 0)
     """
 

@@ -81,7 +81,9 @@ class Walk:
             stack.enter_context(reference())
             for model in {id(self.model): self.model, id(self.original): self.original}.values():
                 stack.enter_context(scoring(model))
-                leave_fused_path(model)
+                undo = leave_fused_path(model)
+                for call in undo if model is not self.model else ():
+                    stack.callback(call)
             self.left = {site.name: site for site in self.sites}
             self.chosen: dict[Site, Chosen] = {}
             self.spill = ActivationCache(self.memory_limit)

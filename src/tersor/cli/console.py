@@ -28,10 +28,10 @@ class Plain(Console):
 
 
 def printable(text: object) -> str:
-    """Text with what a terminal would obey, or not show, written out.
+    r"""Text with what a terminal would obey, or not show, written out.
 
-    >>> printable("wn:new \x1b[31m")
-    'wn:new \\x1b[31m'
+    >>> print(printable("wn:new \x1b[31m"))
+    wn:new \x1b[31m
     """
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
 

@@ -34,7 +34,7 @@ class Coded:
             `row_scale = 2^(row * scale[1])` and `column_scale = scale[0] * 2^(column * scale[2])`.
 
     >>> params = scales(torch.ones(1), torch.tensor([0.5, 1.0, 0.25, 1.0]))
-    >>> Coded().snap(torch.tensor([[0.6, -2.0, 0.1, 1.6]]), params)
+    >>> Coded().fake_quantize(torch.tensor([[0.6, -2.0, 0.1, 1.6]]), params)
     tensor([[ 0.5000, -2.0000,  0.0000,  2.0000]])
     """
 

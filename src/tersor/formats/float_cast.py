@@ -15,7 +15,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 class FloatCast:
     """Every weight rounded to the nearest 16-bit float.
 
-    >>> FloatCast("bf16").snap(torch.tensor([[1.001]]), {})
+    >>> FloatCast("bf16").fake_quantize(torch.tensor([[1.001]]), {})
     tensor([[1.]])
     """
 

@@ -35,7 +35,7 @@ class IntGroup:
 
     >>> int4 = IntGroup(bits=4, group_size=2)
     >>> weight = torch.tensor([[0.1, -0.8, 0.3, 0.2]])
-    >>> int4.snap(weight, int4.fit(weight)).mul(10).round(decimals=1)
+    >>> int4.fake_quantize(weight, int4.fit(weight)).mul(10).round(decimals=1)
     tensor([[ 1.0000, -8.0000,  3.0000,  1.9000]])
     >>> int4.name, int4.encode(weight, int4.fit(weight)).parts["codes"].shape
     ('int4-g2', torch.Size([1, 2]))

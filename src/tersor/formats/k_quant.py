@@ -56,7 +56,7 @@ class KQuant:
 
     >>> weight = torch.linspace(-1, 1, 256).view(1, 256)
     >>> q4_k = KQuant(bits=4)
-    >>> q4_k.snap(weight, q4_k.fit(weight))[0, [0, 20, 255]]
+    >>> q4_k.fake_quantize(weight, q4_k.fit(weight))[0, [0, 20, 255]]
     tensor([-0.9998, -0.8664,  1.0004])
     """
 

@@ -86,8 +86,8 @@ class Corrected:
     >>> format = Corrected(IntGroup(bits=2))
     >>> weight = torch.tensor([[1.0, 0.4], [1.0, 0.4]])
     >>> params = format.base.fit(weight)
-    >>> params |= LowRank().fit(weight - format.base.snap(weight, params), rank=1)
-    >>> format.name, format.snap(weight, params)[0].mul(10).round().tolist()
+    >>> params |= LowRank().fit(weight - format.base.fake_quantize(weight, params), rank=1)
+    >>> format.name, format.fake_quantize(weight, params)[0].mul(10).round().tolist()
     ('int2+lowrank', [10.0, 4.0])
     """
 

@@ -28,7 +28,7 @@ class Mxfp4(FourBit):
             neither a scale is subnormal nor a weight infinite.
 
     >>> weight = torch.tensor([[0.9, -3.0, 5.1, 0.2]])
-    >>> Mxfp4().snap(weight, Mxfp4().fit(weight))
+    >>> Mxfp4().fake_quantize(weight, Mxfp4().fit(weight))
     tensor([[ 1., -3.,  6.,  0.]])
     """
 
@@ -64,7 +64,7 @@ class Nvfp4(FourBit):
         tensor_scale: `[1]` float32; a weight is `level * scale * tensor_scale`.
 
     >>> weight = torch.tensor([[0.9, -3.0, 5.1, 0.2]])
-    >>> Nvfp4().snap(weight, Nvfp4().fit(weight)).mul(10).round()
+    >>> Nvfp4().fake_quantize(weight, Nvfp4().fit(weight)).mul(10).round()
     tensor([[  9., -26.,  52.,   0.]])
     """
 

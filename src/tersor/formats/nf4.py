@@ -50,7 +50,7 @@ class Nf4(FourBit):
         absmax: `[out, ceil(in / 64)]` float32.
 
     >>> weight = torch.tensor([[0.5, -2.0, 0.1, 1.5]])
-    >>> Nf4().snap(weight, Nf4().fit(weight))
+    >>> Nf4().fake_quantize(weight, Nf4().fit(weight))
     tensor([[ 0.4922, -2.0000,  0.1592,  1.4459]])
     """
 

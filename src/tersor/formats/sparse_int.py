@@ -31,7 +31,7 @@ class SparseInt:
 
     >>> format = SparseInt(SemiStructured(2, 4), IntGroup(bits=4))
     >>> weight = torch.tensor([[0.1, -0.8, 0.2, 0.3]])
-    >>> format.snap(weight, format.fit(weight)).mul(10).round(decimals=1)
+    >>> format.fake_quantize(weight, format.fit(weight)).mul(10).round(decimals=1)
     tensor([[ 0., -8.,  0.,  3.]])
     >>> format.name, format.encode(weight, format.fit(weight)).parts["codes"].tolist()
     ('2:4+int4', [[176]])

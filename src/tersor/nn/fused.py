@@ -4,21 +4,29 @@ It reads float weights around its modules. It also leaves out the padding of its
 what averages over all positions counts on that, so the outputs are zeros without it as well.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def leave_fused_path(model: nn.Module) -> None:
-    """Have every nn.TransformerEncoder and its layers call their modules, and give what they gave before."""
+def leave_fused_path(model: nn.Module) -> list[Callable[[], None]]:
+    """Have every nn.TransformerEncoder and its layers call their modules, and give what they gave before.
+
+    Returns the calls that put the model back as it was.
+    """
+    undo: list[Callable[[], None]] = []
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
+            undo.append(partial(setattr, module, "activation_relu_or_gelu", module.activation_relu_or_gelu))
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+            undo.append(partial(setattr, module, "use_nested_tensor", True))
             module.use_nested_tensor = False
-            module.layers[-1].register_forward_hook(zero_padding, with_kwargs=True)
+            undo.append(module.layers[-1].register_forward_hook(zero_padding, with_kwargs=True).remove)
+    return undo
 
 
 def zero_padding(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:

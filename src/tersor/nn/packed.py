@@ -180,7 +180,7 @@ class Simulated(nn.Module):
 
 
 def is_trained(x: Tensor) -> bool:
-    """Whether gradients may flow back to an input; `torch.func` asks for them without `requires_grad`."""
+    """True if gradients may flow back to an input; `torch.func` asks for them without `requires_grad`."""
     return not torch.jit.is_tracing() and (transformed() or (torch.is_grad_enabled() and x.requires_grad))
 
 

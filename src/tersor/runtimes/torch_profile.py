@@ -197,10 +197,16 @@ class Stopwatch(TorchFunctionMode):
 
 
 QUANTIZERS = {type(each) for each in ACTIVATIONS.values()}
+ROUNDINGS = ("quantize", "fake_quantize")  # their methods that round inputs
 PIECES = [
     (Encoded, "decode", "decode"),
     (Encoded, "rows", "decode"),
-    *((owner, name, "quantize") for owner in QUANTIZERS for name in ("quantize", "snap") if hasattr(owner, name)),
+    *(
+        (owner, name, "quantize")
+        for owner in QUANTIZERS
+        for name in ("quantize", "fake_quantize")
+        if hasattr(owner, name)
+    ),
     *((Int8Product, name, "quantize") for name in ("quantize", "scale")),
 ]
 
