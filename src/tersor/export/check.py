@@ -91,7 +91,7 @@ def run_and_compare(
         hold(exact, limit, f"{export.name}, with inputs rounded as in the artifact", input_rounding)
         limit = ROUNDED
     found = differs(session)
-    hold(found, limit, export.name, input_rounding)
+    hold(found, limit, export.name, input_rounding, per_token=shares_a_scale(export, checkpoint))
     one = one_row(examples, feeds[0])
     tensors = {name: torch.from_numpy(array) for name, array in one.items()}
 
@@ -177,8 +177,14 @@ def limit_of(dtype: str, input_rounding: float) -> float:
     return min(FLOAT[dtype] + CHAOS * input_rounding, ROUNDED)
 
 
-def hold(found: float, limit: float, what: str, input_rounding: float) -> None:
-    """Raises ModelError where outputs differ by more than `limit`."""
+def shares_a_scale(export: Runnable, checkpoint: Checkpoint) -> bool:
+    """True if int8-dynamic inputs have one scale for all tokens in the file, where `--per-token` gives each its own."""
+    dynamic = any(p.activation is not None and p.activation.format == "int8-dynamic" for p in checkpoint.sites)
+    return dynamic and getattr(export, "per_token", None) is False
+
+
+def hold(found: float, limit: float, what: str, input_rounding: float, *, per_token: bool = False) -> None:
+    """Raises ModelError where outputs differ by more than `limit`; `per_token`: a scale for each token may help."""
     if found <= limit:
         return
     told = f"{what}: the file's outputs differ from the model's by {found:.2%} where at most {limit:.2%} is explained "
@@ -188,9 +194,8 @@ def hold(found: float, limit: float, what: str, input_rounding: float) -> None:
             f"{input_rounding:.2%}: give inputs like those that it was calibrated on with --data, or compress again "
             f"with int8-dynamic inputs"
         )
-    raise ModelError(
-        f"{told}by rounding; nothing was written. Try --per-token, or leave single layers float with --rule 'NAME=keep'"
-    )
+    try_first = "Try --per-token, or leave" if per_token else "Leave"
+    raise ModelError(f"{told}by rounding; nothing was written. {try_first} single layers float with --rule 'NAME=keep'")
 
 
 def difference(made: Mapping[str, np.ndarray], model: Mapping[str, Tensor]) -> float:
