@@ -242,7 +242,7 @@ def test_through_the_command_line_path_into_an_artifact(task, model, tmp_path, m
     """prune, then int8 of what is left, written, loaded back, judged; the masks survive the file."""
     from safetensors.torch import save_file
 
-    (tmp_path / "toy.py").write_text(
+    (tmp_path / "pruned_toy.py").write_text(
         "from torch import nn\ndef make():\n    return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))\n"
     )
     save_file(model.state_dict(), tmp_path / "toy.safetensors")
@@ -252,7 +252,7 @@ def test_through_the_command_line_path_into_an_artifact(task, model, tmp_path, m
         "steps: [{step: prune, sparsity: 0.7, epochs: 2, learning_rate: 0.01}, {scheme: 'kept:bitmask+int8'}]"
     )
     outcome = compress_to_folder(
-        "toy:make",
+        "pruned_toy:make",
         tmp_path / "small",
         weights=tmp_path / "toy.safetensors",
         task_choice=TaskChoice("classification", tmp_path / "data.npz"),
