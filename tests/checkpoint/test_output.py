@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from tersor.checkpoint import output
-from tersor.checkpoint.output import NEW, OLD, atomic_file, atomic_folder, check_output
+from tersor.checkpoint.output import NEW, OLD, atomic_file, atomic_folder, check_output, claimed
 from tersor.checkpoint.seal import MANIFEST, SEAL, first_foreign, listed_in
 from tersor.core.errors import ArtifactError, InputError
 from tersor.core.files import sha256
@@ -398,3 +398,20 @@ def test_a_disk_that_refuses_others_writers_is_one_message(tmp_path):
     ):
         save_file({"weight": torch.ones(2)}, folder / "gone" / "model.safetensors")
     assert names(tmp_path) == []
+
+
+def test_a_claim_holds_the_output_from_the_start(tmp_path):
+    """A second run is refused before its work, the first writes as ever, and nothing stays beside the output."""
+    with claimed(tmp_path / "out", False):
+        with pytest.raises(InputError, match="is writing it; wait for its end"), claimed(tmp_path / "out", False):
+            pass
+        with pytest.raises(InputError, match="is writing it"):
+            check_output(tmp_path / "out", False)
+        with claimed(tmp_path / "other", False), atomic_folder(tmp_path / "out") as folder:
+            (folder / "file").write_text("new")
+    assert names(tmp_path) == ["out"]
+    with pytest.raises(InputError, match="exists"), claimed(tmp_path / "out", False):
+        pass
+    with pytest.raises(KeyError), claimed(tmp_path / "out", True):
+        raise KeyError
+    assert names(tmp_path) == ["out"]

@@ -17,6 +17,7 @@ from exported import byte_level
 from zoo import pretrained
 
 pytest.importorskip("llama_cpp", reason="needs tersor[llama]")
+LONG = {"max_position_embeddings": 96}
 SIZES = {"vocab_size": 352, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 
 
@@ -25,7 +26,9 @@ def gguf(tmp_path_factory) -> Path:
     """An artifact in 8 bits, and its GGUF file."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("gguf")
-    build = pretrained("LlamaForCausalLM", num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1, **SIZES)
+    build = pretrained(
+        "LlamaForCausalLM", num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1, **SIZES, **LONG
+    )
     tersor.save(tersor.compress(build().eval(), tersor.Recipe.of("int8-g32")).model, folder / "packed")
     byte_level().save_pretrained(folder / "packed")
     return tersor.export_model(folder / "packed", folder / "model.gguf", to="gguf").output
@@ -49,8 +52,10 @@ def test_what_it_refuses(gguf, tmp_path):
     decoder = open_decoder(str(gguf))
     with pytest.raises(InputError, match="one text at a time"):
         decoder.feed(np.zeros((2, 3), np.int64))
-    with pytest.raises(InputError, match="room for 2048"):
-        decoder.feed(np.zeros((1, 3000), np.int64))
+    longest = tersor.load(gguf.parent / "packed").config.max_position_embeddings
+    decoder.feed(np.zeros((1, longest), np.int64))
+    with pytest.raises(InputError, match=f"room for {longest}, the context length of the model"):
+        decoder.feed(np.zeros((1, 1), np.int64))
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match=r"broken.gguf: llama.cpp cannot open it"):
         open_decoder(str(tmp_path / "broken.gguf"))

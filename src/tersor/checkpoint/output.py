@@ -46,6 +46,21 @@ def check_output(output: Path, overwrite: bool, foreign: Foreign = first_foreign
         raise InputError(f"{output}: {reason}; choose another --output") from None
 
 
+@contextmanager
+def claimed(
+    output: Path, overwrite: bool, foreign: Foreign = first_foreign, beside: Sequence[str] = ()
+) -> Iterator[None]:
+    """Check an output as `check_output` does, and hold it until the block ends: another run with the same output is
+    refused at its start, and not when its work is done. Raises InputError."""
+    check_output(output, overwrite, foreign, beside)
+    target = place_of(output, overwrite)
+    with workplace(output, target) as place:
+        for lock in leftovers(target):
+            if lock.parent != place:
+                raise InputError(busy(output, lock))
+        yield
+
+
 def check_replaceable(output: Path, overwrite: bool, foreign: Foreign, beside: Sequence[str] = ()) -> None:
     """Nothing is at the place of the output, nor at those of files `beside` it, or only what may be replaced.
 

@@ -10,7 +10,7 @@ from tersor.core.errors import InputError, MissingExtra, ModelError
 from tersor.core.messages import first_line
 from tersor.runtimes.contract import Decoder, Feeds, Input, Profile, Reading, Session, check_feeds
 
-LONGEST = 2048  # tokens that a context holds at most; every one has logits in memory
+LONGEST = 2048  # tokens that a context holds at most, where the model's own is longer; each has logits in memory
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class LlamaCppDecoder:
         except Exception as error:  # ValueError, AssertionError: whatever is wrong with the file
             raise ModelError(f"{path}: llama.cpp cannot open it ({first_line(error)})") from None
         self.path = path
+        about = self.model.metadata
+        self.longest = min(LONGEST, int(about.get(f"{about.get('general.architecture')}.context_length", LONGEST)))
         self.reset()
 
     def reset(self) -> None:
@@ -58,8 +60,9 @@ class LlamaCppDecoder:
         if len(ids) != 1 or (mask is not None and not mask.all()):
             raise InputError(f"{self.path}: llama.cpp reads one text at a time here, without padding")
         had = self.reading.length
-        if had + ids.shape[1] > LONGEST:
-            raise InputError(f"{self.path}: {had + ids.shape[1]} tokens; llama.cpp is given room for {LONGEST} here")
+        if had + ids.shape[1] > self.longest:
+            limit = f"{self.longest}, the context length of the model" if self.longest < LONGEST else f"{LONGEST} here"
+            raise InputError(f"{self.path}: {had + ids.shape[1]} tokens; llama.cpp is given room for {limit}")
         self.reading.add(ids, None)
         self.model.eval(ids[0].tolist())
         return np.array(self.model.scores[None, had : had + ids.shape[1]])
