@@ -18,7 +18,10 @@ SRC = Path(tersor.__file__).parent
 TESTS = Path(__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 FLOORS = {"__init__", "contract"}  # what a table's folder holds beside its entries
-PLUMBING = {"formats": {"packing", "four_bit", "trellis"}, "methods": {"filling", "solver", "stats", "viterbi"}}
+PLUMBING = {
+    "formats": {"packing", "four_bit", "trainable", "trellis", "views"},
+    "methods": {"filling", "solver", "stats", "viterbi"},
+}
 
 
 def module_name(file):

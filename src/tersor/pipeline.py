@@ -12,7 +12,6 @@ from tersor.calibration.moments import shows_inputs
 from tersor.calibration.walk import Walk, before_sites
 from tersor.core.errors import FormatError
 from tersor.core.progress import Progress, silent
-from tersor.formats.contract import Sparse
 from tersor.methods.stats import Stats
 from tersor.nn.copies import copy_but_sites, own_shared_weights
 from tersor.nn.packed import packed_weight
@@ -124,7 +123,7 @@ def sees_inputs(job: Job, step: Assignment, site: Site) -> bool:
     if job.task is None or not isinstance(step, WeightsStep) or site.name in job.masks.masks:
         return False
     packed = packed_weight(job.model.get_submodule(site.owners[0].module), site.owners[0].parameter)
-    return shows_inputs(job.model, site) and not (packed and isinstance(packed.format, Sparse))
+    return shows_inputs(job.model, site) and not (packed and packed.format.sparse)
 
 
 def float_sites(job: Job, step: WeightsStep, stats: Mapping[str, Stats] | None) -> KeptFloat:

@@ -16,7 +16,6 @@ from tersor.codecs.integers import Integers, as_matrix, pieces_of
 from tersor.codecs.plan import CENTRED, make_plan
 from tersor.core.errors import ArtifactError
 from tersor.formats import FORMATS
-from tersor.formats.contract import PackedParts
 
 
 @cache
@@ -24,7 +23,7 @@ def stored(name: str) -> tuple[dict[str, Tensor], Packing]:
     """The parts of a small weight in a format, and which of them hold codes of a few bits."""
     weight, format = random(8, 512) * 0.05, FORMATS[name]
     encoded = format.encode(weight, format.fit(weight))
-    return dict(encoded.parts), format.packing(encoded.parts, (8, 512)) if isinstance(format, PackedParts) else {}
+    return dict(encoded.parts), format.packing(encoded.parts, (8, 512))
 
 
 def come_back(names: tuple[str, ...], path: Path) -> bool:

@@ -6,7 +6,7 @@ import torch
 
 from laws import random, same_bits
 from tersor.core.errors import FormatError
-from tersor.formats.coded import LARGEST, Coded, finer, scales, steps
+from tersor.formats.coded import FINER, LARGEST, Coded, scales, steps
 from tersor.formats.contract import Encoded
 
 
@@ -73,8 +73,13 @@ def test_scales_can_be_trained():
 
 def test_finer_exponents_are_the_same_scales():
     params, _, _ = odd_params()
-    assert same_bits(steps(finer(params, 8)), steps(params))
-    assert finer(params, 8)["row"].dtype is torch.int16
+    finer = dict(params)
+    for part in Coded().trainable_parts.values():
+        finer |= part.prepared(finer)
+    assert same_bits(steps(finer), steps(params))
+    for part in ("row", "column"):
+        assert finer[part].dtype is torch.int16
+        assert torch.equal(finer[part], FINER * params[part])
 
 
 def test_a_weight_at_the_end_of_float32_is_refused():

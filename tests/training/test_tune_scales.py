@@ -12,12 +12,9 @@ from laws import check_layout, random, widened
 from tersor.checkpoint.artifact import load, save
 from tersor.core.errors import DataError, InputError
 from tersor.formats import FORMATS, format_named
-from tersor.formats.bitmask import Bitmask
 from tersor.formats.codebook import Codebook
+from tersor.formats.coded import FINER
 from tersor.formats.contract import Encoded
-from tersor.formats.float_cast import FloatCast
-from tersor.formats.mx import Mxfp4
-from tersor.formats.semi_structured import SemiStructured
 from tersor.methods import Kmeans
 from tersor.methods.stats import Stats
 from tersor.nn.packed import Fold, PackedWeight
@@ -30,9 +27,9 @@ from tersor.tasks.inputs import scoring
 from tersor.training import Job, TuneScalesStep
 from tersor.training.journal import Journal
 from tersor.training.norms import Norms
-from tersor.training.tune_scales import CONTINUOUS, FINER, Part, RemainderTensors, in_training, parts_of
+from tersor.training.tune_scales import RemainderTensors, in_training, parts_of, prepared_parts
 
-TUNED = [name for name, format in FORMATS.items() if type(format) in CONTINUOUS]
+TUNED = [name for name, format in FORMATS.items() if format.trainable_parts]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -44,16 +41,14 @@ def packed_in(name):
 
 def leftovers_of(encoded):
     packed = PackedWeight(encoded, Fold(encoded.shape), torch.float32)
-    stores = CONTINUOUS[type(encoded.format)]
-    return packed, RemainderTensors(Part(packed, part, stores[part]) for part in stores if part in encoded.parts)
+    return packed, RemainderTensors(prepared_parts(packed))
 
 
 @pytest.mark.parametrize("name", TUNED)
 def test_decoding_is_differentiable_in_every_continuous_part(name):
     """Against the slope between two decoded weights."""
     encoded = packed_in(name)
-    stores = CONTINUOUS[type(encoded.format)]
-    floats = {part: encoded.parts[part].float() for part in stores if part in encoded.parts}
+    floats = {part: encoded.parts[part].float() for part in encoded.format.trainable_parts}
     assert floats
     pull = random(*encoded.shape, seed=6)
 
@@ -73,8 +68,9 @@ def test_decoding_is_differentiable_in_every_continuous_part(name):
 def test_what_is_stored_is_what_was_trained(name):
     """Untouched, the parts keep their bytes; moved, they are laid out as the format says and decode as in training."""
     encoded = packed_in(name)
-    before = {part: tensor.clone() for part, tensor in encoded.parts.items()}
     packed, leftovers = leftovers_of(encoded)
+    before = {part: tensor.clone() for part, tensor in packed.tensors.items()}
+    assert torch.equal(packed(), encoded.decode())
     leftovers.settle()
     assert all(torch.equal(packed.tensors[part].float(), tensor.float()) for part, tensor in before.items())
     with torch.no_grad():
@@ -105,10 +101,9 @@ def test_zero_in_a_codebook_stays_and_nothing_crosses_it():
     assert not torch.equal(packed(), before)
 
 
-def test_every_format_is_in_the_table_or_has_nothing_continuous_but_weights():
+def test_every_format_has_something_to_train_but_powers_of_two_and_the_weights_themselves():
     """MXFP4's scales are powers of two; what the others hold are the weights themselves."""
-    others = {type(format) for format in FORMATS.values()} - CONTINUOUS.keys()
-    assert others == {FloatCast, Mxfp4, Bitmask, SemiStructured}
+    assert FORMATS.keys() - TUNED == {"fp16", "bf16", "mxfp4", "bitmask", "2:4", "4:8"}
 
 
 # Training.

@@ -25,7 +25,6 @@ from tersor.codecs.tables import TableSet, write_tables
 from tersor.core.errors import ArtifactError
 from tersor.core.scratch import scratch_folder
 from tersor.core.weights_file import DTYPE_NAMES, METADATA, file_size
-from tersor.formats.contract import PackedParts
 
 INDEX_BYTES = 8  # of a chunk
 
@@ -107,10 +106,9 @@ def packing_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> Packing:
     """Which of a model's tensors hold codes of a few bits; `tensors` are they, by name."""
     found: dict[str, tuple[int, int]] = {}
     for site, packed, _ in packed_sites(model):
-        if isinstance(packed.format, PackedParts):
-            own = {name: tensors[f"{site.parameter}.{name}"] for name in packed.tensors}
-            parts = packed.format.packing(own, packed.shape)
-            found |= {f"{site.parameter}.{name}": bits for name, bits in parts.items()}
+        own = {name: tensors[f"{site.parameter}.{name}"] for name in packed.tensors}
+        parts = packed.format.packing(own, packed.shape)
+        found |= {f"{site.parameter}.{name}": bits for name, bits in parts.items()}
     return found
 
 

@@ -32,7 +32,7 @@ from tersor.checkpoint.views import Packing
 from tersor.core.errors import ArtifactError, FormatError, InputError, ModelError
 from tersor.core.weights_file import DTYPE_NAMES, opened, write_weights
 from tersor.formats import format_named
-from tersor.formats.contract import Encoded, PackedParts
+from tersor.formats.contract import Encoded
 from tersor.nn.packed import Fold
 
 FILES = "files"  # in the container's metadata: the name of each file that was packed, and the tensors it held
@@ -222,10 +222,9 @@ def packing_of(manifest: dict[str, Any] | None, tensors: Mapping[str, Tensor]) -
     found: dict[str, tuple[int, int]] = {}
     for parameter, entry in sites_of(manifest, tensors).items():
         format = format_named(entry["format"])
-        if isinstance(format, PackedParts):
-            parts = {part: tensors[f"{parameter}.{part}"] for part in format.layout(tuple(entry["shape"]))}
-            packing = format.packing(parts, tuple(entry["shape"]))
-            found |= {f"{parameter}.{part}": bits for part, bits in packing.items()}
+        parts = {part: tensors[f"{parameter}.{part}"] for part in format.layout(tuple(entry["shape"]))}
+        packing = format.packing(parts, tuple(entry["shape"]))
+        found |= {f"{parameter}.{part}": bits for part, bits in packing.items()}
     return found
 
 

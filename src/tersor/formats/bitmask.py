@@ -6,19 +6,21 @@ smaller than fp16 below 15/16 density and smaller than int8 only below 7/16.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from tersor.core.errors import FormatError
-from tersor.formats.contract import Encoded, Layout, Packing, Params, Projector, Weight
+from tersor.formats.contract import Encoded, Layout, Packing, Params, Projector, Sparse, UsualMethods, Weight
 from tersor.formats.float_cast import LARGEST_HALF, to_half
 from tersor.formats.packing import pack, packed_width, unpack
+from tersor.formats.trainable import Trainable
 
 
 @dataclass(frozen=True)
-class Bitmask:
+class Bitmask(Sparse):
     """Kept weights in fp16, the others exactly zero.
 
     Parts:
@@ -33,11 +35,8 @@ class Bitmask:
 
     name = "bitmask"
     rows_independent = False
-    usual_methods = ("magnitude", "sparsegpt")
-    entropy_coded = False
-
-    def why_not(self, shape: tuple[int, int]) -> str | None:
-        return None
+    usual_methods = UsualMethods("magnitude", "magnitude", "sparsegpt")
+    trainable_parts: ClassVar[Mapping[str, Trainable]] = {}
 
     def layout(self, shape: tuple[int, int]) -> Layout:
         return {"mask": mask_layout(shape), "values": (torch.float16, (None,))}

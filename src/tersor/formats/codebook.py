@@ -5,20 +5,36 @@ https://arxiv.org/abs/2306.07629).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.formats.contract import Encoded, Layout, Packing, Params, Projector, Weight
+from tersor.formats.contract import Encoded, Grid, Layout, Packing, Params, Projector, UsualMethods, Weight
 from tersor.formats.float_cast import to_half
 from tersor.formats.packing import pack, packed_width, unpack
+from tersor.formats.trainable import Trainable, half
 
 # Suffixes: r codebook (one per row, or a single one), n weight it serves, k its value.
 
 
+class SortedValues(Trainable):
+    """The values of a codebook: each at least the one before it. Zero is what pruned weights share: it stays, and the
+    other values stay on their side of it."""
+
+    def constrained(self, start: Tensor, values: Tensor) -> Tensor:
+        pruned = (start == 0).any(-1, keepdim=True)
+        return torch.where(pruned & (values * start <= 0), torch.zeros_like(start), values)
+
+
+def ascending(values: Tensor) -> Tensor:
+    """Round to fp16, each at least the one before it."""
+    return half(values).cummax(-1).values
+
+
 @dataclass(frozen=True)
-class Codebook:
+class Codebook(Grid):
     """One of `num_values` values each, a power of two.
 
     Parts:
@@ -34,9 +50,11 @@ class Codebook:
     num_values: int
     per_tensor: bool = False
     rows_independent = True
-    usual_methods = ("kmeans", "gptq")
-    entropy_coded = False
+    usual_methods = UsualMethods("nearest", "kmeans", "gptq")
+    rounds_each_weight = False
     asymmetric_range = False
+    trainable_parts: ClassVar[Mapping[str, Trainable]] = {"codebook": SortedValues(ascending)}
+    learnable_range = None
 
     @property
     def name(self) -> str:
@@ -45,9 +63,6 @@ class Codebook:
     @property
     def bits(self) -> int:
         return self.num_values.bit_length() - 1
-
-    def why_not(self, shape: tuple[int, int]) -> str | None:
-        return None
 
     def layout(self, shape: tuple[int, int]) -> Layout:
         return {

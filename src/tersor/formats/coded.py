@@ -8,7 +8,10 @@ https://doi.org/10.1109/TIT.1968.1054193). Scales are powers of two with a fract
 fine the fraction is, every site says for itself.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -16,15 +19,43 @@ from torch import Tensor
 
 from tersor.core.errors import FormatError
 from tersor.core.threads import mean
-from tersor.formats.contract import Encoded, Layout, Params, Weight
+from tersor.formats.contract import Encoded, Format, Layout, Packing, Params, UsualMethods, Weight
+from tersor.formats.trainable import Trainable
 
 LARGEST = 2**15 - 1  # of codes and of exponents
 OCTAVE = 1 / 16  # that one in an exponent stands for, where nobody says better: 4 %
 PLAIN_STEP = 1 / 4  # of the root mean square: about 4 bits a weight
+FINER = 8  # times: as fine as the exponents of scales become before they are trained, 0.5 % instead of 4 %
 
 
 @dataclass(frozen=True)
-class Coded:
+class Exponents(Trainable):
+    """Exponents of the scales of rows or columns. For training they take smaller steps, which costs a few bits each.
+
+    Attributes:
+        column: of `scale`, where it says how many octaves one of these exponents stands for.
+    """
+
+    column: int = 1
+
+    def prepared(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        name = "row" if self.column == 1 else "column"
+        divisor = torch.ones(3, device=parts["scale"].device)
+        divisor[self.column] = FINER
+        return {name: parts[name] * FINER, "scale": parts["scale"] / divisor}
+
+    def unit(self, part: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        """The change of the exponent that makes the scale e times as large, so that a small shift is a share of it."""
+        return 1 / (parts["scale"][:, self.column].unsqueeze(1) * math.log(2))
+
+
+def exponent(values: Tensor) -> Tensor:
+    """Round to whole exponents."""
+    return values.round().clamp(-LARGEST, LARGEST).to(torch.int16)
+
+
+@dataclass(frozen=True)
+class Coded(Format):
     """Unclipped integers: in the file each takes as few bits as its probability says.
 
     Parts:
@@ -40,11 +71,14 @@ class Coded:
 
     name = "coded"
     rows_independent = True
-    usual_methods = ("waterfill", "waterfill")
+    usual_methods = UsualMethods("waterfill", "waterfill", "waterfill")
+    rounds_each_weight = False
+    trainable_parts: ClassVar[Mapping[str, Trainable]] = {
+        "row": Exponents(exponent, column=1),
+        "column": Exponents(exponent, column=2),
+    }
+    learnable_range = None
     entropy_coded = True
-
-    def why_not(self, shape: tuple[int, int]) -> str | None:
-        return None
 
     def layout(self, shape: tuple[int, int]) -> Layout:
         return {
@@ -53,6 +87,9 @@ class Coded:
             "column": (torch.int16, (1, shape[1])),
             "scale": (torch.float32, (1, 3)),
         }
+
+    def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
+        return {}
 
     def fit(self, weight: Weight) -> Params:
         """One step for all weights. Raises FormatError where rounding up would overflow."""
@@ -88,12 +125,6 @@ def scales(rows: Float[Tensor, " out"], columns: Float[Tensor, " in"], octave: f
     ]
     scale = torch.tensor([[torch.exp2(middles[0] + middles[1]), octave, octave]], dtype=torch.float32)
     return {"row": exponents[0].unsqueeze(1), "column": exponents[1].unsqueeze(0), "scale": scale.to(rows.device)}
-
-
-def finer(params: Params, factor: int) -> Params:
-    """The same scales, with exponents that count in steps `factor` times as fine."""
-    scale = params["scale"] / torch.tensor([1, factor, factor], device=params["scale"].device)
-    return {**params, "row": params["row"] * factor, "column": params["column"] * factor, "scale": scale}
 
 
 def steps(params: Params) -> Float[Tensor, "out in"]:

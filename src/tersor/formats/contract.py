@@ -1,16 +1,20 @@
 """The contract of a format: a set of representable weights, and how one is laid out as tensors."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tersor.formats.trainable import LearnableRange, Trainable
+
 Weight = Float[Tensor, "out in"]
 Params = dict[str, Tensor]  # scales, zero points, a mask, ...: what fixes the set for one weight
 Layout = dict[str, tuple[torch.dtype, tuple[int | None, ...]]]  # part -> dtype, shape; None: depends on the data
+Packing = dict[str, tuple[int, int]]  # part -> bits of a code, codes of a row
 CHUNK = 2**20  # weights decoded at a time: a few megabytes of working memory
 
 
@@ -66,100 +70,156 @@ class Encoded:
         return {name: part if len(part) == 1 else part[index] for name, part in self.parts.items()}
 
 
-@runtime_checkable
-class Format(Protocol):
-    """A set of representable weights. Frozen dataclass; `name` is how recipes and artifacts spell it.
+class UsualMethods(NamedTuple):
+    """The names of the methods that fill a format where nobody names one.
+
+    Attributes:
+        plain: the simplest, which looks at nothing but the weight: for comparisons.
+        without_inputs: the best that needs no inputs of the site.
+        with_inputs: the best there is, where calibration shows the inputs.
+    """
+
+    plain: str
+    without_inputs: str
+    with_inputs: str
+
+
+class Format(ABC):
+    """A set of representable weights. Formats are frozen dataclasses that inherit from this class, or from `Grid` or
+    `Sparse` below; one that leaves out something abstract cannot be made.
 
     The law that guards every format: what is stored is what was computed,
     `decode(encode(w, p)) == fake_quantize(w, p)` bit for bit.
+
+    Attributes:
+        entropy_coded: whether the file codes its whole numbers by their probabilities: it then takes what they say, and
+            not what they are in memory.
+        sparse: whether its zeros are weights that were pruned, which nothing should fill again.
     """
 
-    @property
-    def name(self) -> str: ...
+    entropy_coded: ClassVar[bool] = False
+    sparse: ClassVar[bool] = False
 
     @property
+    @abstractmethod
+    def name(self) -> str:
+        """The word by which recipes, artifacts and the command line name it."""
+
+    @property
+    @abstractmethod
     def rows_independent(self) -> bool:
         """True if row i of every part decodes to row i of the weight; a part of a single row serves all rows."""
 
     @property
-    def entropy_coded(self) -> bool:
-        """Whether the file codes its whole numbers by their probabilities: it then takes what they say, and not what
-        they are in memory."""
+    @abstractmethod
+    def usual_methods(self) -> UsualMethods:
+        """The names of the methods that fill it where nobody names one."""
 
     @property
-    def usual_methods(self) -> tuple[str, str]:
-        """The names of the methods that fill it where nobody names one: the best without the inputs of the site, and
-        the best with them."""
+    @abstractmethod
+    def rounds_each_weight(self) -> bool:
+        """True if every weight takes the nearest of evenly spread levels, so that the error of plain rounding is a
+        measure for any method's; False where weights are left out (pruned, of low rank) or share a few values."""
+
+    @property
+    @abstractmethod
+    def trainable_parts(self) -> Mapping[str, Trainable]:
+        """The parts that are real numbers and no codes, which training may move while the codes stay; empty where there
+        are none."""
+
+    @property
+    @abstractmethod
+    def learnable_range(self) -> LearnableRange | None:
+        """The levels that a scale spreads, for training that learns `scale` together with the weights (QAT); None where
+        it cannot."""
 
     def why_not(self, shape: tuple[int, int]) -> str | None:
-        """Why a matrix of this shape cannot be held, with the way out; None when it can."""
+        """Why a matrix of this shape cannot be held, with the way out; None when it can, as most formats hold any."""
+        return None
 
+    @abstractmethod
     def layout(self, shape: tuple[int, int]) -> Layout:
         """The parts of an encoded matrix of this shape. Readers check files against it before decoding."""
 
+    @abstractmethod
+    def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
+        """Which parts are codes of a few bits, packed into bytes as packing.py does, of how many bits, and how many
+        codes a row of them has; empty where there are none. An entropy coder takes the codes apart, since a code has a
+        probability, and the byte that it straddles has not."""
+
+    @abstractmethod
     def fit(self, weight: Weight) -> Params:
         """The plain choice of parameters for this weight. Methods may choose better ones."""
 
+    @abstractmethod
     def fake_quantize(self, weight: Weight, params: Params) -> Weight:
         """The nearest representable weight, float32."""
 
+    @abstractmethod
     def encode(self, weight: Weight, params: Params) -> Encoded:
         """The nearest representable weight, as parts."""
 
+    @abstractmethod
     def decode(self, encoded: Encoded) -> Weight:
         """The weight the parts stand for, float32."""
-
-
-Packing = dict[str, tuple[int, int]]  # part -> bits of a code, codes of a row
-
-
-@runtime_checkable
-class PackedParts(Protocol):
-    """A format some of whose parts are codes of a few bits, packed into bytes as packing.py does."""
-
-    def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
-        """Which parts, of how many bits, and how many codes a row of them has. An entropy coder takes the codes
-        apart, since a code has a probability, and the byte that it straddles has not."""
 
 
 Projector = Callable[[Float[Tensor, " out"], int], Float[Tensor, " out"]]  # values of column j -> representable ones
 
 
-@runtime_checkable
-class Grid(Format, Protocol):
+class Grid(Format):
     """A format whose weights stand apart once its parameters are fixed: integers, small floats, a codebook.
 
     Solvers choose the weights one column after another and need no more than the nearest value at a place.
     """
 
     @property
+    def rounds_each_weight(self) -> bool:
+        return True
+
+    @property
+    @abstractmethod
     def asymmetric_range(self) -> bool:
         """True if the levels of a group are not symmetric about zero and turn around with a negative `shrink`."""
 
+    @abstractmethod
     def fit(self, weight: Weight, shrink: float | Tensor = 1.0) -> Params:
         """The parameters that span the weights' range, or `shrink` times it: a number, or one for each group
         `[rows, groups]` as `grouped` shapes them."""
 
+    @abstractmethod
     def grouped(self, weight: Weight) -> Float[Tensor, "rows groups k"]:
         """The weights that share a scale, together; a group that is not full ends in zeros."""
 
+    @abstractmethod
     def projector(self, params: Params, shape: tuple[int, int]) -> Projector:
         """`project(values [out], j)`: the nearest representable values for column j of a `shape` matrix, float32,
         exactly those of `fake_quantize`."""
 
 
-@runtime_checkable
-class Sparse(Format, Protocol):
+class Sparse(Format):
     """A format that keeps some of the weights and holds all others at exactly zero.
 
     Its parameters hold `mask`, bool `[out, in]`, True where a weight is kept. Methods say what matters, the format what
     it can keep.
     """
 
+    sparse = True
+
+    @property
+    def rounds_each_weight(self) -> bool:
+        return False
+
+    @property
+    def learnable_range(self) -> None:
+        return None
+
+    @abstractmethod
     def choose(self, score: Float[Tensor, "out n"], sparsity: float | int = 0.5) -> Bool[Tensor, "out n"]:
         """The mask that keeps the highest scores: all but a fraction `sparsity` of them, exact to one, or as many as a
         fixed pattern says, whatever `sparsity` is. Of equal scores the first are dropped. The `n` columns may be a
         block of the weight's; for `n:m` patterns it starts at a multiple of m."""
 
+    @abstractmethod
     def projector(self, params: Params, shape: tuple[int, int]) -> Projector:
         """The nearest representable values for a column, as a Grid's. Changes made to `params["mask"]` count."""

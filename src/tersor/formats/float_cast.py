@@ -1,38 +1,47 @@
 """16-bit floats: IEEE half (`fp16`) and bfloat16 (`bf16`, Kalamkar et al. 2019, https://arxiv.org/abs/1905.12322)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tersor.core.errors import FormatError
-from tersor.formats.contract import Encoded, Layout, Params, Weight
+from tersor.formats.contract import Encoded, Format, Layout, Packing, Params, UsualMethods, Weight
+from tersor.formats.trainable import Trainable
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class FloatCast:
+class FloatCast(Format):
     """Every weight rounded to the nearest 16-bit float.
 
     >>> FloatCast("bf16").fake_quantize(torch.tensor([[1.001]]), {})
     tensor([[1.]])
     """
 
-    name: str
+    kind: str
     rows_independent = True
-    usual_methods = ("nearest", "nearest")
-    entropy_coded = False
+    usual_methods = UsualMethods("nearest", "nearest", "nearest")
+    rounds_each_weight = True
+    trainable_parts: ClassVar[Mapping[str, Trainable]] = {}
+    learnable_range = None
+
+    @property
+    def name(self) -> str:
+        return self.kind
 
     @property
     def dtype(self) -> torch.dtype:
-        return DTYPES[self.name]
-
-    def why_not(self, shape: tuple[int, int]) -> str | None:
-        return None
+        return DTYPES[self.kind]
 
     def layout(self, shape: tuple[int, int]) -> Layout:
         return {"values": (self.dtype, shape)}
+
+    def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
+        return {}
 
     def fit(self, weight: Weight) -> Params:
         largest = weight.abs().max().item()

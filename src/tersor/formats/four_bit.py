@@ -3,15 +3,15 @@
 Two codes per byte. They differ in their levels, in how a scale is stored, and in which half of a byte comes first.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from tersor.formats.contract import Encoded, Layout, Params, Projector, Weight
+from tersor.formats.contract import Encoded, Grid, Layout, Packing, Params, Projector, UsualMethods, Weight
 from tersor.formats.packing import grouped, packed_width, ungrouped
 
 
@@ -53,7 +53,7 @@ class Levels:
         return position
 
 
-class FourBit(ABC):
+class FourBit(Grid):
     """Weights `level * scale`. A subclass says which levels, and how the scales of the groups are stored.
 
     Groups are neighbouring columns of one row; the last group of a row may be shorter.
@@ -63,10 +63,9 @@ class FourBit(ABC):
         The scales, see the subclasses.
     """
 
-    name: str
     rows_independent = True
-    usual_methods = ("mse", "gptq")
-    entropy_coded = False
+    usual_methods = UsualMethods("nearest", "mse", "gptq")
+    learnable_range = None
     group_size: int
     levels: Levels
     asymmetric_range = False
@@ -83,13 +82,13 @@ class FourBit(ABC):
     def scale(self, params: Params) -> Float[Tensor, "out groups"]:
         """The scales that the stored ones stand for, float32."""
 
-    def why_not(self, shape: tuple[int, int]) -> str | None:
-        return None
-
     def layout(self, shape: tuple[int, int]) -> Layout:
         num_rows, num_columns = shape
         codes: Layout = {"codes": (torch.uint8, (num_rows, packed_width(num_columns, 4)))}
         return codes | self.scale_layout((num_rows, -(-num_columns // self.group_size)))
+
+    def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
+        return {}
 
     def fake_quantize(self, weight: Weight, params: Params) -> Weight:
         w_ogk, scale = self.grouped(weight), self.scale(params).unsqueeze(-1)

@@ -2,20 +2,23 @@
 mantissa, and `fp8-e5m2`, up to 57344 with 2. One scale per output row, or one for the whole tensor.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.formats.contract import Encoded, Layout, Params, Projector, Weight
+from tersor.formats.contract import Encoded, Grid, Layout, Packing, Params, Projector, UsualMethods, Weight
 from tersor.formats.four_bit import divisor
+from tersor.formats.trainable import LearnableRange, Trainable, bfloat
 
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 @dataclass(frozen=True)
-class Fp8:
+class Fp8(Grid):
     """Weights `value * scale`, the largest weight on the largest value.
 
     The scale is a bfloat16, as compressed-tensors checkpoints of bfloat16 models have it: readers that keep scales in
@@ -33,9 +36,9 @@ class Fp8:
     kind: str
     per_tensor: bool = False
     rows_independent = True
-    usual_methods = ("mse", "gptq")
-    entropy_coded = False
+    usual_methods = UsualMethods("nearest", "mse", "gptq")
     asymmetric_range = False
+    trainable_parts: ClassVar[Mapping[str, Trainable]] = {"scale": Trainable(bfloat)}
 
     @property
     def name(self) -> str:
@@ -49,11 +52,15 @@ class Fp8:
     def largest(self) -> float:
         return torch.finfo(self.dtype).max
 
-    def why_not(self, shape: tuple[int, int]) -> str | None:
-        return None
+    @property
+    def learnable_range(self) -> LearnableRange:
+        return LearnableRange(-self.largest, self.largest, 2 * self.largest, self.largest)
 
     def layout(self, shape: tuple[int, int]) -> Layout:
         return {"values": (self.dtype, shape), "scale": (torch.bfloat16, (1 if self.per_tensor else shape[0], 1))}
+
+    def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
+        return {}
 
     def fit(self, weight: Weight, shrink: float | Tensor = 1.0) -> Params:
         """No scale is so large that a weight becomes infinite."""

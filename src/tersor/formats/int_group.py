@@ -16,14 +16,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersor.core.errors import FormatError
-from tersor.formats.contract import Encoded, Layout, Packing, Params, Projector, Weight
+from tersor.formats.contract import Encoded, Grid, Layout, Packing, Params, Projector, UsualMethods, Weight
 from tersor.formats.packing import grouped, pack, packed_width, ungrouped, unpack
+from tersor.formats.trainable import LearnableRange, Trainable, byte, half
 
 # Suffixes: o output row, g group, k column within the group.
 
 
 @dataclass(frozen=True)
-class IntGroup:
+class IntGroup(Grid):
     """A `bits`-bit integer grid per output row and group of `group_size` columns.
 
     Parts:
@@ -45,8 +46,7 @@ class IntGroup:
     group_size: int | None = None
     symmetric: bool = True
     rows_independent = True
-    usual_methods = ("mse", "gptq")
-    entropy_coded = False
+    usual_methods = UsualMethods("nearest", "mse", "gptq")
 
     @property
     def name(self) -> str:
@@ -62,8 +62,22 @@ class IntGroup:
     def asymmetric_range(self) -> bool:
         return self.symmetric and self.bits < 8
 
-    def why_not(self, shape: tuple[int, int]) -> str | None:
-        return None
+    @property
+    def trainable_parts(self) -> Mapping[str, Trainable]:
+        scale = {"scale": Trainable(half)}
+        return scale if self.symmetric else {**scale, "zero_point": Trainable(byte)}
+
+    @property
+    def learnable_range(self) -> LearnableRange:
+        lowest, highest, middle = self.lowest_code, 2.0**self.bits - 1, 2.0 ** (self.bits - 1)
+        if self.symmetric:
+            return LearnableRange(lowest, highest, 2.0**self.bits, middle - 1, middle, self.group_size)
+        return LearnableRange(lowest, highest, 2.0**self.bits, highest, None, self.group_size)
+
+    @property
+    def lowest_code(self) -> float:
+        """8-bit codes of a symmetric grid keep to -127..127, and leave the lowest unused."""
+        return 1.0 if self.bits == 8 and self.symmetric else 0.0
 
     def num_groups(self, num_columns: int) -> int:
         return -(-num_columns // self.group_size) if self.group_size else 1
@@ -121,7 +135,7 @@ class IntGroup:
         return grouped(weight, self.group_size or weight.shape[1])
 
     def projector(self, params: Params, shape: tuple[int, int]) -> Projector:
-        lowest, highest = 1.0 if self.bits == 8 and self.symmetric else 0.0, 2.0**self.bits - 1
+        lowest, highest = self.lowest_code, 2.0**self.bits - 1
         group_size = self.group_size or shape[1]
         scale_go = params["scale"].float().t().contiguous()
         divisor_go = self.divisor(params["scale"]).t().contiguous()
@@ -137,10 +151,9 @@ class IntGroup:
 
     def quantize(self, weight: Weight, params: Params) -> Float[Tensor, "out in"]:
         """The nearest unsigned codes, as floats."""
-        lowest = 1 if self.bits == 8 and self.symmetric else 0
         codes = self.grouped(weight) / self.divisor(params["scale"]).unsqueeze(-1) + self.zero_point(params)
         # Clamped first, for rounding then leaves no negative zero, which a stored code could not tell.
-        return ungrouped(codes.clamp_(lowest, 2**self.bits - 1).round_(), weight.shape[1])
+        return ungrouped(codes.clamp_(self.lowest_code, 2**self.bits - 1).round_(), weight.shape[1])
 
     def dequantize(self, codes: Float[Tensor, "out in"], params: Params) -> Weight:
         scale = params["scale"].float().unsqueeze(-1)

@@ -10,6 +10,7 @@ small integers in units of the super-block's:
 All products are exact in float32, so every reader gets the same weights, to the last bit.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,8 +19,9 @@ from jaxtyping import Bool, Float, Float16, UInt8
 from torch import Tensor
 
 from tersor.core.errors import FormatError
-from tersor.formats.contract import Encoded, Layout, Params, Projector, Weight
+from tersor.formats.contract import Encoded, Grid, Layout, Packing, Params, Projector, UsualMethods, Weight
 from tersor.formats.packing import grouped, pack, packed_width, ungrouped, unpack
+from tersor.formats.trainable import Trainable, half
 
 # Suffixes: o output row, g block, k column within the block.
 
@@ -44,7 +46,7 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class KQuant:
+class KQuant(Grid):
     """`bits`-bit codes in super-blocks of 256 columns; `in` is a multiple of that.
 
     Parts:
@@ -62,8 +64,8 @@ class KQuant:
 
     bits: int
     rows_independent = True
-    usual_methods = ("mse", "gptq")
-    entropy_coded = False
+    usual_methods = UsualMethods("nearest", "mse", "gptq")
+    learnable_range = None
 
     @property
     def name(self) -> str:
@@ -76,6 +78,10 @@ class KQuant:
     @property
     def asymmetric_range(self) -> bool:
         return self.kind.symmetric
+
+    @property
+    def trainable_parts(self) -> Mapping[str, Trainable]:
+        return {name: Trainable(half) for name in (("scale",) if self.kind.symmetric else ("scale", "minimum"))}
 
     def why_not(self, shape: tuple[int, int]) -> str | None:
         if shape[1] % SUPER_BLOCK == 0:
@@ -95,6 +101,9 @@ class KQuant:
         if not self.kind.symmetric:
             layout |= {"minimum": (torch.float16, super_blocks), "block_minimum": (torch.uint8, (num_rows, width))}
         return layout
+
+    def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
+        return {}
 
     def fit(self, weight: Weight, shrink: float | Tensor = 1.0) -> Params:
         """The grid that spans a block's range, or `shrink` times it: a number, or one per block `[out, blocks]`.

@@ -4,7 +4,9 @@ A product of `[out, r]` and `[r, in]` in fp16 takes `16 * r * (out + in)` bits: 
 `r < out * in / (out + in)`, which is half the side of a square one.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -12,15 +14,16 @@ from torch import Tensor
 
 from tersor.core.errors import FormatError
 from tersor.core.threads import threads
-from tersor.formats.contract import Encoded, Layout, Params, Weight
+from tersor.formats.contract import Encoded, Format, Layout, Packing, Params, UsualMethods, Weight
 from tersor.formats.float_cast import to_half
 from tersor.formats.int_group import IntGroup
+from tersor.formats.trainable import Trainable, half
 
 FACTORS = ("left", "right")
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Format):
     """Two thin factors: `weight = left @ right`, summed in float64 and rounded to float32.
 
     The parameters are the weight: `fake_quantize` does not look at what it is given.
@@ -37,14 +40,16 @@ class LowRank:
 
     name = "lowrank"
     rows_independent = False
-    usual_methods = ("svd", "svd")
-    entropy_coded = False
-
-    def why_not(self, shape: tuple[int, int]) -> str | None:
-        return None
+    usual_methods = UsualMethods("svd", "svd", "svd")
+    rounds_each_weight = False
+    trainable_parts: ClassVar[Mapping[str, Trainable]] = {name: Trainable(half) for name in FACTORS}
+    learnable_range = None
 
     def layout(self, shape: tuple[int, int]) -> Layout:
         return {"left": (torch.float16, (shape[0], None)), "right": (torch.float16, (None, shape[1]))}
+
+    def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
+        return {}
 
     @threads(1)
     def fit(self, weight: Weight, rank: int | None = None) -> Params:
@@ -78,7 +83,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Corrected:
+class Corrected(Format):
     """An integer format plus a low-rank correction: `weight = base + left @ right`.
 
     Parts: those of the base and of `lowrank`.
@@ -93,18 +98,26 @@ class Corrected:
 
     base: IntGroup
     rows_independent = False
-    usual_methods = ("lqer", "lqer")
-    entropy_coded = False
+    usual_methods = UsualMethods("lqer", "lqer", "lqer")
+    rounds_each_weight = True
+    learnable_range = None
 
     @property
     def name(self) -> str:
         return f"{self.base.name}+lowrank"
+
+    @property
+    def trainable_parts(self) -> Mapping[str, Trainable]:
+        return {**self.base.trainable_parts, **LowRank.trainable_parts}
 
     def why_not(self, shape: tuple[int, int]) -> str | None:
         return self.base.why_not(shape)
 
     def layout(self, shape: tuple[int, int]) -> Layout:
         return self.base.layout(shape) | LowRank().layout(shape)
+
+    def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
+        return {}
 
     def fit(self, weight: Weight) -> Params:
         """The base's plain parameters, and a correction of rank zero."""

@@ -5,7 +5,9 @@ A weight is a float of one sign, two exponent and one mantissa bit (E2M1), times
 weights per block and powers of two as scales; NVFP4 has 16 weights, E4M3 scales, and one more scale for the tensor.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from tersor.formats.contract import Layout, Params, Weight
 from tersor.formats.four_bit import FourBit, Levels
+from tersor.formats.trainable import Trainable, e4m3
 
 E2M1 = Levels.of([sign * x for sign in (1, -1) for x in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)], ties_to_even=True)
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
@@ -33,6 +36,7 @@ class Mxfp4(FourBit):
     """
 
     name = "mxfp4"
+    trainable_parts: ClassVar[Mapping[str, Trainable]] = {}  # powers of two leave nothing to train
     group_size = 32
     levels = E2M1
 
@@ -69,6 +73,7 @@ class Nvfp4(FourBit):
     """
 
     name = "nvfp4"
+    trainable_parts: ClassVar[Mapping[str, Trainable]] = {"scale": Trainable(e4m3)}
     group_size = 16
     levels = E2M1
 

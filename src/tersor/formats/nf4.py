@@ -7,7 +7,9 @@ flattened, are its tensors. It cuts other matrices across their rows, which is n
 block.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -17,6 +19,7 @@ from tersor.core.errors import FormatError
 from tersor.core.threads import mean
 from tersor.formats.contract import Layout, Params, Weight
 from tersor.formats.four_bit import FourBit, Levels, divisor
+from tersor.formats.trainable import Trainable, single
 
 NORMAL_FLOAT = Levels.of(
     (
@@ -55,6 +58,7 @@ class Nf4(FourBit):
     """
 
     name = "nf4"
+    trainable_parts: ClassVar[Mapping[str, Trainable]] = {"absmax": Trainable(single)}
     group_size = 64
     levels = NORMAL_FLOAT
     asymmetric_range = True
@@ -87,6 +91,10 @@ class Nf4Double(FourBit):
     """
 
     name = "nf4-dq"
+    trainable_parts: ClassVar[Mapping[str, Trainable]] = {
+        "nested_absmax": Trainable(single),
+        "offset": Trainable(single),
+    }
     group_size = 64
     levels = NORMAL_FLOAT
     asymmetric_range = True

@@ -7,6 +7,7 @@ for `4:8`. `2:4` and `4:8` take 9 bits per weight.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from tersor.core.errors import FormatError
 from tersor.formats.bitmask import half_projector, kept_halves, mask_layout, pack_mask
-from tersor.formats.contract import Encoded, Layout, Packing, Params, Projector, Weight
+from tersor.formats.contract import Encoded, Layout, Packing, Params, Projector, Sparse, UsualMethods, Weight
 from tersor.formats.packing import unpack
+from tersor.formats.trainable import Trainable
 
 
 @dataclass(frozen=True)
-class SemiStructured:
+class SemiStructured(Sparse):
     """Of every `m` neighbouring columns, `n` weights are kept in fp16; the others are exactly zero.
 
     Where `m` does not divide the columns, the last `r < m` of a row keep `min(n, r)`.
@@ -37,15 +39,12 @@ class SemiStructured:
     n: int
     m: int
     rows_independent = True
-    usual_methods = ("magnitude", "sparsegpt")
-    entropy_coded = False
+    usual_methods = UsualMethods("magnitude", "magnitude", "sparsegpt")
+    trainable_parts: ClassVar[Mapping[str, Trainable]] = {}
 
     @property
     def name(self) -> str:
         return f"{self.n}:{self.m}"
-
-    def why_not(self, shape: tuple[int, int]) -> str | None:
-        return None
 
     def layout(self, shape: tuple[int, int]) -> Layout:
         return {"mask": mask_layout(shape), "values": (torch.float16, self.kept_shape(shape))}

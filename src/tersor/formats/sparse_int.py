@@ -6,6 +6,7 @@ Bits per weight: `1 + bits * density`, and the scales; at half density and 4 bit
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,14 +14,15 @@ from torch import Tensor
 
 from tersor.core.errors import FormatError
 from tersor.formats.bitmask import Bitmask, mask_layout, pack_mask
-from tersor.formats.contract import Encoded, Layout, Packing, Params, Projector, Weight
+from tersor.formats.contract import Encoded, Layout, Packing, Params, Projector, Sparse, UsualMethods, Weight
 from tersor.formats.int_group import IntGroup
 from tersor.formats.packing import pack, packed_width, unpack
 from tersor.formats.semi_structured import SemiStructured
+from tersor.formats.trainable import Trainable, half
 
 
 @dataclass(frozen=True)
-class SparseInt:
+class SparseInt(Sparse):
     """Weights kept by a sparse pattern, on a symmetric integer grid; the others are exactly zero.
 
     The grid's groups are neighbouring columns of the whole matrix, kept or not. Parts:
@@ -39,8 +41,8 @@ class SparseInt:
 
     pattern: Bitmask | SemiStructured
     grid: IntGroup
-    usual_methods = ("magnitude", "sparsegpt")
-    entropy_coded = False
+    usual_methods = UsualMethods("magnitude", "magnitude", "sparsegpt")
+    trainable_parts: ClassVar[Mapping[str, Trainable]] = {"scale": Trainable(half)}
 
     @property
     def name(self) -> str:
@@ -49,9 +51,6 @@ class SparseInt:
     @property
     def rows_independent(self) -> bool:
         return self.pattern.rows_independent
-
-    def why_not(self, shape: tuple[int, int]) -> str | None:
-        return None
 
     def layout(self, shape: tuple[int, int]) -> Layout:
         *rows, num_kept = self.pattern.kept_shape(shape)

@@ -33,7 +33,8 @@ KEEP = "keep"
 
 def usual_method(format: Format, sees_inputs: bool = False) -> str:
     """The method a format gets when none is named: the best there is without the inputs of a site, or with them."""
-    return format.usual_methods[sees_inputs]
+    usual = format.usual_methods
+    return usual.with_inputs if sees_inputs else usual.without_inputs
 
 
 @dataclass(frozen=True)

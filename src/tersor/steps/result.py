@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from tersor.core.errors import FormatError
-from tersor.formats.codebook import Codebook
-from tersor.formats.contract import Encoded, Format, Grid, Weight
-from tersor.formats.float_cast import FloatCast
-from tersor.formats.lowrank import Corrected
+from tersor.formats.contract import Encoded, Grid, Weight
 from tersor.methods.stats import Stats
 from tersor.nn.sites import Site
 from tersor.schemes.scheme import Scheme
@@ -70,12 +67,12 @@ def most_error(scheme: Scheme, weight: Weight, stats: Stats) -> float:
     """The relative error that is within reason."""
     if stats.cross_moment is not None and "cross_moment" in scheme.method.needs:
         return REPAIRING
-    base: Format = scheme.format.base if isinstance(scheme.format, Corrected) else scheme.format
-    if isinstance(base, Codebook) or not isinstance(base, Grid | FloatCast):
+    format = scheme.format
+    if not format.rounds_each_weight:
         return MOST
     scaled = weight / weight.square().mean().sqrt().clamp_min(torch.finfo(weight.dtype).tiny)
     try:
-        plain = relative_error(base.fake_quantize(scaled, base.fit(scaled)) - scaled, scaled, stats)
+        plain = relative_error(format.fake_quantize(scaled, format.fit(scaled)) - scaled, scaled, stats)
     except FormatError:  # weights too far apart for the format at any size
         return MOST
     return min(MOST, SMALL + SLACK * plain)

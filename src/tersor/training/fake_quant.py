@@ -23,11 +23,8 @@ from torch import Tensor, nn
 
 from tersor.activations.quantizers import ACTIVATIONS, Activation, IntStatic
 from tersor.formats.contract import Encoded, Params, Weight
-from tersor.formats.fp8 import Fp8
-from tersor.formats.int_group import IntGroup
+from tersor.formats.packing import grouped
 from tersor.nn.packed import Fold, Simulated, straight_through
-
-Learned = IntGroup | Fp8  # formats whose scales can be learned
 
 
 @dataclass(frozen=True)
@@ -94,8 +91,9 @@ class FakeWeight(Simulated):
 
     def __init__(self, encoded: Encoded, fold: Fold):
         super().__init__()
-        assert isinstance(encoded.format, Learned)
+        assert encoded.format.learnable_range is not None
         self.format, self.shape, self.fold = encoded.format, encoded.shape, fold
+        self.range = encoded.format.learnable_range
         self.register_buffer("start", encoded.parts["scale"].float(), persistent=False)
         self.log_scale = nn.Parameter(torch.zeros_like(self.start))
         code = encoded.parts.get("zero_point")
@@ -125,16 +123,8 @@ class FakeWeight(Simulated):
     def levels(self, params: Params) -> Levels:
         scale = params["scale"].float()
         scale = torch.where(scale == 0, 1.0, scale)
-        zero: Tensor | float = 0.0
-        if isinstance(self.format, Fp8):
-            largest = highest = self.format.largest
-            lowest, num_steps = -largest, 2 * largest
-        else:
-            zero = self.format.zero_point(params)
-            zero = zero.squeeze(-1) if isinstance(zero, Tensor) else zero
-            bits, symmetric = self.format.bits, self.format.symmetric
-            lowest, highest, num_steps = (1.0 if bits == 8 and symmetric else 0.0), 2.0**bits - 1, 2.0**bits
-            largest = 2.0 ** (bits - 1) - 1 if symmetric else highest
+        lowest, highest, num_steps, largest, fixed, _ = self.range
+        zero = params["zero_point"].float() * (num_steps / 256) if fixed is None else fixed
         ends = torch.stack([(lowest - zero) * scale, (highest - zero) * scale])
         low, high = self.spread(ends.amin(0)), self.spread(ends.amax(0))
         num_sharing = math.prod(self.shape) / scale.numel()
@@ -142,11 +132,12 @@ class FakeWeight(Simulated):
 
     def spread(self, by_group: Float[Tensor, "rows groups"]) -> Tensor:
         """A value for each group, repeated so that it broadcasts against the matrix."""
-        group_size = self.format.group_size if isinstance(self.format, IntGroup) else None
+        group_size = self.range.group_size
         return by_group.repeat_interleave(group_size, 1)[:, : self.shape[1]] if group_size else by_group
 
     def gather(self, values: Weight) -> Float[Tensor, "rows groups"]:
-        return self.format.grouped(values).sum(-1)
+        by_group = grouped(values, self.range.group_size or self.shape[1]).sum(-1)
+        return by_group.sum(0, keepdim=True) if len(self.start) < self.shape[0] else by_group  # one scale for all rows
 
     def encode(self, weight: Tensor) -> Encoded:
         """The encoded weight that decodes to the result of `forward`."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tersor.checkpoint.adapters import PREFIX, Adapter, adapted_names, put_in, replace_module
 from tersor.core.errors import InputError, ModelError
 from tersor.core.progress import Progress, silent
-from tersor.formats.contract import Format, Grid
+from tersor.formats.contract import Format
 from tersor.nn.packed import PackedEmbedding, PackedLinear, Stored
 from tersor.nn.sites import Site, find_sites
 from tersor.schemes.scheme import KEEP, usual_method
@@ -36,8 +36,8 @@ def resolving(format: Format) -> str:
 
 
 def naive(format: Format) -> str:
-    """Round to nearest, where the format can."""
-    return "nearest" if isinstance(format, Grid) else usual_method(format)
+    """The simplest method of each format, which for most rounds to nearest."""
+    return format.usual_methods.plain
 
 
 def merge(

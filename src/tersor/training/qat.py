@@ -22,8 +22,6 @@ from tersor.activations.quantizers import Activation
 from tersor.checkpoint.layout import packed_sites
 from tersor.core.errors import FormatError, InputError
 from tersor.formats.contract import Encoded, Params
-from tersor.formats.fp8 import Fp8
-from tersor.formats.int_group import IntGroup
 from tersor.nn.copies import copy_but_sites
 from tersor.nn.packed import packed_weight, with_input
 from tersor.nn.sites import Site, find_sites, leave_fused_path
@@ -70,7 +68,7 @@ class QatStep(TrainingStep, Assignment):
     def scales_can_be_learned(self) -> "QatStep":
         schemes = [scheme for text in (self.scheme, *self.rules.values()) if (scheme := parse_rule(text))]
         for scheme in schemes:
-            if not isinstance(scheme.format, IntGroup | Fp8):
+            if scheme.format.learnable_range is None:
                 raise ValueError(
                     f"qat learns the scales of integers and fp8, not of {scheme.format.name}; use int4-g32"
                 )
@@ -114,13 +112,14 @@ def check_sites(model: nn.Module, work: dict[Site, Scheme], masks: Masks) -> Non
     if not work:
         raise InputError("qat: every site is kept; give a scheme or rules, or use step finetune")
     for site, scheme in work.items():
-        assert isinstance(scheme.format, IntGroup | Fp8)
+        levels = scheme.format.learnable_range
+        assert levels is not None
         if packed_weight(model.get_submodule(site.owners[0].module), site.owners[0].parameter) is not None:
             raise FormatError(
                 f"{site.name}: is packed already, and qat trains float weights; let qat come before the weights step, "
                 f"or exclude it with exclude: ['{site.name}']"
             )
-        if site.name in masks.masks and isinstance(scheme.format, IntGroup) and not scheme.format.symmetric:
+        if site.name in masks.masks and levels.zero_point is None:
             plain = scheme.format.name.removesuffix("-asym")
             raise FormatError(
                 f"{site.name}: an earlier step pruned it, and {scheme.format.name} has no exact zero; use {plain}"

@@ -2,11 +2,10 @@
 
 The second phase of EfficientQAT (Chen et al. 2024, https://arxiv.org/abs/2407.11062), here taught by the original's
 outputs. Codes stay as they are, so the file keeps its size and its format, and a few hundred steps are enough. Works
-for every format that decodes with some numbers that are no codes: the table CONTINUOUS.
+for every format that names `trainable_parts`.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -15,16 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tersor.core.errors import InputError
-from tersor.formats.codebook import Codebook
-from tersor.formats.coded import LARGEST, Coded, finer
-from tersor.formats.contract import Format
-from tersor.formats.fp8 import Fp8
-from tersor.formats.int_group import IntGroup
-from tersor.formats.k_quant import KQuant
-from tersor.formats.lowrank import Corrected, LowRank
-from tersor.formats.mx import Nvfp4
-from tersor.formats.nf4 import Nf4, Nf4Double
-from tersor.formats.sparse_int import SparseInt
+from tersor.formats.trainable import Store, Trainable
 from tersor.nn.packed import PackedWeight, packed_weight
 from tersor.nn.sites import find_sites
 from tersor.tasks.inputs import device_of
@@ -35,58 +25,6 @@ from tersor.training.norms import Norms
 from tersor.training.settings import TrainingStep
 
 LEFTOVERS = "leftovers"  # the module that holds what is trained, in the model
-
-
-def half(values: Tensor) -> Tensor:
-    """Round to fp16, as stored."""
-    largest = torch.finfo(torch.float16).max
-    return values.clamp(-largest, largest).half()
-
-
-def byte(values: Tensor) -> Tensor:
-    """Round to whole numbers from 0 to 255, as stored."""
-    return values.round().clamp(0, 255).to(torch.uint8)
-
-
-def bfloat(values: Tensor) -> Tensor:
-    """Round to bfloat16, as stored."""
-    return values.bfloat16()
-
-
-def e4m3(values: Tensor) -> Tensor:
-    """Round to FP8 E4M3, not negative, as stored."""
-    return values.clamp(0, torch.finfo(torch.float8_e4m3fn).max).to(torch.float8_e4m3fn)
-
-
-def single(values: Tensor) -> Tensor:
-    """Cast to float32, as stored."""
-    return values.clone()
-
-
-def ascending(values: Tensor) -> Tensor:
-    """Round to fp16, each at least the one before it."""
-    return half(values).cummax(-1).values
-
-
-def exponent(values: Tensor) -> Tensor:
-    """Round to whole exponents."""
-    return values.round().clamp(-LARGEST, LARGEST).to(torch.int16)
-
-
-Store = Callable[[Tensor], Tensor]  # float32 to what is stored
-CONTINUOUS: dict[type[Format], dict[str, Store]] = {
-    IntGroup: {"scale": half, "zero_point": byte},
-    SparseInt: {"scale": half},
-    Fp8: {"scale": bfloat},
-    Nf4: {"absmax": single},
-    Nf4Double: {"nested_absmax": single, "offset": single},
-    Nvfp4: {"scale": e4m3},
-    KQuant: {"scale": half, "minimum": half},
-    Codebook: {"codebook": ascending},
-    Coded: {"row": exponent, "column": exponent},
-    LowRank: {"left": half, "right": half},
-    Corrected: {"scale": half, "left": half, "right": half},
-}
 
 
 class TuneScalesStep(TrainingStep):
@@ -109,7 +47,6 @@ class TuneScalesStep(TrainingStep):
     def run(self, job: Job) -> None:
         """Train the job's model. Raises InputError where nothing is packed, and what `train` raises."""
         task = check_trainable(job.task, self.step)
-        refine_exponents(job.model)
         leftovers = RemainderTensors(parts_of(job.model))
         if not leftovers.parts:
             raise InputError("tune-scales: no site is packed in a format with scales; let it follow a weights step")
@@ -136,54 +73,40 @@ class TuneScalesStep(TrainingStep):
 
 
 class Part(NamedTuple):
-    """A continuous part of a packed weight, and how it is stored."""
+    """A trainable part of a packed weight, and what its format says of it."""
 
     packed: PackedWeight
     name: str
-    store: Store
+    kind: Trainable
 
 
 def parts_of(model: nn.Module) -> Iterator[Part]:
-    """The continuous parts of every packed weight, tied ones once."""
+    """The trainable parts of every packed weight, tied ones once, each prepared for training."""
     for site in find_sites(model):
         packed = packed_weight(model.get_submodule(site.owners[0].module), site.owners[0].parameter)
-        stores = CONTINUOUS.get(type(packed.format), {}) if packed is not None else {}
-        for name, store in stores.items():
-            if packed is not None and name in packed.tensors:
-                yield Part(packed, name, store)
+        if packed is not None:
+            yield from prepared_parts(packed)
 
 
-FINER = 8  # times: as fine as the exponents of scales become before they are trained, 0.5 % instead of 4 %
-
-
-def refine_exponents(model: nn.Module) -> None:
-    """Have the scales of `coded` weights take small steps, which costs a few bits for every row and column."""
-    for site in find_sites(model):
-        packed = packed_weight(model.get_submodule(site.owners[0].module), site.owners[0].parameter)
-        if packed is not None and isinstance(packed.format, Coded):
-            packed._buffers.update(finer(packed.tensors, FINER))
-
-
-def size_of_part(part: Part) -> Tensor:
-    """By how much a part changes at a shift of one: the root mean square of a row, so that one learning rate suits all
-    parts; of exponents, what changes the scale by that share of itself."""
-    if isinstance(part.packed.format, Coded):
-        octave = part.packed.tensors["scale"][:, 1 if part.name == "row" else 2].unsqueeze(1)
-        return 1 / (octave * math.log(2))
-    return part.packed.tensors[part.name].float().square().mean(-1, keepdim=True).sqrt()
+def prepared_parts(packed: PackedWeight) -> list[Part]:
+    """The trainable parts of one packed weight; the weight gets the parts that training starts from."""
+    for kind in packed.format.trainable_parts.values():
+        packed._buffers.update(kind.prepared(packed.tensors))
+    return [Part(packed, name, kind) for name, kind in packed.format.trainable_parts.items()]
 
 
 class RemainderTensors(nn.Module):
-    """Float32 copies of continuous parts: `start + shift * size`, where only the shifts are trained."""
+    """Float32 copies of continuous parts: `start + shift * unit`, where only the shifts are trained."""
 
-    def __init__(self, parts: Iterator[Part]):
+    def __init__(self, parts: Iterable[Part]):
         super().__init__()
         self.parts = list(parts)
         self.shifts = nn.ParameterList()
         for number, part in enumerate(self.parts):
-            start = part.packed.tensors[part.name].float()
+            tensors = part.packed.tensors
+            start, unit = tensors[part.name].float(), part.kind.unit(tensors[part.name], tensors)
             self.register_buffer(f"start{number}", start, persistent=False)
-            self.register_buffer(f"size{number}", size_of_part(part), persistent=False)
+            self.register_buffer(f"unit{number}", unit, persistent=False)
             self.shifts.append(nn.Parameter(torch.zeros_like(start)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,25 +114,20 @@ class RemainderTensors(nn.Module):
         return x
 
     def values(self, number: int) -> Tensor:
-        """One part as it is now, before it is rounded to be stored. Zero in a codebook is what pruned weights share: it
-        stays, and the other values stay on their side of it."""
-        start, size = self.get_buffer(f"start{number}"), self.get_buffer(f"size{number}")
-        values = start + self.shifts[number] * size
-        if not isinstance(self.parts[number].packed.format, Codebook):
-            return values
-        pruned = (start == 0).any(-1, keepdim=True)
-        return torch.where(pruned & (values * start <= 0), torch.zeros_like(start), values)
+        """One part as it is now, before it is rounded to be stored."""
+        start, unit = self.get_buffer(f"start{number}"), self.get_buffer(f"unit{number}")
+        return self.parts[number].kind.constrained(start, start + self.shifts[number] * unit)
 
     def install(self, *_: object) -> None:
         """Have the packed weights decode with the parts as they would be stored, in float32."""
-        for number, (packed, name, store) in enumerate(self.parts):
-            packed._buffers[name] = Rounded.apply(self.values(number), store)
+        for number, (packed, name, kind) in enumerate(self.parts):
+            packed._buffers[name] = Rounded.apply(self.values(number), kind.store)
 
     @torch.no_grad()
     def settle(self) -> None:
         """Store the parts for good."""
-        for number, (packed, name, store) in enumerate(self.parts):
-            packed._buffers[name] = store(self.values(number))
+        for number, (packed, name, kind) in enumerate(self.parts):
+            packed._buffers[name] = kind.store(self.values(number))
 
 
 class Rounded(torch.autograd.Function):
