@@ -12,6 +12,7 @@ format or method of your own can be held against them just the same:
 import re
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from functools import cache
 from typing import Any
 from zlib import crc32
 
@@ -104,7 +105,8 @@ def stats_for(weight: Tensor) -> dict[str, Stats]:
     rows, columns = random(weight.shape[0], seed=30).square(), random(weight.shape[1], seed=31).square()
     columns[::3] = 0
     columns /= columns.mean().clamp_min(1e-6)
-    return {"no data": Stats(), "curvature": Stats(row_weight=rows, column_weight=columns), "moments": moments(weight)}
+    curvature = Stats(row_weight=rows, column_weight=columns)
+    return {"no data": Stats(), "curvature": curvature, "moments": moments(weight.shape[1])}
 
 
 def cases_for(method: Method, format: Format) -> dict[str, tuple[Tensor, Stats]]:
@@ -118,9 +120,9 @@ def cases_for(method: Method, format: Format) -> dict[str, tuple[Tensor, Stats]]
     return cases
 
 
-def moments(weight: Tensor) -> Stats:
+@cache
+def moments(num_columns: int) -> Stats:
     """Of a dozen correlated inputs that drifted from the original's: singular, with features that never fire."""
-    num_columns = weight.shape[1]
     original = random(12, num_columns, seed=33) @ random(num_columns, num_columns, seed=34) / num_columns**0.5
     original[:, ::5] = 0
     x = original + 0.1 * original.roll(1, dims=0)
@@ -286,10 +288,11 @@ def projector_is_snap(format: Format, weight: Tensor) -> None:
         other = format.fake_quantize(snapped + random(*weight.shape, seed=power) * reach * 2.0**-power, params)
         tries.append((snapped + other) / 2)
     project = format.projector(params, (weight.shape[0], weight.shape[1]))
-    for values in tries:
-        columns = torch.stack([project(values[:, j].contiguous(), j) for j in range(values.shape[1])], dim=1)
-        assert same_bits(columns, format.fake_quantize(values, params))
-        assert same_bits(columns, format.encode(values, params).decode())
+    for turn, values in enumerate(tries):
+        picked = range(turn % min(4, weight.shape[1]), weight.shape[1], 4)  # together the tries meet every column
+        columns = torch.stack([project(values[:, j].contiguous(), j) for j in picked], dim=1)
+        assert same_bits(columns, format.fake_quantize(values, params)[:, picked])
+        assert same_bits(columns, format.encode(values, params).decode()[:, picked])
 
 
 def shrink_is_by_group(format: Format, weight: Tensor) -> None:
@@ -470,6 +473,7 @@ def scheme_reads_what_it_writes(method: Method, format: Format) -> None:
 # Laws of an activation format.
 
 
+@cache
 def params_for(activation: ActivationFormat) -> dict[str, Tensor]:
     """Fitted to a sample, for the static formats."""
     sample = random(64, 128, seed=32)
