@@ -158,7 +158,8 @@ def coded_sites(bench: Bench) -> list[Site]:
 
 def foresee(bench: Bench) -> dict[str, Any]:
     """What every scheme's levels cost, from one walk over the model as it is."""
-    from tersor.calibration.walk import Walk
+    from tersor.calibration.plan import survey
+    from tersor.calibration.walk import Observer, walk
     from tersor.search.noise_level import Forecast
 
     counts: dict[str, Tensor] = {}
@@ -168,7 +169,7 @@ def foresee(bench: Bench) -> dict[str, Any]:
         for scheme in ("step", "columns", "level"):
             counts[scheme] = counts.get(scheme, 0) + deviations_of(scheme, weight, stats)
 
-    Walk(bench.model, bench.model, bench.task, coded_sites(bench), look, frozenset({"second_moment"})).run()
+    walk(survey(bench.model, bench.task, coded_sites(bench)), Observer(frozenset({"second_moment"}), look))
     return {scheme: Forecast(found) for scheme, found in counts.items()}
 
 
@@ -182,26 +183,45 @@ def correct(bench: Bench) -> Any:
     return searching.corrected(searching.foresee().level_of(FEW_BITS))
 
 
+@dataclass
+class Coder:
+    """A visitor that codes every site by one scheme, and adds up the loss that this predicts."""
+
+    bench: Bench
+    model: nn.Module
+    scheme: str
+    level: float
+    factors: Mapping[str, float]
+    predicted: float = 0.0
+    needs: frozenset[str] = frozenset({"second_moment", "cross_moment"})
+
+    def visit_site(self, site: Site, moments: Stats) -> Any:
+        from tersor.calibration.walk import Chosen
+
+        weight, stats = site.matrix(self.model), known(self.bench, site, moments)
+        encoded = coded(self.scheme, self.level * self.factors.get(site.name, 1.0), weight, stats)
+        self.predicted += quadratic_loss(encoded.decode() - repaired(weight, stats), stats)
+        return Chosen(encoded)
+
+    def tune_block(self, block_run: Any, chosen: Any) -> dict[Site, Any]:
+        return {}
+
+
 def measure_one(bench: Bench, scheme: str, level: float, factors: Mapping[str, float]) -> dict[str, Any]:
     """Compress, save, and compare the outputs."""
     import tersor
     from tersor.calibration.divergence import divergence, outputs
-    from tersor.calibration.walk import Chosen, Walk
+    from tersor.calibration.plan import survey
+    from tersor.calibration.walk import walk
     from tersor.checkpoint.container import Container
     from tersor.checkpoint.layout import CODED
     from tersor.nn.copies import copy_but_sites
 
-    sites, predicted = coded_sites(bench), 0.0
+    sites = coded_sites(bench)
     model, original = copy_but_sites(bench.model), copy_but_sites(bench.model)
 
-    def visit(site: Site, moments: Stats) -> Chosen:
-        nonlocal predicted
-        weight, stats = site.matrix(model), known(bench, site, moments)
-        encoded = coded(scheme, level * factors.get(site.name, 1.0), weight, stats)
-        predicted += quadratic_loss(encoded.decode() - repaired(weight, stats), stats)
-        return Chosen(encoded)
-
-    Walk(model, original, bench.task, sites, visit, frozenset({"second_moment", "cross_moment"})).run()
+    coder = Coder(bench, model, scheme, level, factors)
+    walk(survey(model, bench.task, sites), coder, original)
     with tempfile.TemporaryDirectory() as folder:
         tersor.save(model, folder)
         measured = tersor.load(folder, packed=False).float() if hasattr(model, "config") else model
@@ -214,7 +234,7 @@ def measure_one(bench: Bench, scheme: str, level: float, factors: Mapping[str, f
         "level": level,
         "bits": 8 * num_bytes / sum(site.num_weights for site in sites),
         "loss": divergence(bench.before, after, bench.task.output),
-        "predicted": predicted,
+        "predicted": coder.predicted,
     }
 
 

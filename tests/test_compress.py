@@ -11,7 +11,7 @@ from laws import random, same_bits
 from tersor.core.errors import DataError
 from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
-from tersor.steps import weights_run
+from tersor.steps import step_visitor
 from test_walk import Toy, assert_same_state, stack, state
 from zoo import REMARKS, ZOO
 
@@ -141,7 +141,7 @@ def test_statistics_that_are_not_numbers_name_the_site_and_a_way_out():
 def test_the_curvature_is_gathered_only_where_it_is_read(scheme, name, read, monkeypatch):
     """It costs a backward pass over all the data."""
     calls = []
-    monkeypatch.setattr(weights_run, "estimate_fisher", lambda *args, **options: calls.append(args) or {})
+    monkeypatch.setattr(step_visitor, "estimate_fisher", lambda *args, **options: calls.append(args) or {})
     model = ZOO[name].model()
     tersor.compress(model, Recipe.of(scheme), task_for(ZOO[name], model))
     assert bool(calls) == read
@@ -154,7 +154,7 @@ def test_a_model_on_its_way_is_left_as_it_was_when_compression_fails(monkeypatch
     def fail(*args):
         raise ArithmeticError("no more")
 
-    monkeypatch.setattr(weights_run, "compress_site", fail)
+    monkeypatch.setattr(step_visitor, "compress_site", fail)
     with pytest.raises(ArithmeticError):
         tersor.compress(model, Recipe.of("gptq:int4"), task_for(ZOO["llama"], model))
     assert_same_state(state(model), before)

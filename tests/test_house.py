@@ -224,7 +224,6 @@ BEYOND = {
     "search/choices.py: check_choices",
     "search/plan.py: plan",
     "steps/keep_float.py: automatic",
-    "steps/weights_run.py: __init__",
     "tasks/__init__.py: open_task",
     "tasks/classification.py: open_classification",
     "tasks/split.py: split_rows",

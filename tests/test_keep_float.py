@@ -12,7 +12,9 @@ from tersor.formats import format_named
 from tersor.methods.stats import Stats
 from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
-from tersor.steps.keep_float import MOST_SITES, predicted_loss
+from tersor.steps.keep_float import MOST_SITES
+from tersor.steps.loss_predictor import LossPredictor, predicted_loss
+from tersor.steps.step_visitor import Calibration
 from tersor.steps.weights import WeightsStep
 from test_walk import Toy
 
@@ -139,6 +141,17 @@ def test_the_prediction_follows_the_measurement():
     places = [order.index(each.site) for each in choice.sites]
     agreement = torch.corrcoef(torch.tensor([places, list(range(8))], dtype=torch.float32))[0, 1]
     assert agreement > 0.7
+
+
+def test_a_prediction_leaves_the_model_as_it_is():
+    model = spoiled()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    predictor = LossPredictor(model, WeightsStep(scheme="gptq:int4", exclude=["1"]), Calibration(task()))
+    predictor.run()
+    assert [type(module) for module in model] == [nn.Linear] * 10
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [site.name for site in predictor.packed] == list("023456789")
+    assert max(predictor.predicted, key=predictor.predicted.get) == "4"
 
 
 def test_a_linear_models_loss_is_predicted_exactly():

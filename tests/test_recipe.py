@@ -13,7 +13,7 @@ from tersor.methods import METHODS
 from tersor.nn.sites import find_sites, matches
 from tersor.recipe import Recipe
 from tersor.schemes.scheme import Scheme, parse_rule
-from tersor.steps import weights_run
+from tersor.steps import step_visitor
 from tersor.training import FinetuneStep
 from tersor.transforms.awq import Awq
 from tersor.transforms.smooth import Smooth
@@ -165,7 +165,7 @@ def test_a_pattern_that_matches_nothing_says_the_nearest_site(options):
 
 
 def test_a_format_that_does_not_fit_is_refused_before_any_work(monkeypatch):
-    monkeypatch.setattr(weights_run, "compress_site", lambda *_: pytest.fail("work had started"))
+    monkeypatch.setattr(step_visitor, "compress_site", lambda *_: pytest.fail("work had started"))
     monkeypatch.setattr(FinetuneStep, "run", lambda *_: pytest.fail("training had started"))
     model = nn.Sequential(nn.Linear(256, 8), nn.Linear(24, 8))
     with pytest.raises(FormatError, match=r"q4_k: 1 has in=24 columns.*--exclude '1'"):

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from laws import random, same_bits
 from tersor.activations.quantizers import ACTIVATIONS, Activation
-from tersor.calibration.blocks import BlockStates, find_blocks
+from tersor.calibration.blocks import BlockStates, Stop, find_blocks
+from tersor.calibration.inputs import BatchInputs, InputRecorder, OriginalInputs
 from tersor.calibration.moments import Moments, has_inputs, inputs_of, takes_inputs
 from tersor.calibration.offload import ActivationCache
-from tersor.calibration.walk import Chosen, Walk
+from tersor.calibration.plan import survey
+from tersor.calibration.walk import Chosen, Observer, walk
 from tersor.core.errors import DataError
 from tersor.formats import FORMATS
 from tersor.nn.sites import find_sites
@@ -55,16 +58,28 @@ def rounded(site, model):
     return Chosen(FORMAT.encode(matrix, FORMAT.fit(matrix)))
 
 
-def walked(model, original, task, visit=None, needs=NEEDS, **options):
+@dataclass
+class Noting:
+    """A visitor that notes what it was told, and chooses as two functions say."""
+
+    visit: Any
+    tune: Any
+    needs: frozenset[str] = NEEDS
+    seen: list[Any] = field(default_factory=list)
+
+    def visit_site(self, site, stats):
+        self.seen.append((site, stats))
+        return self.visit(site, stats)
+
+    def tune_block(self, block_run, chosen):
+        return self.tune(block_run, chosen)
+
+
+def walked(model, original, task, visit=None, *, tune=lambda run, chosen: {}, sites=None, memory_limit=None):
     """The sites in the order of their visits, with what each was told."""
-    seen = []
-
-    def note(site, stats):
-        seen.append((site, stats))
-        return visit(site, stats) if visit else rounded(site, model)
-
-    Walk(model, original, task, options.pop("sites", None) or find_sites(model), note, needs, **options).run()
-    return seen
+    visitor = Noting(visit or (lambda site, stats: rounded(site, model)), tune)
+    walk(survey(model, task, sites or find_sites(model), memory_limit), visitor, original)
+    return visitor.seen
 
 
 def state(model):
@@ -321,18 +336,16 @@ def stack(how):
     return Stack(how).eval()
 
 
+BLOCKS = ("layers.0", "layers.1", "layers.2")
 HOW = ["plain", "tuples", "more handed on", "twice over", "each twice", "backwards", "work between"]
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_what_is_no_simple_stack_is_walked_as_one_piece(how, monkeypatch):
+def test_what_is_no_simple_stack_is_walked_as_one_piece(how):
     """And told the truth all the same."""
-    walks = []
-    for way in ("walk_blocks", "walk_whole"):
-        monkeypatch.setattr(Walk, way, lambda self, way=way, run=getattr(Walk, way): (walks.append(way), run(self)))
     original, model, so_far = stack(how), stack(how), stack(how)
     task = Toy((random(6, 3, 8),))
-    assert find_blocks(model) == ["layers.0", "layers.1", "layers.2"]
+    assert find_blocks(model) == list(BLOCKS)
 
     def visit(site, stats):
         if how not in ("twice over", "each twice"):  # a reused layer is fitted to the inputs of its first use
@@ -343,17 +356,19 @@ def test_what_is_no_simple_stack_is_walked_as_one_piece(how, monkeypatch):
 
     seen = walked(model, original, task, visit)
     assert len(seen) == 7
-    assert walks == ["walk_blocks" if how in ("plain", "tuples") else "walk_whole"]
+    assert survey(original, task, []).block_names == (BLOCKS if how in ("plain", "tuples") else ())
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "opt", "clip vision"])
-def test_transformers_are_walked_block_by_block(name, monkeypatch):
-    walks = []
-    run = Walk.walk_blocks
-    monkeypatch.setattr(Walk, "walk_blocks", lambda self: (walks.append(name), run(self)))
-    case = ZOO[name]
-    walked(case.model(), case.model(), Toy(case.arguments(case.model())))
-    assert walks == [name]
+def test_transformers_are_walked_block_by_block(name):
+    model = ZOO[name].model()
+    before, task = state(model), Toy(ZOO[name].arguments(model))
+    plan = survey(model, task, find_sites(model), memory_limit=2**20)
+    assert list(plan.block_names) == find_blocks(model)
+    assert len(plan.single_calls) == len(plan.block_names) > 1
+    assert plan.batch_size > 1
+    assert survey(model, task, find_sites(model), memory_limit=1).batch_size == 1
+    assert_same_state(state(model), before)
 
 
 class Routed(nn.Module):
@@ -416,12 +431,12 @@ def test_a_block_runs_on_some_of_the_examples():
     model, original = Biased(), Biased()
     x, mask, examples, seen = random(6, 6, 8), random(6, 6, seed=1), torch.tensor([4, 1]), []
 
-    def refine(run, chosen):
+    def tune(run, chosen):
         weights = {site.name: made.encoded.decode() for site, made in chosen.items()}
         seen.append((run(weights, examples), run(weights, torch.arange(6))))
         return {}
 
-    walked(model, original, Toy({"x": x, "mask": mask}), refine=refine)
+    walked(model, original, Toy({"x": x, "mask": mask}), tune=tune)
     assert len(seen) == 2
     with torch.no_grad():
         outputs, targets = model(x, mask), original(x, mask)
@@ -434,13 +449,14 @@ def test_a_block_runs_on_some_of_the_examples():
 def test_no_hidden_states_outlive_their_block():
     """What every block was called with says nothing of the first block's input, which would stay for the whole walk."""
     model, x = Biased(), random(5, 6, 8)
-    stream = BlockStates(model, Toy({"x": x, "mask": random(5, 6)}), ["layers.0", "layers.1"], ActivationCache(0))
+    batch = {"x": x, "mask": random(5, 6)}
+    states = BlockStates(model, Toy(batch), [batch], ["layers.0", "layers.1"], ActivationCache(0))
     with torch.no_grad():
-        stream.stem(0, {"x": x, "mask": random(5, 6)})
-        first = weakref.ref(stream.hidden[0])
-        stream.block(0, True, 0)
+        states.stem(0)
+        first = weakref.ref(states.hidden[0])
+        states.block(0, True, 0)
     assert first() is None
-    kept = [t for call in stream.calls[0] for t in tree_leaves([call.args, call.kwargs]) if isinstance(t, Tensor)]
+    kept = [t for call in states.calls[0] for t in tree_leaves([call.args, call.kwargs]) if isinstance(t, Tensor)]
     assert {tuple(t.shape) for t in kept} == {(6,), (5, 6)}
 
 
@@ -474,6 +490,43 @@ def test_an_exception_leaves_nothing_behind(name):
         walked(model, original, Toy(case.arguments(model)), visit, sites=sites)
     assert_same_state(state(original), before[0])
     assert_same_state(state(model), before[1])
+
+
+def test_watching_leaves_the_fused_path_to_pytorch():
+    """Packing leaves it for good; a visitor that only looks must not."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    before = state(model), model.use_nested_tensor, model.layers[0].activation_relu_or_gelu
+    seen = []
+    observer = Observer(frozenset({"second_moment"}), lambda site, stats: seen.append(stats.num_tokens))
+    walk(survey(model, Toy((random(3, 4, 8),)), find_sites(model)), observer)
+    assert seen.count(12) == 4
+    assert_same_state(state(model), before[0])
+    assert (model.use_nested_tensor, model.layers[0].activation_relu_or_gelu) == before[1:]
+
+
+def test_a_recorder_needs_no_walk():
+    """It sums over batches, pairs the original's inputs with them, and takes its hooks away."""
+    model, original, x = stack("plain"), stack("plain"), random(6, 3, 8)
+    with torch.no_grad():
+        model.layers[0].down.weight.mul_(0.5)
+    sites = [site for site in find_sites(model) if site.name in ("layers.1.up", "head")]
+    before, cache = state(model), ActivationCache(2**20)
+    originals = OriginalInputs(original, sites, cache, stop_when_done=True)
+    recorder = InputRecorder(model, sites, NEEDS, stop_when_done=True)
+    for number, batch in enumerate(x.split(2)):
+        with torch.no_grad(), originals.recording(number), suppress(Stop):
+            original(batch)
+        with torch.no_grad(), recorder.summing(BatchInputs(None, None, originals.by_batch[number])), suppress(Stop):
+            model(batch)
+        assert originals.by_batch[number] == {}
+    assert_same_state(state(model), before)
+    with torch.no_grad():
+        y, wanted = (each.layers[0](x).flatten(0, 1) for each in (model, original))
+    stats = recorder.sums["layers.1.up"].stats()
+    torch.testing.assert_close(stats.second_moment, y.t() @ y / 18)
+    torch.testing.assert_close(stats.cross_moment, wanted.t() @ y / 18)
+    assert recorder.sums["head"].stats().num_tokens == 18
 
 
 def test_training_flags_come_back():

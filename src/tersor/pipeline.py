@@ -8,8 +8,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from tersor.calibration.inputs import before_sites
 from tersor.calibration.moments import shows_inputs
-from tersor.calibration.walk import Walk, before_sites
+from tersor.calibration.plan import survey
+from tersor.calibration.walk import Observer, walk
 from tersor.core.errors import FormatError
 from tersor.core.progress import Progress, silent
 from tersor.methods.stats import Stats
@@ -20,7 +22,9 @@ from tersor.nn.sites import Site, check_finite, check_patterns, find_sites
 from tersor.recipe import Recipe, Step, TransformStep
 from tersor.schemes.assignment import Assignment
 from tersor.steps.keep_float import KeptFloat, check_number, check_task, choose, spared
+from tersor.steps.loss_predictor import LossPredictor
 from tersor.steps.site_report import SiteReport
+from tersor.steps.step_visitor import Calibration
 from tersor.steps.weights import WeightsStep, preflight
 from tersor.steps.weights_run import WeightsRun
 from tersor.tasks.contract import Task
@@ -99,7 +103,7 @@ def compress(
             if step.keep_float not in ("none", 0):
                 choices.append(float_sites(job, step, stats))
                 step = spared(step, choices[-1])
-            weights = WeightsRun(job.model, step, task, stats, recipe.seed, progress)
+            weights = WeightsRun(job.model, step, Calibration(task, stats or {}, recipe.seed, progress))
             weights.run()
             job.reports |= weights.reports
             notes |= weights.notes
@@ -132,12 +136,11 @@ def float_sites(job: Job, step: WeightsStep, stats: Mapping[str, Stats] | None) 
     Raises InputError without calibration data, or where more sites are to be kept than there are.
     """
     task = check_task(step.keep_float, job.task)
-    run = WeightsRun(copy_but_sites(job.model), step, task, stats, job.seed, job.progress)
-    check_number(step.keep_float, len(run.work))
-    run.predicted = {}
-    run.run()
-    schemes = {site.name: scheme for site, scheme in run.work.items()}
-    return choose(job.model, step.keep_float, task, schemes, run.made, run.predicted, job.progress)
+    predictor = LossPredictor(copy_but_sites(job.model), step, Calibration(task, stats or {}, job.seed, job.progress))
+    check_number(step.keep_float, len(predictor.schemes))
+    predictor.run()
+    schemes = {site.name: scheme for site, scheme in predictor.schemes.items()}
+    return choose(job.model, step.keep_float, task, schemes, predictor.packed, predictor.predicted, job.progress)
 
 
 def key_of(model: nn.Module, recipe: Recipe, number: int, task: Task | None) -> str:
@@ -178,7 +181,7 @@ def apply_transform(
             progress(f"measuring inputs for {transform.name}", len(stats), len(sites))
             stats[site.name] = found
 
-        Walk(model, model, task, sites, note, transform.needs, seed=seed).run()
+        walk(survey(model, task, sites), Observer(transform.needs, note), seed=seed)
         progress(f"measuring inputs for {transform.name}", len(sites), len(sites))
     if task is None:
         transform.apply(model, stats)

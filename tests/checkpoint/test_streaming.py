@@ -152,7 +152,7 @@ def test_shards_and_a_config_of_another_type(dtype, choice, tmp_path):
 def test_never_more_than_a_few_blocks_are_there(choice, tmp_path, monkeypatch):
     """At every forward pass of a block, its own weights are there and those of no other block."""
     folder = write_checkpoint(tmp_path / "model")
-    seen, around = [], StreamedModel.around
+    seen, block_context = [], StreamedModel.block_context
 
     def there(streamed):
         """Numbers of weights there, by block; what both models share counts once."""
@@ -166,13 +166,13 @@ def test_never_more_than_a_few_blocks_are_there(choice, tmp_path, monkeypatch):
 
     @contextmanager
     def watched(streamed, part):
-        with around(streamed, part):
+        with block_context(streamed, part):
             seen.append((part, *there(streamed)))
             yield
             seen.append((part, *there(streamed)))
         assert there(streamed)[1] == 0
 
-    monkeypatch.setattr(StreamedModel, "around", watched)
+    monkeypatch.setattr(StreamedModel, "block_context", watched)
     compress_streamed(str(folder), tmp_path / "out", Recipe.of("gptq:int4-g32"), task_choice=choice)
     streamed = StreamedModel(str(folder), tmp_path)
     size = sum(p.numel() for p in streamed.model.model.layers[0].parameters())

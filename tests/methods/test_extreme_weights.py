@@ -13,7 +13,7 @@ from tersor.methods.stats import Stats
 from tersor.nn.sites import find_sites
 from tersor.schemes.scheme import Scheme
 from tersor.steps.result import check_result
-from tersor.steps.weights_run import compress_site
+from tersor.steps.step_visitor import compress_site
 
 NUM_ROWS, NUM_COLUMNS, NUM_TOKENS = 8, 64, 120
 DENSE = "fp16 bf16 int8 int4-g32 int3-g32-asym nf4 fp8-e4m3 mxfp4 nvfp4 codebook16 coded lowrank int4-g64+lowrank"

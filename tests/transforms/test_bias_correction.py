@@ -70,7 +70,7 @@ def test_a_sites_mean_output_is_the_floats(name):
 @pytest.mark.parametrize("batches", ["at once", "one by one"])
 def test_each_site_sees_what_the_sites_before_it_became(batches, monkeypatch):
     if batches == "one by one":
-        monkeypatch.setattr("tersor.calibration.walk.Walk.memory_limit", 1)
+        monkeypatch.setattr("tersor.calibration.plan.MEMORY_LIMIT", 1)
     model, x = nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 5)), random(40, 12).exp()
     small = compressed(model, x)
     with torch.no_grad():

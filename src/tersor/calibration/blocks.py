@@ -42,8 +42,7 @@ class Call:
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """The hidden states that the block makes of others, which it may return first of several things."""
-        made = self.output(block, hidden)
-        return made[0] if isinstance(made, tuple) else made
+        return hidden_states(self.output(block, hidden))
 
     def output(self, block: Callable[..., Any], hidden: Tensor) -> Any:
         """All that the block returns."""
@@ -70,6 +69,12 @@ class Call:
         return Call(self.by_position, args, kwargs)
 
 
+def hidden_states(made: Any) -> Tensor:
+    """The hidden states among what a block returns."""
+    states: Tensor = made[0] if isinstance(made, tuple) else made
+    return states
+
+
 def hidden_of(*args: Any, **kwargs: Any) -> Tensor:
     """The hidden states among the arguments of a block."""
     return args[0] if args else kwargs["hidden_states"]
@@ -80,15 +85,18 @@ class BlockStates:
     """A model and where the calibration data stands in it.
 
     Attributes:
+        batches: all of the calibration data.
+        cache: keeps the hidden states within a memory limit.
         num_outputs: how many things a block returns in a tuple, hidden states first; 0 where it returns them alone.
-        calls: of every block, by batch.
-        hidden: hidden states before the next block, by batch.
+        calls: how each block is called, a list for each batch.
+        hidden: hidden states before the next block, a tensor for each batch.
     """
 
     model: nn.Module
     task: Task
+    batches: Sequence[Any]
     block_names: Sequence[str]
-    spill: ActivationCache
+    cache: ActivationCache
     num_outputs: int = 0
     calls: list[list[Call]] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
@@ -133,8 +141,9 @@ class BlockStates:
         rest = [each for each in tree_leaves(made[1:]) if isinstance(each, Tensor)]
         return any(each is other for each in seen for other in rest)
 
-    def stem(self, number: int, batch: Any) -> None:
-        """Run what comes before the blocks, and note how they are called."""
+    def stem(self, number: int, keep: bool = True) -> None:
+        """Run what comes before the blocks on one batch, and note how they are called. The hidden states are kept in
+        any case."""
         calls: list[Call] = []
         hidden = torch.empty(0)
 
@@ -147,12 +156,12 @@ class BlockStates:
             return self.given(hidden)
 
         with stand_in(self.blocks, [record] * len(self.block_names)):
-            self.until_stop(batch)
+            self.until_stop(self.batches[number])
         self.calls[number:] = [calls]
-        self.hidden[number:] = [self.spill.keep(hidden.detach())]
+        self.hidden[number:] = [self.cache.keep(hidden.detach())]
 
-    def head(self, number: int, batch: Any) -> None:
-        """Run what comes after the blocks."""
+    def head(self, number: int, keep: bool = True) -> None:
+        """Run what comes after the blocks on one batch; there are no hidden states to keep."""
 
         def passed(*args: Any, **kwargs: Any) -> Any:
             return self.given(hidden_of(*args, **kwargs))
@@ -161,14 +170,19 @@ class BlockStates:
             return self.given(self.hidden[number])
 
         with stand_in(self.blocks, [*[passed] * (len(self.block_names) - 1), last]):
-            self.until_stop(batch)
+            self.until_stop(self.batches[number])
 
     def block(self, number: int, keep: bool, index: int) -> None:
-        """Run one block; its output takes the place of the hidden states."""
+        """Run one block on one batch; its output takes the place of the hidden states where they are to be kept."""
         name = self.block_names[index]
-        output = self.calls[number][index].run(self.model.get_submodule(name), self.hidden[number])
+        made = self.calls[number][index].output(self.model.get_submodule(name), self.hidden[number])
         if keep:
-            self.hidden[number] = self.spill.keep(output)
+            self.hidden[number] = self.cache.keep(hidden_states(made))
+
+    def whole(self, number: int, keep: bool = True) -> None:
+        """Run the whole model on one batch; there are no hidden states to keep."""
+        with suppress(Stop):
+            self.task.forward(self.model, self.batches[number])
 
     def in_line(self, batch: Any) -> bool:
         """True if a pass calls every block once, in order, each on the very tensor that the one before gave."""
@@ -186,6 +200,7 @@ class BlockStates:
         return as_expected and num_calls == len(self.block_names)
 
     def until_stop(self, batch: Any) -> None:
+        """Run the whole model on a batch, as far as the forwards that stand in for its blocks let it."""
         with suppress(Stop):
             self.task.forward(self.model, batch)
 
@@ -268,21 +283,22 @@ def part_of(block_names: Sequence[str], name: str) -> str:
     return next((block for block in block_names if name == block or name.startswith(block + ".")), "")
 
 
-def hidden_bytes(stream: BlockStates, batch: Any) -> int:
-    """Bytes of one batch's hidden states; 0 if the blocks do not simply take hidden states and give the like. Finds
-    out in what form they do."""
+def hidden_bytes(states: BlockStates) -> int:
+    """Bytes of the first batch's hidden states; 0 if the blocks do not simply take hidden states and give the like.
+    Sets the number of things that a block returns."""
+    batch = states.batches[0]
     try:
-        made = stream.first_output(batch)
-        stream.num_outputs = len(made) if isinstance(made, tuple) else 0
-        if stream.hands_on(batch, made):
+        made = states.first_output(batch)
+        states.num_outputs = len(made) if isinstance(made, tuple) else 0
+        if states.hands_on(batch, made):
             return 0
-        stream.stem(0, batch)
-        calls = stream.calls[0]
-        if len(calls) != len(stream.block_names):
+        states.stem(0)
+        calls = states.calls[0]
+        if len(calls) != len(states.block_names):
             return 0
-        before = stream.hidden[0]
-        after = calls[0].run(stream.blocks[0], before)
+        before = states.hidden[0]
+        after = calls[0].run(states.blocks[0], before)
         alike = isinstance(after, Tensor) and after.shape == before.shape and after.dtype == before.dtype
-        return before.nbytes if alike and stream.in_line(batch) else 0
+        return before.nbytes if alike and states.in_line(batch) else 0
     except Exception:  # any code of the model may stumble over blocks that do nothing
         return 0

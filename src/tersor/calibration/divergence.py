@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from tersor.calibration.walk import position_mask
+from tersor.calibration.inputs import position_mask
 from tersor.core.threads import total
 from tersor.tasks.contract import Output, Split, Task
 from tersor.tasks.fidelity import kl_divergence

@@ -6,33 +6,32 @@ model compressed so far, and the data runs through each block once. A model with
 (`model.layers`, `encoder.layer`, ...) is walked block by block, and between them only the hidden states are kept: what
 comes before the blocks, each block, what comes after. Any other model is walked as one piece.
 
-Where the data of all examples at once would exceed `memory_limit`, a block sees it batch by batch: its sites are then
-visited together after the last batch, and the data runs through the block a second time.
+Where the data of all examples at once would exceed the plan's memory limit, a block sees it batch by batch: its sites
+are then visited together after the last batch, and the data runs through the block a second time.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import groupby
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from tersor.activations.quantizers import Activation
-from tersor.calibration.blocks import BlockRun, BlockStates, Stop, find_blocks, hidden_bytes
-from tersor.calibration.moments import Moments, groups_of, has_inputs, inputs_of, takes_inputs
+from tersor.calibration.blocks import BlockRun, BlockStates, find_blocks, part_of
+from tersor.calibration.inputs import BatchInputs, InputRecorder, OriginalInputs, position_mask
+from tersor.calibration.moments import has_inputs
 from tersor.calibration.offload import ActivationCache
-from tersor.core.errors import DataError, ModelError
+from tersor.calibration.plan import BlockContext, WalkPlan, part_in_memory, running_plainly
 from tersor.formats.contract import Encoded
 from tersor.kernels import reference
 from tersor.methods.stats import Stats
-from tersor.nn.packed import PackedWeight, packed_weight, with_input
-from tersor.nn.sites import Site, is_convolution, leave_fused_path, put
-from tersor.tasks.contract import Task
+from tersor.nn.fused import leave_fused_path
+from tersor.nn.packed import PackedWeight, packed_weight
+from tersor.nn.sites import Site, put
 from tersor.tasks.inputs import scoring
-
-MEMORY_LIMIT = 2**31  # bytes of calibration activations in memory
-WIDTHS = 24  # what a block holds while it runs, in hidden states
 
 
 class Chosen(NamedTuple):
@@ -43,133 +42,246 @@ class Chosen(NamedTuple):
     bias: nn.Parameter | None = None
 
 
-Refine = Callable[[BlockRun, dict[Site, Chosen]], dict[Site, Chosen]]
-Visit = Callable[[Site, Stats], Chosen | None]  # None: the site is kept as it is
-Run = Callable[[BlockStates, int, bool], None]  # one batch of one stream; whether the hidden states go on
-Around = Callable[[str], Any]  # a context manager around the work on one block, by its name; "" outside the blocks
+class Visitor(Protocol):
+    """The contract of what a walk calls at every site: it chooses what stands in the site's place."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The fields of `Stats` that `visit_site` reads."""
+
+    def visit_site(self, site: Site, stats: Stats) -> Chosen | None:
+        """The new weight of a site; None: the site stays as it is.
+
+        Args:
+            stats: of the inputs that the model compressed so far gives the site; empty where no input can be seen.
+        """
+
+    def tune_block(self, block_run: BlockRun, chosen: Mapping[Site, Chosen]) -> dict[Site, Chosen]:
+        """Better choices for some sites of a block that has just been walked, with the output of the block in view.
+
+        Called only for visitors whose `needs` have `cross_moment`: without the original there is nothing to aim at.
+        """
+
+
+@dataclass(frozen=True)
+class Observer:
+    """A visitor that changes nothing: it hands the statistics of each site to a function."""
+
+    needs: frozenset[str]
+    on_site: Callable[[Site, Stats], None]
+
+    def visit_site(self, site: Site, stats: Stats) -> None:
+        self.on_site(site, stats)
+
+    def tune_block(self, block_run: BlockRun, chosen: Mapping[Site, Chosen]) -> dict[Site, Chosen]:
+        return {}
+
+
+def walk(plan: WalkPlan, visitor: Visitor, original: nn.Module | None = None, seed: int = 0) -> None:
+    """Visit every site of a plan once. The model of the plan is compressed as the walk goes on, and left in its mode.
+
+    Args:
+        original: the model as it was, run beside the other for visitors that need `cross_moment`.
+        seed: of the samples of inputs.
+    """
+    steps = Walk.begun(plan, visitor, original, seed)
+    undo = leave_fused_path(plan.model)
+    with ExitStack() as stack:
+        stack.enter_context(reference())
+        stack.enter_context(scoring(plan.model))
+        if steps.original is not None and steps.original.model is not plan.model:
+            stack.enter_context(running_plainly(steps.original.model))
+        try:
+            steps.by_blocks() if plan.block_names else steps.as_one_piece()
+        finally:
+            for call in undo if not steps.num_chosen else ():  # packed weights cannot take the fused path
+                call()
+
+
+def visit_without_data(
+    model: nn.Module, sites: Sequence[Site], visitor: Visitor, block_context: BlockContext | None = None
+) -> None:
+    """Visit every site without statistics, and put what the visitor chooses in its place at once."""
+    block_names = find_blocks(model)
+    for part, inside in groupby(sites, lambda site: part_of(block_names, site.parameter)):
+        with part_in_memory(block_context, part):
+            for site in inside:
+                chosen = visitor.visit_site(site, Stats())
+                if chosen is not None:
+                    site.replace(model, chosen.encoded, chosen.activation)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model that all batches run through before the next part begins.
+
+    Attributes:
+        run: runs one batch by its number; the last argument tells whether the hidden states go on to the next part.
+        index: of the block that this is, if it is one.
+        is_last: nothing comes after it, so a pass may end with its last site.
+    """
+
+    run: Callable[[BlockStates, int, bool], None]
+    index: int | None = None
+    is_last: bool = False
 
 
 @dataclass
 class Walk:
-    """One walk over a model.
+    """The order of one walk, and how far it has come.
 
     Attributes:
-        model: compressed as the walk goes on.
-        original: what the model was; runs beside it where `cross_moment` is needed.
-        task: its calibration split is run.
-        visit: called once for each of `sites`.
-        needs: the fields of `Stats` it reads.
-        refine: called for each block with what was chosen in it, to choose better with the whole block in view.
-        around: entered for every block, and left when its sites are replaced.
-        memory_limit: bytes of activations kept in memory; the rest lies on disk.
+        states: the model that is compressed, and where the calibration data stands in it.
+        original: the same of the original model, if it runs beside.
+        cache: keeps activations within the memory limit.
+        pending: the sites that have not been visited, by name.
+        chosen: what stands in the places of sites as float weights, until `install_packed`.
+        num_chosen: how many sites have been given a new weight so far.
     """
 
-    model: nn.Module
-    original: nn.Module
-    task: Task
-    sites: Sequence[Site]
-    visit: Visit
-    needs: frozenset[str]
-    refine: Refine | None = None
-    around: Around = nullcontext
-    memory_limit: int = MEMORY_LIMIT
-    seed: int = 0
+    plan: WalkPlan
+    visitor: Visitor
+    seed: int
+    states: BlockStates
+    original: BlockStates | None
+    cache: ActivationCache
+    pending: dict[str, Site]
+    chosen: dict[Site, Chosen] = field(default_factory=dict)
+    num_chosen: int = 0
 
-    def run(self) -> None:
-        """Visit every site. The model is left in the mode it was in."""
-        with ExitStack() as stack:
-            stack.enter_context(reference())
-            for model in {id(self.model): self.model, id(self.original): self.original}.values():
-                stack.enter_context(scoring(model))
-                undo = leave_fused_path(model)
-                for call in undo if model is not self.model else ():
-                    stack.callback(call)
-            self.left = {site.name: site for site in self.sites}
-            self.chosen: dict[Site, Chosen] = {}
-            self.spill = ActivationCache(self.memory_limit)
-            self.num_outputs = 0
-            self.block_names, batch_size = self.survey()
-            self.batches = list(self.task.batches("calibration", batch_size=batch_size))
-            self.streams = [self.stream(self.model)]
-            if "cross_moment" in self.needs:
-                self.streams.append(self.stream(self.original))
-            self.walk_blocks() if self.block_names else self.walk_whole()
+    @classmethod
+    def begun(cls, plan: WalkPlan, visitor: Visitor, original: nn.Module | None, seed: int) -> "Walk":
+        """A walk before its first step."""
+        cache = ActivationCache(plan.memory_limit)
+        batches = list(plan.task.batches("calibration", batch_size=plan.batch_size))
 
-    def stream(self, model: nn.Module) -> BlockStates:
-        return BlockStates(model, self.task, self.block_names, self.spill, self.num_outputs)
+        def states(model: nn.Module) -> BlockStates:
+            return BlockStates(model, plan.task, batches, plan.block_names, cache, plan.num_outputs)
 
-    def survey(self) -> tuple[list[str], int]:
-        """Which blocks there are, and how many examples can be worked on at a time, from a look at one example."""
-        batch = next(iter(self.task.batches("calibration", batch_size=1)), None)
-        if batch is None:
-            raise DataError(f"{self.task.name}: the calibration split is empty; give more data, or --calibration FILE")
-        names = find_blocks(self.model)
-        with self.around(""), self.around(names[0]) if names else nullcontext():
-            look = BlockStates(self.model, self.task, names, ActivationCache(0))
-            if names and (width := hidden_bytes(look, batch)):
-                self.singles, self.num_outputs = look.calls[0], look.num_outputs
-                return names, max(1, self.memory_limit // (WIDTHS * width))
-        if self.around is not nullcontext:
-            raise ModelError(f"{type(self.model).__name__} is no stack of blocks; compress it without --stream")
-        widest = 1
+        if "cross_moment" not in visitor.needs:
+            original = None
+        elif original is None:
+            raise ValueError("cross_moment needs the original model")
+        beside = None if original is None else states(original)
+        pending = {site.name: site for site in plan.sites}
+        return cls(plan, visitor, seed, states(plan.model), beside, cache, pending)
 
-        def measure(site: Site, module: nn.Module, x: Tensor) -> Tensor:
-            nonlocal widest
-            widest = max(widest, x.nbytes)
-            return x
+    @property
+    def model(self) -> nn.Module:
+        """The model that is compressed."""
+        return self.plan.model
 
-        with before_sites(self.model, self.sites, measure):
-            self.task.forward(self.model, batch)
-        return [], max(1, self.memory_limit // (WIDTHS * widest))
+    def by_blocks(self) -> None:
+        """Go through what comes before the blocks, each block, and what comes after if a site there is pending."""
+        plan, outside = self.plan, self.plan.outside()
+        with plan.part(""):
+            self.visit_unreached(site for site in outside if not has_inputs(self.model, site))
+            self.go_through(Part(BlockStates.stem), outside)
+        for index, name in enumerate(plan.block_names):
+            sites = plan.of_block(name)
+            with plan.part(name):
+                self.visit_unreached(site for site in sites if not has_inputs(self.model, site))
+                self.go_through(Part(partial(BlockStates.block, index=index), index), sites)
+                self.visit_unreached(sites)
+        if any(site.name in self.pending for site in outside):
+            with plan.part(""):
+                self.go_through(Part(BlockStates.head, is_last=True), outside)
+                self.visit_unreached(outside)
 
-    def walk_blocks(self) -> None:
-        inside = {s.name for s in self.sites for n in self.block_names if s.owners[0].module.startswith(n + ".")}
-        outside = [site for site in self.sites if site.name not in inside]
-        with self.around(""):
-            self.settle([site for site in outside if not has_inputs(self.model, site)])
-            self.segment(outside, self.run_stem)
-        for index, name in enumerate(self.block_names):
-            sites = [site for site in self.sites if site.owners[0].module.startswith(name + ".")]
-            with self.around(name):
-                self.settle([site for site in sites if not has_inputs(self.model, site)])
-                self.segment(sites, partial(BlockStates.block, index=index), index)
-                self.settle(sites)
-        if any(site.name in self.left for site in outside):
-            with self.around(""):
-                self.segment(outside, self.run_head, stop_when_done=True)
-                self.settle(outside)
+    def as_one_piece(self) -> None:
+        """Go through the whole model at once."""
+        sites = self.plan.sites
+        with self.plan.part(""):
+            self.visit_unreached(site for site in sites if not has_inputs(self.model, site))
+            self.go_through(Part(BlockStates.whole, is_last=True), sites)
+            self.visit_unreached(sites)
 
-    def walk_whole(self) -> None:
-        with self.around(""):
-            self.settle([site for site in self.sites if not has_inputs(self.model, site)])
-            self.segment(self.sites, self.run_whole, stop_when_done=True)
-            self.settle(self.sites)
+    def go_through(self, part: Part, sites: Sequence[Site]) -> None:
+        """Run all batches through a part, and visit those of the sites that they reach."""
+        sites = [site for site in sites if site.name in self.pending and has_inputs(self.model, site)]
+        inputs, originals = list(self.states.hidden), self.original_inputs(part, sites)
+        recorder = InputRecorder(self.model, sites, self.visitor.needs, self.seed, part.is_last)
+        at_once = len(self.states.batches) == 1
+        if at_once:
+            with recorder.asking(self.batch_inputs(0, originals), self.visit):
+                part.run(self.states, 0, True)
+        else:
+            for number in range(len(self.states.batches)):
+                with recorder.summing(self.batch_inputs(number, originals)):
+                    part.run(self.states, number, False)
+            for site in sites:
+                if site.name in recorder.sums:
+                    self.visit(site, recorder.sums[site.name].stats())
+        tuned = part.index is not None and self.tune_block(part.index, inputs)
+        if (tuned or not at_once) and not part.is_last:
+            self.go_through_again(part, inputs)
+        self.install_packed()
 
-    def run_stem(self, stream: BlockStates, number: int, keep: bool) -> None:
-        stream.stem(number, self.batches[number])
+    def go_through_again(self, part: Part, inputs: list[Tensor]) -> None:
+        """Run all batches through a part whose weights have changed since, so that the hidden states are right."""
+        self.states.hidden[:] = inputs or self.states.hidden
+        if any(chosen.activation for chosen in self.chosen.values()):
+            self.install_packed()
+        for number in range(len(self.states.batches)):
+            part.run(self.states, number, True)
 
-    def run_head(self, stream: BlockStates, number: int, keep: bool) -> None:
-        stream.head(number, self.batches[number])
+    def original_inputs(self, part: Part, sites: Sequence[Site]) -> dict[int, dict[str, Tensor]]:
+        """The inputs of the original's sites in a part, by number of the batch and name; empty if none runs beside."""
+        if self.original is None:
+            return {}
+        recorder = OriginalInputs(self.original.model, sites, self.cache, part.is_last)
+        for number in range(len(self.original.batches)):
+            with recorder.recording(number):
+                part.run(self.original, number, True)
+        return recorder.by_batch
 
-    def run_whole(self, stream: BlockStates, number: int, keep: bool) -> None:
-        stream.until_stop(self.batches[number])
+    def batch_inputs(self, number: int, originals: dict[int, dict[str, Tensor]]) -> BatchInputs:
+        """The description of one batch that tells the rows of its inputs apart."""
+        hidden, batch = self.states.hidden, self.states.batches[number]
+        whole = hidden[number] if number < len(hidden) else None
+        return BatchInputs(position_mask(batch), whole, originals.get(number, {}))
 
-    def settle(self, sites: Sequence[Site]) -> None:
-        """Visit those of the sites that are still left, without statistics."""
+    def visit(self, site: Site, stats: Stats) -> Activation | None:
+        """Have the visitor choose for one site, and let the model run on it from here on, as a float weight.
+
+        Called inside a running forward pass where there is one batch: one pass through a block is enough then. Returns
+        the quantizer of the site's input.
+        """
+        del self.pending[site.name]
+        chosen = self.visitor.visit_site(site, stats)
+        if chosen is None:
+            return None
+        self.num_chosen += 1
+        self.chosen[site] = chosen
+        self.install_float(site, chosen)
+        return chosen.activation
+
+    def visit_unreached(self, sites: Iterable[Site]) -> None:
+        """Visit those of the sites that are pending, without statistics."""
         for site in sites:
-            if site.name in self.left:
-                self.choose(site, Stats())
-        self.replace()
+            if site.name in self.pending:
+                self.visit(site, Stats())
+        self.install_packed()
 
-    def choose(self, site: Site, stats: Stats) -> None:
-        """Visit one site; until `replace`, what was chosen stands in its place as a float weight."""
-        del self.left[site.name]
-        chosen = self.visit(site, stats)
-        if chosen is not None:
+    def tune_block(self, index: int, inputs: list[Tensor]) -> bool:
+        """Let the visitor see a block whole; whether it chose anything else."""
+        if self.original is None or not self.chosen:
+            return False
+        name = self.plan.block_names[index]
+        parameters = {
+            site.name: (site.parameter.removeprefix(name + "."), site.fold, site.dtype) for site in self.chosen
+        }
+        calls = [of_batch[index] for of_batch in self.states.calls]
+        block, single = self.model.get_submodule(name), self.plan.single_calls[index]
+        block_run = BlockRun(block, parameters, calls, inputs, self.original.hidden, single)
+        better = self.visitor.tune_block(block_run, self.chosen)
+        for site, chosen in better.items():
             self.chosen[site] = chosen
-            self.hold(site, chosen)
+            self.install_float(site, chosen)
+        return bool(better)
 
-    def hold(self, site: Site, chosen: Chosen) -> None:
+    def install_float(self, site: Site, chosen: Chosen) -> None:
+        """Put a new weight in the place of a site as floats, with which a running pass can go on."""
         packed = PackedWeight(chosen.encoded, site.fold, site.dtype)
         weight = nn.Parameter(packed(), requires_grad=False) if has_inputs(self.model, site) else None
         for place in site.owners:
@@ -181,173 +293,8 @@ class Walk:
             if chosen.bias is not None:
                 module.bias = chosen.bias
 
-    def replace(self) -> None:
-        """Put what was chosen in its place for good."""
+    def install_packed(self) -> None:
+        """Put all that was chosen in its place for good."""
         for site, chosen in self.chosen.items():
             site.replace(self.model, chosen.encoded, chosen.activation)
         self.chosen = {}
-
-    def segment(self, sites: Sequence[Site], run: Run, index: int | None = None, stop_when_done: bool = False) -> None:
-        """Run all batches through a part of the model, and visit the sites they reach.
-
-        Args:
-            run: runs one batch of one stream; its last argument tells whether the hidden states go on.
-            index: of the block this is, if it is one.
-            stop_when_done: end the pass with the last site: nothing that follows is of use.
-        """
-        sites = [site for site in sites if site.name in self.left and has_inputs(self.model, site)]
-        numbers = range(len(self.batches))
-        at_once = len(self.batches) == 1
-        until = sites if stop_when_done else None
-        originals: dict[tuple[str, int], Tensor] = {}
-        stream, inputs = self.streams[0], list(self.streams[0].hidden)
-        if len(self.streams) > 1:
-            for number in numbers:
-                with before_sites(self.original, sites, OriginalInputs(originals, number, self.spill, until)):
-                    run(self.streams[1], number, True)
-        sums: dict[str, Moments] = {}
-        for number in numbers:
-            with before_sites(self.model, sites, InputRecorder(self, sums, originals, number, at_once, until)):
-                run(stream, number, at_once)
-        if not at_once:
-            for site in sites:
-                if site.name in sums:
-                    self.choose(site, sums[site.name].stats())
-        changed = index is not None and self.refine is not None and self.refined(index, inputs)
-        if (changed or not at_once) and not stop_when_done:
-            stream.hidden[:] = inputs or stream.hidden
-            if any(chosen.activation for chosen in self.chosen.values()):
-                self.replace()
-            for number in numbers:
-                run(stream, number, True)
-        self.replace()
-
-    def refined(self, index: int, inputs: list[Tensor]) -> bool:
-        """Let `refine` see a block whole; whether it chose anything else."""
-        assert self.refine is not None
-        if len(self.streams) < 2 or not self.chosen:
-            return False
-        stream, name = self.streams[0], self.block_names[index]
-        parameters = {
-            site.name: (site.parameter.removeprefix(name + "."), site.fold, site.dtype) for site in self.chosen
-        }
-        calls = [of_batch[index] for of_batch in stream.calls]
-        block = self.model.get_submodule(name)
-        block_run = BlockRun(block, parameters, calls, inputs, self.streams[1].hidden, self.singles[index])
-        better = self.refine(block_run, self.chosen)
-        for site, chosen in better.items():
-            self.chosen[site] = chosen
-            self.hold(site, chosen)
-        return bool(better)
-
-
-class InputRecorder:
-    """Sums up the inputs of sites as a pass reaches them; when `at_once`, visits each right there."""
-
-    def __init__(
-        self,
-        walk: Walk,
-        sums: dict[str, Moments],
-        originals: dict[tuple[str, int], Tensor],
-        number: int,
-        at_once: bool,
-        until: Sequence[Site] | None,
-    ):
-        self.walk, self.sums, self.originals, self.number, self.at_once = walk, sums, originals, number, at_once
-        self.waiting = {site.name for site in until} if until else None
-        self.mask = position_mask(walk.batches[number])
-        self.latest: tuple[Tensor, Stats] | None = None  # sites that share an input share its sums
-        self.seen: set[str] = set()
-        self.whole: Tensor | None = next(iter(walk.streams[0].hidden[number : number + 1]), None)
-
-    def __call__(self, site: Site, module: nn.Module, x: Tensor) -> Tensor:
-        if site.name in self.seen:
-            return x
-        self.seen.add(site.name)
-        quantized = x
-        if self.at_once:
-            quantized = self.visit(site, module, x)
-        else:
-            self.sum_up(site, module, x, self.sums.setdefault(site.name, self.moments(site, module)))
-        if self.waiting is not None:
-            self.waiting.discard(site.name)
-            if not self.waiting:
-                raise Stop
-        return quantized
-
-    def moments(self, site: Site, module: nn.Module) -> Moments:
-        return Moments(site.shape[1], self.walk.needs, self.walk.seed, groups_of(module))
-
-    def sum_up(self, site: Site, module: nn.Module, x: Tensor, moments: Moments) -> None:
-        original = self.originals.pop((site.name, self.number), None)
-        if original is not None and not self.paired(x, original):
-            original = None
-        others = inputs_of(module, original, self.mask) if original is not None else None
-        for part in inputs_of(module, x, self.mask):
-            if part.shape[-1] == site.shape[1]:
-                moments.add(part, next(others) if others is not None else None)
-
-    def paired(self, x: Tensor, original: Tensor) -> bool:
-        """True if both hold the same tokens: experts get those that their own model routes to them."""
-        self.whole = x if self.whole is None else self.whole
-        all_rows = x.ndim > 2 or len(x) in (len(self.whole), self.whole.shape[:-1].numel())
-        return original.shape == x.shape and all_rows
-
-    def visit(self, site: Site, module: nn.Module, x: Tensor) -> Tensor:
-        """Visit a site whose input is known. Returns the input that it runs on from now on."""
-        if self.latest is None or self.latest[0] is not x or is_convolution(module):
-            moments = self.moments(site, module)
-            self.sum_up(site, module, x, moments)
-            self.latest = (x, moments.stats())
-            del moments  # sums as large as the statistics
-        self.originals.pop((site.name, self.number), None)
-        self.walk.choose(site, self.latest[1])
-        chosen = self.walk.chosen.get(site)
-        return x if chosen is None or chosen.activation is None else chosen.activation.fake_quantize(x)
-
-
-class OriginalInputs:
-    """Keeps the original model's inputs of the sites a pass reaches."""
-
-    def __init__(
-        self, kept: dict[tuple[str, int], Tensor], number: int, spill: ActivationCache, until: Sequence[Site] | None
-    ):
-        self.kept, self.number, self.spill = kept, number, spill
-        self.waiting = {site.name for site in until} if until else None
-        self.latest: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, site: Site, module: nn.Module, x: Tensor) -> Tensor:
-        if (site.name, self.number) not in self.kept:
-            if self.latest is None or self.latest[0] is not x:
-                self.latest = (x, self.spill.keep(x))
-            self.kept[site.name, self.number] = self.latest[1]
-        if self.waiting is not None:
-            self.waiting.discard(site.name)
-            if not self.waiting:
-                raise Stop
-        return x
-
-
-@contextmanager
-def before_sites(
-    model: nn.Module, sites: Sequence[Site], see: Callable[[Site, nn.Module, Tensor], Tensor]
-) -> Iterator[None]:
-    """Call `see(site, module, input)` before each of the sites runs, and run it on what that returns."""
-    with ExitStack() as stack:
-        for site in sites:
-            for place in site.owners:
-                module = model.get_submodule(place.module)
-                if takes_inputs(module):
-
-                    def hook(module: nn.Module, args: Any, kwargs: Any, site: Site = site) -> Any:
-                        return with_input(args, kwargs, lambda x: see(site, module, x))
-
-                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        yield
-
-
-def position_mask(batch: Any) -> Tensor | None:
-    """Which positions of a batch are real; None where all are or nothing says so."""
-    inputs = batch if isinstance(batch, Mapping) else getattr(batch, "inputs", None)
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

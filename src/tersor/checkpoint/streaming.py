@@ -1,8 +1,8 @@
 """A checkpoint larger than memory: a model that has only its shape, whose parts are read when work reaches them.
 
-A part is one block of the stack, or "" for everything outside it. Outside `around(part)` its weights are on the meta
-device; inside they are there. What was packed in the meantime goes to a scratch file in the output folder, and at the
-end one weights file is put together from there and from the checkpoint, without ever being in memory.
+A part is one block of the stack, or "" for everything outside it. Outside `block_context(part)` its weights are on the
+meta device; inside they are there. What was packed in the meantime goes to a scratch file in the output folder, and at
+the end one weights file is put together from there and from the checkpoint, without ever being in memory.
 """
 
 import copy
@@ -103,7 +103,7 @@ class StreamedModel:
         )
 
     @contextmanager
-    def around(self, part: str) -> Iterator[None]:
+    def block_context(self, part: str) -> Iterator[None]:
         """The weights of a part are there inside, and gone afterwards; what was packed inside is written."""
         self.load(part)
         yield

@@ -22,8 +22,9 @@ from tersor.measure.scorecard import machine
 from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
 from tersor.report.card import UNMEASURED, model_card
+from tersor.steps.step_visitor import CURVATURE, Calibration
 from tersor.steps.weights import WeightsStep
-from tersor.steps.weights_run import CURVATURE, WeightsRun, needs_of
+from tersor.steps.weights_run import WeightsRun
 
 
 def compress_streamed(
@@ -57,7 +58,14 @@ def compress_streamed(
         task = open_task_for(source, task_choice)
         step = step.with_methods(find_sites(streamed.model), partial(shows_inputs, streamed.model))
         recipe = recipe.model_copy(update={"steps": (step,)})
-        run = WeightsRun(streamed.model, step, task, None, recipe.seed, progress, streamed.original, streamed.around)
+        calibration = Calibration(
+            task,
+            seed=recipe.seed,
+            progress=progress,
+            original=streamed.original,
+            block_context=streamed.block_context,
+        )
+        run = WeightsRun(streamed.model, step, calibration)
         progress("opening the model", 1, 1)
         run.run()
         streamed.save(about(source))
@@ -104,6 +112,6 @@ def only_step(recipe: Recipe | None) -> WeightsStep:
 def notes_of(run: WeightsRun) -> list[str]:
     """Notes for the user about the result."""
     notes = [UNMEASURED]
-    if needs_of(run.model, run.work) & CURVATURE:
+    if run.needs & CURVATURE:
         notes.append("the curvature of the loss takes the whole model in memory: methods that weigh by it did without")
     return [*notes, *run.notes.values()]

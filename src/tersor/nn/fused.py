@@ -4,7 +4,8 @@ It reads float weights around its modules. It also leaves out the padding of its
 what averages over all positions counts on that, so the outputs are zeros without it as well.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,17 @@ def leave_fused_path(model: nn.Module) -> list[Callable[[], None]]:
             module.use_nested_tensor = False
             undo.append(module.layers[-1].register_forward_hook(zero_padding, with_kwargs=True).remove)
     return undo
+
+
+@contextmanager
+def without_fused_path(model: nn.Module) -> Iterator[None]:
+    """Inside, the model runs as after `leave_fused_path`; it is left as it was, so nothing may be packed inside."""
+    undo = leave_fused_path(model)
+    try:
+        yield
+    finally:
+        for call in undo:
+            call()
 
 
 def zero_padding(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:

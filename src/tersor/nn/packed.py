@@ -272,18 +272,26 @@ class PackedEmbedding(Packed):
         return self.packed.rows(input.reshape(-1)).view(*input.shape, -1)
 
 
-def with_input(
-    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a layer's call with its input changed, whether it was given by position or by name.
+INPUT_NAMES = ("input", "x")  # of the argument of a linear layer or convolution, in PyTorch and in transformers
 
-    >>> with_input((), {"input": 1}, lambda x: x + 1)
-    ((), {'input': 2})
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input in a layer's call, whether it was given by position or by name."""
+    found: Tensor = args[0] if args else next(kwargs[name] for name in INPUT_NAMES if name in kwargs)
+    return found
+
+
+def with_input(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The arguments of a layer's call with another input.
+
+    >>> with_input((), {"input": 1}, 2), with_input((1,), {}, 2)
+    (((), {'input': 2}), ((2,), {}))
     """
     if args:
-        return (change(args[0]), *args[1:]), kwargs
-    given = {name: change(kwargs[name]) for name in ("input", "x") if name in kwargs}
-    return args, kwargs | given
+        return (x, *args[1:]), kwargs
+    return args, {**kwargs, next(name for name in INPUT_NAMES if name in kwargs): x}
 
 
 LAYER = "packed"  # where a packed layer keeps its one weight

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.calibration.walk import Walk
+from tersor.calibration.plan import survey
+from tersor.calibration.walk import Observer, walk
 from tersor.checkpoint.container_write import size_of, write
 from tersor.checkpoint.layout import CODED, other_tensors
 from tersor.core.errors import BudgetError
@@ -177,8 +178,7 @@ class NoiseLevelSearch:
             for site in sites:
                 look(site, Stats())
         else:
-            needs = frozenset({"second_moment"})
-            Walk(self.model, self.model, self.task, sites, look, needs, seed=self.seed).run()
+            walk(survey(self.model, self.task, sites), Observer(frozenset({"second_moment"}), look), seed=self.seed)
         self.progress("measuring what levels cost", len(sites), len(sites))
         total = torch.stack(counts).sum(0) if counts else torch.zeros(1, dtype=torch.float64)
         return Forecast(total, self.num_states)

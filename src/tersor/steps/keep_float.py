@@ -24,9 +24,8 @@ from tersor.calibration.curvature import batch_size
 from tersor.calibration.divergence import UNITS, divergence, outputs
 from tersor.core.errors import InputError
 from tersor.core.progress import Progress
-from tersor.core.threads import threads, total
+from tersor.core.threads import total
 from tersor.formats.contract import Encoded
-from tersor.methods.stats import Stats
 from tersor.nn.copies import copy_but_sites
 from tersor.nn.sites import Site, escape
 from tersor.schemes.scheme import KEEP, Scheme
@@ -109,8 +108,8 @@ def choose(
 
     Args:
         schemes: of each site, by name.
-        packed: what each site would get, made for `model` as it is.
-        predicted: the loss of each site by `predicted_loss`, by name.
+        packed: what each site would get, made for `model` as it is (see loss_predictor.py).
+        predicted: the loss of each site alone, by name.
     """
     size = batch_size(model, task)
 
@@ -198,19 +197,6 @@ def negligible(original: list[Tensor], task: Task) -> float:
         return NEGLIGIBLE
     squares, num_rows = sum(total(rows.square()).item() for rows in original), sum(map(len, original))
     return NEGLIGIBLE * 0.5 * squares / max(1, num_rows)
-
-
-@threads(1)
-def predicted_loss(weight: Tensor, encoded: Encoded, activation: Activation | None, stats: Stats) -> float:
-    """The loss of one site, from the curvature and a sample of its inputs; without one, of its weights' error alone."""
-    if stats.sample is None or not len(stats.sample) or stats.row_weight is None:
-        return stats.loss(encoded.decode() - weight)
-    x = stats.sample.float()
-    quantized = activation.fake_quantize(x) if activation else x
-    error = quantized @ encoded.decode().t() - x @ weight.t()
-    # The Fisher information of row i sums to g_i E[x'x] over its columns, and row_weight is its mean.
-    length = x.square().sum(1).mean().clamp_min(1e-30).item()
-    return 0.5 * weight.shape[1] / length * (stats.row_weight @ error.square().mean(0)).item()
 
 
 def spared(step: WeightsStep, choice: KeptFloat) -> WeightsStep:

@@ -21,7 +21,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from tersor.calibration.blocks import find_blocks
-from tersor.calibration.walk import Walk
+from tersor.calibration.plan import survey
+from tersor.calibration.walk import Observer, walk
 from tersor.checkpoint.adapters import (
     ADAPTER,
     Adapted,
@@ -41,8 +42,9 @@ from tersor.nn.packed import PackedLinear
 from tersor.nn.sites import Site, find_sites, is_linear, is_transposed_linear
 from tersor.schemes.assignment import canonical_name
 from tersor.schemes.scheme import KEEP, parse_rule
+from tersor.steps.step_visitor import CURVATURE, Calibration
 from tersor.steps.weights import WeightsStep
-from tersor.steps.weights_run import CURVATURE, WeightsRun
+from tersor.steps.weights_run import WeightsRun
 from tersor.tasks.contract import Task
 from tersor.training.finetune import task_loss
 from tersor.training.job import Job
@@ -266,7 +268,7 @@ def pack_base(model: nn.Module, step: LoraStep, task: Task | None, seed: int, pr
     assert scheme is not None
     # The curvature takes a gradient of every weight at once, which is what QLoRA has no memory for.
     needed = task if scheme.method.needs - CURVATURE or scheme.activation else None
-    WeightsRun(model, WeightsStep(scheme=KEEP, rules=rules), needed, None, seed, progress).run()
+    WeightsRun(model, WeightsStep(scheme=KEEP, rules=rules), Calibration(needed, seed=seed, progress=progress)).run()
     return before
 
 
@@ -294,5 +296,5 @@ def second_moments(model: nn.Module, task: Task, seed: int) -> dict[str, Tensor]
         if stats.second_moment is not None:
             moments[site.name] = stats.second_moment
 
-    Walk(model, model, task, block_sites(model), note, frozenset({"second_moment"}), seed=seed).run()
+    walk(survey(model, task, block_sites(model)), Observer(frozenset({"second_moment"}), note), seed=seed)
     return moments

@@ -21,6 +21,7 @@ from tersor.formats.contract import Format
 from tersor.nn.packed import PackedEmbedding, PackedLinear, Stored
 from tersor.nn.sites import Site, find_sites
 from tersor.schemes.scheme import KEEP, usual_method
+from tersor.steps.step_visitor import Calibration
 from tersor.steps.weights import WeightsStep
 from tersor.steps.weights_run import WeightsRun
 from tersor.tasks.contract import Task
@@ -65,7 +66,7 @@ def merge(
     packed = packed_adapted(model, adapter)
     if packed:
         rules = {site.name: scheme_of(layer, method) for site, layer in packed.items()}
-        WeightsRun(target, WeightsStep(scheme=KEEP, rules=rules), task, None, seed, progress).run()
+        WeightsRun(target, WeightsStep(scheme=KEEP, rules=rules), Calibration(task, seed=seed, progress=progress)).run()
     return with_types_of(target, model)
 
 

@@ -23,11 +23,12 @@ from tersor.checkpoint.layout import packed_sites
 from tersor.core.errors import FormatError, InputError
 from tersor.formats.contract import Encoded, Params
 from tersor.nn.copies import copy_but_sites
-from tersor.nn.packed import packed_weight, with_input
+from tersor.nn.packed import input_of, packed_weight, with_input
 from tersor.nn.sites import Site, find_sites, leave_fused_path
 from tersor.schemes.assignment import Assignment
 from tersor.schemes.scheme import Scheme, parse_rule
 from tersor.steps.site_report import SiteReport
+from tersor.steps.step_visitor import Calibration
 from tersor.steps.weights import WeightsStep
 from tersor.steps.weights_run import WeightsRun
 from tersor.tasks.inputs import device_of
@@ -140,7 +141,7 @@ def beginning(job: Job, step: QatStep) -> dict[str, PlannedSite]:
     """What the weights step of the same spelling makes of the model as it is, by site. The inputs of recurrent layers
     are trained, and stay, in float."""
     packed, weights = copy_but_sites(job.model), WeightsStep(scheme=step.scheme, rules=step.rules, exclude=step.exclude)
-    WeightsRun(packed, weights, job.task, None, job.seed, job.progress).run()
+    WeightsRun(packed, weights, Calibration(job.task, seed=job.seed, progress=job.progress)).run()
     return {
         site.name: PlannedSite(
             weight.encoded, None if quantizer is None or site.kind == "rnn" else quantizer.activation
@@ -209,7 +210,7 @@ class Fakes:
 
 def quantize_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Before a module runs: its input as it will be quantized."""
-    return with_input(args, kwargs, module.get_submodule(INPUT))
+    return with_input(args, kwargs, module.get_submodule(INPUT)(input_of(args, kwargs)))
 
 
 def gather_weights(module: nn.RNNBase, args: object) -> None:
