@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from tersor.checkpoint.adapter_config import read_settings
 from tersor.checkpoint.guards import check_links
-from tersor.checkpoint.nf4_module import module_tensors
+from tersor.checkpoint.nf4_module import is_nf4, module_tensors
 from tersor.core.errors import InputError, MissingExtra, ModelError
 from tersor.core.messages import first_line
 from tersor.core.weights_file import check_finite, read_weights, refuse_pickle, write_weights
-from tersor.formats.nf4 import Nf4, Nf4Double
+from tersor.formats.nf4 import Nf4
 from tersor.nn.packed import PackedLinear
 from tersor.nn.sites import find_sites
 
@@ -288,7 +288,7 @@ def to_bitsandbytes(model: nn.Module, runs_on: str) -> dict[str, PackedLinear]:
 def runs_there(layer: PackedLinear) -> bool:
     """True if bitsandbytes has the layer's format."""
     whole = layer.in_features % Nf4.group_size == 0 and layer.packed.fold.view == "rows"
-    return isinstance(layer.packed.format, Nf4 | Nf4Double) and whole and layer.input_quantizer is None
+    return is_nf4(layer.packed.encoded) and whole and layer.input_quantizer is None
 
 
 def dequantized(layer: Any) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tersor.export.contract import Checkpoint, Misfit, PackedSite, misfit_of
 from tersor.export.folder import kept_linears, open_folder, packed_tensors, write_folder
-from tersor.export.integers import check_one_format, nearby_int4, only_format, symmetric_grid, unsigned_codes
+from tersor.export.integers import check_one_format, nearby_int4, only_format, symmetric_grid
 from tersor.formats.packing import pack
 
 HOLDS = (
@@ -68,9 +68,11 @@ class AwqExport:
 
 def module_tensors(packed: PackedSite) -> dict[str, Tensor]:
     """The tensors of the AWQ layer that replaces the weight, by name in the module."""
-    scales = packed.encoded.parts["scale"].t().contiguous()
+    grid = packed.encoded.integers
+    assert grid is not None
+    scales = grid.scale.t().contiguous()
     zeros = torch.full(scales.shape, 8, dtype=torch.uint8)
-    return {"qweight": words(unsigned_codes(packed.encoded).t()), "qzeros": words(zeros), "scales": scales}
+    return {"qweight": words(grid.codes.t()), "qzeros": words(zeros), "scales": scales}
 
 
 def words(codes: UInt8[Tensor, "n out"]) -> Int32[Tensor, "n words"]:

@@ -15,12 +15,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.checkpoint.nf4_module import module_tensors
+from tersor.checkpoint.nf4_module import is_nf4, module_tensors
 from tersor.export.contract import Checkpoint, Misfit, PackedSite, misfit_of
 from tersor.export.folder import kept_linears, open_folder, packed_tensors, write_folder
-from tersor.formats.nf4 import Nf4, Nf4Double
+from tersor.formats.nf4 import Nf4
 
 HOLDS = "nf4 and nf4-dq in plain linear layers whose columns are a multiple of 64"
+
+
+def is_nested(packed: PackedSite) -> bool:
+    """True if the scales of a weight are quantized themselves."""
+    floats = packed.encoded.floats
+    return floats is not None and bool(floats.nested)
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class BitsAndBytes:
 
     def why_not(self, packed: PackedSite) -> Misfit | None:
         place = packed.is_linear and packed.site.shape[1] % Nf4.group_size == 0
-        fits = isinstance(packed.encoded.format, Nf4 | Nf4Double) and packed.activation is None
+        fits = is_nf4(packed.encoded) and packed.activation is None
         return misfit_of(packed, HOLDS, place=place, fits=fits, instead="nf4")
 
     def check(self, checkpoint: Checkpoint) -> None:
@@ -49,7 +55,7 @@ class BitsAndBytes:
             "load_in_4bit": True,
             "load_in_8bit": False,
             "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": any(isinstance(p.encoded.format, Nf4Double) for p in checkpoint.quantized),
+            "bnb_4bit_use_double_quant": any(map(is_nested, checkpoint.quantized)),
             "bnb_4bit_compute_dtype": dtype,
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": kept_linears(checkpoint),

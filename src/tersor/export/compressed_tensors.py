@@ -22,10 +22,9 @@ from tersor.core.errors import FormatError, ModelError
 from tersor.core.messages import first_line
 from tersor.export.contract import Checkpoint, Misfit, PackedSite, misfit_of
 from tersor.export.folder import is_exact, kept_linears, open_folder, packed_tensors, write_folder
-from tersor.export.integers import int_group, row_words, symmetric_grid, whole_groups
+from tersor.export.integers import row_words, symmetric_grid
 from tersor.formats.contract import Encoded
-from tersor.formats.fp8 import Fp8
-from tersor.formats.mx import Mxfp4, Nvfp4
+from tersor.formats.views import FloatView
 
 HOLDS = (
     "in plain linear layers symmetric int2 to int8, per row or in groups that divide the columns, int8 with"
@@ -53,21 +52,22 @@ class CompressedTensors:
     packages = ("compressed_tensors",)
 
     def why_not(self, packed: PackedSite) -> Misfit | None:
-        group, float8 = int_group(packed.encoded), fp8(packed.encoded)
+        grid, float8, float4 = packed.encoded.integers, fp8(packed.encoded), fp4(packed.encoded)
         instead = "int4-g64" if packed.site.shape[1] % 64 == 0 else "int4"
         if packed.activation is not None:
-            kind = "int" if group and group.plain_int8 else "float" if float8 else None
+            kind = "int" if grid and grid.plain_int8 else "float" if float8 else None
             fits = kind is not None and INPUTS.get(packed.activation.format, {}).get("type") == kind
             instead = "int8/int8-dynamic"
         else:
-            blocks = is_float4(packed.encoded) and whole_groups(packed.encoded)
+            blocks = float4 is not None and float4.whole_groups
             fits = blocks or float8 is not None or symmetric_grid(packed, bits=range(2, 9)) is not None
         return misfit_of(packed, HOLDS, place=packed.is_linear, fits=fits, instead=instead)
 
     def check(self, checkpoint: Checkpoint) -> None:
-        float4 = [packed for packed in checkpoint.quantized if is_float4(packed.encoded)]
+        float4 = [packed for packed in checkpoint.quantized if fp4(packed.encoded)]
         for packed in checkpoint.quantized if float4 else []:
-            if not is_exact(packed.encoded.parts["scale"], torch.bfloat16):
+            view = packed.encoded.floats or packed.encoded.integers
+            if view is None or view.scale is None or not is_exact(view.scale, torch.bfloat16):
                 raise FormatError(
                     f"{self.name}: clients run {float4[0].scheme} in bfloat16, which would round the scales of "
                     f"{packed.site.name}, {packed.scheme}; compress again with "
@@ -91,12 +91,12 @@ class CompressedTensors:
         tensors = packed_tensors(checkpoint, module_tensors)
         for modules in fused_layers(checkpoint):
             tensors |= shared_scales(tensors, modules)
-        dtype = "bfloat16" if any(is_float4(packed.encoded) for packed in checkpoint.quantized) else None
+        dtype = "bfloat16" if any(fp4(packed.encoded) for packed in checkpoint.quantized) else None
         notes = write_folder(checkpoint, output, to=self.name, tensors=tensors, quantization_config=config, dtype=dtype)
         return [*notes, *notes_on(checkpoint, tensors)]
 
     def open(self, checkpoint: Checkpoint, output: Path) -> tuple[nn.Module, dict[str, Any]]:
-        dtype = torch.bfloat16 if any(is_float4(packed.encoded) for packed in checkpoint.quantized) else torch.float32
+        dtype = torch.bfloat16 if any(fp4(packed.encoded) for packed in checkpoint.quantized) else torch.float32
         try:
             return open_folder(checkpoint, output, dtype)
         except AttributeError as error:  # packed integers have no `weight`, and some models fill theirs first
@@ -108,30 +108,31 @@ class CompressedTensors:
 
 def module_tensors(packed: PackedSite) -> dict[str, Tensor]:
     """The tensors of the compressed-tensors layer that replaces the weight, by name in the module."""
-    format, parts = packed.encoded.format, packed.encoded.parts
     inputs = packed.activation.params if packed.activation else {}
     static = {f"input_{name}": tensor for name, tensor in inputs.items()}
-    if (float8 := fp8(packed.encoded)) is not None:
-        scale = parts["scale"].view(-1 if float8.per_tensor else (-1, 1))
-        return {"weight": parts["values"], "weight_scale": scale, **static}
+    if (float8 := fp8(packed.encoded)) is not None and float8.scale is not None:
+        scale = float8.scale if len(float8.scale) == float8.shape[0] else float8.scale.view(-1)
+        return {"weight": float8.values, "weight_scale": scale, **static}
+    if (float4 := fp4(packed.encoded)) is not None and float4.scale is not None:
+        tensors = {"weight_packed": float4.values, "weight_scale": float4.scale}
+        if (tensor_scale := float4.nested.get("tensor_scale")) is not None:
+            tensors["weight_global_scale"] = 1 / tensor_scale  # exact, for it is a power of two
+        return tensors
+    grid = packed.encoded.integers
+    assert grid is not None
     if packed.activation is not None:
-        return {"weight": parts["codes"], "weight_scale": parts["scale"], **static}
-    if isinstance(format, Nvfp4):  # both are powers of two: the reciprocal is exact
-        divisor = {"weight_global_scale": 1 / parts["tensor_scale"]}
-        return {"weight_packed": parts["codes"], "weight_scale": parts["scale"], **divisor}
-    if isinstance(format, Mxfp4):
-        return {"weight_packed": parts["codes"], "weight_scale": parts["scale"]}
+        return {"weight": grid.stored, "weight_scale": grid.scale, **static}
     return {
-        "weight_packed": row_words(packed.encoded),
-        "weight_scale": parts["scale"],
-        "weight_shape": torch.tensor(packed.encoded.shape),
+        "weight_packed": row_words(grid),
+        "weight_scale": grid.scale,
+        "weight_shape": torch.tensor(grid.shape),
     }
 
 
 def scheme_of(packed: PackedSite) -> dict[str, Any]:
     """The entry of `config_groups` that says how to decode a site."""
     inputs = INPUTS[packed.activation.format] if packed.activation else None
-    if is_float4(packed.encoded):
+    if fp4(packed.encoded):
         layout = f"{packed.encoded.format.name}-pack-quantized"
     else:
         layout = "float-quantized" if fp8(packed.encoded) else "int-quantized" if inputs else "pack-quantized"
@@ -146,26 +147,29 @@ def scheme_of(packed: PackedSite) -> dict[str, Any]:
 def weights_of(encoded: Encoded) -> Mapping[str, Any]:
     """`QuantizationArgs` of a weight."""
     grid = {"symmetric": True, "dynamic": False, "group_size": None}
-    if (float8 := fp8(encoded)) is not None:
-        return {**grid, "num_bits": 8, "type": "float", "strategy": "tensor" if float8.per_tensor else "channel"}
-    if isinstance(encoded.format, Nvfp4 | Mxfp4):
-        strategy = "tensor_group" if isinstance(encoded.format, Nvfp4) else "group"
-        blocks = {"group_size": encoded.format.group_size, "scale_dtype": str(encoded.parts["scale"].dtype)}
+    if (float8 := fp8(encoded)) is not None and float8.scale is not None:
+        strategy = "channel" if len(float8.scale) == float8.shape[0] else "tensor"
+        return {**grid, "num_bits": 8, "type": "float", "strategy": strategy}
+    if (float4 := fp4(encoded)) is not None and float4.scale is not None:
+        blocks = {"group_size": float4.group_size, "scale_dtype": str(float4.scale.dtype)}
+        strategy = "tensor_group" if float4.nested else "group"
         return {**grid, "num_bits": 4, "type": "float", "strategy": strategy, **blocks}
-    group = int_group(encoded)
-    assert group is not None
-    strategy = "group" if group.group_size else "channel"
-    return {**grid, "num_bits": group.bits, "type": "int", "strategy": strategy, "group_size": group.group_size}
+    integers = encoded.integers
+    assert integers is not None
+    strategy = "group" if integers.group_size else "channel"
+    return {**grid, "num_bits": integers.bits, "type": "int", "strategy": strategy, "group_size": integers.group_size}
 
 
-def fp8(encoded: Encoded) -> Fp8 | None:
-    """The format, if it is the one kind of 8-bit float that the client knows."""
-    return encoded.format if isinstance(encoded.format, Fp8) and encoded.format.kind == "e4m3" else None
+def fp8(encoded: Encoded) -> FloatView | None:
+    """The weight, if it is made of the one kind of 8-bit floats that the client knows."""
+    floats = encoded.floats
+    return floats if floats is not None and floats.element == "e4m3" else None
 
 
-def is_float4(encoded: Encoded) -> bool:
-    """True if it is one of the two kinds of 4-bit floats."""
-    return isinstance(encoded.format, Nvfp4 | Mxfp4)
+def fp4(encoded: Encoded) -> FloatView | None:
+    """The weight, if it is made of 4-bit floats."""
+    floats = encoded.floats
+    return floats if floats is not None and floats.element == "e2m1" else None
 
 
 def fused_layers(checkpoint: Checkpoint) -> Iterator[list[str]]:
@@ -202,8 +206,8 @@ def notes_on(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> list[str]
     """What transformers takes and vLLM does not: integers of other bits than 4 and 8, and layers that it joins and that
     differ in format or in NVFP4's divisor."""
     notes = []
-    groups = {packed.scheme: int_group(packed.encoded) for packed in checkpoint.quantized}
-    odd = sorted(scheme for scheme, group in groups.items() if group and group.bits not in (4, 8))
+    grids = {packed.scheme: packed.encoded.integers for packed in checkpoint.quantized}
+    odd = sorted(scheme for scheme, grid in grids.items() if grid and grid.bits not in (4, 8))
     if odd:
         notes.append(
             f"vLLM runs 4 and 8 bits only; {', '.join(odd)} loads in transformers with compressed-tensors 0.20"

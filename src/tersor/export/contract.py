@@ -11,7 +11,6 @@ from tersor.activations.quantizers import Activation
 from tersor.core.errors import InputError
 from tersor.export.examples import Examples
 from tersor.formats.contract import Encoded
-from tersor.formats.float_cast import FloatCast
 from tersor.nn.sites import Site
 
 
@@ -35,7 +34,8 @@ class PackedSite(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """True if any client holds it as an ordinary 16-bit tensor."""
-        return isinstance(self.encoded.format, FloatCast) and self.activation is None
+        floats = self.encoded.floats
+        return floats is not None and floats.is_ordinary and self.activation is None
 
     @property
     def module(self) -> str:
@@ -97,8 +97,8 @@ class Checkpoint:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that needs no decoding: what was kept, and the sites in a 16-bit format."""
-        plain = (packed for packed in self.sites if packed.is_plain)
-        values = {p.site.parameter: p.site.fold.unfold(p.encoded.parts["values"]) for p in plain}
+        plain = {packed.site: packed.encoded.floats for packed in self.sites if packed.is_plain}
+        values = {site.parameter: site.fold.unfold(floats.values) for site, floats in plain.items() if floats}
         return self.kept | values
 
 

@@ -14,6 +14,7 @@ from tersor.checkpoint.side_files import copy_side_files
 from tersor.core.files import sha256
 from tersor.core.weights_file import write_weights
 from tersor.export.contract import Checkpoint, PackedSite
+from tersor.formats.contract import Encoded
 from tersor.nn.sites import is_linear
 
 WEIGHTS = "model.safetensors"
@@ -29,6 +30,14 @@ def packed_tensors(
         for packed in checkpoint.quantized
         for name, tensor in module_tensors(packed).items()
     }
+
+
+def cast_scale(encoded: Encoded) -> Tensor | None:
+    """The scales that clients keep in the model's own type; None where they keep theirs as they are (NF4)."""
+    if (grid := encoded.integers) is not None:
+        return grid.scale
+    floats = encoded.floats
+    return floats.scale if floats is not None and floats.element != "nf4" else None
 
 
 def write_folder(
@@ -48,7 +57,7 @@ def write_folder(
     copy_side_files(checkpoint.folder, folder)
     config = without(json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8")))
     original = config.pop("torch_dtype", None) or config.get("dtype") or "float32"
-    scales = [p.encoded.parts["scale"] for p in checkpoint.quantized if "scale" in p.encoded.parts]
+    scales = [scale for packed in checkpoint.quantized if (scale := cast_scale(packed.encoded)) is not None]
     config["dtype"] = dtype or exact_dtype(original, scales, checkpoint.tensors)
     config["quantization_config"] = dict(quantization_config)
     write_weights({**tensors, **checkpoint.tensors}, folder / WEIGHTS)

@@ -26,11 +26,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from tersor.export.integers import int_group, unsigned_codes
 from tersor.formats.contract import Encoded
 from tersor.formats.k_quant import SUPER_BLOCK, KQuant
-from tersor.formats.mx import Mxfp4
 from tersor.formats.packing import unpack
+from tersor.formats.views import FloatView, IntegerView
 
 BLOCK = 32
 CODE_BITS = {"Q8_0": 8, "Q4_0": 4, "Q5_0": 5, "Q4_1": 4, "Q5_1": 5}  # of the types that hold integer grids
@@ -48,36 +47,43 @@ def block_type(encoded: Encoded) -> str | None:
     """The smallest type that holds the weight, or None."""
     if isinstance(encoded.format, KQuant):
         return encoded.format.name.upper()
-    if isinstance(encoded.format, Mxfp4):
-        return "MXFP4" if encoded.shape[1] % BLOCK == 0 else None
-    group = int_group(encoded)
-    blocks = encoded.shape[1] % BLOCK == 0 and (group and (group.group_size or BLOCK) % BLOCK == 0)
-    if group is None or not blocks:
+    if encoded.shape[1] % BLOCK:
         return None
-    if group.symmetric:
-        return "Q4_0" if group.bits <= 4 else "Q5_0" if group.bits == 5 else "Q8_0"
-    return "Q4_1" if group.bits <= 4 else "Q5_1" if group.bits == 5 else None
+    if mxfp4(encoded) is not None:
+        return "MXFP4"
+    grid = encoded.integers
+    if grid is None or (grid.group_size or BLOCK) % BLOCK:
+        return None
+    if grid.symmetric:
+        return "Q4_0" if grid.bits <= 4 else "Q5_0" if grid.bits == 5 else "Q8_0"
+    return "Q4_1" if grid.bits <= 4 else "Q5_1" if grid.bits == 5 else None
+
+
+def mxfp4(encoded: Encoded) -> FloatView | None:
+    """The weight, if it is made of 4-bit floats in blocks of 32 columns whose scales are powers of two, as bytes."""
+    floats = encoded.floats
+    if floats is None or floats.element != "e2m1" or floats.scale is None:
+        return None
+    return floats if floats.group_size == BLOCK and floats.scale.dtype is torch.uint8 else None
 
 
 def to_blocks(encoded: Encoded) -> Blocks:
     """The weight in the type that `block_type` names."""
-    type, group = block_type(encoded), int_group(encoded)
+    type, grid = block_type(encoded), encoded.integers
     assert type is not None
     if isinstance(encoded.format, KQuant):
         return Blocks(type, k_quant_rows(encoded, encoded.format), rounding=0.0)
-    if isinstance(encoded.format, Mxfp4):
-        codes = interleaved(unpack(encoded.parts["codes"], 4, encoded.shape[1]).unflatten(1, (-1, BLOCK)), bits=4)
-        return Blocks(type, torch.cat([encoded.parts["scale"].unsqueeze(-1), codes], dim=-1).flatten(1), rounding=0.0)
-    assert group is not None
-    scale = by_block(encoded, encoded.parts["scale"])
-    codes = unsigned_codes(encoded).unflatten(1, (-1, BLOCK))
+    if (floats := mxfp4(encoded)) is not None and floats.scale is not None:
+        codes = interleaved(unpack(floats.values, 4, floats.shape[1]).unflatten(1, (-1, BLOCK)), bits=4)
+        return Blocks(type, torch.cat([floats.scale.unsqueeze(-1), codes], dim=-1).flatten(1), rounding=0.0)
+    assert grid is not None
+    scale = by_block(grid, grid.scale)
+    codes = grid.codes.unflatten(1, (-1, BLOCK))
     fields, rounding = [bytes_of(scale)], 0.0
-    if group.symmetric:
-        codes = codes + (2 ** (CODE_BITS[type] - 1) - 2 ** (group.bits - 1))
+    if grid.symmetric:
+        codes = codes + (2 ** (CODE_BITS[type] - 1) - 2 ** (grid.bits - 1))
     else:
-        zero_point = group.zero_point(encoded.parts)
-        assert isinstance(zero_point, Tensor)
-        exact = -by_block(encoded, zero_point.squeeze(-1)) * scale.float()
+        exact = -by_block(grid, grid.zero_points) * scale.float()
         minimum = exact.half()
         step = scale.float().abs().clamp_min(torch.finfo(torch.float32).tiny)
         rounding = ((minimum.float() - exact).abs() / step).max().item()
@@ -91,10 +97,9 @@ def to_blocks(encoded: Encoded) -> Blocks:
     return Blocks(type, torch.cat(fields, dim=-1).flatten(1), rounding)
 
 
-def by_block(encoded: Encoded, per_group: Float[Tensor, "out groups"]) -> Float[Tensor, "out blocks"]:
+def by_block(grid: IntegerView, per_group: Float[Tensor, "out groups"]) -> Float[Tensor, "out blocks"]:
     """A group's number for each of its blocks."""
-    num_blocks = encoded.shape[1] // BLOCK
-    group_size = getattr(encoded.format, "group_size", None) or encoded.shape[1]
+    num_blocks, group_size = grid.shape[1] // BLOCK, grid.group_size or grid.shape[1]
     return per_group.repeat_interleave(group_size // BLOCK, dim=1)[:, :num_blocks]
 
 

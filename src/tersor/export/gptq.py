@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tersor.core.errors import FormatError
 from tersor.export.contract import Checkpoint, Misfit, PackedSite, misfit_of
 from tersor.export.folder import kept_linears, open_folder, packed_tensors, write_folder
-from tersor.export.integers import check_one_format, int_group, nearby_int4, only_format, row_words, symmetric_grid
+from tersor.export.integers import check_one_format, nearby_int4, only_format, row_words, symmetric_grid
 from tersor.formats.packing import pack
 
 BITS = (8, 4, 3, 2)
@@ -85,14 +85,13 @@ class GptqExport:
 
 def module_tensors(packed: PackedSite) -> dict[str, Tensor]:
     """The tensors of the GPTQ layer that replaces the weight, by name in the module."""
-    encoded, scale = packed.encoded, packed.encoded.parts["scale"]
-    group = int_group(encoded)
-    assert group is not None
-    zeros = torch.full(scale.t().shape, 2 ** (group.bits - 1) - 1, dtype=torch.uint8)
-    group_size = group.group_size or encoded.shape[1]
+    grid = packed.encoded.integers
+    assert grid is not None
+    zeros = torch.full(grid.scale.t().shape, 2 ** (grid.bits - 1) - 1, dtype=torch.uint8)
+    num_columns = grid.shape[1]
     return {
-        "qweight": row_words(encoded).t().contiguous(),
-        "qzeros": pack(zeros, group.bits).view(torch.int32),
-        "scales": scale.t().contiguous(),
-        "g_idx": (torch.arange(encoded.shape[1]) // group_size).int(),
+        "qweight": row_words(grid).t().contiguous(),
+        "qzeros": pack(zeros, grid.bits).view(torch.int32),
+        "scales": grid.scale.t().contiguous(),
+        "g_idx": (torch.arange(num_columns) // (grid.group_size or num_columns)).int(),
     }

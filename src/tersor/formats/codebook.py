@@ -73,6 +73,12 @@ class Codebook(Grid):
     def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
         return {"codes": (self.bits, shape[1])} if self.bits < 8 else {}
 
+    def as_integers(self, encoded: Encoded) -> None:
+        return None
+
+    def as_floats(self, encoded: Encoded) -> None:
+        return None
+
     def fit(self, weight: Weight, shrink: float | Tensor = 1.0) -> Params:
         """k-means, all weights counting the same; those beyond `shrink` times the range are cut off first. Raises
         FormatError where a value overflows fp16."""

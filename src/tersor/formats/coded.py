@@ -91,6 +91,12 @@ class Coded(Format):
     def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
         return {}
 
+    def as_integers(self, encoded: Encoded) -> None:
+        return None
+
+    def as_floats(self, encoded: Encoded) -> None:
+        return None
+
     def fit(self, weight: Weight) -> Params:
         """One step for all weights. Raises FormatError where rounding up would overflow."""
         largest = weight.abs().max().item()

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tersor.formats.trainable import LearnableRange, Trainable
+from tersor.formats.views import FloatView, IntegerView
 
 Weight = Float[Tensor, "out in"]
 Params = dict[str, Tensor]  # scales, zero points, a mask, ...: what fixes the set for one weight
@@ -41,6 +42,16 @@ class Encoded:
     def bits_per_weight(self) -> float:
         """All side information counted."""
         return 8 * self.num_bytes / (self.shape[0] * self.shape[1])
+
+    @property
+    def integers(self) -> IntegerView | None:
+        """The weight as integers with scales, for clients that read such; None where it is none."""
+        return self.format.as_integers(self)
+
+    @property
+    def floats(self) -> FloatView | None:
+        """The weight as floats of few bits with scales, or as ordinary 16-bit floats; None where it is none."""
+        return self.format.as_floats(self)
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """The weight matrix, computed in float32. A few rows at a time where the format allows it, so that little more
@@ -146,6 +157,16 @@ class Format(ABC):
         """Which parts are codes of a few bits, packed into bytes as packing.py does, of how many bits, and how many
         codes a row of them has; empty where there are none. An entropy coder takes the codes apart, since a code has a
         probability, and the byte that it straddles has not."""
+
+    @abstractmethod
+    def as_integers(self, encoded: Encoded) -> IntegerView | None:
+        """A weight in this format as integers with scales, for kernels and for other programs, without copying any;
+        None where it does not decode to just that."""
+
+    @abstractmethod
+    def as_floats(self, encoded: Encoded) -> FloatView | None:
+        """A weight in this format as floats of few bits with scales, or as ordinary 16-bit floats; None where it does
+        not decode to just that."""
 
     @abstractmethod
     def fit(self, weight: Weight) -> Params:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tersor.core.errors import FormatError
 from tersor.formats.contract import Encoded, Format, Layout, Packing, Params, UsualMethods, Weight
 from tersor.formats.trainable import Trainable
+from tersor.formats.views import FloatView
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -42,6 +43,12 @@ class FloatCast(Format):
 
     def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
         return {}
+
+    def as_integers(self, encoded: Encoded) -> None:
+        return None
+
+    def as_floats(self, encoded: Encoded) -> FloatView:
+        return FloatView(self.kind, None, encoded.shape, encoded.parts["values"])
 
     def fit(self, weight: Weight) -> Params:
         largest = weight.abs().max().item()

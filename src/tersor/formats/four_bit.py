@@ -6,6 +6,7 @@ Two codes per byte. They differ in their levels, in how a scale is stored, and i
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, UInt8
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from tersor.formats.contract import Encoded, Grid, Layout, Packing, Params, Projector, UsualMethods, Weight
 from tersor.formats.packing import grouped, packed_width, ungrouped
+from tersor.formats.views import FloatView
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,14 +68,15 @@ class FourBit(Grid):
     rows_independent = True
     usual_methods = UsualMethods("nearest", "mse", "gptq")
     learnable_range = None
-    group_size: int
-    levels: Levels
+    element: ClassVar[str]  # of FloatView
+    group_size: ClassVar[int]
+    levels: ClassVar[Levels]
     asymmetric_range = False
     first_in_high_half = False
 
     @abstractmethod
     def scale_layout(self, groups: tuple[int, int]) -> Layout:
-        """The parts beside the codes, for `groups = (out, groups)`."""
+        """The parts beside the codes, for `groups = (out, groups)`: the scales first, and what scales them."""
 
     @abstractmethod
     def fit(self, weight: Weight, shrink: float | Tensor = 1.0) -> Params: ...
@@ -89,6 +92,14 @@ class FourBit(Grid):
 
     def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
         return {}
+
+    def as_integers(self, encoded: Encoded) -> None:
+        return None
+
+    def as_floats(self, encoded: Encoded) -> FloatView:
+        scale, *others = self.scale_layout((1, 1))
+        nested, parts = {name: encoded.parts[name] for name in others}, encoded.parts
+        return FloatView(self.element, self.group_size, encoded.shape, parts["codes"], parts[scale], nested)
 
     def fake_quantize(self, weight: Weight, params: Params) -> Weight:
         w_ogk, scale = self.grouped(weight), self.scale(params).unsqueeze(-1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from tersor.formats.contract import Encoded, Grid, Layout, Packing, Params, Projector, UsualMethods, Weight
 from tersor.formats.four_bit import divisor
 from tersor.formats.trainable import LearnableRange, Trainable, bfloat
+from tersor.formats.views import FloatView
 
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -61,6 +62,12 @@ class Fp8(Grid):
 
     def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
         return {}
+
+    def as_integers(self, encoded: Encoded) -> None:
+        return None
+
+    def as_floats(self, encoded: Encoded) -> FloatView:
+        return FloatView(self.kind, None, encoded.shape, encoded.parts["values"], encoded.parts["scale"])
 
     def fit(self, weight: Weight, shrink: float | Tensor = 1.0) -> Params:
         """No scale is so large that a weight becomes infinite."""

@@ -19,6 +19,7 @@ from tersor.core.errors import FormatError
 from tersor.formats.contract import Encoded, Grid, Layout, Packing, Params, Projector, UsualMethods, Weight
 from tersor.formats.packing import grouped, pack, packed_width, ungrouped, unpack
 from tersor.formats.trainable import LearnableRange, Trainable, byte, half
+from tersor.formats.views import IntegerView
 
 # Suffixes: o output row, g group, k column within the group.
 
@@ -52,11 +53,6 @@ class IntGroup(Grid):
     def name(self) -> str:
         group = f"-g{self.group_size}" if self.group_size else ""
         return f"int{self.bits}{group}{'' if self.symmetric else '-asym'}"
-
-    @property
-    def plain_int8(self) -> bool:
-        """True if `codes` are signed bytes with one scale per row, as int8 kernels take them."""
-        return self.bits == 8 and self.symmetric and self.group_size is None
 
     @property
     def asymmetric_range(self) -> bool:
@@ -95,6 +91,14 @@ class IntGroup(Grid):
 
     def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
         return {"codes": (self.bits, shape[1])} if self.bits < 8 else {}
+
+    def as_integers(self, encoded: Encoded) -> IntegerView:
+        parts = encoded.parts
+        codes, scale, zero = parts["codes"], parts["scale"], parts.get("zero_point")
+        return IntegerView(self.bits, self.group_size, encoded.shape, codes, scale, zero)
+
+    def as_floats(self, encoded: Encoded) -> None:
+        return None
 
     def fit(self, weight: Weight, shrink: float | Tensor = 1.0) -> Params:
         """The grid that spans the weights' range (absmax), or `shrink` times it: a number, or one per group

@@ -105,6 +105,12 @@ class KQuant(Grid):
     def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
         return {}
 
+    def as_integers(self, encoded: Encoded) -> None:
+        return None
+
+    def as_floats(self, encoded: Encoded) -> None:
+        return None
+
     def fit(self, weight: Weight, shrink: float | Tensor = 1.0) -> Params:
         """The grid that spans a block's range, or `shrink` times it: a number, or one per block `[out, blocks]`.
 

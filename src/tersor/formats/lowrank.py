@@ -51,6 +51,12 @@ class LowRank(Format):
     def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
         return {}
 
+    def as_integers(self, encoded: Encoded) -> None:
+        return None
+
+    def as_floats(self, encoded: Encoded) -> None:
+        return None
+
     @threads(1)
     def fit(self, weight: Weight, rank: int | None = None) -> Params:
         """The nearest product of this rank (Eckart-Young); without one, of the weight's own numerical rank."""
@@ -118,6 +124,12 @@ class Corrected(Format):
 
     def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
         return {}
+
+    def as_integers(self, encoded: Encoded) -> None:
+        return None
+
+    def as_floats(self, encoded: Encoded) -> None:
+        return None
 
     def fit(self, weight: Weight) -> Params:
         """The base's plain parameters, and a correction of rank zero."""

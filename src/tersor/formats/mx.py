@@ -36,6 +36,7 @@ class Mxfp4(FourBit):
     """
 
     name = "mxfp4"
+    element = "e2m1"
     trainable_parts: ClassVar[Mapping[str, Trainable]] = {}  # powers of two leave nothing to train
     group_size = 32
     levels = E2M1
@@ -73,6 +74,7 @@ class Nvfp4(FourBit):
     """
 
     name = "nvfp4"
+    element = "e2m1"
     trainable_parts: ClassVar[Mapping[str, Trainable]] = {"scale": Trainable(e4m3)}
     group_size = 16
     levels = E2M1

@@ -58,6 +58,7 @@ class Nf4(FourBit):
     """
 
     name = "nf4"
+    element = "nf4"
     trainable_parts: ClassVar[Mapping[str, Trainable]] = {"absmax": Trainable(single)}
     group_size = 64
     levels = NORMAL_FLOAT
@@ -91,6 +92,7 @@ class Nf4Double(FourBit):
     """
 
     name = "nf4-dq"
+    element = "nf4"
     trainable_parts: ClassVar[Mapping[str, Trainable]] = {
         "nested_absmax": Trainable(single),
         "offset": Trainable(single),

@@ -52,6 +52,12 @@ class SemiStructured(Sparse):
     def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
         return {"mask": (1, shape[1])}
 
+    def as_integers(self, encoded: Encoded) -> None:
+        return None
+
+    def as_floats(self, encoded: Encoded) -> None:
+        return None
+
     def fit(self, weight: Weight) -> Params:
         """Keeps the largest."""
         return {"mask": self.choose(weight.abs())}

@@ -63,6 +63,12 @@ class SparseInt(Sparse):
         codes = {"codes": (bits, width * 8 // bits)} if bits < 8 else {}
         return {"mask": (1, shape[1]), **codes}
 
+    def as_integers(self, encoded: Encoded) -> None:
+        return None
+
+    def as_floats(self, encoded: Encoded) -> None:
+        return None
+
     def fit(self, weight: Weight) -> Params:
         """The pattern's plain mask, and the scales that span what it keeps. For a mask of your own, fit the weight that
         is zero elsewhere to `grid`. Raises FormatError where a scale overflows fp16."""

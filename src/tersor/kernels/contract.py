@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tersor.activations.quantizers import Activation
 from tersor.formats.contract import Encoded
+from tersor.formats.views import IntegerView
 
 Layout = Mapping[str, Any]
 
@@ -31,9 +32,16 @@ class Kernel:
     rounding: float
 
 
-def scaled(sums: Tensor, scale: Tensor, encoded: Encoded, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The sums of products times both scales, and the bias."""
+def grid_of(encoded: Encoded) -> IntegerView:
+    """The weight as integers, which the kernel found it to be."""
+    grid = encoded.integers
+    assert grid is not None
+    return grid
+
+
+def scaled(sums: Tensor, scale: Tensor, of_rows: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The sums of products times both scales, those of the inputs and those of the weight's rows, and the bias."""
     y = sums.float().mul_(scale)
-    weight_scale = encoded.parts["scale"].float().view(1, -1)
+    weight_scale = of_rows.float().view(1, -1)
     y = y.mul_(weight_scale) if bias is None else torch.addcmul(bias.float(), y, weight_scale)
     return y.to(dtype)

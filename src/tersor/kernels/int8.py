@@ -12,8 +12,7 @@ from torch import Tensor
 
 from tersor.activations.quantizers import Activation, Int8Dynamic, IntStatic
 from tersor.formats.contract import Encoded
-from tersor.formats.int_group import IntGroup
-from tersor.kernels.contract import Kernel, Layout, scaled
+from tersor.kernels.contract import Kernel, Layout, grid_of, scaled
 
 MOST_COLUMNS = 2**31 // (256 * 127)  # whose sums, zero points included, cannot overflow int32
 LARGE = 2**20  # weights, from which on oneDNN's own order can pay
@@ -22,13 +21,10 @@ QLINEAR = "qlinear_pointwise"
 
 def is_int8(encoded: Encoded, activation: Activation | None, dtype: torch.dtype) -> bool:
     """int8 codes with one scale per row, and inputs in int8."""
-    return (
-        activation is not None
-        and activation.format in ("int8-dynamic", "int8-static")
-        and isinstance(encoded.format, IntGroup)
-        and encoded.format.plain_int8
-        and encoded.shape[1] <= MOST_COLUMNS
-    )
+    if activation is None or activation.format not in ("int8-dynamic", "int8-static"):
+        return False
+    grid = encoded.integers
+    return grid is not None and grid.plain_int8 and grid.shape[1] <= MOST_COLUMNS
 
 
 def quantized(x: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
@@ -42,7 +38,7 @@ def offsets(encoded: Encoded, activation: Activation | None) -> Layout:
     """The amount that the zero point of a static input adds to every sum."""
     if activation is None or "zero_point" not in activation.params:
         return {}
-    row_sums = encoded.parts["codes"].sum(1, dtype=torch.int32)
+    row_sums = grid_of(encoded).stored.sum(1, dtype=torch.int32)
     return {"offset": row_sums * activation.params["zero_point"].int()}
 
 
@@ -52,15 +48,16 @@ def run_int_mm(
     """`torch._int_mm` (oneDNN; VNNI where the CPU has it)."""
     assert activation is not None
     codes, scale = quantized(x, activation)
-    sums = torch._int_mm(codes, encoded.parts["codes"].t())
+    grid = grid_of(encoded)
+    sums = torch._int_mm(codes, grid.stored.t())
     if layout:
         sums -= layout["offset"]
-    return scaled(sums, scale, encoded, bias, x.dtype)
+    return scaled(sums, scale, grid.scale, bias, x.dtype)
 
 
 def has_qlinear(encoded: Encoded, activation: Activation | None, dtype: torch.dtype) -> bool:
     """True if oneDNN's linear layer for quantized inputs is there and exact, and the weight worth a second copy."""
-    return is_int8(encoded, activation, dtype) and encoded.parts["codes"].numel() >= LARGE and qlinear_is_exact()
+    return is_int8(encoded, activation, dtype) and grid_of(encoded).stored.numel() >= LARGE and qlinear_is_exact()
 
 
 @cache
@@ -87,7 +84,7 @@ def qlinear_layout(encoded: Encoded, activation: Activation | None) -> Layout:
     num_rows = encoded.shape[0]
     zero_point = int(activation.params["zero_point"]) if activation and activation.params else 0
     return {
-        "weight": torch.ops.onednn.qlinear_prepack(encoded.parts["codes"], None),
+        "weight": torch.ops.onednn.qlinear_prepack(grid_of(encoded).stored, None),
         "scales": torch.ones(num_rows),
         "zeros": torch.zeros(num_rows, dtype=torch.int64),
         "zero_point": zero_point + 128,
@@ -104,7 +101,7 @@ def run_qlinear(
     weight, scales, zeros, zero = layout["weight"], layout["scales"], layout["zeros"], layout["zero_point"]
     after: Any = (1.0, 0, torch.float32, "none", [], "")
     sums = torch.ops.onednn.qlinear_pointwise(unsigned, 1.0, zero, weight, scales, zeros, None, *after)
-    return scaled(sums, scale, encoded, bias, x.dtype)
+    return scaled(sums, scale, grid_of(encoded).scale, bias, x.dtype)
 
 
 INT_MM = Kernel("int_mm", is_int8, offsets, run_int_mm, 1e-4)

@@ -197,8 +197,9 @@ class Int8Product:
 
     def __init__(self, recur: Map, h: Float[Tensor, "batch hidden"]):
         assert isinstance(recur.weight, PackedWeight)
-        parts = recur.weight.encoded.parts
-        self.matrix, self.weight_scale = parts["codes"].t(), parts["scale"].float().view(1, -1) / 127
+        grid = recur.weight.encoded.integers
+        assert grid is not None
+        self.matrix, self.weight_scale = grid.stored.t(), grid.scale.float().view(1, -1) / 127
         # One more column holds the least of what is the largest.
         self.magnitude = h.new_full((len(h), h.shape[1] + 1), 127e-12)
         self.absolute, self.largest = self.magnitude[:, :-1], h.new_empty(len(h), 1)

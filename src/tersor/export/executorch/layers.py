@@ -20,9 +20,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from tersor.export.contract import PackedSite
-from tersor.export.integers import unsigned_codes
-from tersor.formats.float_cast import FloatCast
-from tersor.formats.int_group import IntGroup
 
 LOWEST, HIGHEST = -128, 127  # codes of inputs; weights are spread evenly around zero
 EPS = 1e-12  # the least scale of an input
@@ -42,7 +39,7 @@ def holds(packed: PackedSite) -> bool:
         return True
     if packed.site.kind == "embedding":
         shared = len(packed.site.owners) > 1
-        return dynamic(packed) if shared else isinstance(packed.encoded.format, IntGroup)
+        return dynamic(packed) if shared else packed.encoded.integers is not None
     return static(packed) or dynamic(packed)
 
 
@@ -73,8 +70,8 @@ def dynamic(packed: PackedSite) -> bool:
 
 def by_row(packed: PackedSite) -> bool:
     """True if one scale serves a whole row, and codes are spread evenly around zero."""
-    format = packed.encoded.format
-    return isinstance(format, IntGroup) and format.symmetric and format.num_groups(packed.site.shape[1]) == 1
+    grid = packed.encoded.integers
+    return grid is not None and grid.symmetric and grid.scale.shape[1] == 1
 
 
 def linear(packed: PackedSite, bias: nn.Parameter | None, rounding: Rounding) -> Callable[[Tensor], Tensor]:
@@ -109,17 +106,15 @@ def weight(packed: PackedSite, rounding: Rounding) -> Callable[[], Tensor]:
 
 def embedding(packed: PackedSite, rounding: Rounding) -> Callable[[Tensor], Tensor]:
     """The forward of an embedding."""
-    format, parts = packed.encoded.format, packed.encoded.parts
-    if rounding is Rounding.KERNELS and isinstance(format, FloatCast):
-        return lambda index: F.embedding(index, parts["values"]).to(torch.float32)
-    if rounding is not Rounding.KERNELS or not isinstance(format, IntGroup):
+    grid, floats = packed.encoded.integers, packed.encoded.floats
+    if rounding is Rounding.KERNELS and floats is not None and floats.is_ordinary:
+        return lambda index: F.embedding(index, floats.values).to(torch.float32)
+    if rounding is not Rounding.KERNELS or grid is None:
         decoded = packed.encoded.decode(torch.float32)
         return lambda index: F.embedding(index, decoded)
-    zero, shift = format.zero_point(parts), 2 ** (format.bits - 1)
-    codes = (unsigned_codes(packed.encoded).short() - shift).to(torch.int8)
-    scale, num_columns = parts["scale"].float(), packed.site.shape[1]
-    offset = None if isinstance(zero, float) else zero.squeeze(-1) - shift
-    group = torch.arange(num_columns) // (format.group_size or num_columns)
+    codes, scale, num_columns = grid.signed_codes.to(torch.int8), grid.scale.float(), packed.site.shape[1]
+    offset = None if grid.symmetric else grid.zero_points - 2 ** (grid.bits - 1)
+    group = torch.arange(num_columns) // (grid.group_size or num_columns)
 
     def forward(index: Tensor) -> Tensor:
         rows = F.embedding(index, codes).to(torch.float32)
@@ -148,12 +143,11 @@ def through_dynamic(x: Tensor) -> Tensor:
 def signed_codes(packed: PackedSite) -> tuple[Int8[Tensor, "out in"], Float[Tensor, " out"]]:
     """The codes of a symmetric grid around zero, with positive scales, as XNNPACK wants them: where the scale of a row
     is negative, its codes change their sign (-8 becomes 8, which a byte holds)."""
-    format = packed.encoded.format
-    assert isinstance(format, IntGroup)
-    codes = unsigned_codes(packed.encoded).short() - 2 ** (format.bits - 1)
-    scale = packed.encoded.parts["scale"].float().flatten()
-    codes = codes * torch.where(scale < 0, -1, 1).short().unsqueeze(1) * (scale != 0).short().unsqueeze(1)
-    return codes.to(torch.int8), IntGroup.divisor(scale.abs())
+    grid = packed.encoded.integers
+    assert grid is not None
+    scale = grid.scale.float().flatten()
+    codes = grid.signed_codes * torch.where(scale < 0, -1, 1).short().unsqueeze(1) * (scale != 0).short().unsqueeze(1)
+    return codes.to(torch.int8), torch.where(scale == 0, 1.0, scale.abs())
 
 
 def rounded(model: GraphModule) -> int:

@@ -12,29 +12,28 @@ from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 from tersor.export.contract import PackedSite
-from tersor.export.integers import unsigned_codes
 from tersor.export.onnx.builder import Builder
-from tersor.formats.float_cast import FloatCast
-from tersor.formats.int_group import IntGroup
 from tersor.formats.packing import pack, packed_width
+from tersor.formats.views import IntegerView
 
-HELD_BITS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8}
+HELD_BITS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 
 
-def grid(packed: PackedSite) -> IntGroup:
-    """The site's format, which is an integer grid."""
-    assert isinstance(packed.encoded.format, IntGroup)
-    return packed.encoded.format
+def grid(packed: PackedSite) -> IntegerView:
+    """The site's weight as integers, which it is known to be."""
+    integers = packed.encoded.integers
+    assert integers is not None
+    return integers
 
 
 def stored_codes(packed: PackedSite) -> UInt8[Tensor, "out width"]:
     """The codes of each row, packed."""
-    return pack(unsigned_codes(packed.encoded), HELD_BITS[grid(packed).bits])
+    return pack(grid(packed).codes, HELD_BITS[grid(packed).bits])
 
 
 def signed_codes(packed: PackedSite) -> Int8[Tensor, "out in"]:
     """The codes of each row of a symmetric grid, one in a byte."""
-    return (unsigned_codes(packed.encoded).short() - 2 ** (grid(packed).bits - 1)).to(torch.int8)
+    return grid(packed).signed_codes.to(torch.int8)
 
 
 LARGEST_BLOCK = 128  # of columns that share a scale; a scale for the whole row is repeated
@@ -55,14 +54,12 @@ def blocks(packed: PackedSite) -> UInt8[Tensor, "out blocks width"]:
 
 def is_shared(packed: PackedSite) -> bool:
     """True if an embedding is a linear layer's weight, too: both then read the same codes."""
-    return len(packed.site.owners) > 1 and isinstance(packed.encoded.format, IntGroup)
+    return len(packed.site.owners) > 1 and packed.encoded.integers is not None
 
 
 def zero_points(packed: PackedSite) -> Float[Tensor, "out groups"]:
     """Zero points in steps; those of asymmetric grids may have fractions."""
-    scale = packed.encoded.parts["scale"]
-    zero = grid(packed).zero_point(packed.encoded.parts)
-    return torch.full(scale.shape, zero) if isinstance(zero, float) else zero.squeeze(-1)
+    return grid(packed).zero_points
 
 
 def decoded_rows(b: Builder, packed: PackedSite, index: ir.Value | None) -> ir.Value:
@@ -73,12 +70,12 @@ def decoded_rows(b: Builder, packed: PackedSite, index: ir.Value | None) -> ir.V
         constant = b.constant(f"{name}.rows.{part}", values)
         return constant if index is None else b.node("Gather", constant, index, axis=0)
 
-    if isinstance(packed.encoded.format, FloatCast):
-        return b.float(rows("values", packed.encoded.parts["values"]))
-    format = grid(packed)
-    bits = HELD_BITS[format.bits]
+    if (floats := packed.encoded.floats) is not None and floats.is_ordinary:
+        return b.float(rows("values", floats.values))
+    integers = grid(packed)
+    bits = HELD_BITS[integers.bits]
     is_looked_up = index is not None and is_shared(packed)  # in the blocks of MatMulNBits, which are unsigned
-    signed = format.symmetric and bits == 8 and not is_looked_up
+    signed = integers.symmetric and bits == 8 and not is_looked_up
     if is_looked_up:
         stored = blocks(packed)
         assert index is not None
@@ -89,17 +86,17 @@ def decoded_rows(b: Builder, packed: PackedSite, index: ir.Value | None) -> ir.V
     else:
         stored = stored_codes(packed)
         codes = unpacked(b, rows("codes", stored), bits, num_columns, stored.shape[1])
-    scale = b.float(rows("scale", packed.encoded.parts["scale"]))
-    group_size = format.group_size or num_columns
-    has_groups = packed.encoded.parts["scale"].shape[1] > 1
+    scale = b.float(rows("scale", integers.scale))
+    group_size = integers.group_size or num_columns
+    has_groups = integers.scale.shape[1] > 1
     scale = by_column(b, scale, group_size, num_columns) if has_groups else scale
     if signed:
         return b.node("Mul", codes, scale)
-    if format.symmetric:
-        zero = b.constant(f"zero_{format.bits}_{b.dtype}", np.array(2.0 ** (format.bits - 1), dtype=kind(b)))
+    if integers.zero_byte is None:
+        zero = b.constant(f"zero_{integers.bits}_{b.dtype}", np.array(2.0 ** (integers.bits - 1), dtype=kind(b)))
     else:
-        step = b.constant(f"step_{format.bits}_{b.dtype}", np.array(2.0**format.bits / 256, kind(b)))
-        zero = b.node("Mul", b.float(rows("zero_point", packed.encoded.parts["zero_point"])), step)
+        step = b.constant(f"step_{integers.bits}_{b.dtype}", np.array(2.0**integers.bits / 256, kind(b)))
+        zero = b.node("Mul", b.float(rows("zero_point", integers.zero_byte)), step)
         zero = by_column(b, zero, group_size, num_columns) if has_groups else zero
     return b.node("Mul", b.node("Sub", codes, zero), scale)
 

@@ -21,7 +21,6 @@ from tersor.export.contract import PackedSite
 from tersor.export.onnx.blocks import DOMAIN
 from tersor.export.onnx.builder import MICROSOFT, Builder
 from tersor.formats.contract import Encoded
-from tersor.formats.int_group import IntGroup
 from tersor.nn.packed import Fold
 
 HEADS_LAST = [0, 2, 1, 3]  # the transposition between [batch, token, head, size] and [batch, head, token, size]
@@ -131,7 +130,7 @@ def one_product(b: Builder, rows: list[ir.Value | None], parts: Parts) -> ir.Val
     nodes = [product for product in products if product is not None]
     packed = [parts.sites[node.attributes["site"].as_string()] for node in nodes]
     kinds = {(each.encoded.format, each.activation is None, each.site.shape[1]) for each in packed}
-    plain = isinstance(packed[0].encoded.format, IntGroup) and packed[0].activation is None
+    plain = packed[0].encoded.integers is not None and packed[0].activation is None
     apart = any(each.site.name in parts.alone or len(each.site.owners) > 1 for each in packed)
     inputs = {tuple(node.inputs) for node in nodes}
     if not plain or apart or len(kinds) > 1 or len(inputs) > 1 or len(nodes[0].inputs) > 1:

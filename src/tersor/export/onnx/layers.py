@@ -25,8 +25,6 @@ from tersor.export.onnx.blocks import DOMAIN
 from tersor.export.onnx.builder import MICROSOFT, Builder
 from tersor.export.onnx.codes import HELD_BITS, block_size, blocks, decoded_rows, grid, is_shared, unfolded, zero_points
 from tersor.export.onnx.language import Parts, Tables, keep_rows, lower_blocks
-from tersor.formats.float_cast import FloatCast
-from tersor.formats.int_group import IntGroup
 from tersor.formats.packing import pack
 
 
@@ -136,8 +134,8 @@ def static_product(b: Builder, x: ir.Value, packed: PackedSite, choice: Lowering
 
 def dynamic_product(b: Builder, x: ir.Value, packed: PackedSite, choice: Lowering) -> ir.Value:
     """The input quantized to unsigned int8 when the graph runs, an exact integer product, then the scales."""
-    scale = packed.encoded.parts["scale"].float().flatten()
-    codes = b.constant(f"{packed.site.name}.codes", packed.encoded.parts["codes"].t())
+    scale = grid(packed).scale.float().flatten()
+    codes = b.constant(f"{packed.site.name}.codes", grid(packed).stored.t())
     if choice.per_token:
         inputs, zero, input_scale = tokens_quantized(b, x)
     else:
@@ -162,8 +160,8 @@ def tokens_quantized(b: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Va
 
 def weight_only_product(b: Builder, x: ir.Value, packed: PackedSite, choice: Lowering) -> ir.Value:
     """MatMulNBits: codes `[out, blocks, bytes]`, a scale per block, zero points where they are not half the grid."""
-    format, (num_rows, num_columns), name = grid(packed), packed.site.shape, packed.site.name
-    bits, codes = HELD_BITS[format.bits], blocks(packed)
+    integers, (num_rows, num_columns), name = grid(packed), packed.site.shape, packed.site.name
+    bits, codes = HELD_BITS[integers.bits], blocks(packed)
     num_blocks = codes.shape[1]
 
     def per_block(values: Tensor) -> Tensor:
@@ -175,10 +173,10 @@ def weight_only_product(b: Builder, x: ir.Value, packed: PackedSite, choice: Low
     inputs = [
         x,
         b.constant(f"{name}.blocks", codes),
-        b.constant(f"{name}.scales", per_block(packed.encoded.parts["scale"].to(choice.dtype))),
+        b.constant(f"{name}.scales", per_block(integers.scale.to(choice.dtype))),
     ]
     zero = per_block(zero_points(packed))
-    if not format.symmetric or format.bits != bits:
+    if not integers.symmetric or integers.bits != bits:
         inputs.append(b.constant(f"{name}.zero_points", packed_zeros(zero, bits, choice.dtype)))
     return b.node(
         "MatMulNBits",
@@ -234,9 +232,9 @@ def quantized_input(b: Builder, x: ir.Value, packed: PackedSite) -> ir.Value:
 def signed_weight(b: Builder, packed: PackedSite, *, transposed: bool) -> ir.Value:
     """Signed codes and one scale per output channel, dequantized. The zero points are all 0 and could be left out, but
     then ONNX Runtime (1.31) multiplies in float where the input is a matrix."""
-    name, codes = packed.site.name, packed.encoded.parts["codes"]
+    name, codes = packed.site.name, grid(packed).stored
     shaped = codes.t() if transposed else packed.site.fold.unfold(codes)
-    scale = b.constant(f"{name}.scale", packed.encoded.parts["scale"].float().flatten())
+    scale = b.constant(f"{name}.scale", grid(packed).scale.float().flatten())
     num_rows = packed.site.shape[0]
     zero = b.constant(f"zeros_{num_rows}", np.zeros(num_rows, dtype=np.int8))
     return b.shared("DequantizeLinear", b.constant(f"{name}.codes", shaped), scale, zero, axis=1 if transposed else 0)
@@ -270,18 +268,19 @@ def dynamic(packed: PackedSite) -> bool:
 
 def plain_int8(packed: PackedSite) -> bool:
     """True if weights are signed bytes with one scale per row."""
-    return isinstance(packed.encoded.format, IntGroup) and packed.encoded.format.plain_int8
+    integers = packed.encoded.integers
+    return integers is not None and integers.plain_int8
 
 
 def weight_only(packed: PackedSite) -> bool:
     """True if weights are integers in blocks; inputs are float, or int8 with scales taken when the model runs."""
     inputs = packed.activation.format if packed.activation else None
-    return isinstance(packed.encoded.format, IntGroup) and inputs in (None, "int8-dynamic")
+    return packed.encoded.integers is not None and inputs in (None, "int8-dynamic")
 
 
 def plain(packed: PackedSite) -> bool:
     """True if weights are 16-bit floats."""
-    return isinstance(packed.encoded.format, FloatCast) and packed.activation is None
+    return packed.is_plain
 
 
 ROWS = [
@@ -305,7 +304,7 @@ def holds(packed: PackedSite) -> bool:
         return any(row.fits(packed) for row in ROWS)
     if packed.site.kind == "conv" and static(packed):
         return True
-    return packed.activation is None and isinstance(packed.encoded.format, IntGroup | FloatCast)
+    return packed.is_plain or (packed.activation is None and packed.encoded.integers is not None)
 
 
 def inexact(model: ir.Model) -> str | None:
