@@ -45,8 +45,8 @@ class Blocks(NamedTuple):
 
 def block_type(encoded: Encoded) -> str | None:
     """The smallest type that holds the weight, or None."""
-    if isinstance(encoded.format, KQuant):
-        return encoded.format.name.upper()
+    if (format := k_quant(encoded)) is not None:
+        return format.name.upper()
     if encoded.shape[1] % BLOCK:
         return None
     if mxfp4(encoded) is not None:
@@ -57,6 +57,11 @@ def block_type(encoded: Encoded) -> str | None:
     if grid.symmetric:
         return "Q4_0" if grid.bits <= 4 else "Q5_0" if grid.bits == 5 else "Q8_0"
     return "Q4_1" if grid.bits <= 4 else "Q5_1" if grid.bits == 5 else None
+
+
+def k_quant(encoded: Encoded) -> KQuant | None:
+    """The format, if it is one of ggml's own."""
+    return encoded.format if isinstance(encoded.format, KQuant) else None
 
 
 def mxfp4(encoded: Encoded) -> FloatView | None:
@@ -71,8 +76,8 @@ def to_blocks(encoded: Encoded) -> Blocks:
     """The weight in the type that `block_type` names."""
     type, grid = block_type(encoded), encoded.integers
     assert type is not None
-    if isinstance(encoded.format, KQuant):
-        return Blocks(type, k_quant_rows(encoded, encoded.format), rounding=0.0)
+    if (format := k_quant(encoded)) is not None:
+        return Blocks(type, k_quant_rows(encoded, format), rounding=0.0)
     if (floats := mxfp4(encoded)) is not None and floats.scale is not None:
         codes = interleaved(unpack(floats.values, 4, floats.shape[1]).unflatten(1, (-1, BLOCK)), bits=4)
         return Blocks(type, torch.cat([floats.scale.unsqueeze(-1), codes], dim=-1).flatten(1), rounding=0.0)

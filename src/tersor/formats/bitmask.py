@@ -36,6 +36,8 @@ class Bitmask(Sparse):
     name = "bitmask"
     rows_independent = False
     usual_methods = UsualMethods("magnitude", "magnitude", "sparsegpt")
+    kept_grid = None
+    pattern_width = None
     trainable_parts: ClassVar[Mapping[str, Trainable]] = {}
 
     def layout(self, shape: tuple[int, int]) -> Layout:

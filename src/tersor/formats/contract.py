@@ -191,8 +191,31 @@ Projector = Callable[[Float[Tensor, " out"], int], Float[Tensor, " out"]]  # val
 class Grid(Format):
     """A format whose weights stand apart once its parameters are fixed: integers, small floats, a codebook.
 
-    Solvers choose the weights one column after another and need no more than the nearest value at a place.
+    Solvers choose the weights one column after another and need no more than the nearest value at a place. Methods that
+    search better scales than the plain ones build on what the format says of them, where it says more than is usual.
+
+    Attributes:
+        search_range: where the best range of a group may lie, as parts of the plain one. Above 1 too as a rule, for
+            uneven levels may do better with the largest weight below the highest of them.
+        refits_every_range: whether the search calls `refit` for every range, and not for the best alone.
     """
+
+    search_range: ClassVar[tuple[float, float]] = (0.7, 1.7)
+    refits_every_range: ClassVar[bool] = False
+
+    @property
+    def integer_bits(self) -> int | None:
+        """The bits of a code where the levels are evenly spread by one scale; None where they are not."""
+        return None
+
+    def refit(self, weight: Weight, params: Params, importance: Float[Tensor, " in"]) -> Params:
+        """The scales that fit the weights best, by least squares weighted with `importance`, to the codes they have
+        now; the very `params` where the format has no such scales."""
+        return params
+
+    def chosen(self, first: Bool[Tensor, "rows groups"], ours: Params, others: Params) -> Params:
+        """Parameters that are `ours` for the groups that `first` marks, and the others' elsewhere."""
+        return {name: torch.where(first, part, others[name]) for name, part in ours.items()}
 
     @property
     def rounds_each_weight(self) -> bool:
@@ -234,6 +257,17 @@ class Sparse(Format):
     @property
     def learnable_range(self) -> None:
         return None
+
+    @property
+    @abstractmethod
+    def kept_grid(self) -> Grid | None:
+        """The grid that kept weights are rounded to, whose parameters stand beside `mask`; None where they are kept as
+        16-bit floats."""
+
+    @property
+    @abstractmethod
+    def pattern_width(self) -> int | None:
+        """How many neighbouring columns the pattern of the mask is made of; None where it has no pattern."""
 
     @abstractmethod
     def choose(self, score: Float[Tensor, "out n"], sparsity: float | int = 0.5) -> Bool[Tensor, "out n"]:

@@ -134,6 +134,18 @@ class IntGroup(Grid):
 
     # What methods that choose better grids build on.
 
+    @property
+    def integer_bits(self) -> int:
+        return self.bits
+
+    def refit(self, weight: Weight, params: Params, importance: Float[Tensor, " in"]) -> Params:
+        """The scale that fits the weights best to the codes they have now: `<w, q> / <q, q>` per group."""
+        q_ogk = self.grouped(self.quantize(weight, params)) - self.zero_point(params)
+        hq_ogk = q_ogk * self.grouped(importance.expand_as(weight))
+        energy = (hq_ogk * q_ogk).sum(-1)
+        scale = (hq_ogk * self.grouped(weight)).sum(-1) / torch.where(energy == 0, 1.0, energy)
+        return {**params, "scale": torch.where(energy == 0, params["scale"].float(), scale).half()}
+
     def grouped(self, weight: Weight) -> Float[Tensor, "o g k"]:
         """The last group ends in zeros where the columns do not fill it."""
         return grouped(weight, self.group_size or weight.shape[1])

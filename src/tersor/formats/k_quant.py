@@ -66,6 +66,8 @@ class KQuant(Grid):
     rows_independent = True
     usual_methods = UsualMethods("nearest", "mse", "gptq")
     learnable_range = None
+    refits_every_range = True
+    search_range = (0.6, 1.2)
 
     @property
     def name(self) -> str:

@@ -40,7 +40,12 @@ class SemiStructured(Sparse):
     m: int
     rows_independent = True
     usual_methods = UsualMethods("magnitude", "magnitude", "sparsegpt")
+    kept_grid = None
     trainable_parts: ClassVar[Mapping[str, Trainable]] = {}
+
+    @property
+    def pattern_width(self) -> int:
+        return self.m
 
     @property
     def name(self) -> str:

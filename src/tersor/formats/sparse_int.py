@@ -45,6 +45,14 @@ class SparseInt(Sparse):
     trainable_parts: ClassVar[Mapping[str, Trainable]] = {"scale": Trainable(half)}
 
     @property
+    def kept_grid(self) -> IntGroup:
+        return self.grid
+
+    @property
+    def pattern_width(self) -> int | None:
+        return self.pattern.pattern_width
+
+    @property
     def name(self) -> str:
         return f"{self.pattern.name}+{self.grid.name}"
 

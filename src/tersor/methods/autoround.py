@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersor.core.errors import InputError
-from tersor.formats.contract import Encoded, Format, Params, Weight
+from tersor.formats.contract import Encoded, Params, Weight
 from tersor.formats.int_group import IntGroup
-from tersor.methods.contract import BlockRun
+from tersor.methods.contract import BlockRun, MethodFor
 from tersor.methods.gptq import Gptq
 from tersor.methods.stats import Stats
 
@@ -27,7 +27,7 @@ SHARES = (1.0, 0.5)  # of the way that the descent went: points to choose from
 
 
 @dataclass(frozen=True)
-class AutoRound:
+class AutoRound(MethodFor[IntGroup]):
     """Learn rounding and scales of all sites of a block together.
 
     Attributes:
@@ -47,6 +47,8 @@ class AutoRound:
     num_rounds: int | None = None
 
     name = "autoround"
+    fills = IntGroup
+    refusal = "learns integer codes, and {format} has none; use int4-g64"
     needs = frozenset({"second_moment", "cross_moment"})
 
     def __post_init__(self) -> None:
@@ -54,12 +56,7 @@ class AutoRound:
             raise InputError(f"{self}: num_steps, rate and scale_rate must be 0 or more, and batch_size above 0")
         Gptq(self.damping, self.drift, self.num_rounds)
 
-    def accepts(self, format: Format) -> str | None:
-        if isinstance(format, IntGroup):
-            return None
-        return f"autoround learns integer codes, and {format.name} has none; use int4-g64"
-
-    def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
+    def fill(self, weight: Weight, format: IntGroup, stats: Stats) -> Encoded:
         """The point where the descent starts; the result for a site outside the blocks."""
         return Gptq(self.damping, self.drift, self.num_rounds).compress(weight, format, stats)
 

@@ -1,10 +1,12 @@
 """The contract of a method: an algorithm that chooses a point of a format."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
+from tersor.core.errors import FormatError
 from tersor.formats.contract import Encoded, Format, Weight
 from tersor.methods.stats import Stats
 
@@ -25,6 +27,40 @@ class Method(Protocol):
 
     def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
         """Choose the point of `format` that stands for `weight` (float32 `[out, in]`)."""
+
+
+Kind = TypeVar("Kind", bound=Format)
+
+
+class MethodFor(ABC, Generic[Kind]):
+    """What methods share that fill one kind of format: they say which, and are asked to fill no other.
+
+    `class Kmeans(MethodFor[Codebook])` with `fills = Codebook` fills codebooks alone, and `fill` may rely on that.
+
+    Attributes:
+        fills: the class of the formats that it fills: one format's, `Grid` or `Sparse`.
+        refusal: what is said of any other, as words after the method's name: what the method does, why `{format}` does
+            not go with it, and after `use`, which does.
+    """
+
+    name: str
+    needs: frozenset[str]
+    fills: ClassVar[type[Any]]
+    refusal: ClassVar[str]
+
+    def accepts(self, format: Format) -> str | None:
+        """Why this method cannot fill this format, with the way out; None when it can."""
+        return None if isinstance(format, self.fills) else f"{self.name} {self.refusal.format(format=format.name)}"
+
+    def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
+        """The point of `format` that stands for `weight`. Raises FormatError where `accepts` says no."""
+        if problem := self.accepts(format):
+            raise FormatError(problem)
+        return self.fill(weight, format, stats)  # type: ignore[arg-type]
+
+    @abstractmethod
+    def fill(self, weight: Weight, format: Kind, stats: Stats) -> Encoded:
+        """The point of a format that the method accepts."""
 
 
 class BlockRun(Protocol):

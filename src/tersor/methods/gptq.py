@@ -10,15 +10,16 @@ the scales, as long as the error falls.
 from dataclasses import dataclass
 
 from tersor.core.errors import InputError
-from tersor.formats.contract import Encoded, Format, Grid, Params, Weight
+from tersor.formats.contract import Encoded, Grid, Params, Weight
 from tersor.formats.int_group import IntGroup
+from tersor.methods.contract import MethodFor
 from tersor.methods.mse import searched
 from tersor.methods.solver import Problem, polish, pose, rescaling, sweep
 from tersor.methods.stats import Stats
 
 
 @dataclass(frozen=True)
-class Gptq:
+class Gptq(MethodFor[Grid]):
     """Round column by column with error feedback.
 
     Attributes:
@@ -33,6 +34,8 @@ class Gptq:
     num_rounds: int | None = None
 
     name = "gptq"
+    fills = Grid
+    refusal = "rounds to a grid, and {format} has none; use int4-g64"
     needs = frozenset({"second_moment", "cross_moment"})
 
     def __post_init__(self) -> None:
@@ -41,21 +44,15 @@ class Gptq:
         if not self.drift:  # then the original model need not run beside
             object.__setattr__(self, "needs", frozenset({"second_moment"}))
 
-    def accepts(self, format: Format) -> str | None:
-        if isinstance(format, Grid):
-            return None
-        return f"gptq rounds to a grid, and {format.name} has none; use int4-g64"
-
-    def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
+    def fill(self, weight: Weight, format: Grid, stats: Stats) -> Encoded:
         return self.solve(pose(weight, stats, self.damping, self.drift), format)
 
-    def solve(self, problem: Problem, format: Format) -> Encoded:
+    def solve(self, problem: Problem, format: Grid) -> Encoded:
         """The point of `format` for one site's problem."""
-        assert isinstance(format, Grid)
         shape = (problem.target.shape[0], problem.target.shape[1])
         params = searched(problem.target, format, problem.moment.diagonal())
         values = sweep(problem, format.projector(params, shape))
-        coarse = isinstance(format, IntGroup) and format.bits < 3
+        coarse = format.integer_bits is not None and format.integer_bits < 3
         num_rounds = self.num_rounds if self.num_rounds is not None else 2 * coarse
         lowest = problem.loss(values) if num_rounds else 0.0
         for _ in range(num_rounds):

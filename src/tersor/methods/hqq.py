@@ -13,11 +13,12 @@ from torch import Tensor
 from tersor.core.errors import InputError
 from tersor.formats.contract import Encoded, Format, Params, Weight
 from tersor.formats.int_group import IntGroup, by_rows
+from tersor.methods.contract import MethodFor
 from tersor.methods.stats import Stats
 
 
 @dataclass(frozen=True)
-class Hqq:
+class Hqq(MethodFor[IntGroup]):
     """Move zero points by half-quadratic splitting.
 
     Attributes:
@@ -33,6 +34,8 @@ class Hqq:
     num_iterations: int = 20
 
     name = "hqq"
+    fills = IntGroup
+    refusal = "moves zero points, and {format} has none; use int4-g64-asym"
     needs = frozenset[str]()
 
     def __post_init__(self) -> None:
@@ -40,13 +43,12 @@ class Hqq:
             raise InputError(f"{self}: p must lie in (0, 2], and beta, kappa and num_iterations above 0")
 
     def accepts(self, format: Format) -> str | None:
-        if isinstance(format, IntGroup) and not format.symmetric:
-            return None
-        instead = f"{format.name}-asym, or the method mse" if isinstance(format, IntGroup) else "int4-g64-asym"
-        return f"hqq moves zero points, and {format.name} has none; use {instead}"
+        problem = super().accepts(format)
+        if problem is None and format.symmetric:  # type: ignore[attr-defined]
+            return f"hqq moves zero points, and {format.name} has none; use {format.name}-asym, or the method mse"
+        return problem
 
-    def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
-        assert isinstance(format, IntGroup)
+    def fill(self, weight: Weight, format: IntGroup, stats: Stats) -> Encoded:
         return format.encode(weight, by_rows(weight, lambda rows: self.search(rows, format)))
 
     def search(self, weight: Weight, format: IntGroup) -> Params:

@@ -7,13 +7,14 @@ kept weights alone.
 
 from dataclasses import dataclass
 
-from tersor.formats.contract import Encoded, Format, Sparse, Weight
+from tersor.formats.contract import Encoded, Sparse, Weight
+from tersor.methods.contract import MethodFor
 from tersor.methods.magnitude import encode_kept
 from tersor.methods.stats import Stats
 
 
 @dataclass(frozen=True)
-class Kept:
+class Kept(MethodFor[Sparse]):
     """Keep every weight that is not zero.
 
     >>> import torch
@@ -24,14 +25,10 @@ class Kept:
     """
 
     name = "kept"
+    fills = Sparse
+    refusal = "stores which weights are not zero, and {format} has no place for it; use bitmask"
     needs = frozenset({"column_weight"})
 
-    def accepts(self, format: Format) -> str | None:
-        if isinstance(format, Sparse):
-            return None
-        return f"kept stores which weights are not zero, and {format.name} has no place for it; use bitmask"
-
-    def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
+    def fill(self, weight: Weight, format: Sparse, stats: Stats) -> Encoded:
         """Raises FormatError where more weights are not zero than an n:m pattern holds."""
-        assert isinstance(format, Sparse)
         return encode_kept(weight, weight != 0, format, stats)

@@ -15,24 +15,21 @@ from torch import Tensor
 
 from tersor.core.threads import mean
 from tersor.formats.codebook import Codebook, clustered
-from tersor.formats.contract import Encoded, Format, Params, Weight
+from tersor.formats.contract import Encoded, Params, Weight
+from tersor.methods.contract import MethodFor
 from tersor.methods.stats import Stats
 
 
 @dataclass(frozen=True)
-class Kmeans:
+class Kmeans(MethodFor[Codebook]):
     """The codebook by weighted k-means, then the nearest value for every weight."""
 
     name = "kmeans"
+    fills = Codebook
+    refusal = "fills a codebook, and {format} has none; use codebook16"
     needs = frozenset({"row_weight", "column_weight"})
 
-    def accepts(self, format: Format) -> str | None:
-        if isinstance(format, Codebook):
-            return None
-        return f"kmeans fills a codebook, and {format.name} has none; use codebook16"
-
-    def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
-        assert isinstance(format, Codebook)
+    def fill(self, weight: Weight, format: Codebook, stats: Stats) -> Encoded:
         importance = row_importance(weight, stats).unsqueeze(1) * column_importance(weight, stats)
         return format.encode(weight, weighted_codebook(weight, format, importance))
 

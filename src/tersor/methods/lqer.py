@@ -8,8 +8,9 @@ columns is one bit per weight.
 from dataclasses import dataclass
 
 from tersor.core.errors import InputError
-from tersor.formats.contract import Encoded, Format, Weight
+from tersor.formats.contract import Encoded, Weight
 from tersor.formats.lowrank import Corrected, LowRank
+from tersor.methods.contract import MethodFor
 from tersor.methods.gptq import Gptq
 from tersor.methods.mse import Mse
 from tersor.methods.solver import pose
@@ -18,7 +19,7 @@ from tersor.methods.svd import principal_components
 
 
 @dataclass(frozen=True)
-class Lqer:
+class Lqer(MethodFor[Corrected]):
     """Quantize (`gptq` where the inputs' second moment is known, else `mse`), then correct the error.
 
     Attributes:
@@ -30,19 +31,15 @@ class Lqer:
     damping: float = 0.01
 
     name = "lqer"
+    fills = Corrected
+    refusal = "adds a low-rank correction, and {format} has no place for it; use int4-g64+lowrank"
     needs = Gptq.needs | Mse.needs | {"row_weight"}
 
     def __post_init__(self) -> None:
         if not (self.rank >= 0 and self.damping >= 0):
             raise InputError(f"{self}: rank and damping must be 0 or more")
 
-    def accepts(self, format: Format) -> str | None:
-        if isinstance(format, Corrected):
-            return None
-        return f"lqer adds a low-rank correction, and {format.name} has no place for it; use int4-g64+lowrank"
-
-    def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
-        assert isinstance(format, Corrected)
+    def fill(self, weight: Weight, format: Corrected, stats: Stats) -> Encoded:
         if stats.second_moment is None:
             target, base = weight, Mse().compress(weight, format.base, stats)
         else:

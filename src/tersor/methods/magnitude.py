@@ -7,15 +7,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tersor.core.errors import InputError
-from tersor.formats.contract import Encoded, Format, Sparse, Weight
-from tersor.formats.sparse_int import SparseInt
+from tersor.formats.contract import Encoded, Sparse, Weight
+from tersor.methods.contract import MethodFor
 from tersor.methods.kmeans import column_importance
 from tersor.methods.mse import Mse
 from tersor.methods.stats import Stats
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(MethodFor[Sparse]):
     """Keep the largest `1 - sparsity` of each site's weights, by absolute value.
 
     Attributes:
@@ -31,15 +31,14 @@ class Magnitude:
     sparsity: float = 0.5
 
     name = "magnitude"
+    fills = Sparse
+    refusal = "zeroes weights, and {format} stores zeros like any weight; use bitmask"
     needs = frozenset[str]()
 
     def __post_init__(self) -> None:
         check_sparsity(self.name, self.sparsity)
 
-    def accepts(self, format: Format) -> str | None:
-        return only_sparse(self.name, format)
-
-    def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
+    def fill(self, weight: Weight, format: Sparse, stats: Stats) -> Encoded:
         return keep_highest(weight, weight.abs(), self.sparsity, format, Stats())
 
 
@@ -52,24 +51,16 @@ def check_sparsity(method: str, sparsity: float) -> None:
         raise InputError(f"{method}: sparsity={sparsity} is not a fraction; give one in [0, 1), such as 0.5")
 
 
-def only_sparse(method: str, format: Format) -> str | None:
-    """Why a method that zeroes weights cannot fill this format; None when it can."""
-    if isinstance(format, Sparse):
-        return None
-    return f"{method} zeroes weights, and {format.name} stores zeros like any weight; use bitmask"
-
-
 def keep_highest(
-    weight: Weight, score: Float[Tensor, "out in"], sparsity: float, format: Format, stats: Stats
+    weight: Weight, score: Float[Tensor, "out in"], sparsity: float, format: Sparse, stats: Stats
 ) -> Encoded:
     """The weights of the highest scores."""
-    assert isinstance(format, Sparse)
     return encode_kept(weight, format.choose(score, sparsity), format, stats)
 
 
 def encode_kept(weight: Weight, mask: Bool[Tensor, "out in"], format: Sparse, stats: Stats) -> Encoded:
     """The weights of a mask as they are, or where the format holds integers, with scales searched for them alone."""
-    if not isinstance(format, SparseInt):
+    if format.kept_grid is None:
         return format.encode(weight, {"mask": mask})
     kept = torch.where(mask, weight, 0.0)
-    return format.encode(kept, {"mask": mask, **Mse().search(kept, format.grid, column_importance(weight, stats))})
+    return format.encode(kept, {"mask": mask, **Mse().search(kept, format.kept_grid, column_importance(weight, stats))})

@@ -18,17 +18,14 @@ from tersor.core.errors import InputError
 from tersor.core.threads import total
 from tersor.formats.codebook import Codebook
 from tersor.formats.contract import Encoded, Format, Grid, Params, Weight
-from tersor.formats.int_group import IntGroup, by_rows
-from tersor.formats.k_quant import KQuant
-from tersor.methods.kmeans import column_importance, weighted_codebook
+from tersor.formats.int_group import by_rows
+from tersor.methods.contract import MethodFor
+from tersor.methods.kmeans import Kmeans, column_importance, weighted_codebook
 from tersor.methods.stats import Stats
-
-SMALL_FLOATS = (0.7, 1.7)  # the ranges tried for them
-K_QUANTS = (0.6, 1.2)  # and for K-quants, whose least squares do the rest
 
 
 @dataclass(frozen=True)
-class Mse:
+class Mse(MethodFor[Grid]):
     """Search each group's scale by weighted squared error.
 
     Attributes:
@@ -40,6 +37,8 @@ class Mse:
     smallest: float = 0.4
 
     name = "mse"
+    fills = Grid
+    refusal = "searches the scales of a grid, and {format} has none; use nearest"
     needs = frozenset({"column_weight"})
 
     def __post_init__(self) -> None:
@@ -47,14 +46,11 @@ class Mse:
             raise InputError(f"{self}: smallest must lie in (0, 1], and num_steps above 0")
 
     def accepts(self, format: Format) -> str | None:
-        if isinstance(format, Codebook):
+        if format.usual_methods.without_inputs == Kmeans.name:
             return f"mse searches scales, and {format.name} has none; use kmeans"
-        if isinstance(format, Grid):
-            return None
-        return f"mse searches the scales of a grid, and {format.name} has none; use nearest"
+        return super().accepts(format)
 
-    def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
-        assert isinstance(format, Grid)
+    def fill(self, weight: Weight, format: Grid, stats: Stats) -> Encoded:
         return format.encode(weight, self.search(weight, format, column_importance(weight, stats)))
 
     def search(self, weight: Weight, format: Grid, importance: Float[Tensor, " in"]) -> Params:
@@ -71,7 +67,7 @@ class Mse:
 
         plain = format.fit(weight)
         before = lowest = error(plain)
-        if isinstance(format, KQuant):
+        if format.refits_every_range:
             # A minimum beside the scale: every range is a start for least squares in both.
             for shrink in self.ranges(format):
                 tried = format.refit(weight, format.fit(weight, shrink), importance)
@@ -88,22 +84,21 @@ class Mse:
         # Groups whose scales are stored together may disturb one another.
         if total(error(best)) > total(before):
             return plain
-        if isinstance(format, IntGroup):
-            scale = least_squares_scale(weight, format, best, importance)
-            better = error({**best, "scale": scale}) < lowest
-            best["scale"] = torch.where(better, scale, best["scale"])
-        return best
+        refitted = format.refit(weight, best, importance)
+        return best if refitted is best else format.chosen(error(refitted) < lowest, refitted, best)
 
     def ranges(self, format: Grid) -> list[float]:
         """The ranges tried beside the full one, as fractions of it; negative ones turn the levels around."""
-        if not isinstance(format, IntGroup):
-            low, high = K_QUANTS if isinstance(format, KQuant) else SMALL_FLOATS
+        if format.integer_bits is None:
+            low, high = format.search_range
             ranges = [low + (high - low) * step / self.num_steps for step in range(self.num_steps + 1)]
             return ranges + [-shrink for shrink in ranges] if format.asymmetric_range else ranges
         ranges = [1 - (1 - self.smallest) * step / self.num_steps for step in range(1, self.num_steps + 1)]
         # From 4 bits on, one level more at one end is not worth the time.
         return (
-            ranges + [-shrink for shrink in (1.0, *ranges)] if format.asymmetric_range and format.bits < 4 else ranges
+            ranges + [-shrink for shrink in (1.0, *ranges)]
+            if format.asymmetric_range and format.integer_bits < 4
+            else ranges
         )
 
 
@@ -111,16 +106,5 @@ def searched(weight: Weight, format: Grid, importance: Float[Tensor, " in"]) -> 
     """Good parameters for a weight whose columns count as `importance` says."""
     if isinstance(format, Codebook):
         return weighted_codebook(weight, format, importance.expand_as(weight))
-    fine = isinstance(format, IntGroup) and format.bits >= 4  # then a coarser search does as well
+    fine = format.integer_bits is not None and format.integer_bits >= 4  # then a coarser search does as well
     return Mse(num_steps=10 if fine else 20).search(weight, format, importance)
-
-
-def least_squares_scale(
-    weight: Weight, format: IntGroup, params: Params, importance: Float[Tensor, " in"]
-) -> Float[Tensor, "out groups"]:
-    """The scale that fits the weights best to the codes they have now: `<w, q> / <q, q>` per group."""
-    q_ogk = format.grouped(format.quantize(weight, params)) - format.zero_point(params)
-    hq_ogk = q_ogk * format.grouped(importance.expand_as(weight))
-    energy = (hq_ogk * q_ogk).sum(-1)
-    scale = (hq_ogk * format.grouped(weight)).sum(-1) / torch.where(energy == 0, 1.0, energy)
-    return torch.where(energy == 0, params["scale"].float(), scale).half()

@@ -14,17 +14,16 @@ from torch import Tensor
 
 from tersor.core.errors import InputError
 from tersor.core.threads import mean
-from tersor.formats.contract import Encoded, Format, Params, Sparse, Weight
-from tersor.formats.semi_structured import SemiStructured
-from tersor.formats.sparse_int import SparseInt
-from tersor.methods.magnitude import check_sparsity, only_sparse
+from tersor.formats.contract import Encoded, Params, Sparse, Weight
+from tersor.methods.contract import MethodFor
+from tersor.methods.magnitude import check_sparsity
 from tersor.methods.mse import searched
 from tersor.methods.solver import BLOCK, Problem, polish, pose, sweep
 from tersor.methods.stats import Stats
 
 
 @dataclass(frozen=True)
-class SparseGpt:
+class SparseGpt(MethodFor[Sparse]):
     """Prune, or prune and round, with error feedback.
 
     Attributes:
@@ -40,6 +39,8 @@ class SparseGpt:
     num_rounds: int = 2
 
     name = "sparsegpt"
+    fills = Sparse
+    refusal = "zeroes weights, and {format} stores zeros like any weight; use bitmask"
     needs = frozenset({"second_moment", "cross_moment"})
 
     def __post_init__(self) -> None:
@@ -49,11 +50,7 @@ class SparseGpt:
         if not self.drift:  # then the original model need not run beside
             object.__setattr__(self, "needs", frozenset({"second_moment"}))
 
-    def accepts(self, format: Format) -> str | None:
-        return only_sparse(self.name, format)
-
-    def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
-        assert isinstance(format, Sparse)
+    def fill(self, weight: Weight, format: Sparse, stats: Stats) -> Encoded:
         shape = (weight.shape[0], weight.shape[1])
         format.fake_quantize(
             weight, format.fit(weight)
@@ -67,9 +64,7 @@ class SparseGpt:
             fraction = (num_zeros[columns].sum().item() + 0.5) / values.numel()  # the half survives rounding down
             mask[:, columns] = format.choose((values * pivots).abs(), fraction)
 
-        pattern = format.pattern if isinstance(format, SparseInt) else format
-        group_size = pattern.m if isinstance(pattern, SemiStructured) else BLOCK
-        values = sweep(problem, format.projector(params, shape), choose, group_size)
+        values = sweep(problem, format.projector(params, shape), choose, format.pattern_width or BLOCK)
         values = polish(problem, values, format.projector(params, shape), self.num_rounds)
         return format.encode(values, params)
 
@@ -77,7 +72,7 @@ class SparseGpt:
         """The mask that Wanda would choose, and scales for what it keeps."""
         energy = problem.moment.diagonal()
         mask = format.choose(problem.target.square() * energy, self.sparsity)
-        if not isinstance(format, SparseInt):
+        if format.kept_grid is None:
             return {"mask": mask}
         kept = torch.where(mask, problem.target, 0.0)
-        return {"mask": mask, **searched(kept, format.grid, energy / mean(energy).clamp_min(1e-30))}
+        return {"mask": mask, **searched(kept, format.kept_grid, energy / mean(energy).clamp_min(1e-30))}

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from tersor.core.errors import InputError
 from tersor.core.threads import threads
-from tersor.formats.contract import Encoded, Format, Weight
+from tersor.formats.contract import Encoded, Weight
 from tersor.formats.lowrank import LowRank
+from tersor.methods.contract import MethodFor
 from tersor.methods.solver import check_finite
 from tersor.methods.stats import Stats
 
 
 @dataclass(frozen=True)
-class Svd:
+class Svd(MethodFor[LowRank]):
     """Keep the components of the output with most energy. Of rank, energy and ratio, the first above zero decides.
 
     Attributes:
@@ -41,6 +42,8 @@ class Svd:
     damping: float = 0.01
 
     name = "svd"
+    fills = LowRank
+    refusal = "finds two thin factors, and {format} does not hold them; use lowrank"
     needs = frozenset({"second_moment", "row_weight", "column_weight"})
 
     def __post_init__(self) -> None:
@@ -49,13 +52,7 @@ class Svd:
         if not (self.rank or self.energy or self.ratio):
             raise InputError("svd: give rank, energy or ratio, for example ratio=0.5")
 
-    def accepts(self, format: Format) -> str | None:
-        if isinstance(format, LowRank):
-            return None
-        return f"svd finds two thin factors, and {format.name} does not hold them; use lowrank"
-
-    def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
-        assert isinstance(format, LowRank)
+    def fill(self, weight: Weight, format: LowRank, stats: Stats) -> Encoded:
         found = principal_components(weight, stats, self.damping)
         rank = self.choose_rank(found.energy, (weight.shape[0], weight.shape[1]))
         return format.encode(weight, format.factors(found.left[:, :rank], found.right[:rank]))

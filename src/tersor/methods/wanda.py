@@ -11,15 +11,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersor.core.threads import mean
-from tersor.formats.contract import Encoded, Format, Weight
-from tersor.methods.magnitude import check_sparsity, keep_highest, only_sparse
+from tersor.formats.contract import Encoded, Sparse, Weight
+from tersor.methods.contract import MethodFor
+from tersor.methods.magnitude import check_sparsity, keep_highest
 from tersor.methods.stats import Stats
 
 SILENT = 1e-6  # of the inputs' mean energy
 
 
 @dataclass(frozen=True)
-class Wanda:
+class Wanda(MethodFor[Sparse]):
     """Keep the `1 - sparsity` of each row's weights that count most.
 
     Attributes:
@@ -35,15 +36,14 @@ class Wanda:
     sparsity: float = 0.5
 
     name = "wanda"
+    fills = Sparse
+    refusal = "zeroes weights, and {format} stores zeros like any weight; use bitmask"
     needs = frozenset({"second_moment", "column_weight"})
 
     def __post_init__(self) -> None:
         check_sparsity(self.name, self.sparsity)
 
-    def accepts(self, format: Format) -> str | None:
-        return only_sparse(self.name, format)
-
-    def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
+    def fill(self, weight: Weight, format: Sparse, stats: Stats) -> Encoded:
         score = weight.abs() * input_energy(weight, stats).sqrt()
         # A score's rank within its row makes rows comparable: all lose the same share, to one weight.
         rank = score.argsort(dim=1, stable=True).argsort(dim=1)

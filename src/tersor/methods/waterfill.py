@@ -32,8 +32,9 @@ from torch import Tensor
 from tersor.core.errors import InputError
 from tersor.core.threads import threads
 from tersor.formats.coded import Coded
-from tersor.formats.contract import Encoded, Format, Weight
+from tersor.formats.contract import Encoded, Weight
 from tersor.formats.trellis import NOISE, POLYNOMIALS
+from tersor.methods.contract import MethodFor
 from tersor.methods.filling import PER_OCTAVE, ColumnRounder, code_masses, columns_at, spreads
 from tersor.methods.solver import Problem, polish, pose, sweep
 from tersor.methods.stats import Stats
@@ -50,7 +51,7 @@ REACH = 60  # octaves around 1 in which rows and columns deviate
 
 
 @dataclass(frozen=True)
-class Waterfill:
+class Waterfill(MethodFor[Coded]):
     """Round with steps that make every weight's share of the loss the same.
 
     Attributes:
@@ -74,6 +75,8 @@ class Waterfill:
     num_states: int = 0
 
     name = "waterfill"
+    fills = Coded
+    refusal = "chooses the steps of codes without bounds, and {format} has none; use coded"
     needs = frozenset({"second_moment", "cross_moment", "row_weight", "column_weight"})
 
     def __post_init__(self) -> None:
@@ -86,14 +89,8 @@ class Waterfill:
         if not self.drift:  # then the original model need not run beside
             object.__setattr__(self, "needs", self.needs - {"cross_moment"})
 
-    def accepts(self, format: Format) -> str | None:
-        if isinstance(format, Coded):
-            return None
-        return f"waterfill chooses the steps of codes without bounds, and {format.name} has none; use coded"
-
     @threads(1)
-    def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
-        assert isinstance(format, Coded)
+    def fill(self, weight: Weight, format: Coded, stats: Stats) -> Encoded:
         damping = damping_of(weight, stats, STEPS_DAMPING) if self.damping is None else self.damping
         target, alone = weight, replace(stats, cross_moment=None)
         if self.drift and stats.cross_moment is not None:
