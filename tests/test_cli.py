@@ -530,16 +530,17 @@ def test_code_that_an_artifact_names_is_not_run(digits, inside, capsys):
 FLAGS = {
     "compress": "--output -o --size --ratio --bits --drop --coded --num-states --format --method --rule --exclude "
     "--transform --bias-correction --keep-float --recipe --weights --task --data --calibration --train --task-option "
-    "--batch --seed --threads --overwrite --stream --exit-code --dtype --json",
+    "--batch --timing-seconds --seed --threads --overwrite --stream --exit-code --dtype --json",
     "inspect": "--weights --format --sensitivity --measure --training-memory --batch-size --context --lora --base "
     "--optimizer --task --data --calibration --train --task-option --seed --dtype --json",
     "bench": "--runtime --weights --batch --threads --new-tokens --prompt --length --shape --task --data --task-option "
     "--seconds --cpu-time --no-memory --seed --json",
     "explain": "--against --runtime --weights --batch --length --shape --threads --seconds --rows --remeasure --seed "
     "--json",
-    "evaluate": "--weights --task --data --calibration --task-option --batch --threads --lazy --dtype --json",
-    "compare": "--weights --task --data --calibration --task-option --drop --batch --seed --threads --exit-code "
+    "evaluate": "--weights --task --data --calibration --task-option --batch --timing-seconds --threads --lazy "
     "--dtype --json",
+    "compare": "--weights --task --data --calibration --task-option --drop --batch --timing-seconds --seed --threads "
+    "--exit-code --dtype --json",
     "pack": "--output -o --overwrite --json",
     "unpack": "--output -o --overwrite --json",
     "verify": "--json",

@@ -7,13 +7,13 @@ from typing import Annotated
 import typer
 
 from tersor.cli import options
-from tersor.cli.console import out, print_json, print_table, progress_bars
+from tersor.cli.console import err, out, print_json, print_table, progress_bars
 from tersor.core.errors import InputError
 from tersor.jobs.bench import Bench, Candidate, candidates_of
 from tersor.jobs.bench import bench as run_bench
 from tersor.jobs.decode import DecodeBench, decode_bench
 from tersor.measure.memory import Memory
-from tersor.measure.scorecard import machine
+from tersor.measure.scorecard import BATCH_SIZES, machine
 from tersor.report.card import megabytes
 
 Length = Annotated[int | None, typer.Option(help="Tokens of a made-up example; 128 if not given.")]
@@ -49,7 +49,10 @@ def bench(
     task: options.TaskName = None,
     data: options.Data = None,
     task_option: options.TaskOption = None,
-    seconds: Annotated[float, typer.Option(help="About how long to time each model at each batch size.")] = 4.0,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="About how long to time each model at each batch size; else 4, and a minute in all at most."),
+    ] = None,
     cpu_time: Annotated[
         bool, typer.Option("--cpu-time", help="Time the processor, not the clock: one thread, on a busy machine.")
     ] = False,
@@ -86,7 +89,7 @@ def bench(
     with progress_bars(json) as progress:
         found = run_bench(
             candidates_of(models, runtime or [], weights or []),
-            batch_sizes=options.batch_sizes(batch or "1,32"),
+            batch_sizes=options.batch_sizes(batch) or BATCH_SIZES,
             thread_counts=thread_counts(threads),
             length=length,
             shape=example_shape(shape),
@@ -136,6 +139,8 @@ def show(found: Bench, first: str) -> None:
     print_table(f"latency in turn; speed-up over {first}", columns, rows)
     show_memory(candidates, found.memory)
     out.print(f"run on {found.inputs}", markup=False, highlight=False)
+    for sentence in found.untimed:
+        err.print(f"note: {sentence}", style="yellow", markup=False, highlight=False)
     show_noise(first, found.noise, found.versions)
 
 

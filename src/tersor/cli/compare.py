@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tersor.cli import options
-from tersor.cli.console import leave, out, print_json, print_table, progress_bars
+from tersor.cli.console import err, leave, out, print_json, print_table, progress_bars
 from tersor.jobs.compress import compare_models
 from tersor.kernels import choices
 from tersor.report.card import comparison
@@ -25,7 +25,8 @@ def compare(
     task_option: options.TaskOption = None,
     drop: options.Drop = "1%",
     dtype: options.Dtype = None,
-    batch: options.Batch = "1,32",
+    batch: options.Batch = None,
+    timing_seconds: options.TimingSeconds = None,
     seed: options.Seed = 0,
     threads: options.Threads = 1,
     exit_code: options.ExitCode = False,
@@ -41,6 +42,7 @@ def compare(
             seed=seed,
             batch_sizes=options.batch_sizes(batch),
             num_threads=options.checked_threads(threads),
+            timing_seconds=options.checked_seconds(timing_seconds),
             dtype=options.dtype_named(dtype),
             progress=progress,
         )
@@ -49,6 +51,8 @@ def compare(
         print_json(found | {"measured_on": description, "kernels": [asdict(choice) for choice in choices()]})
         leave(verdicts[0], exit_code)
         return
+    for sentence in cards[0].untimed:
+        err.print(f"note: {sentence}", style="yellow", markup=False, highlight=False)
     print_table("side by side", ["", a, b], comparison(*cards))
     out.print(f"measured on: {description}", markup=False, highlight=False)
     out.print(f"verdict: {verdicts[0].sentence()}", style="bold", markup=False, highlight=False)

@@ -20,7 +20,8 @@ def evaluate(
     calibration: options.Calibration = None,
     task_option: options.TaskOption = None,
     dtype: options.Dtype = None,
-    batch: options.Batch = "1,32",
+    batch: options.Batch = None,
+    timing_seconds: options.TimingSeconds = None,
     threads: options.Threads = 1,
     lazy: Annotated[
         bool, typer.Option("--lazy", help="Leave entropy-coded weights in their file and decode each as it runs.")
@@ -35,22 +36,22 @@ def evaluate(
             task_choice=options.task_choice(task, data, calibration, task_option),
             batch_sizes=options.batch_sizes(batch),
             num_threads=options.checked_threads(threads),
+            timing_seconds=options.checked_seconds(timing_seconds),
             dtype=options.dtype_named(dtype),
             lazy=lazy,
             progress=progress,
         )
-    with_itself = ""
+    notes = list(card.untimed)
     if task in (None, "fidelity"):
-        with_itself = (
+        notes.append(
             f"fidelity compares a model with the original, and here with itself, so its score says nothing; "
             f"tersor compare ORIGINAL {model} judges it"
         )
     if json:
         kernels = [asdict(choice) for choice in choices()]
-        notes = [with_itself] if with_itself else []
         print_json({"scorecard": card.to_dict(), "measured_on": description, "notes": notes, "kernels": kernels})
         return
     print_table(model, ["", "measured"], scorecard_rows([card]))
-    if with_itself:
-        err.print(f"note: {with_itself}", style="yellow", markup=False, highlight=False)
+    for note in notes:
+        err.print(f"note: {note}", style="yellow", markup=False, highlight=False)
     out.print(f"measured on: {description}", markup=False, highlight=False)

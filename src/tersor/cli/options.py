@@ -35,7 +35,17 @@ TaskOption = Annotated[
         "--task-option", help="KEY=VALUE for the task: batch_size, max_length, context, stride, ... Repeatable."
     ),
 ]
-Batch = Annotated[str, typer.Option(help="Batch sizes for latency, separated by commas.")]
+Batch = Annotated[
+    str | None,
+    typer.Option(
+        help="Batch sizes for latency, separated by commas; 1,32 if not given, and 1 for language models, which read "
+        "a prompt and write."
+    ),
+]
+TimingSeconds = Annotated[
+    float | None,
+    typer.Option(help="Seconds that timing may take. Without it: as long as the work before it, and a minute at most."),
+]
 Drop = Annotated[str, typer.Option(help="Largest tolerated loss of the score: 1% (relative) or 0.01 (absolute).")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 ExitCode = Annotated[
@@ -97,8 +107,10 @@ def number(text: str) -> Any:
     return text
 
 
-def batch_sizes(text: str) -> tuple[int, ...]:
+def batch_sizes(text: str | None) -> tuple[int, ...] | None:
     """Parse `1,32` as batch sizes."""
+    if text is None:
+        return None
     try:
         sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -106,6 +118,13 @@ def batch_sizes(text: str) -> tuple[int, ...]:
     if not sizes or min(sizes) < 1:
         raise InputError(f"--batch '{text}' is not a list of batch sizes; write for example 1,32")
     return sizes
+
+
+def checked_seconds(seconds: float | None) -> float | None:
+    """A time that is longer than nothing."""
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise InputError(f"--timing-seconds {seconds} is no time; write for example 120")
+    return seconds
 
 
 def checked_threads(threads: int) -> int:

@@ -4,6 +4,7 @@ The first is also timed against itself. What that ratio shows is noise, and a di
 called one.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from tersor.core.errors import InputError
 from tersor.core.progress import Progress, silent
 from tersor.core.threads import threads
 from tersor.jobs.task_choice import TaskChoice, open_task_for
-from tersor.measure.latency import Latency, measure_calls
+from tersor.measure.latency import FEWEST, USUAL, Latency, TimeLimit, expected, measure_calls, now
 from tersor.measure.memory import Memory, measure_opened
 from tersor.runtimes import Session, open_session, runtime_for
 from tersor.runtimes.feeds import LENGTH, feeds_from, synthetic_feeds
@@ -54,6 +55,7 @@ class Bench:
         noise: 95 % interval of the first against itself, for each batch size and thread count in the same order.
         memory: of each candidate, at the largest batch; None where it was not asked for or the kernel does not tell.
         inputs: where they came from, and their shapes at each batch size.
+        untimed: a sentence for each batch size that there was no time for.
     """
 
     timings: tuple[Timing, ...]
@@ -61,6 +63,7 @@ class Bench:
     memory: tuple[Memory | None, ...]
     inputs: str
     versions: tuple[str, ...]
+    untimed: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         found = asdict(self)
@@ -95,7 +98,7 @@ def bench(
     length: int | None = None,
     shape: Sequence[int] | None = None,
     task_choice: TaskChoice | None = None,
-    seconds: float = 4.0,
+    seconds: float | None = None,
     memory: bool = True,
     cpu_time: bool = False,
     seed: int = 0,
@@ -107,7 +110,8 @@ def bench(
         length: tokens, or steps, of a made-up example; 128 if not given.
         shape: of one made-up example, where the models leave it open.
         task_choice: whose examples to run on; None makes inputs up.
-        seconds: about how long to time each batch size and thread count, per candidate.
+        seconds: about how long to time each batch size and thread count, per candidate; None is 4, but no more than a
+            minute in all, and larger batches that would take longer are left out.
         cpu_time: whether to time the processor's work for this process rather than the clock on the wall: for one
             thread on a machine that has other work.
         memory: whether to open each once more, in a process of its own.
@@ -121,7 +125,10 @@ def bench(
         raise InputError("--cpu-time adds up all threads, so it says nothing of several; use it with --threads 1")
     timings: list[Timing] = []
     noises: list[tuple[float, float]] = []
-    done, whole = 0, len(thread_counts) * len(batch_sizes) + memory * len(candidates)
+    untimed: list[str] = []
+    num_left = len(thread_counts) * len(batch_sizes)
+    done, whole = 0, num_left + memory * len(candidates)
+    limit = TimeLimit(None if seconds is None else seconds * len(candidates) * num_left)
     for num_threads in thread_counts:
         sessions = [open_session(c.model, c.runtime, num_threads=num_threads, weights=c.weights) for c in candidates]
         for candidate, session in zip(candidates, sessions, strict=True):
@@ -132,36 +139,44 @@ def bench(
                 )
         source = Feeder(sessions, length or LENGTH, shape, task_choice, seed)
         fed = {}
-        for batch_size in batch_sizes:
+        for batch_size in sorted(batch_sizes):
             each = [source.feeds(session, batch_size) for session in sessions]
             fed[len(next(iter(each[0].values())))] = each  # few examples give smaller batches than were asked for
+        latencies: list[Latency] = []
         for batch_size, feeds in fed.items():
             progress("timing", done, whole)
+            refusal = limit.refusal(f"batch {batch_size}", expected(latencies, batch_size))
+            done, num_left = done + 1, num_left - 1
+            if seconds is None and refusal is not None:
+                untimed.append(f"{refusal}; --seconds {math.ceil(expected(latencies, batch_size))} times it")
+                continue
             calls = [partial(session.run, feed) for session, feed in zip(sessions, feeds, strict=True)]
-            with threads(num_threads):
+            with threads(num_threads), limit.counting():
                 *latencies, again = measure_calls(
                     [*calls, calls[0]],
                     batch_size=batch_size,
                     num_threads=num_threads,
-                    seconds=seconds * len(calls),
+                    seconds=limit.share(num_left + 1, USUAL * len(calls)),
+                    least_rounds=1 if seconds is None else FEWEST,
                     seed=seed,
-                    clock=time.process_time if cpu_time else time.perf_counter,
+                    clock=time.process_time if cpu_time else now,
                 )
             noise = again.speedup_interval
             noises.append(noise)
             for candidate, latency in zip(candidates, latencies, strict=True):
                 timings.append(Timing(candidate, latency, latency.difference(noise)))
-            done += 1
+            largest = feeds
     opened: list[Memory | None] = []
-    for candidate, feed in zip(candidates, fed[max(fed)], strict=True):
+    for candidate, feed in zip(candidates, largest, strict=True):
         progress("timing", done, whole)
         asked = partial(measure_opened, candidate.model, candidate.runtime, feed, weights=candidate.weights)
         opened.append(asked(num_threads=thread_counts[0]) if memory else None)
         done += memory
     progress("timing", whole, whole)
-    shapes = "; ".join(f"{name} {list(array.shape)}" for name, array in fed[max(fed)][0].items())
+    shapes = "; ".join(f"{name} {list(array.shape)}" for name, array in largest[0].items())
     versions = dict.fromkeys(runtime_for(c.model, c.runtime).version() for c in candidates)
-    return Bench(tuple(timings), tuple(noises), tuple(opened), f"{source.description}: {shapes}", tuple(versions))
+    inputs = f"{source.description}: {shapes}"
+    return Bench(tuple(timings), tuple(noises), tuple(opened), inputs, tuple(versions), tuple(untimed))
 
 
 class Feeder:

@@ -4,6 +4,7 @@ What is measured is what was written: the artifact is loaded from its temporary 
 folder appears under its own name only when everything went well.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from tersor.checkpoint.source import Source, call_factory
 from tersor.core.errors import BudgetError, InputError
 from tersor.core.progress import Progress, silent
 from tersor.jobs.task_choice import TaskChoice, open_task_for
+from tersor.measure.latency import TimeLimit
 from tersor.measure.scorecard import Scorecard, Subject, machine, measure
 from tersor.measure.verdict import Tolerance, Verdict, judge
 from tersor.methods.stats import Stats
@@ -80,14 +82,20 @@ def compress_to_folder(
     bias_correction: bool = False,
     keep_float: str | int = "none",
     seed: int = 0,
-    batch_sizes: Sequence[int] = (1, 32),
+    batch_sizes: Sequence[int] | None = None,
     num_threads: int = 1,
+    timing_seconds: float | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
     on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> Outcome:
-    """Make `output` from `model`. Raises a TersorError with the way out, and then leaves nothing behind."""
+    """Make `output` from `model`. Raises a TersorError with the way out, and then leaves nothing behind.
+
+    Args:
+        timing_seconds: that timing may take; None is as long as all else took, and a minute at most.
+    """
+    began = time.perf_counter()
     check_output(output, overwrite)
     tolerance = Tolerance.parse(budget.drop or DEFAULT_DROP)
     given = check_choices(budget, recipe, formats, rules, exclude, transforms, seed, bias_correction, keep_float)
@@ -165,7 +173,13 @@ def compress_to_folder(
                 Subject("compressed", loaded, file_bytes),
             ]
             cards = measure(
-                subjects, [original, scores], task, batch_sizes=batch_sizes, num_threads=num_threads, progress=progress
+                subjects,
+                [original, scores],
+                task,
+                batch_sizes=batch_sizes,
+                num_threads=num_threads,
+                limit=TimeLimit(timing_seconds, time.perf_counter() - began),
+                progress=progress,
             )
             # After a search the chosen trial is held to the search's stricter level, on the scores of the loaded file.
             verdict = judge(original, scores, tolerance, trials[0].verdict.alpha if trials else ALPHA, seed)
@@ -183,7 +197,7 @@ def compress_to_folder(
                 "keep_float": [choice.to_dict() for choice in made.kept_float],
                 "notes": [
                     *(*source.notes, *left_behind(source.folder), *unreached(stats), *uncorrected(recipe)),
-                    *made.notes,
+                    *(*made.notes, *cards[0].untimed),
                     *(choice.note() for choice in made.kept_float),
                     *(note for curve in made.curves for note in curve.notes),
                 ],
@@ -290,8 +304,9 @@ def evaluate_model(
     *,
     weights: Path | None = None,
     task_choice: TaskChoice = TaskChoice(),
-    batch_sizes: Sequence[int] = (1, 32),
+    batch_sizes: Sequence[int] | None = None,
     num_threads: int = 1,
+    timing_seconds: float | None = None,
     lazy: bool = False,
     dtype: torch.dtype | None = None,
     progress: Progress = silent,
@@ -304,6 +319,7 @@ def evaluate_model(
         task_choice=task_choice,
         batch_sizes=batch_sizes,
         num_threads=num_threads,
+        timing_seconds=timing_seconds,
         lazy=lazy,
         dtype=dtype,
         progress=progress,
@@ -318,13 +334,15 @@ def compare_models(
     task_choice: TaskChoice = TaskChoice(),
     drop: str = DEFAULT_DROP,
     seed: int = 0,
-    batch_sizes: Sequence[int] = (1, 32),
+    batch_sizes: Sequence[int] | None = None,
     num_threads: int = 1,
+    timing_seconds: float | None = None,
     lazy: bool = False,
     dtype: torch.dtype | None = None,
     progress: Progress = silent,
 ) -> tuple[list[Scorecard], str, list[Verdict]]:
     """Scorecards of all models, measured together, and each one's verdict against the first."""
+    began = time.perf_counter()
     tolerance = Tolerance.parse(drop)
     torch.manual_seed(seed)
     factories = [name for name in names if ":" in name]
@@ -338,6 +356,9 @@ def compare_models(
     task.prepare(sources[0].model)
     scores = [score(task, source.model, progress, f"evaluating {source.name}") for source in sources]
     subjects = [Subject(s.name, s.model, s.num_bytes or size_of(s.model)) for s in sources]
-    cards = measure(subjects, scores, task, batch_sizes=batch_sizes, num_threads=num_threads, progress=progress)
+    limit = TimeLimit(timing_seconds, time.perf_counter() - began)
+    cards = measure(
+        subjects, scores, task, batch_sizes=batch_sizes, num_threads=num_threads, limit=limit, progress=progress
+    )
     verdicts = [judge(scores[0], other, tolerance, seed=seed) for other in scores[1:]]
     return cards, task.description, verdicts

@@ -1,13 +1,12 @@
 """Language models that write, each in its own runtime: tokens per second at batch 1, in turn, on the same tokens.
 
-A round of a model reads the prompt, which is timed apart, then token after token. What is fed is made up beforehand,
-for all models alike; choosing the next token is no part of it.
+How they are timed is told in measure/decoding.py.
 """
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,10 @@ from tersor.core.errors import InputError
 from tersor.core.progress import Progress, silent
 from tersor.core.threads import threads
 from tersor.jobs.bench import Candidate
-from tersor.measure.latency import Latency, measure_calls
+from tersor.measure.decoding import measure_decoding
+from tersor.measure.latency import USUAL, Latency, TimeLimit, now
 from tersor.measure.memory import Memory, measure_opened
-from tersor.runtimes import Decoder, open_decoder, runtime_for
+from tersor.runtimes import open_decoder, runtime_for
 from tersor.runtimes.feeds import NUM_TOKENS
 
 
@@ -70,7 +70,7 @@ def decode_bench(
     num_prompt: int = 64,
     num_new: int = 64,
     thread_counts: Sequence[int] = (1,),
-    seconds: float = 4.0,
+    seconds: float | None = None,
     memory: bool = True,
     cpu_time: bool = False,
     seed: int = 0,
@@ -80,7 +80,7 @@ def decode_bench(
 
     Args:
         num_prompt: tokens that are read first.
-        num_new: tokens that are then read one by one.
+        num_new: tokens that are then read one by one; fewer where no `seconds` are given and a minute is too short.
 
     Raises InputError for a model that is no language model, or a runtime that does not run these token by token;
     ModelError for a file without a cache; MissingExtra for a runtime that is not installed.
@@ -93,37 +93,32 @@ def decode_bench(
     if factory is not None:
         raise InputError(f"{factory.model}: --weights goes with a factory; decoding takes folders and files")
     ids = np.random.default_rng(seed).integers(1, NUM_TOKENS, (1, num_prompt + num_new))
-    prompt, new = ids[:, :num_prompt], ids[:, num_prompt:]
-    clock = time.process_time if cpu_time else time.perf_counter
+    clock = time.process_time if cpu_time else now
     timings: list[DecodeTiming] = []
     noises: list[tuple[float, float]] = []
-    done, whole = 0, 2 * len(thread_counts) + memory * len(candidates)
-    for num_threads in thread_counts:
+    limit = TimeLimit(None if seconds is None else seconds * len(candidates) * len(thread_counts))
+    done, whole = 0, len(thread_counts) + memory * len(candidates)
+    for i, num_threads in enumerate(thread_counts):
+        progress("timing", done, whole)
         decoders = [open_decoder(c.model, c.runtime, num_threads=num_threads) for c in candidates]
-        asked: dict[str, Any] = {"batch_size": 1, "num_threads": num_threads, "seed": seed, "clock": clock}
-        each = [*decoders, decoders[0]]
-        with threads(num_threads):
-            progress("timing", done, whole)
-            *prompts, _ = measure_calls(
-                [partial(decoder.feed, prompt) for decoder in each],
-                before=[decoder.reset for decoder in each],
-                seconds=seconds * len(decoders) / 4,
-                **asked,
+        with threads(num_threads), limit.counting():
+            found = measure_decoding(
+                [*decoders, decoders[0]],
+                ids,
+                num_prompt,
+                seconds=limit.share(len(thread_counts) - i, USUAL * len(decoders)),
+                most_seconds=limit.share(len(thread_counts) - i, math.inf) if seconds is None else math.inf,
+                seed=seed,
+                clock=clock,
             )
-            progress("timing", done + 1, whole)
-            *tokens, again = measure_calls(
-                [partial(one_by_one, decoder, new) for decoder in each],
-                before=[partial(begin, decoder, prompt) for decoder in each],
-                seconds=seconds * len(decoders),
-                **asked,
-            )
-        done += 2
-        noise = again.speedup_interval
-        noises.append(noise)
-        for candidate, first, rest in zip(candidates, prompts, tokens, strict=True):
-            token = replace(rest, p50=rest.p50 / num_new, p95=rest.p95 / num_new)
-            timings.append(DecodeTiming(candidate, first, token, 1e3 / token.p50, token.difference(noise)))
-        del decoders, each
+        done += 1
+        *prompts, _ = found.prompts
+        *tokens, again = found.tokens
+        noises.append(again.speedup_interval)
+        for candidate, prompt, token in zip(candidates, prompts, tokens, strict=True):
+            speed = token.tokens_per_second or 0.0
+            timings.append(DecodeTiming(candidate, prompt, token, speed, token.difference(again.speedup_interval)))
+        del decoders
     opened: list[Memory | None] = []
     for candidate in candidates:
         progress("timing", done, whole)
@@ -137,16 +132,4 @@ def decode_bench(
         done += memory
     progress("timing", whole, whole)
     versions = dict.fromkeys(runtime_for(c.model, c.runtime).version() for c in candidates)
-    return DecodeBench(tuple(timings), tuple(noises), tuple(opened), num_prompt, num_new, tuple(versions))
-
-
-def begin(decoder: Decoder, prompt: np.ndarray) -> None:
-    """Forget all, and read the prompt."""
-    decoder.reset()
-    decoder.feed(prompt)
-
-
-def one_by_one(decoder: Decoder, ids: np.ndarray) -> None:
-    """Read tokens `[1, token]`, each in a call of its own."""
-    for position in range(ids.shape[1]):
-        decoder.feed(ids[:, position : position + 1])
+    return DecodeBench(tuple(timings), tuple(noises), tuple(opened), num_prompt, found.num_new, tuple(versions))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tersor.checkpoint.manifest import weights_name
+from tersor.measure.latency import Latency
 from tersor.measure.scorecard import Scorecard
 from tersor.measure.verdict import Verdict
 
@@ -125,9 +126,22 @@ def scorecard_rows(cards: Sequence[Scorecard]) -> list[tuple[str, ...]]:
     ]
     rows += [row(key, lambda c, key=key: f"{c.extras[key]:.4f}") for key in shared_extras(cards)]  # type: ignore[misc]
     for index, latency in enumerate(first.latency):
-        label = f"latency, batch {latency.batch_size}, {latency.num_threads} threads (p50 / p95)"
-        rows.append(row(label, lambda c, i=index: f"{c.latency[i].p50:.2f} / {c.latency[i].p95:.2f} ms"))  # type: ignore[misc]
+        rows.append(row(latency_label(latency), lambda c, i=index: latency_text(c.latency[i])))  # type: ignore[misc]
     return rows
+
+
+def latency_label(latency: Latency) -> str:
+    """The name of a timing: what was timed, how large the batch was and on how many threads it ran."""
+    on = f"batch {latency.batch_size}, {latency.num_threads} threads"
+    names = {"pass": "latency", "prompt": "reading a prompt", "token": "writing"}
+    return f"{names[latency.work]}, {on} ({'p50 / p95' if latency.work == 'pass' else 'tokens a second, p50'})"
+
+
+def latency_text(latency: Latency) -> str:
+    """The numbers that belong to `latency_label`."""
+    if latency.tokens_per_second is None:
+        return f"{latency.p50:.2f} / {latency.p95:.2f} ms"
+    return f"{latency.tokens_per_second:.1f}, {latency.p50:.2f} ms"
 
 
 def shared_extras(cards: Sequence[Scorecard]) -> list[str]:
