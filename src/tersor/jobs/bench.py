@@ -18,7 +18,7 @@ from tersor.core.errors import InputError
 from tersor.core.progress import Progress, silent
 from tersor.core.threads import threads
 from tersor.jobs.task_choice import TaskChoice, open_task_for
-from tersor.measure.latency import FEWEST, USUAL, Latency, TimeLimit, expected, measure_calls, now
+from tersor.measure.latency import USUAL, Latency, TimeLimit, expected, measure_calls, now
 from tersor.measure.memory import Memory, measure_opened
 from tersor.runtimes import Session, open_session, runtime_for
 from tersor.runtimes.feeds import LENGTH, feeds_from, synthetic_feeds
@@ -151,13 +151,14 @@ def bench(
                 untimed.append(f"{refusal}; --seconds {math.ceil(expected(latencies, batch_size))} times it")
                 continue
             calls = [partial(session.run, feed) for session, feed in zip(sessions, feeds, strict=True)]
+            usual, most = limit.share(num_left + 1, USUAL * len(calls))
             with threads(num_threads), limit.counting():
                 *latencies, again = measure_calls(
                     [*calls, calls[0]],
                     batch_size=batch_size,
                     num_threads=num_threads,
-                    seconds=limit.share(num_left + 1, USUAL * len(calls)),
-                    least_rounds=1 if seconds is None else FEWEST,
+                    seconds=usual,
+                    most_seconds=most if seconds is None else math.inf,
                     seed=seed,
                     clock=time.process_time if cpu_time else now,
                 )

@@ -101,13 +101,14 @@ def decode_bench(
     for i, num_threads in enumerate(thread_counts):
         progress("timing", done, whole)
         decoders = [open_decoder(c.model, c.runtime, num_threads=num_threads) for c in candidates]
+        usual, most = limit.share(len(thread_counts) - i, USUAL * len(decoders))
         with threads(num_threads), limit.counting():
             found = measure_decoding(
                 [*decoders, decoders[0]],
                 ids,
                 num_prompt,
-                seconds=limit.share(len(thread_counts) - i, USUAL * len(decoders)),
-                most_seconds=limit.share(len(thread_counts) - i, math.inf) if seconds is None else math.inf,
+                seconds=usual,
+                most_seconds=most if seconds is None else math.inf,
                 seed=seed,
                 clock=clock,
             )

@@ -6,14 +6,13 @@ What is fed is made up beforehand, for all models alike; choosing the next token
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import inf
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int64
 
-from tersor.measure.latency import FEWEST, Latency, measure_calls, now
+from tersor.measure.latency import Latency, measure_calls, now
 from tersor.runtimes import Decoder
 
 THREE = 3  # rounds: the first call of each decoder, and two that count
@@ -48,20 +47,25 @@ def measure_decoding(
     one by one, on the threads that are set. Where there is no time for three such rounds, fewer are read one by one.
 
     Args:
-        seconds: about how long both measurements take together, unless that is too short for three rounds.
-        most_seconds: what they may take then; where it is infinite, eight rounds are made.
+        seconds: about how long both measurements take together, unless that is too short for a few rounds.
+        most_seconds: what they may take then.
         clock: what calls are timed by.
     """
     batch_size, num_new = len(ids), ids.shape[1] - num_prompt
     prompt = ids[:, :num_prompt]
-    least_rounds = FEWEST if most_seconds == inf else 1
-    common = {"batch_size": batch_size, "num_threads": torch.get_num_threads(), "seed": seed, "clock": clock}
-    time_calls: Any = partial(measure_calls, least_rounds=least_rounds, **common)
+    common: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_threads": torch.get_num_threads(),
+        "seed": seed,
+        "clock": clock,
+    }
+    time_calls: Any = partial(measure_calls, **common)
     started = now()
     prompts = time_calls(
         [partial(decoder.feed, prompt) for decoder in decoders],
         before=[decoder.reset for decoder in decoders],
         seconds=seconds / 5,
+        most_seconds=most_seconds / 5,
     )
     began = now()
     for decoder in decoders:
@@ -77,6 +81,7 @@ def measure_decoding(
         [partial(one_by_one, decoder, new) for decoder in decoders],
         before=[partial(begin, decoder, prompt) for decoder in decoders],
         seconds=max(seconds - spent, needed),
+        most_seconds=most_seconds - spent,
     )
     return Decoding(
         [named(each, "prompt", 1, batch_size * num_prompt) for each in prompts],

@@ -39,13 +39,13 @@ class TimeLimit:
     Args:
         seconds: in all; None is a minute.
         work: seconds that the work took which the timing is about. Unless `seconds` says otherwise, timing takes no
-            longer.
+            longer, or a second.
         clock: what seconds are counted by.
     """
 
     def __init__(self, seconds: float | None = None, work: float = MINUTE, clock: Callable[[], float] = now):
         self.asked, self.clock = seconds is not None, clock
-        self.left = min(MINUTE, work) if seconds is None else seconds
+        self.left = min(MINUTE, max(1.0, work)) if seconds is None else seconds
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -56,10 +56,11 @@ class TimeLimit:
         finally:
             self.left -= self.clock() - started
 
-    def share(self, num_left: int, usual: float = USUAL) -> float:
-        """Seconds for the next of `num_left` measurements: `usual` or less, unless more were asked for."""
+    def share(self, num_left: int, usual: float = USUAL) -> tuple[float, float]:
+        """The `seconds` and `most_seconds` of the next of `num_left` measurements: `usual`, unless more were asked for,
+        and no more than are left for each."""
         fair = max(0.0, self.left) / num_left
-        return fair if self.asked else min(usual, fair)
+        return (fair if self.asked else min(usual, fair)), fair
 
     def refusal(self, what: str, seconds: float) -> str | None:
         """Why `what`, which would take at least so many seconds, is not timed; None where there is time for it."""
@@ -108,8 +109,8 @@ def measure_latency(
     batch_size: int,
     num_threads: int = 1,
     seconds: float = USUAL,
+    most_seconds: float | None = None,
     num_rounds: int = MOST,
-    seed: int = 0,
 ) -> list[Latency]:
     """Time `run(model)` for each model in turn.
 
@@ -117,7 +118,8 @@ def measure_latency(
         run: one forward pass.
         batch_size: what `run` feeds, for the record.
         num_threads: CPU threads while timing; put back afterwards.
-        seconds: make no round that would end later than this, counted from now; but call each model at least twice.
+        seconds: make no round that would end later than this, counted from now.
+        most_seconds: the same for the first eight rounds; None is `seconds`. Each model is called twice at least.
         num_rounds: stop after this many rounds.
     """
     with torch.inference_mode(), threads(num_threads):
@@ -126,8 +128,8 @@ def measure_latency(
             batch_size=batch_size,
             num_threads=num_threads,
             seconds=seconds,
+            most_seconds=most_seconds,
             num_rounds=num_rounds,
-            seed=seed,
         )
 
 
@@ -137,7 +139,7 @@ def measure_calls(
     batch_size: int,
     num_threads: int = 1,
     seconds: float = USUAL,
-    least_rounds: int = 1,
+    most_seconds: float | None = None,
     num_rounds: int = MOST,
     seed: int = 0,
     clock: Callable[[], float] = now,
@@ -148,7 +150,6 @@ def measure_calls(
     the record alone. In every round the order is drawn anew, so that none always runs in the caches of the same other.
 
     Args:
-        least_rounds: make so many, beside the first call of each, however long they take.
         clock: `time.process_time` counts what the processor did for this process, whatever else it was busy with.
         before: what is called, untimed, before every single one of `calls`.
         wall: what `seconds` are counted by.
@@ -166,10 +167,13 @@ def measure_calls(
         return spent, wall() - began
 
     cold, longest = one_round()  # the first call of each sets up caches and chooses kernels
-    if wall() - started + (FEWEST + 1) * longest <= seconds:
+    most_seconds = seconds if most_seconds is None else most_seconds
+    if wall() - started + (FEWEST + 1) * longest <= most_seconds:
         longest = one_round()[1]
     rounds: list[list[float]] = []
-    while len(rounds) < num_rounds and (len(rounds) < least_rounds or wall() - started + longest <= seconds):
+    while len(rounds) < num_rounds:
+        if rounds and wall() - started + longest > (seconds if len(rounds) >= FEWEST else most_seconds):
+            break
         spent, took = one_round()
         longest = max(longest, took) if rounds else took
         rounds.append(spent)

@@ -24,6 +24,7 @@ from tersor.nn.macs import count_macs
 from tersor.runtimes.feeds import NUM_TOKENS
 from tersor.runtimes.torch_decoder import TorchDecoder
 from tersor.tasks.contract import Task
+from tersor.tasks.inputs import Batch
 from tersor.tasks.scores import Scores
 
 BATCH_SIZES = (1, 32)
@@ -151,18 +152,21 @@ def time_passes(
     run = None
     for done, size in enumerate(sizes):
         progress("timing", done, len(sizes))
+        batch = next(iter(task.batches("eval", batch_size=size)))
+        size = len(batch.rows) if isinstance(batch, Batch) else size
         needed = expected(rounds[max(rounds)], size, num_calls=4) if rounds else 0.0  # two to time, two for memory
         if refusal := limit.refusal(f"batch {size}", needed):
             untimed.append(f"{refusal}; --timing-seconds {math.ceil(needed)} times it")
             continue
         with limit.counting():
-            batch = next(iter(task.batches("eval", batch_size=size)))
             with torch.inference_mode():
                 size = len(task.forward(models[0], batch))
             if size not in rounds:
                 run = partial(forward, task, batch)
-                seconds = limit.share(len(sizes) - done)
-                rounds[size] = measure_latency(models, run, batch_size=size, num_threads=num_threads, seconds=seconds)
+                usual, most = limit.share(len(sizes) - done)
+                rounds[size] = measure_latency(
+                    models, run, batch_size=size, num_threads=num_threads, seconds=usual, most_seconds=most
+                )
     progress("timing", len(sizes), len(sizes))
     assert run is not None
     return [list(each) for each in zip(*rounds.values(), strict=True)], run, tuple(untimed)
@@ -188,14 +192,9 @@ def time_writing(
             continue
         ids = tokens_for(models[0], size)
         num_prompt = ids.shape[1] * PROMPT // (PROMPT + NEW)
+        usual, most = limit.share(len(sizes) - done)
         with threads(num_threads), limit.counting():
-            timed = measure_decoding(
-                decoders,
-                ids,
-                num_prompt,
-                seconds=limit.share(len(sizes) - done),
-                most_seconds=limit.share(len(sizes) - done, math.inf),
-            )
+            timed = measure_decoding(decoders, ids, num_prompt, seconds=usual, most_seconds=most)
         run = partial(read_at_once, ids[:, :num_prompt])
         for kept, prompt, token in zip(found, timed.prompts, timed.tokens, strict=True):
             kept += [prompt, token]
