@@ -157,6 +157,7 @@ LAZY = {
     "tersor.export.executorch": "executorch is optional",
     "tersor.export.onnx": "onnx is optional",
     "tersor.export.openvino": "openvino and onnx are optional",
+    "tersor.kernels.dot": "numba takes half a second to import, and only packed layers need it",
     "tersor.methods.waterfill": "the loops of viterbi.py are compiled when it is imported",
 }
 

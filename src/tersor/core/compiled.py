@@ -8,13 +8,14 @@ from numba import njit
 
 
 def compiled(*signatures: str) -> Callable[[Any], Any]:
-    """`njit` for these signatures, without the interpreter's lock; kept beside the file, or in the user's cache folder,
-    or nowhere if neither can be written."""
+    """`njit` for these signatures, or for those it is called with, each at its first call. Runs without the
+    interpreter's lock; kept beside the file, or in the user's cache folder, or nowhere if neither can be written."""
+    given = list(signatures) or None
 
     def compile(function: Any) -> Any:
         try:
-            return njit(list(signatures), nogil=True, cache=True, error_model="numpy")(function)
+            return njit(given, nogil=True, cache=True, error_model="numpy")(function)
         except RuntimeError:  # no folder to keep compiled code in
-            return njit(list(signatures), nogil=True, error_model="numpy")(function)
+            return njit(given, nogil=True, error_model="numpy")(function)
 
     return compile

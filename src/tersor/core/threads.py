@@ -4,8 +4,11 @@ Sums of floats that threads share are taken in an order that depends on their nu
 matrices. What decides about weights is therefore computed on one thread: `@threads(1)`, and `total`.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -31,3 +34,40 @@ def total(x: Tensor) -> Tensor:
 def mean(x: Tensor) -> Tensor:
     """The mean of all numbers, the same whatever the number of threads."""
     return total(x) / x.numel()
+
+
+LEAST_WORK = 2**20  # products, below which a second thread costs more than it saves
+Share = tuple[int, int]  # first, and one after the last
+
+
+def shares(count: int, work: int) -> list[Share]:
+    """`count` things in as many shares as PyTorch has threads, and no more than `work` (products in all) is worth.
+
+    >>> with threads(2):
+    ...     shares(5, 2**30), shares(5, 100)
+    ([(0, 3), (3, 5)], [(0, 5)])
+    """
+    num = max(1, min(torch.get_num_threads(), count, work // LEAST_WORK))
+    each = -(-count // num)
+    return [(first, min(first + each, count)) for first in range(0, count, each)]
+
+
+def spread(run: Callable[[int, int], None], parts: list[Share]) -> None:
+    """Call `run` for every share, each on a thread of its own; `run` must give up the interpreter's lock."""
+    if len(parts) == 1:
+        run(*parts[0])
+        return
+    futures = [pool().submit(run, *part) for part in parts[1:]]
+    run(*parts[0])
+    for future in futures:
+        future.result()
+
+
+@cache
+def pool() -> ThreadPoolExecutor:
+    """The threads of `spread`, which start when they are needed."""
+    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), "tersor")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=pool.cache_clear)  # threads do not live on in a child

@@ -16,21 +16,20 @@ from tersor.formats.contract import Encoded
 from tersor.kernels.bf16 import INT4_PACK, INT8_PACK
 from tersor.kernels.contract import Kernel, Layout
 from tersor.kernels.decode import DECODE, run_decoded
-from tersor.kernels.int8 import INT_MM, ONEDNN, is_int8
+from tersor.kernels.dot import DOT
+from tersor.kernels.int8 import FLOAT, INT_MM, ONEDNN
 
-ROWS = [INT_MM, ONEDNN, INT8_PACK, INT4_PACK, DECODE]
-_enabled = True
+ROWS = [*DOT, INT_MM, FLOAT, ONEDNN, INT8_PACK, INT4_PACK, DECODE]
 
 
 @contextmanager
 def reference() -> Iterator[None]:
     """Run everything by decoding to float, inside this block."""
-    global _enabled
-    before, _enabled = _enabled, False
+    before, CHOICE.enabled = CHOICE.enabled, False
     try:
         yield
     finally:
-        _enabled = before
+        CHOICE.enabled = before
 
 
 @dataclass(frozen=True)
@@ -85,19 +84,22 @@ MOST_TOKENS = 2**12  # more than this are taken together
 NUM_RUNS = 5
 LONG = 0.02  # seconds of a run, where two will do
 CLEAR = 0.9  # of the time that the first kernel in the table takes: what another must need at most
-_choices: dict[tuple[Any, ...], Choice] = {}
+FEW = 32  # tokens that a kernel is tried with first
+HOPELESS = 4.0  # times as long as the fastest so far: not tried any further
 
 
 def choices() -> list[Choice]:
     """The choices made in this process, in the order of their first use."""
-    return list(_choices.values())
+    return list(CHOICE.made.values())
 
 
 def fast(x: Tensor, *, compiling: bool = False) -> bool:
     """Whether kernels may run on this input: on the CPU, without gradients, outside of `reference()`, not while what
     runs is recorded or transformed, and not while a compiler follows, unless that is `compiling`."""
     follows = transformed() or (torch.compiler.is_compiling() and not compiling)
-    return _enabled and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad) and not follows
+    return (
+        CHOICE.enabled and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad) and not follows
+    )
 
 
 def transformed() -> bool:
@@ -122,51 +124,68 @@ def linear(
         return None
     tokens = x.reshape(-1, x.shape[-1])
     if torch.compiler.is_compiling():
-        if not is_int8(encoded, activation, x.dtype):
-            return None
         kernel = INT_MM
+        if not kernel.fits(encoded, activation, x.dtype):
+            return None
         layout = kernel.lay_out(encoded, activation)
     else:
         fitting = memory.kernels(encoded, activation, x.dtype)
         if fitting == [DECODE]:
             return None
         tokens = aligned(tokens)
-        kernel = choose(tokens, encoded, activation, bias, memory)
+        kernel = CHOICE.choose(tokens, encoded, activation, bias, memory)
         layout = memory.layout(kernel, encoded, activation)
     return kernel.run(tokens, encoded, activation, layout, bias).view(*x.shape[:-1], -1)
 
 
-def choose(
-    tokens: Float[Tensor, "token in"],
-    encoded: Encoded,
-    activation: Activation | None,
-    bias: Float[Tensor, " out"] | None,
-    memory: Memory,
-) -> Kernel:
-    """The fastest kernel for this many tokens, measured where it is not known yet."""
-    bucket = min((len(tokens) - 1).bit_length(), MOST_TOKENS.bit_length() - 1)
-    key = (bucket, tokens.dtype, torch.get_num_threads())
-    if key in memory.chosen:
+@dataclass
+class KernelChoice:
+    """Which kernels run in this process.
+
+    Attributes:
+        enabled: False inside `reference()`.
+        made: what was measured, by format, shape, number of tokens, type and threads.
+    """
+
+    enabled: bool = True
+    made: dict[tuple[Any, ...], Choice] = field(default_factory=dict)
+
+    def choose(
+        self,
+        tokens: Float[Tensor, "token in"],
+        encoded: Encoded,
+        activation: Activation | None,
+        bias: Float[Tensor, " out"] | None,
+        memory: Memory,
+    ) -> Kernel:
+        """The fastest kernel for this many tokens, measured where it is not known yet."""
+        bucket = min((len(tokens) - 1).bit_length(), MOST_TOKENS.bit_length() - 1)
+        key = (bucket, tokens.dtype, torch.get_num_threads())
+        if key in memory.chosen:
+            return memory.chosen[key]
+        fitting = memory.kernels(encoded, activation, tokens.dtype)
+        names = tuple(kernel.name for kernel in fitting)  # weights of one shape may differ in what is exact with them
+        whole = (encoded.format.name, activation.format if activation else None, encoded.shape, *key, names)
+        if len(fitting) > 1 and whole not in self.made:
+            times = measured(fitting, tokens, encoded, activation, bias, memory)
+            self.made[whole] = Choice(
+                kernel=fastest(times),
+                format=encoded.format.name,
+                activation=activation.format if activation else None,
+                shape=encoded.shape,
+                num_tokens=2**bucket,
+                dtype=str(tokens.dtype).removeprefix("torch."),
+                num_threads=key[2],
+                microseconds={name: round(1e6 * seconds, 1) for name, seconds in times.items()},
+            )
+        name = self.made[whole].kernel if whole in self.made else fitting[0].name
+        memory.chosen[key] = next(kernel for kernel in fitting if kernel.name == name)
+        used = {kernel.name for kernel in memory.chosen.values()}
+        memory.layouts = {name: layout for name, layout in memory.layouts.items() if name in used}
         return memory.chosen[key]
-    fitting = memory.kernels(encoded, activation, tokens.dtype)
-    whole = (encoded.format.name, activation.format if activation else None, encoded.shape, *key)
-    if len(fitting) > 1 and whole not in _choices:
-        times = measured(fitting, tokens, encoded, activation, bias, memory)
-        _choices[whole] = Choice(
-            kernel=fastest(times),
-            format=encoded.format.name,
-            activation=activation.format if activation else None,
-            shape=encoded.shape,
-            num_tokens=2**bucket,
-            dtype=str(tokens.dtype).removeprefix("torch."),
-            num_threads=key[-1],
-            microseconds={name: round(1e6 * seconds, 1) for name, seconds in times.items()},
-        )
-    name = _choices[whole].kernel if whole in _choices else fitting[0].name
-    memory.chosen[key] = next(kernel for kernel in fitting if kernel.name == name)
-    used = {kernel.name for kernel in memory.chosen.values()}
-    memory.layouts = {name: layout for name, layout in memory.layouts.items() if name in used}
-    return memory.chosen[key]
+
+
+CHOICE = KernelChoice()
 
 
 def measured(
@@ -177,22 +196,28 @@ def measured(
     bias: Tensor | None,
     memory: Memory,
 ) -> dict[str, float]:
-    """Seconds that each kernel takes; those that fail or stray from the reference are left out."""
+    """Seconds that each kernel takes. Left out are those that fail, that stray from the reference, or that take far
+    longer than another on a few tokens."""
     expected = run_decoded(tokens, encoded, activation, {}, bias).float()
     size = expected.abs().max().item()
     room = 4 * torch.finfo(tokens.dtype).eps * size
     times: dict[str, float] = {}
+    least = float("inf")  # on a few tokens
     for kernel in kernels:
         try:
-            layout = memory.layout(kernel, encoded, activation)
-            y = kernel.run(tokens, encoded, activation, layout, bias)
+            rest = (encoded, activation, memory.layout(kernel, encoded, activation), bias)
+            first = min(timed(kernel, tokens[:FEW], *rest) for _ in range(3))
+            if first > HOPELESS * least:
+                continue
+            y = kernel.run(tokens, *rest)
         except RuntimeError:  # a CPU or a build that lacks it
             continue
         if (y.float() - expected).abs().max().item() > max(room, kernel.rounding * size):
             continue
-        runs = [timed(kernel, tokens, encoded, activation, layout, bias) for _ in range(2)]  # one may be interrupted
+        least = min(least, first)
+        runs = [timed(kernel, tokens, *rest) for _ in range(2)]  # one may be interrupted
         while len(runs) < NUM_RUNS and min(runs) < LONG:
-            runs.append(timed(kernel, tokens, encoded, activation, layout, bias))
+            runs.append(timed(kernel, tokens, *rest))
         times[kernel.name] = min(runs)
     return times or {kernels[-1].name: 0.0}
 
@@ -221,14 +246,14 @@ def kernel_of(module: torch.nn.Module, num_tokens: int = 1) -> str:
     packed = getattr(module, "packed", None)
     if packed is None:
         inside = [child for name, child in module.named_children() if name.startswith("packed_")]
-        return (getattr(module, "kernel", DECODE.name) if _enabled else DECODE.name) if inside else "float"
+        return (getattr(module, "kernel", DECODE.name) if CHOICE.enabled else DECODE.name) if inside else "float"
     if getattr(module, "in_features", None) is None:
         return DECODE.name
     quantizer = getattr(module, "input_quantizer", None)
     activation, encoded = (quantizer.activation if quantizer is not None else None), packed.encoded
     fitting = packed.memory.kernels(encoded, activation, packed.dtype)
-    if not _enabled or fitting == [DECODE]:
+    if not CHOICE.enabled or fitting == [DECODE]:
         return DECODE.name
     x = torch.randn(num_tokens, encoded.shape[1]).to(packed.dtype)
     with torch.no_grad():
-        return choose(x, encoded, activation, getattr(module, "bias", None), packed.memory).name
+        return CHOICE.choose(x, encoded, activation, getattr(module, "bias", None), packed.memory).name

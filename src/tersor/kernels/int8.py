@@ -1,7 +1,7 @@
-"""int8 inputs times int8 weights.
+"""int8 inputs times int8 weights, by what PyTorch has.
 
-The products are summed exactly in int32, and the scales come after, in the same order for both kernels: the result is
-the same for every batch, thread count and choice.
+The products are summed exactly, and the scales come after, in the same order for all kernels: the result is the same
+for every batch, thread count and choice. `dot.py` has loops of our own, for weights that repay compiling them.
 """
 
 from functools import cache
@@ -16,6 +16,8 @@ from tersor.kernels.contract import Kernel, Layout, grid_of, scaled
 
 MOST_COLUMNS = 2**31 // (256 * 127)  # whose sums, zero points included, cannot overflow int32
 LARGE = 2**20  # weights, from which on oneDNN's own order can pay
+SMALL = 2**16  # weights, up to which a second copy in float costs little
+EXACT_COLUMNS = 2**24 // (128 * 127)  # whose products float32 adds exactly
 QLINEAR = "qlinear_pointwise"
 
 
@@ -42,6 +44,11 @@ def offsets(encoded: Encoded, activation: Activation | None) -> Layout:
     return {"offset": row_sums * activation.params["zero_point"].int()}
 
 
+def has_int_mm(encoded: Encoded, activation: Activation | None, dtype: torch.dtype) -> bool:
+    """True if `torch._int_mm` can run a layer. Of matrices of one column it gives sums that nobody asked for (2.13)."""
+    return is_int8(encoded, activation, dtype) and encoded.shape[1] > 1
+
+
 def run_int_mm(
     x: Tensor, encoded: Encoded, activation: Activation | None, layout: Layout, bias: Tensor | None
 ) -> Tensor:
@@ -57,18 +64,33 @@ def run_int_mm(
 
 def has_qlinear(encoded: Encoded, activation: Activation | None, dtype: torch.dtype) -> bool:
     """True if oneDNN's linear layer for quantized inputs is there and exact, and the weight worth a second copy."""
-    return is_int8(encoded, activation, dtype) and grid_of(encoded).stored.numel() >= LARGE and qlinear_is_exact()
+    if not is_int8(encoded, activation, dtype) or grid_of(encoded).stored.numel() < LARGE:
+        return False
+    return qlinear_is_exact() or (qlinear_is_exact(64) and keeps_pair_rule(grid_of(encoded).stored))
+
+
+def keeps_pair_rule(codes: Tensor) -> bool:
+    """Whether no two neighbouring columns (0 and 1, 2 and 3, ...) hold codes of one sign that are over 128 together:
+    then 255 times each, added, fits into 16 bits.
+
+    >>> keeps_pair_rule(torch.tensor([[100, 28, 127]])), keeps_pair_rule(torch.tensor([[100, 29]]))
+    (True, False)
+    """
+    pairs = codes[:, : codes.shape[1] // 2 * 2].to(torch.int16).unflatten(1, (-1, 2)).sum(-1)
+    return not pairs.numel() or bool(pairs.abs().max().item() <= 128)
 
 
 @cache
-def qlinear_is_exact() -> bool:
-    """Whether oneDNN adds the largest products exactly on this processor, tried once for few and many rows.
+def qlinear_is_exact(largest: int = 127) -> bool:
+    """Whether oneDNN adds products of codes up to `largest` exactly on this processor, tried once for few and many
+    rows.
 
     Without VNNI instructions it adds two products of unsigned and signed bytes in 16 bits, which overflow silently.
+    Two neighbours of 64 are the largest that do not.
     """
     if not hasattr(torch.ops.onednn, QLINEAR):
         return False
-    weights = torch.tensor([[127], [-127]], dtype=torch.int8).repeat(16, 128)
+    weights = torch.tensor([[largest], [-largest]], dtype=torch.int8).repeat(16, 128)
     packed, ones, zeros = torch.ops.onednn.qlinear_prepack(weights, None), torch.ones(32), torch.zeros(32).long()
     after: Any = (1.0, 0, torch.float32, "none", [], "")
     for num_rows in (1, 7, 64):
@@ -104,5 +126,31 @@ def run_qlinear(
     return scaled(sums, scale, grid_of(encoded).scale, bias, x.dtype)
 
 
-INT_MM = Kernel("int_mm", is_int8, offsets, run_int_mm, 1e-4)
+def is_small(encoded: Encoded, activation: Activation | None, dtype: torch.dtype) -> bool:
+    """True for few weights: `torch._int_mm` is a slow loop where the processor has no VNNI instructions."""
+    return is_int8(encoded, activation, dtype) and grid_of(encoded).stored.numel() < SMALL
+
+
+def float_layout(encoded: Encoded, activation: Activation | None) -> Layout:
+    """The codes as floats, in pieces of columns whose products float32 adds exactly."""
+    pieces = grid_of(encoded).stored.float().split(EXACT_COLUMNS, 1)
+    return {**{f"piece{i}": piece.contiguous() for i, piece in enumerate(pieces)}, **offsets(encoded, activation)}
+
+
+def run_float(
+    x: Tensor, encoded: Encoded, activation: Activation | None, layout: Layout, bias: Tensor | None
+) -> Tensor:
+    """A product of floats that are whole numbers."""
+    assert activation is not None
+    codes, scale = quantized(x, activation)
+    pieces = codes.float().split(EXACT_COLUMNS, 1)
+    products = [torch.mm(piece, layout[f"piece{i}"].t()) for i, piece in enumerate(pieces)]
+    if len(products) == 1 and "offset" not in layout:
+        return scaled(products[0], scale, grid_of(encoded).scale, bias, x.dtype)
+    sums = torch.stack([product.int() for product in products]).sum(0, dtype=torch.int32)
+    return scaled(sums - layout.get("offset", 0), scale, grid_of(encoded).scale, bias, x.dtype)
+
+
+INT_MM = Kernel("int_mm", has_int_mm, offsets, run_int_mm, 1e-4)
 ONEDNN = Kernel("onednn", has_qlinear, qlinear_layout, run_qlinear, 1e-4)
+FLOAT = Kernel("float", is_small, float_layout, run_float, 1e-4)

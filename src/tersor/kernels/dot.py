@@ -1,0 +1,117 @@
+"""int8 inputs times int8 weights by loops of our own, one row of the table for each instruction of `instructions.py`.
+
+They quantize inputs, multiply, and scale in one go, so that a layer of a few tokens takes little more than its
+products. The sums are those of `torch._int_mm`, and so is every bit of the result.
+
+numba compiles them at the first use on a machine, which takes seconds, and keeps them. Layers whose weights are too
+few to repay that have other kernels (int8.py).
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.activations.quantizers import Activation
+from tersor.core.threads import shares, spread
+from tersor.formats.contract import Encoded
+from tersor.kernels.contract import Kernel, Layout, grid_of
+from tersor.kernels.int8 import SMALL, is_int8, keeps_pair_rule, offsets
+
+PANEL, STEP = 16, 4  # rows and columns of a weight that lie together
+NAMES = ("vpdpbusd", "vpdpbusd256", "vpmaddubsw", "vpmaddwd", "sdot", "widening")  # of instructions, the fastest first
+
+
+@cache
+def instruction_named(name: str) -> Any:
+    """An instruction of this processor; None if it has not got it."""
+    # numba takes half a second to import.
+    from tersor.kernels.instructions import INSTRUCTIONS, features, name_of
+
+    found = next(each for each in INSTRUCTIONS if name_of(each) == name)
+    return found if any(needs <= features() for needs in found.needs) else None
+
+
+def fits(name: str, encoded: Encoded, activation: Activation | None, dtype: torch.dtype) -> bool:
+    """True if a row of the table is the one for a layer: the fastest that is here, and exact with this weight."""
+    if not is_int8(encoded, activation, dtype) or grid_of(encoded).stored.numel() < SMALL:
+        return False
+    return name == fastest_exact(encoded)
+
+
+def fastest_exact(encoded: Encoded) -> str:
+    """The first instruction of `NAMES` that this processor has, and that multiplies exactly with a weight."""
+    here = (name for name in NAMES if instruction_named(name) is not None)
+    return next(name for name in here if name != "vpmaddubsw" or keeps_pair_rule(grid_of(encoded).stored))
+
+
+def in_panels(codes: Tensor) -> Tensor:
+    """Codes `[out, in]` in the order of the loops, `[panel, step, 16 rows, 4 columns]`, with zeros beyond the ends."""
+    num_rows, num_columns = codes.shape
+    padded = torch.nn.functional.pad(codes, (0, -num_columns % STEP, 0, -num_rows % PANEL))
+    return padded.view(-1, PANEL, padded.shape[1] // STEP, STEP).transpose(1, 2).contiguous()
+
+
+def lay_out(name: str, encoded: Encoded, activation: Activation | None) -> Layout:
+    """The weight in panels, a second copy, and the addresses that the loops take."""
+    from tersor.kernels.loops import Weight
+
+    instruction, codes = instruction_named(name), grid_of(encoded).stored
+    num_rows, num_columns = encoded.shape
+    beyond = -num_rows % PANEL
+    offset = offsets(encoded, activation).get("offset", torch.zeros(num_rows, dtype=torch.int32))
+    if instruction.unsigned:
+        offset = offset + 128 * codes.sum(1, dtype=torch.int32)
+    static = activation.params if activation is not None else {}
+    tensors = {
+        "codes": in_panels(codes),
+        "offset": torch.nn.functional.pad(offset, (0, beyond)),
+        "scale": torch.nn.functional.pad(grid_of(encoded).scale.float().view(-1), (0, beyond)),
+        "nothing": torch.full((num_rows,), -0.0),  # to be added, and to change not even the sign of a zero
+        **({"input_scale": static["scale"].float(), "zero_point": static["zero_point"].float()} if static else {}),
+    }
+    at = {key: tensor.data_ptr() for key, tensor in tensors.items()}
+    weight = Weight(
+        instruction, at["codes"], at["offset"], at["scale"], num_rows, num_columns,
+        at.get("input_scale", 0), at.get("zero_point", 0),
+    )  # fmt: skip
+    return {**tensors, "weight": weight}
+
+
+def run(x: Tensor, encoded: Encoded, activation: Activation | None, layout: Layout, bias: Tensor | None) -> Tensor:
+    """Quantize, multiply and scale, on as many threads as PyTorch has."""
+    from tersor.kernels.loops import Span, dense
+
+    weight, dtype = layout["weight"], x.dtype
+    x = x if dtype is torch.float32 and x.stride(1) == 1 else x.float().contiguous()
+    addend = layout["nothing"] if bias is None else bias.float().contiguous()
+    num_tokens, stride, out_stride = len(x), 4 * x.stride(0), 4 * weight.num_rows
+    y = torch.empty(num_tokens, weight.num_rows)
+    num_panels = -(-weight.num_rows // PANEL)
+    by_token = num_tokens >= num_panels
+
+    def part(first: int, last: int) -> None:
+        if by_token:
+            span = Span(addend.data_ptr(), 0, y.data_ptr() + first * out_stride, out_stride, 0, num_panels)
+            dense(weight, x.data_ptr() + first * stride, stride, last - first, span)
+        else:
+            span = Span(addend.data_ptr(), 0, y.data_ptr(), out_stride, first, last)
+            dense(weight, x.data_ptr(), stride, num_tokens, span)
+
+    spread(part, shares(num_tokens if by_token else num_panels, num_tokens * weight.num_rows * weight.num_columns))
+    return y if dtype is torch.float32 else y.to(dtype)
+
+
+def row(name: str) -> Kernel:
+    """The kernel of one instruction."""
+    return Kernel(
+        name,
+        lambda encoded, activation, dtype: fits(name, encoded, activation, dtype),
+        lambda encoded, activation: lay_out(name, encoded, activation),
+        run,
+        1e-4,
+    )
+
+
+DOT = [row(name) for name in NAMES]
