@@ -1,5 +1,6 @@
 """What every test runs under: quiet threads, no network, a seed, and shapes checked in a part of the tests."""
 
+import gc
 import os
 
 # Before torch is imported: waiting threads must sleep, or a small shared machine stalls.
@@ -25,6 +26,12 @@ CHECKED = [
 jaxtyping.install_import_hook([f"tersor.{module}" for module in CHECKED], "beartype.beartype")
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1 if "PYTEST_XDIST_WORKER" in os.environ else 2)))
+
+
+def pytest_collection_finish():
+    """What the modules hold stays to the end: the collector need not walk through a million objects again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -113,8 +113,7 @@ def test_fingerprint_is_sha256_of_the_bytes_and_sees_names_in_folders(tmp_path):
 
 def test_standard_library_text_is_plenty_and_always_the_same():
     first = standard_library_docstrings()
-    standard_library_docstrings.cache_clear()
-    assert standard_library_docstrings() == first
+    assert standard_library_docstrings.__wrapped__(200) == first[:200]  # read anew
     assert len(set(first)) == len(first) == 2000
     assert all(len(text) <= 2000 for text in first)
     assert first[:7] == standard_library_docstrings(7)
