@@ -1,5 +1,6 @@
 """A small Llama with a byte-level tokenizer, compressed by any recipe."""
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from exported import byte_level
 from tokenizers import pre_tokenizers
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tersor
@@ -21,6 +23,21 @@ SIZES = {"vocab_size": 352, "intermediate_size": 256, "initializer_range": 0.1, 
 @pytest.fixture(autouse=True)
 def quick(one_thread):
     """Every test here runs on one thread."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_registry():
+    """PyTorch's table of ONNX functions, which it makes anew for every file: that takes as long as a small file."""
+    make = cache(ONNXRegistry.from_torchlib)
+
+    def from_torchlib(**options: int) -> ONNXRegistry:
+        registry = copy.copy(make(**options))
+        registry.functions = {name: [*functions] for name, functions in registry.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
+        yield
 
 
 @pytest.fixture(scope="session")

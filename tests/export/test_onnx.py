@@ -29,7 +29,7 @@ from tersor.export.onnx import Onnx, file, layers
 from tersor.export.onnx.blocks import rotary_tables
 from tersor.jobs.export import checkpoint_of
 from tersor.runtimes import runtime_named
-from zoo import ZOO
+from zoo import GQA, ZOO, pretrained
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +128,7 @@ def llama(tmp_path_factory) -> Path:
     """The artifact of a small language model with a tied head: int4 weights, and int8 rows of its embedding."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("llama")
-    model = ZOO["llama"].model()
+    model = pretrained("LlamaForCausalLM", tie_word_embeddings=True, **{**GQA, "num_hidden_layers": 1})()
     tersor.save(tersor.compress(model, Recipe.of("int4-g32", {"model.embed_tokens": "int8"})).model, folder)
     return folder
 
