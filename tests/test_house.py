@@ -19,7 +19,7 @@ TESTS = Path(__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 FLOORS = {"__init__", "contract"}  # what a table's folder holds beside its entries
 PLUMBING = {
-    "formats": {"packing", "four_bit", "trainable", "trellis", "views"},
+    "formats": {"overflow", "packing", "four_bit", "trainable", "trellis", "views"},
     "methods": {"filling", "solver", "stats", "viterbi"},
 }
 

@@ -12,10 +12,12 @@ from torch.nn.functional import conv2d
 import tersor
 from tersor.activations.quantizers import ACTIVATIONS, Activation, IntStatic
 from tersor.checkpoint.artifact import load, save
+from tersor.checkpoint.layout import packed_sites
 from tersor.core.errors import DataError, FormatError, InputError, UnknownName
 from tersor.formats import FORMATS, format_named
 from tersor.formats.fp8 import Fp8
 from tersor.formats.int_group import IntGroup
+from tersor.formats.overflow import keeps_pair_rule
 from tersor.kernels import reference
 from tersor.methods.stats import Stats
 from tersor.nn.packed import Fold, PackedConv
@@ -173,6 +175,18 @@ def test_so_does_the_artifact_of_a_training(scheme, pictures, net, tmp_path):
         assert torch.equal(loaded(x), made.model.eval()(x))
     assert {report.name: report.scheme for report in made.sites} == dict.fromkeys(
         ["stem", "deep", "head"], f"mse:{scheme}"
+    )
+
+
+def test_products_never_overflow(pictures, net):
+    """Nor do they on the way there: the weights of training are those of packing."""
+    options = {"scheme": "int8/int8-static", "num_steps": 8, "learning_rate": 1e-2}
+    made = tersor.compress(net, qat(**options), pictures).model
+    for site, packed, _ in packed_sites(made):
+        assert keeps_pair_rule(packed.encoded.parts["codes"], site.neighbours(made)), site.name
+    free = tersor.compress(net, qat(cpu="vnni", **options), pictures).model
+    assert not all(
+        keeps_pair_rule(packed.encoded.parts["codes"], site.neighbours(free)) for site, packed, _ in packed_sites(free)
     )
 
 

@@ -206,6 +206,7 @@ ROWS: list[ActivationFormat] = [
     Fp8Static(),
 ]
 ACTIVATIONS = {activation.name: activation for activation in ROWS}
+INT8 = ("int8-dynamic", "int8-static")  # whose codes are bytes, which 8-bit kernels multiply
 
 
 def activation_named(name: str) -> ActivationFormat:

@@ -163,6 +163,10 @@ def polish(problem: Problem, weight: Weight, project: Project, num_rounds: int =
     moment = problem.moment[order][:, order]
     pivots = moment.diagonal().tolist()
     values = weight[:, order].t().contiguous()
+    for value, column in zip(
+        values, columns, strict=True
+    ):  # where columns bound one another, each is known from now on
+        project(value, column)
     for _ in range(num_rounds):
         pull = moment @ (problem.target[:, order].t() - values)  # S (T - W')
         for start in range(0, len(order), BLOCK):

@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from tersor.activations.quantizers import ACTIVATIONS, Activation
 from tersor.core.errors import FormatError, ModelError, UnknownName
 from tersor.formats.contract import Encoded
+from tersor.formats.overflow import Neighbours
 from tersor.nn.computed import computed, computed_weights, inside, names_beside, originals, settle
 from tersor.nn.fused import leave_fused_path
 from tersor.nn.in_place import Packed, own_class
@@ -135,6 +136,16 @@ class Site:
         if self.kind == "conv":
             return bool(ACTIVATIONS[activation].layout) and all(map(is_convolution, modules))
         return self.kind == "linear" and all(is_linear(m) or isinstance(m, PackedLinear) for m in modules)
+
+    def neighbours(self, model: nn.Module) -> Neighbours | None:
+        """Which columns 8-bit kernels add in one step (formats/overflow.py); None for a depthwise convolution, whose
+        kernels add none."""
+        module, shape = model.get_submodule(self.owners[0].module), self.fold.weight_shape
+        if self.kind != "conv":
+            return Neighbours(self.shape[1])
+        if shape[1] == 1 and getattr(module, "groups", 1) == shape[0] > 1:
+            return None
+        return Neighbours(shape[1], torch.Size(shape[2:]).numel())
 
     def replace(self, model: nn.Module, encoded: Encoded, activation: Activation | None = None) -> None:
         """Put `encoded` in every place of this weight. Raises FormatError if the shapes differ."""

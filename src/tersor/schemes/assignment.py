@@ -1,7 +1,7 @@
 """Which scheme a recipe's step gives to which site: `scheme`, `rules` and `exclude`."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, field_validator
 
@@ -17,6 +17,7 @@ def one_or_more(patterns: Any) -> Any:
     return (patterns,) if isinstance(patterns, str) else patterns
 
 
+Cpu = Literal["any", "vnni"]
 Patterns = Annotated[tuple[str, ...], BeforeValidator(one_or_more)]
 
 
@@ -27,12 +28,17 @@ class Assignment(BaseModel):
     whatever the rules say. Patterns are shell wildcards over site names; `*.head` matches `head` at the top, too.
 
     A scheme that names no method gets the usual one of its format when the step runs (`with_methods`).
+
+    `cpu` says where int8 weights with int8 inputs shall multiply exactly: on `any` processor, for which no pair of them
+    may overflow 16 bits (formats/overflow.py), or on those with `vnni` instructions, or ARM's, alone, which leaves the
+    whole range to every weight.
     """
 
     step: str
     scheme: str = KEEP
     rules: dict[str, str] = {}
     exclude: Patterns = ()
+    cpu: Cpu = "any"
 
     @field_validator("scheme")
     @classmethod

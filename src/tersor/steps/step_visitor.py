@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from tersor.activations.quantizers import ACTIVATIONS, Activation, IntStatic
+from tersor.activations.quantizers import ACTIVATIONS, INT8, Activation, IntStatic
 from tersor.calibration.blocks import BlockRun
 from tersor.calibration.curvature import estimate_fisher
 from tersor.calibration.moments import has_inputs
@@ -17,9 +17,11 @@ from tersor.calibration.walk import Chosen, visit_without_data, walk
 from tersor.core.errors import TersorError
 from tersor.core.progress import Progress, silent
 from tersor.formats.contract import Encoded
+from tersor.formats.overflow import without_overflow
 from tersor.methods.stats import Stats
 from tersor.nn.copies import copy_but_sites
 from tersor.nn.sites import Site, check_finite, find_sites
+from tersor.schemes.assignment import Cpu
 from tersor.schemes.scheme import Scheme
 from tersor.steps.weights import WeightsStep, preflight
 from tersor.tasks.contract import Task
@@ -68,7 +70,7 @@ class StepVisitor(ABC):
     def __init__(self, model: nn.Module, step: WeightsStep, calibration: Calibration):
         self.model, self.calibration, self.stats = model, calibration, calibration.stats
         self.schemes = {site: scheme for site, scheme in step.assign(find_sites(model)) if scheme is not None}
-        self.num_visited = 0
+        self.cpu, self.num_visited = step.cpu, 0
         preflight(list(self.schemes.items()))
         for site in self.schemes if calibration.original is None else ():  # else the weights are not there yet
             site.settle(model)
@@ -109,12 +111,20 @@ class StepVisitor(ABC):
         known, scheme = self.stats.get(site.name, Stats()), self.schemes[site]
         stats = replace(moments, row_weight=known.row_weight, column_weight=known.column_weight)
         weight = site.matrix(self.model)
-        encoded = compress_site(site, weight, scheme, stats)
+        encoded = compress_site(site, weight, within_cpu(self.model, site, scheme, self.cpu), stats)
         activation = None
         if scheme.activation and site.takes_activation(self.model, scheme.activation):
             with named(site):
                 activation = Activation(scheme.activation, fitted(scheme, stats))
         return CompressedSite(weight, encoded, activation, stats)
+
+
+def within_cpu(model: nn.Module, site: Site, scheme: Scheme, cpu: Cpu) -> Scheme:
+    """The scheme with a format whose products no kernel of these processors overflows, where inputs are int8 too."""
+    activation, neighbours = scheme.activation, site.neighbours(model)
+    if cpu == "vnni" or activation not in INT8 or neighbours is None or not site.takes_activation(model, activation):
+        return scheme
+    return replace(scheme, format=without_overflow(scheme.format, neighbours))
 
 
 def needs_of(model: nn.Module, schemes: Mapping[Site, Scheme]) -> frozenset[str]:

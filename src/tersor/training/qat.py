@@ -140,7 +140,8 @@ class PlannedSite(NamedTuple):
 def beginning(job: Job, step: QatStep) -> dict[str, PlannedSite]:
     """What the weights step of the same spelling makes of the model as it is, by site. The inputs of recurrent layers
     are trained, and stay, in float."""
-    packed, weights = copy_but_sites(job.model), WeightsStep(scheme=step.scheme, rules=step.rules, exclude=step.exclude)
+    packed = copy_but_sites(job.model)
+    weights = WeightsStep(scheme=step.scheme, rules=step.rules, exclude=step.exclude, cpu=step.cpu)
     WeightsRun(packed, weights, Calibration(job.task, seed=job.seed, progress=job.progress)).run()
     return {
         site.name: PlannedSite(

@@ -231,12 +231,12 @@ def quantized_input(b: Builder, x: ir.Value, packed: PackedSite) -> ir.Value:
 
 def signed_weight(b: Builder, packed: PackedSite, *, transposed: bool) -> ir.Value:
     """Signed codes and one scale per output channel, dequantized. The zero points are all 0 and could be left out, but
-    then ONNX Runtime (1.31) multiplies in float where the input is a matrix."""
+    then ONNX Runtime (1.31) multiplies in float where the input is a matrix. Every weight has zero points of its own:
+    under `session.x64quantprecision` ONNX Runtime makes weights unsigned, and replaces the zero points of each."""
     name, codes = packed.site.name, grid(packed).stored
     shaped = codes.t() if transposed else packed.site.fold.unfold(codes)
     scale = b.constant(f"{name}.scale", grid(packed).scale.float().flatten())
-    num_rows = packed.site.shape[0]
-    zero = b.constant(f"zeros_{num_rows}", np.zeros(num_rows, dtype=np.int8))
+    zero = b.constant(f"{name}.zeros", np.zeros(packed.site.shape[0], dtype=np.int8))
     return b.shared("DequantizeLinear", b.constant(f"{name}.codes", shaped), scale, zero, axis=1 if transposed else 0)
 
 
