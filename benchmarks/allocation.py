@@ -15,8 +15,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from tersor.jobs.compress import Budget, Outcome, compress_to_folder
-from tersor.jobs.task_choice import TaskChoice
+import tersor
+from tersor import Result
 from tersor.measure.scorecard import machine
 
 UNIFORM = ["mse:int3-g32", "mse:int4-g32", "mse:int5-g32", "mse:int6-g32"]
@@ -31,13 +31,13 @@ def main() -> int:
         print("needs pip install 'tersor[demo]'", file=sys.stderr)
         return 2
     model = str(Path(package.submodule_search_locations[0]) / "model")
-    common = {"task_choice": TaskChoice(options={"max_examples": 256}), "batch_sizes": (1,)}
+    common = {"options": {"max_examples": 256}, "batch_sizes": 1}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for number, scheme in enumerate(UNIFORM):
-            uniform = compress_to_folder(model, Path(folder) / f"uniform{number}", formats=[scheme], **common)
+            uniform = tersor.compress(model, scheme, output=Path(folder) / f"uniform{number}", **common)
             limit = f"{uniform.scorecards[1].file_bytes}B"
-            spent = compress_to_folder(model, Path(folder) / f"spent{number}", budget=Budget(size=limit), **common)
+            spent = tersor.compress(model, size=limit, output=Path(folder) / f"spent{number}", **common)
             rows.append(f"| {megabytes(uniform)} | `{scheme}` | {loss(uniform)} | {megabytes(spent)} | {loss(spent)} |")
             print(rows[-1], flush=True)
     if args.write:
@@ -45,11 +45,11 @@ def main() -> int:
     return 0
 
 
-def megabytes(outcome: Outcome) -> str:
+def megabytes(outcome: Result) -> str:
     return f"{outcome.scorecards[1].file_bytes / 1e6:.3f}"
 
 
-def loss(outcome: Outcome) -> str:
+def loss(outcome: Result) -> str:
     card = outcome.scorecards[1]
     low, high = card.score_interval
     return f"{1 - card.score:.4f} [{1 - high:.4f}, {1 - low:.4f}]"

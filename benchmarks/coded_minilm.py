@@ -38,7 +38,6 @@ from tersor.checkpoint.container import Container
 from tersor.checkpoint.layout import CODED
 from tersor.checkpoint.manifest import WEIGHTS
 from tersor.checkpoint.open import open_model
-from tersor.jobs.task_choice import TaskChoice, open_task_for
 from tersor.measure.scorecard import machine
 from tersor.measure.verdict import Tolerance, judge
 from tersor.methods.stats import Stats
@@ -49,6 +48,7 @@ from tersor.search.choices import NUM_STATES
 from tersor.search.limit import Limit, parse_size
 from tersor.search.noise_level import NoiseLevelSearch
 from tersor.tasks.contract import Task
+from tersor.tasks.data import Data
 
 FORECAST = [
     *(f"encoder {bits}" for bits in (4, 3.5, 3, 2.5, 2, 1.5)),
@@ -93,7 +93,7 @@ def main() -> int:
         parser.error("the rows of GGUF need --llama-python; without it, name others with --rows")
     if left:
         source = open_model(str(folder))
-        task = open_task_for(source, TaskChoice("similarity", data))
+        task = Data("similarity", data).open(source)
         original, stats = task.score(source.model), estimate_fisher(source.model, task)
         before = list(outputs(source.model, task, "eval", NUM_SENTENCES))
     for row in left:

@@ -131,7 +131,7 @@ def open_bench(name: str, assets: Assets) -> Bench:
     from tersor.calibration.curvature import estimate_fisher
     from tersor.calibration.divergence import outputs
     from tersor.checkpoint.open import open_model
-    from tersor.jobs.task_choice import TaskChoice, open_task_for
+    from tersor.tasks.data import Data
 
     model: nn.Module
     exclude: tuple[str, ...] = ()
@@ -139,7 +139,7 @@ def open_bench(name: str, assets: Assets) -> Bench:
         model, task, batch_size = open_resnet(assets.root), open_cifar(assets.root, calibration_examples=512), 128
     elif name == "minilm":
         source = open_model(str(assets.root / "minilm"))
-        task = open_task_for(source, TaskChoice("similarity", assets.root / "text" / "stsb-dev.csv"))
+        task = Data("similarity", assets.root / "text" / "stsb-dev.csv").open(source)
         model, batch_size, exclude = source.model, 32, ("*embeddings*",)
     else:
         model, task, batch_size, exclude = open_model(str(assets.model)).model, open_protocol(assets), 2, (KEPT,)

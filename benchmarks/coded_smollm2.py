@@ -230,7 +230,7 @@ def write_whole(assets: Assets, output: Path) -> None:
     """The model in fp16, as llama.cpp reads it."""
     import tersor
     from tersor.checkpoint.open import open_model
-    from tersor.export.gguf import Gguf
+    from tersor.exporters.gguf import Gguf
     from tersor.jobs.export import open_checkpoint
 
     made = tersor.compress(open_model(str(assets.model)).model, tersor.Recipe.of("fp16"))

@@ -142,7 +142,7 @@ def write(row: Row, file: Path, work: Path) -> dict[str, Any]:
     import tersor
 
     source = place(work, row._replace(to="artifact"))
-    made = tersor.export_model(source, file, to=row.to, overwrite=True)
+    made = tersor.export(source, file, to=row.to, overwrite=True)
     return {"difference": made.check.difference if made.check else None, "notes": made.notes}
 
 
@@ -173,12 +173,13 @@ def num_bytes(file: Path) -> int:
 def speed(starts: tuple[str, ...], work: Path) -> dict[str, Any]:
     """Milliseconds of a token, and of the prompt, in turn."""
     from tersor.jobs.bench import Candidate
-    from tersor.jobs.decode import decode_bench
+    from tersor.jobs.decode import decode
+    from tersor.jobs.settings import Timing
 
     names = [*TORCH, *(name for name in FILES if name.startswith(starts) and name not in TORCH)]
     names = [name for name in names if place(work, FILES[name]).exists()]
     candidates = [Candidate(str(place(work, FILES[name])), FILES[name].runtime) for name in names]
-    found = decode_bench(candidates, num_prompt=NUM_PROMPT, num_new=NUM_NEW, seconds=0.0, memory=False, cpu_time=True)
+    found = decode(candidates, NUM_PROMPT, NUM_NEW, Timing(seconds=0.0, memory=False, cpu_time=True))
     timings = {
         name: {
             "bytes": num_bytes(place(work, FILES[name])),

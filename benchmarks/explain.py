@@ -138,7 +138,7 @@ def exported(work: Path, model: str, name: str) -> Path:
 
     path = work / f"minilm-{name}.onnx"
     if not path.exists():
-        tersor.export_model(model, path, to="onnx")
+        tersor.export(model, path, to="onnx")
     return path
 
 

@@ -15,17 +15,17 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import tersor
+from tersor import Result
 from tersor.core.errors import TersorError
-from tersor.jobs.compress import Budget, Outcome, compress_to_folder
-from tersor.jobs.task_choice import TaskChoice
 from tersor.measure.scorecard import machine
 
 ROWS = [
-    ("--ratio 4x", {"budget": Budget(ratio="4x", drop="1%")}),
-    ("--ratio 7x", {"budget": Budget(ratio="7x", drop="1%")}),
-    ("--ratio 8x", {"budget": Budget(ratio="8x", drop="1%")}),
-    ("--ratio 9x", {"budget": Budget(ratio="9x", drop="1%")}),
-    ("--drop 1%", {"budget": Budget(drop="1%")}),
+    ("--ratio 4x", {"ratio": "4x", "drop": "1%"}),
+    ("--ratio 7x", {"ratio": "7x", "drop": "1%"}),
+    ("--ratio 8x", {"ratio": "8x", "drop": "1%"}),
+    ("--ratio 9x", {"ratio": "9x", "drop": "1%"}),
+    ("--drop 1%", {"drop": "1%"}),
     ("--format int8-dynamic", {"formats": ["int8-dynamic"]}),
     ("--format nearest:int8", {"formats": ["nearest:int8"]}),
     ("--format mse:int4-g32", {"formats": ["mse:int4-g32"]}),
@@ -56,11 +56,8 @@ def main() -> int:
             if args.only and args.only not in flags:
                 continue
             try:
-                outcome = compress_to_folder(
-                    str(model),
-                    Path(folder) / flags.replace(" ", "_"),
-                    task_choice=TaskChoice("similarity", data),
-                    **choices,
+                outcome = tersor.compress(
+                    model, task="similarity", data=data, output=Path(folder) / flags.replace(" ", "_"), **choices
                 )
             except TersorError as error:
                 rows.append(f"| `{flags}` | {error} | | | | | | |")
@@ -72,7 +69,7 @@ def main() -> int:
     return 0
 
 
-def row(flags: str, outcome: Outcome) -> str:
+def row(flags: str, outcome: Result) -> str:
     original, compressed = outcome.scorecards
     low, high = compressed.score_interval
     speeds = " | ".join(

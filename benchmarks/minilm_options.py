@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import tersor
 from tersor.checkpoint.open import open_model
-from tersor.jobs.task_choice import TaskChoice, open_task_for
 from tersor.tasks import Task
+from tersor.tasks.data import Data
 
 Error = Callable[[tersor.Recipe, bool], float]
 BLOCKS = ["*embeddings*", "*pooler*"]  # excluded: the linear layers of the blocks are left
@@ -41,7 +41,7 @@ def main() -> int:
         print("needs pip install 'tersor[demo]'", file=sys.stderr)
         return 2
     source = open_model(str(Path(package.submodule_search_locations[0]) / "model"))
-    task = open_task_for(source, TaskChoice(options={"max_examples": 128, "max_length": 48}))
+    task = Data(options={"max_examples": 128, "max_length": 48}).open(source)
     task.prepare(source.model)
     original = embeddings(source.model, task)
 

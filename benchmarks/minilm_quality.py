@@ -26,11 +26,11 @@ import tersor
 from tersor.analysis.sensitivity import divergence, outputs
 from tersor.checkpoint.container_write import size_of
 from tersor.checkpoint.open import open_model
-from tersor.jobs.task_choice import TaskChoice, open_task_for
 from tersor.measure.scorecard import machine
 from tersor.measure.verdict import Tolerance, judge
 from tersor.recipe import Recipe
 from tersor.tasks.contract import Task
+from tersor.tasks.data import Data
 from tersor.tasks.scores import Scores
 
 ROWS = [
@@ -54,7 +54,7 @@ def main() -> int:
         return 2
     results = Results(args.results)
     source = open_model(str(Path(package.submodule_search_locations[0]) / "model"))
-    task = open_task_for(source, TaskChoice("similarity", data))
+    task = Data("similarity", data).open(source)
     original = None
     for row in args.rows:
         if row not in results:

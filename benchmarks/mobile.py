@@ -103,9 +103,9 @@ def opened(row: str, assets: Path, results: Path, num_pictures: int) -> tuple[An
 def written(model: Any, task: Any, folder: Path) -> list[str]:
     """Compress, and export both models; what the export of the int8 one says."""
     import tersor
-    from tersor.export.check import check
-    from tersor.export.examples import Examples
-    from tersor.export.executorch import ExecuTorch
+    from tersor.exporters.check import check
+    from tersor.exporters.examples import Examples
+    from tersor.exporters.executorch import ExecuTorch
     from tersor.jobs.export import checkpoint_of
 
     pictures = [next(iter(batch.inputs.values())) for batch in task.batches("calibration", 16)]

@@ -143,14 +143,14 @@ def measure_minilm(steps: list[dict[str, Any]], assets: Assets, results: Path) -
     """Calibrated and trained on unlabelled web text, judged on STS-B."""
     from tersor.analysis.sensitivity import divergence, outputs
     from tersor.checkpoint.open import open_model
-    from tersor.jobs.task_choice import TaskChoice, open_task_for
+    from tersor.tasks.data import Data
 
     text = assets.root / "text"
     source = open_model(str(assets.root / "minilm"))
-    task = open_task_for(source, TaskChoice("similarity", text / "stsb-dev.csv"))
+    task = Data("similarity", text / "stsb-dev.csv").open(source)
     options = {"max_length": 64, "max_examples": 64}
-    files = TaskChoice("fidelity", text / "wikitext2-valid.txt", options=options, train=text / "c4-sample.txt")
-    compressed, facts = made(source.model, steps, open_task_for(source, files))
+    files = Data("fidelity", text / "wikitext2-valid.txt", options=options, train=text / "c4-sample.txt")
+    compressed, facts = made(source.model, steps, files.open(source))
     pairs = [outputs(model, task, NUM_SENTENCES) for model in (source.model, compressed)]
     return {
         **judged("minilm", compressed, source.model, task, results),

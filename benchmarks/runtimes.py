@@ -25,13 +25,13 @@ from rows import Results, in_turn, run_rows
 from torch import nn
 
 import tersor
+from tersor import export
 from tersor.checkpoint.open import open_model
-from tersor.jobs.export import export_model
-from tersor.jobs.task_choice import TaskChoice, open_task_for
 from tersor.measure.scorecard import machine
 from tersor.measure.verdict import Tolerance, judge
 from tersor.recipe import Recipe
 from tersor.runtimes import Session, runtime_named
+from tersor.tasks.data import Data
 from tersor.tasks.scores import Scores
 
 INT8, INT4 = {"embeddings.*": "int8"}, {"embeddings.*": "int4-g32"}
@@ -101,16 +101,16 @@ def measure(row: str, assets: Path, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     scheme, rules, options = ROWS[row]
     source = open_model(str(assets / "minilm"))
-    choice = TaskChoice("similarity", assets / "text" / "stsb-dev.csv", calibration=assets / "text" / "c4-sample.txt")
-    task = open_task_for(source, choice)
+    choice = Data("similarity", assets / "text" / "stsb-dev.csv", calibration=assets / "text" / "c4-sample.txt")
+    task = choice.open(source)
     original = task.score(source.model)
     result: dict[str, Any] = {"scheme": scheme, "fp32": spearman(original), "runtimes": {}}
     made = tersor.compress(source.model, Recipe.of(scheme, rules), task).model
     tersor.save(made, folder / "artifact", source=source.folder)
     for name, suffix in files_of(options).items():
         runtime = runtime_named(name)
-        export_model(assets / "minilm", folder / f"fp32{suffix}", to=name, shape=None, overwrite=True)
-        exported = export_model(folder / "artifact", folder / f"row{suffix}", to=name, options=options, overwrite=True)
+        export(assets / "minilm", folder / f"fp32{suffix}", to=name, shape=None, overwrite=True)
+        exported = export(folder / "artifact", folder / f"row{suffix}", to=name, options=options, overwrite=True)
         scores = task.score(Running(runtime.open(folder / f"row{suffix}")))
         result["runtimes"][name] = {
             "bytes": exported.num_bytes,

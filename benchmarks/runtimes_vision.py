@@ -86,16 +86,16 @@ def opened(row: str, assets: Path, folder: Path, num_pictures: int) -> tuple[Any
     from static_int8 import NUM_CALIBRATION, large_pictures
 
     import tersor
-    from tersor.jobs.task_choice import TaskChoice
+    from tersor.tasks.data import Data
 
     if ROWS[row].shape == LARGE:
         options = {"mean": 127 / 255, "std": 128 / 255, "calibration_examples": NUM_CALIBRATION}
         file = large_pictures(assets, folder)
-        choice = TaskChoice("fidelity", file, options=options)
+        choice = Data("fidelity", file, options=options)
         return open_efficientnet(assets), tersor.open_task("fidelity", file, options=options), choice
     pictures = {"mean": list(MEAN), "std": list(STD), "max_examples": 64}
     model = open_resnet(assets, int(ROWS[row].factory.removeprefix("resnet")))
-    choice = TaskChoice("classification", assets / "cifar10.npz", options=pictures)
+    choice = Data("classification", assets / "cifar10.npz", options=pictures)
     return model, open_cifar(assets, max_examples=num_pictures), choice
 
 
@@ -104,7 +104,7 @@ def measure(row: str, assets: Path, folder: Path, num_pictures: int) -> dict[str
     import torch
 
     import tersor
-    from tersor.jobs.export import export_model
+    from tersor import export
     from tersor.measure.verdict import Tolerance, judge
     from tersor.runtimes import runtime_named
 
@@ -120,10 +120,8 @@ def measure(row: str, assets: Path, folder: Path, num_pictures: int) -> dict[str
     factory, options = f"models:{ROWS[row].factory}", {"float_outputs": ROWS[row].float_outputs}
     for to, suffix in SUFFIXES.items():
         fp32, output, artifact = folder / f"fp32{suffix}", folder / f"int8{suffix}", folder / "artifact"
-        export_model(factory, fp32, to=to, weights=folder / "float", task_choice=choice, overwrite=True)
-        exported = export_model(
-            factory, output, to=to, weights=artifact, task_choice=choice, options=options, overwrite=True
-        )
+        export(factory, fp32, to=to, weights=folder / "float", data=choice, overwrite=True)
+        exported = export(factory, output, to=to, weights=artifact, data=choice, options=options, overwrite=True)
         before, after = (scores(runtime_named(to).open(file), task) for file in (fp32, output))
         result["num_pictures"] = len(after.examples)
         result["runtimes"][to] = {
@@ -146,16 +144,14 @@ def peer(row: str, folder: Path, model: Any, task: Any, choice: Any) -> dict[str
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     import tersor
-    from tersor.jobs.export import export_model
+    from tersor import export
     from tersor.measure.verdict import Tolerance, judge
     from tersor.runtimes import runtime_named
 
     tersor.save(model, folder / "float")
     factory = f"models:{ROWS[row].factory}"
     for to, suffix in SUFFIXES.items():
-        export_model(
-            factory, folder / f"fp32{suffix}", to=to, weights=folder / "float", task_choice=choice, overwrite=True
-        )
+        export(factory, folder / f"fp32{suffix}", to=to, weights=folder / "float", data=choice, overwrite=True)
     name = runtime_named("onnx").open(folder / "fp32.onnx").inputs[0].name
 
     class Reader(CalibrationDataReader):

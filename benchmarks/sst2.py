@@ -231,11 +231,11 @@ def tokenizer_of(folder: Path) -> Any:
 def opened(folder: Path, place: Place, data: Path | None = None) -> tuple[Any, Any]:
     """A model and the task."""
     from tersor.checkpoint.open import open_model
-    from tersor.jobs.task_choice import TaskChoice, open_task_for
+    from tersor.tasks.data import Data
 
     source = open_model(str(folder))
-    choice = TaskChoice("classification", place.dev, train=data, options={"max_length": MAX_LENGTH})
-    return source.model, open_task_for(source, choice)
+    choice = Data("classification", place.dev, train=data, options={"max_length": MAX_LENGTH})
+    return source.model, choice.open(source)
 
 
 def variants(stage: Stage, place: Place) -> list[str]:
@@ -288,8 +288,6 @@ def neighbours(words: set[str], place: Place, num: int = 8) -> dict[str, list[st
 def measure(row: str, place: Place) -> dict[str, Any]:
     """Pack a model, save and load it, and measure it beside the fp32 teacher."""
     import tersor
-    from tersor.jobs.compress import compare_models
-    from tersor.jobs.task_choice import TaskChoice
     from tersor.measure.scorecard import machine
 
     model, packing = row.split(" | ")
@@ -301,21 +299,25 @@ def measure(row: str, place: Place) -> dict[str, Any]:
         artifact = place.folder(f"{model} {packing}")
         tersor.save(made.model, artifact, source=folder)
         folder = artifact
-    cards, description, verdicts = compare_models(
-        [str(place.folder("teacher")), str(folder)],
-        task_choice=TaskChoice("classification", place.dev, train=place.train, options={"max_length": MAX_LENGTH}),
+    found = tersor.compare(
+        place.folder("teacher"),
+        folder,
+        task="classification",
+        data=place.dev,
+        train=place.train,
+        options={"max_length": MAX_LENGTH},
         drop=TOLERANCE,
     )
-    teacher, card = (card.to_dict() for card in cards)
+    teacher, card = (card.to_dict() for card in found.scorecards)
     return {
         "bytes": card["file_bytes"],
         "ratio": teacher["file_bytes"] / card["file_bytes"],
         "parameters": card["num_parameters"],
         "accuracy": card["score"],
         "interval": card["score_interval"],
-        "verdict": verdicts[0].to_dict(),
+        "verdict": found.verdicts[0].to_dict(),
         "latency": card["latency"],
-        "task": description,
+        "task": found.task,
         "machine": machine(),
     }
 

@@ -131,12 +131,12 @@ def opened(row: str, assets: Path, results: Path) -> tuple[Any, Any, Any, str]:
 def open_minilm(assets: Path) -> tuple[Any, Any, Any, str]:
     """Judged on STS-B dev, calibrated on web text: nothing of STS-B is seen."""
     from tersor.checkpoint.open import open_model
-    from tersor.jobs.task_choice import TaskChoice, open_task_for
+    from tersor.tasks.data import Data
 
     text, source = assets / "text", open_model(str(assets / "minilm"))
     options = {"max_length": 64, "max_examples": NUM_PASSAGES + 1, "calibration_examples": NUM_PASSAGES}
-    data = open_task_for(source, TaskChoice("fidelity", text / "c4-sample.txt", options=options))
-    return source.model, open_task_for(source, TaskChoice("similarity", text / "stsb-dev.csv")), data, "minilm"
+    data = Data("fidelity", text / "c4-sample.txt", options=options).open(source)
+    return source.model, Data("similarity", text / "stsb-dev.csv").open(source), data, "minilm"
 
 
 def large_pictures(assets: Path, results: Path) -> Path:

@@ -27,8 +27,8 @@ from rows import Results
 from tersor.calibration.curvature import estimate_fisher
 from tersor.calibration.divergence import divergence, outputs
 from tersor.checkpoint.open import open_model
-from tersor.jobs.task_choice import TaskChoice, open_task_for
 from tersor.measure.scorecard import machine
+from tersor.tasks.data import Data
 
 ENCODER, WHOLE = (4, 3, 2, 1.5), (4, 3, 2, 1.5)
 ROWS = [
@@ -53,7 +53,7 @@ def main() -> int:
     left = [row for row in args.rows if row not in results]
     if left:
         source = open_model(str(folder))
-        task = open_task_for(source, TaskChoice("similarity", data))
+        task = Data("similarity", data).open(source)
         stats = estimate_fisher(source.model, task)
         original = list(outputs(source.model, task, "eval", NUM_SENTENCES))
     for row in left:

@@ -194,7 +194,7 @@ def test_training_has_one_bar_however_its_loss_changes(monkeypatch):
     """A bar for every loss made each step slower than the one before."""
     written = io.StringIO()
     monkeypatch.setattr(console, "err", Console(file=written, width=100))
-    with console.progress_bars(as_json=False) as report:
+    with console.progress_bars() as report:
         for work in ("prune", "tune-scales"):
             for step in range(5):
                 report(f"{work}: loss {1 / (step + 1):.3g}", step, 4)
@@ -534,9 +534,9 @@ FLAGS = {
     "inspect": "--weights --format --sensitivity --measure --training-memory --batch-size --context --lora --base "
     "--optimizer --task --data --calibration --train --task-option --seed --dtype --json",
     "bench": "--runtime --weights --batch --threads --new-tokens --prompt --length --shape --task --data --task-option "
-    "--seconds --cpu-time --no-memory --seed --json",
-    "explain": "--against --runtime --weights --batch --length --shape --threads --seconds --rows --remeasure --seed "
-    "--json",
+    "--dtype --seconds --cpu-time --no-memory --seed --json",
+    "explain": "--against --runtime --weights --batch --length --shape --threads --dtype --seconds --rows --remeasure "
+    "--seed --json",
     "evaluate": "--weights --task --data --calibration --task-option --batch --timing-seconds --threads --lazy "
     "--dtype --json",
     "compare": "--weights --task --data --calibration --task-option --drop --batch --timing-seconds --seed --threads "
@@ -545,12 +545,12 @@ FLAGS = {
     "unpack": "--output -o --overwrite --json",
     "verify": "--json",
     "info": "--against --json",
-    "student": "--output -o --layers --width --hidden --intermediate --heads --overwrite --json",
+    "student": "--output -o --layers --width --hidden --intermediate --heads --dtype --overwrite --json",
     "finetune": "--output -o --lora --base --save-base --weights --task --data --calibration --train --task-option "
     "--epochs --steps --batch-size --accumulate --learning-rate --warmup --schedule --optimizer --weight-decay "
     "--precision --gradient-checkpointing --evaluations --patience --dtype --drop --seed --overwrite --exit-code "
     "--json",
-    "merge": "--output -o --task --data --calibration --train --task-option --seed --overwrite --json",
+    "merge": "--output -o --task --data --calibration --train --task-option --dtype --seed --overwrite --json",
     "export": "--to --output -o --weights --task --data --task-option --shape --fixed --dtype --per-token "
     "--float-outputs --decode --no-cache --runtime-path --threads --overwrite --json",
     "formats": "--json",

@@ -30,7 +30,7 @@ FLOORS = (
     "measure",  # latency, memory, size, verdict
     "recipe",  # the steps in order, to and from YAML
     "report",  # tables and cards
-    "export",  # files of other programs, one file or folder a client
+    "exporters",  # files of other programs, one file or folder a client
     "pipeline",  # the one loop over the steps of a recipe
     "search",  # recipes that keep within a limit
     "analysis",  # where bytes, time and loss come from

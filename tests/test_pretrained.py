@@ -114,7 +114,7 @@ def test_an_artifact_made_of_an_artifact_s_files_says_it_once(artifacts, tmp_pat
 def test_exports_open_in_their_client(artifacts, tmp_path):
     """What a client reads is no longer packed by tersor; and a packed artifact exports like a plain one."""
     for kind in ("plain", "packed"):
-        tersor.export_model(artifacts / f"llama-{kind}", tmp_path / kind, to="compressed-tensors")
+        tersor.export(artifacts / f"llama-{kind}", tmp_path / kind, to="compressed-tensors")
         assert KEY not in json.loads((tmp_path / kind / "config.json").read_text())
         AutoModelForCausalLM.from_pretrained(tmp_path / kind)
     weights = [(tmp_path / kind / "model.safetensors").read_bytes() for kind in ("plain", "packed")]

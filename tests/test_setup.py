@@ -51,7 +51,7 @@ def test_warnings_of_others_do_not_fail_a_test():
     warnings.warn_explicit("soon gone", DeprecationWarning, "tersorial.py", 1, module="tersorial")
 
 
-@pytest.mark.parametrize("module", ["tersor", "tersor.export.decoder"])
+@pytest.mark.parametrize("module", ["tersor", "tersor.exporters.decoder"])
 def test_warnings_raised_from_tersor_do(module):
     with pytest.raises(FutureWarning):
         warnings.warn_explicit("soon gone", FutureWarning, "decoder.py", 1, module=module)

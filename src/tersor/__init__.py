@@ -12,13 +12,27 @@ from importlib.metadata import version
 
 from tersor.checkpoint.artifact import load, save
 from tersor.core.errors import TersorError
-from tersor.export import EXPORTS
+from tersor.core.progress import Events
+from tersor.exporters import EXPORTS
 from tersor.formats import FORMATS
-from tersor.jobs.export import Exported, export_model
+from tersor.jobs.api import (
+    bench,
+    compare,
+    compress,
+    evaluate,
+    export,
+    finetune,
+    inspect,
+    pack,
+    unpack,
+    verify,
+)
+from tersor.jobs.compress import Result
+from tersor.jobs.export import Exported
 from tersor.measure.verdict import Tolerance, Verdict, judge
 from tersor.methods import METHODS
 from tersor.nn.sites import Site, find_sites
-from tersor.pipeline import Compressed, compress
+from tersor.pipeline import Compressed, run
 from tersor.recipe import Recipe
 from tersor.search.plan import plan
 from tersor.tasks import TASKS, open_task
@@ -33,20 +47,31 @@ __all__ = [
     "METRICS",
     "TASKS",
     "Compressed",
+    "Events",
     "Exported",
     "Metric",
     "Recipe",
+    "Result",
     "Scores",
     "Site",
     "TersorError",
     "Tolerance",
     "Verdict",
+    "bench",
+    "compare",
     "compress",
-    "export_model",
+    "evaluate",
+    "export",
     "find_sites",
+    "finetune",
+    "inspect",
     "judge",
     "load",
     "open_task",
+    "pack",
     "plan",
+    "run",
     "save",
+    "unpack",
+    "verify",
 ]

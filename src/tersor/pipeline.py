@@ -13,7 +13,7 @@ from tersor.calibration.moments import shows_inputs
 from tersor.calibration.plan import survey
 from tersor.calibration.walk import Observer, walk
 from tersor.core.errors import FormatError
-from tersor.core.progress import Progress, silent
+from tersor.core.progress import Events, Progress, silent
 from tersor.methods.stats import Stats
 from tersor.nn.copies import copy_but_sites, own_shared_weights
 from tersor.nn.packed import packed_weight
@@ -51,16 +51,16 @@ class Compressed:
     notes: list[str] = field(default_factory=list)
 
 
-def compress(
-    model: nn.Module,
+def run(
     recipe: Recipe | str,
+    model: nn.Module,
     task: Task | None = None,
     *,
     stats: Mapping[str, Stats] | None = None,
     journal: Path | None = None,
-    progress: Progress = silent,
+    events: Events = Events(),
 ) -> Compressed:
-    """Compress a copy of `model` as the recipe says; the model itself is left as it was.
+    """Do what a recipe says to a copy of `model`; the model itself is left as it was.
 
     Args:
         recipe: or the scheme for every site alone: `"int4-g64"`.
@@ -68,13 +68,11 @@ def compress(
             name no method get the best that the data allows, and the recipe of the result says which.
         stats: statistics already gathered for this model and task.
         journal: folder for the checkpoints of steps that train; a run that was killed goes on from there.
-        progress: called with what is done, how many sites are done, and of how many.
-
-    Raises:
-        FormatError: a scheme does not fit a site's shape (before any work starts).
-        ModelError: a weight is not finite.
+        events: `on_progress` and `on_step` are called.
+    Raises FormatError where a scheme does not fit a site's shape (before any work), ModelError for a weight that is not
+    finite.
     """
-    recipe = Recipe.of(recipe) if isinstance(recipe, str) else recipe
+    recipe, progress = Recipe.of(recipe) if isinstance(recipe, str) else recipe, events.on_progress
     preflight_all(model, recipe)
     for site in find_sites(model) if task is not None else ():
         check_finite(site, site.matrix(model))
@@ -108,6 +106,7 @@ def compress(
             job.reports |= weights.reports
             notes |= weights.notes
             check_masks(job, job.reports)
+        events.on_step(number + 1, len(recipe.steps))
     own_shared_weights(job.model, model)
     guard(job.model)
     recipe = recipe.model_copy(update={"steps": tuple(done)})

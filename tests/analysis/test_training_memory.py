@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from tersor import compress
 from tersor.analysis.training_memory import Ledger, block_activations, shadow_of, training_memory
 from tersor.core.errors import DataError, InputError
-from tersor.pipeline import compress
 from tersor.recipe import Recipe
 from tersor.tasks import open_task
 from tersor.training import FinetuneStep, LoraStep

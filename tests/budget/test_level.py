@@ -14,7 +14,7 @@ from tersor.core.errors import BudgetError, InputError
 from tersor.measure.verdict import Verdict
 from tersor.recipe import Recipe
 from tersor.schemes.scheme import KEEP
-from tersor.search.choices import Budget, check_choices
+from tersor.search.choices import Budget, Choices
 from tersor.search.correct import measured_factors
 from tersor.search.limit import Limit
 from tersor.search.noise_level import (
@@ -184,7 +184,7 @@ def test_a_trellis_spends_the_same_bytes_on_less_error(tmp_path):
 )
 def test_impossible_trellises_are_refused(budget, message):
     with pytest.raises(InputError, match=message):
-        check_choices(budget, None, [], None, [], [], 0)
+        _ = Choices(budget).spelled_out
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_impossible_trellises_are_refused(budget, message):
 )
 def test_coded_wants_a_budget_and_no_format(budget, formats):
     with pytest.raises(InputError, match="--coded needs a budget and no --format"):
-        check_choices(budget, None, formats, None, [], [], 0)
+        _ = Choices(budget, formats=formats).spelled_out
 
 
 class Values:

@@ -15,11 +15,12 @@ from transformers import (
 )
 
 import tersor
-from tersor.checkpoint.open import open_model
+from tersor.checkpoint.open import ModelSpec, open_model
 from tersor.core.errors import InputError, ModelError
-from tersor.jobs.compress import compress_to_folder
-from tersor.jobs.stream import compress_streamed
+from tersor.jobs.settings import Output
+from tersor.jobs.stream import stream
 from tersor.recipe import Recipe
+from tersor.search.choices import Choices
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -70,7 +71,7 @@ def test_an_encoder_decoder_with_another_head_is_refused(tmp_path):
 def test_stream_refuses_another_head_before_work(tmp_path):
     folder = saved(make("llama"), tmp_path / "model", tie_word_embeddings=True)
     with pytest.raises(ModelError, match='write "tie_word_embeddings": false into config'):
-        compress_streamed(str(folder), tmp_path / "small", Recipe.of("int8"))
+        stream(ModelSpec(folder), Output(tmp_path / "small"), choices=Choices(formats=["int8"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
@@ -96,5 +97,5 @@ def test_an_architecture_that_transformers_does_not_have(tmp_path):
 def test_nothing_is_left_where_it_is_refused(tmp_path):
     folder = saved(make("llama"), tmp_path / "model", architectures=["LlamaForCausalML"])
     with pytest.raises(InputError):
-        compress_to_folder(str(folder), tmp_path / "small", recipe=Recipe.of("int8"))
+        tersor.compress(folder, Recipe.of("int8"), output=tmp_path / "small")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]

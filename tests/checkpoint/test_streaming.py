@@ -12,14 +12,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tersor
 from cli_runner import tersor as run
+from tersor import compress
+from tersor.checkpoint.open import ModelSpec
 from tersor.checkpoint.safetensors_header import read_extents, write_extents
 from tersor.checkpoint.streaming import StreamedModel
 from tersor.core.errors import ModelError, TersorError
 from tersor.core.weights_file import write_weights
-from tersor.jobs.stream import compress_streamed
-from tersor.jobs.task_choice import TaskChoice, open_task_for
-from tersor.pipeline import compress
+from tersor.jobs.settings import Output
+from tersor.jobs.stream import stream
 from tersor.recipe import Recipe
+from tersor.search.choices import Choices
+from tersor.tasks.data import Data
 
 NUM_BLOCKS = 3
 
@@ -49,13 +52,17 @@ def with_tokenizer(folder):
 def choice(tmp_path):
     letters = torch.randint(97, 123, (4000,)).tolist()
     (tmp_path / "text.txt").write_bytes(bytes(letters))
-    return TaskChoice("perplexity", tmp_path / "text.txt", options={"context": 16, "calibration_examples": 4})
+    return Data("perplexity", tmp_path / "text.txt", options={"context": 16, "calibration_examples": 4})
+
+
+def compress_streamed(folder, output, recipe, choice=Data(), **spec):
+    return stream(ModelSpec(folder, **spec), Output(output), choice, Choices(recipe=recipe))
 
 
 def in_memory(folder, recipe, choice, output):
-    """What `compress_to_folder` writes, without what it measures."""
+    """What `tersor.compress` writes, without what it measures."""
     source = tersor.checkpoint.open.open_model(str(folder))
-    made = compress(source.model, recipe, open_task_for(source, choice))
+    made = compress(source.model, recipe, choice.open(source))
     tersor.checkpoint.artifact.save(made.model, output, source=folder)
     return made
 
@@ -75,7 +82,7 @@ def in_memory(folder, recipe, choice, output):
 def test_the_same_bytes_as_in_memory(tied, recipe, choice, tmp_path):
     folder = write_checkpoint(tmp_path / "model", tied)
     made = in_memory(folder, recipe, choice, tmp_path / "whole")
-    manifest = compress_streamed(str(folder), tmp_path / "streamed", recipe, task_choice=choice)
+    manifest = compress_streamed(folder, tmp_path / "streamed", recipe, choice)
     whole, streamed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "streamed"))
     assert whole == streamed
     assert manifest["source"]["name"] == "model"  # and not where it lay
@@ -116,7 +123,7 @@ def test_families_that_transformers_stores_or_runs_in_their_own_way(family, choi
     transformers.AutoModelForCausalLM.from_config(FAMILIES[family]()).save_pretrained(tmp_path / "model")
     folder, recipe = with_tokenizer(tmp_path / "model"), Recipe.of("gptq:int4-g32", exclude=["*.1.*"])
     in_memory(folder, recipe, choice, tmp_path / "whole")
-    compress_streamed(str(folder), tmp_path / "streamed", recipe, task_choice=choice)
+    compress_streamed(folder, tmp_path / "streamed", recipe, choice)
     whole, streamed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "streamed"))
     assert whole == streamed
 
@@ -131,7 +138,7 @@ def test_experts_that_do_not_go_together_are_refused(choice, tmp_path):
     with pytest.raises(
         ModelError, match=r"model\.layers\.0\.mlp\.experts\..* hold 7168 values, and the model has 8192"
     ):
-        compress_streamed(str(folder), tmp_path / "out", Recipe.of("nearest:int8"))
+        compress_streamed(folder, tmp_path / "out", Recipe.of("nearest:int8"))
     assert not (tmp_path / "out").exists()
 
 
@@ -144,7 +151,7 @@ def test_shards_and_a_config_of_another_type(dtype, choice, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     recipe = Recipe.of("gptq:int4-g32", exclude=["*embed_tokens"])
     in_memory(folder, recipe, choice, tmp_path / "whole")
-    compress_streamed(str(folder), tmp_path / "streamed", recipe, task_choice=choice)
+    compress_streamed(folder, tmp_path / "streamed", recipe, choice)
     whole, streamed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "streamed"))
     assert whole == streamed
 
@@ -173,7 +180,7 @@ def test_never_more_than_a_few_blocks_are_there(choice, tmp_path, monkeypatch):
         assert there(streamed)[1] == 0
 
     monkeypatch.setattr(StreamedModel, "block_context", watched)
-    compress_streamed(str(folder), tmp_path / "out", Recipe.of("gptq:int4-g32"), task_choice=choice)
+    compress_streamed(folder, tmp_path / "out", Recipe.of("gptq:int4-g32"), choice)
     streamed = StreamedModel(str(folder), tmp_path)
     size = sum(p.numel() for p in streamed.model.model.layers[0].parameters())
     assert {part for part, _, _ in seen} == {"", *(f"model.layers.{index}" for index in range(NUM_BLOCKS))}
@@ -184,7 +191,7 @@ def test_never_more_than_a_few_blocks_are_there(choice, tmp_path, monkeypatch):
 def test_the_artifact_is_an_artifact(choice, tmp_path, capsys):
     """It loads, it is evaluated and inspected like any other, and says that nobody measured it."""
     folder = write_checkpoint(tmp_path / "model", tied=False)
-    flags = ["--task", "perplexity", "--data", choice.data, "--task-option", "context=32"]
+    flags = ["--task", "perplexity", "--data", choice.path, "--task-option", "context=32"]
     made = run(capsys, "compress", folder, "-o", tmp_path / "out", "--format", "gptq:int4-g32", *flags, "--stream")
     assert made.status == 0, made.stderr
     assert [f"block {n}/{NUM_BLOCKS}" in made.stderr for n in range(1, NUM_BLOCKS + 1)] == [True] * NUM_BLOCKS
@@ -224,13 +231,13 @@ NORM = "model.layers.1.input_layernorm.weight"
 def test_a_checkpoint_that_does_not_fit_leaves_nothing_behind(change, message, choice, tmp_path):
     folder = damaged(change, tmp_path)
     with pytest.raises(ModelError, match=message):
-        compress_streamed(str(folder), tmp_path / "out", Recipe.of("gptq:int4-g32"), task_choice=choice)
+        compress_streamed(folder, tmp_path / "out", Recipe.of("gptq:int4-g32"), choice)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "text.txt"}
 
 
 def test_unused_tensors_are_left_out_and_said(choice, tmp_path):
     folder = damaged(lambda tensors: tensors.update(more=torch.ones(3)), tmp_path)
-    manifest = compress_streamed(str(folder), tmp_path / "out", Recipe.of("nearest:int8"), task_choice=choice)
+    manifest = compress_streamed(folder, tmp_path / "out", Recipe.of("nearest:int8"), choice)
     assert any("does not use more" in note for note in manifest["notes"])
 
 
@@ -253,7 +260,7 @@ def test_what_cannot_be_streamed_is_refused_at_once(flags, message, tmp_path, ca
 
 def test_a_method_that_wants_the_curvature_does_without_and_says_so(choice, tmp_path):
     folder = write_checkpoint(tmp_path / "model")
-    manifest = compress_streamed(str(folder), tmp_path / "out", Recipe.of("mse:int4-g32"), task_choice=choice)
+    manifest = compress_streamed(folder, tmp_path / "out", Recipe.of("mse:int4-g32"), choice)
     assert any("curvature" in note for note in manifest["notes"])
 
 
@@ -291,7 +298,7 @@ def test_coded_weights_are_streamed_into_a_coded_file(tied, tmp_path, choice, ca
     rules = ["--rule", "*.embed_tokens=int8-g32", "--rule", "*.self_attn.*=int4-g32"]
     made = run(
         capsys, "compress", folder, "--stream", "--format", "waterfill(level=0.001):coded", *rules,
-        "--task", "perplexity", "--data", choice.data, "--task-option", "context=32", "-o", tmp_path / "streamed",
+        "--task", "perplexity", "--data", choice.path, "--task-option", "context=32", "-o", tmp_path / "streamed",
     )  # fmt: skip
     assert made.status == 0, made.stderr
     manifest = json.loads((tmp_path / "streamed" / "tersor.json").read_text(encoding="utf-8"))

@@ -7,8 +7,8 @@ from exported import expected, logits, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tersor import export
 from tersor.core.errors import FormatError
-from tersor.jobs.export import export_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the client's own
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the client's own
 @pytest.mark.parametrize("format", ["nf4", "nf4-dq"])
 def test_the_client_decodes_what_was_chosen(format, artifact, tmp_path):
     folder = artifact(format)
-    export_model(folder, tmp_path / "out", to="bitsandbytes")
+    export(folder, tmp_path / "out", to="bitsandbytes")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     for name, weight in weights(folder).items():
         prefix = f"{name}.weight."
@@ -34,7 +34,7 @@ def test_the_client_decodes_what_was_chosen(format, artifact, tmp_path):
 )
 def test_transformers_computes_the_same(rules, artifact, tmp_path):
     folder = artifact("nf4", rules)
-    assert not export_model(folder, tmp_path / "out", to="bitsandbytes").notes
+    assert not export(folder, tmp_path / "out", to="bitsandbytes").notes
     client = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert type(client.get_submodule("model.layers.0.mlp.up_proj")).__name__ == "Linear4bit"
     ours = expected(folder)
@@ -44,4 +44,4 @@ def test_transformers_computes_the_same(rules, artifact, tmp_path):
 @pytest.mark.parametrize("format", ["int4-g64", "mxfp4"])
 def test_what_does_not_fit(format, artifact, tmp_path):
     with pytest.raises(FormatError, match=r"bitsandbytes holds nf4.*=nf4'"):
-        export_model(artifact(format), tmp_path / "out", to="bitsandbytes")
+        export(artifact(format), tmp_path / "out", to="bitsandbytes")

@@ -5,9 +5,9 @@ import torch
 
 import tersor
 from tersor.core.errors import ModelError
-from tersor.export.check import ROUNDED, hold, judged, limit_of, shares_a_scale
-from tersor.export.examples import Examples
-from tersor.export.onnx import Onnx
+from tersor.exporters.check import ROUNDED, hold, judged, limit_of, shares_a_scale
+from tersor.exporters.examples import Examples
+from tersor.exporters.onnx import Onnx
 from tersor.jobs.export import checkpoint_of
 
 

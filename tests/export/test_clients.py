@@ -16,7 +16,7 @@ import torch
 from exported import IDS, expected
 from transformers import AutoTokenizer
 
-from tersor.jobs.export import export_model
+from tersor import export
 
 pytestmark = pytest.mark.slow
 PACKAGES = {
@@ -89,7 +89,7 @@ TEXTS = ["State a budget, get 1234567.", "  two  spaces\n\nand é, ß, 日本", 
 
 def test_llama_cpp(run, artifact, llama, tmp_path):
     folder = artifact("int4-g32", {"model.embed_tokens": "int8-g32", "*.v_proj": "int5-g32", "*.k_proj": "bf16"})
-    export_model(folder, tmp_path / "small.gguf", to="gguf")
+    export(folder, tmp_path / "small.gguf", to="gguf")
     logits, printed = run("LLAMA", tmp_path / "small.gguf", json.dumps(TEXTS))
     assert distance(logits, expected(folder)) < 0.03  # it quantizes inputs to 8 bits
     tokenizer = AutoTokenizer.from_pretrained(llama)
@@ -97,7 +97,7 @@ def test_llama_cpp(run, artifact, llama, tmp_path):
 
 
 def test_llama_cpp_runs_its_own_formats(run, ggml_formats, tmp_path):
-    export_model(ggml_formats, tmp_path / "small.gguf", to="gguf")
+    export(ggml_formats, tmp_path / "small.gguf", to="gguf")
     logits, _ = run("LLAMA", tmp_path / "small.gguf", "[]")
     assert distance(logits, expected(ggml_formats)) < 0.03
 
@@ -108,7 +108,7 @@ def test_llama_cpp_runs_its_own_formats(run, ggml_formats, tmp_path):
 )
 def test_gptqmodel(to, scheme, limit, run, artifact, tmp_path):
     folder = artifact(scheme)
-    export_model(folder, tmp_path / "out", to=to)
+    export(folder, tmp_path / "out", to=to)
     logits, _ = run("GPTQ", tmp_path / "out")
     assert distance(logits, expected(folder)) < limit
 
@@ -127,7 +127,7 @@ def test_gptqmodel(to, scheme, limit, run, artifact, tmp_path):
 def test_vllm(to, scheme, run, artifact, tmp_path):
     """It computes what the artifact does, and writes on from there."""
     folder = artifact(scheme)
-    export_model(folder, tmp_path / "out", to=to)
+    export(folder, tmp_path / "out", to=to)
     logprobs, printed = run("VLLM", tmp_path / "out")
     ours = expected(folder)[:, :-1].log_softmax(-1)
     assert distance(logprobs, ours) < 0.02

@@ -12,11 +12,11 @@ import transformers
 from torch import nn
 
 import tersor
-import tersor.export.check
-from tersor import Recipe, export_model
+import tersor.exporters.check
+from tersor import Recipe, export
 from tersor.core.errors import InputError, ModelError
-from tersor.export.check import read_in_steps
-from tersor.export.onnx import language
+from tersor.exporters.check import read_in_steps
+from tersor.exporters.onnx import language
 from tersor.runtimes import open_decoder
 from tersor.runtimes.onnx_decoder import ROOM, OnnxDecoder
 from zoo import GQA, ZOO, pretrained
@@ -25,7 +25,7 @@ from zoo import GQA, ZOO, pretrained
 @pytest.fixture(autouse=True)
 def short(monkeypatch, one_thread):
     """Latencies are not judged here."""
-    monkeypatch.setattr(tersor.export.check, "SECONDS", 0.0)
+    monkeypatch.setattr(tersor.exporters.check, "SECONDS", 0.0)
 
 
 def llama() -> nn.Module:
@@ -47,13 +47,13 @@ def folders(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def exported(folders) -> Path:
     """The ONNX file of the float model."""
-    return export_model(folders / "float", folders / "float.onnx", to="onnx").output
+    return export(folders / "float", folders / "float.onnx", to="onnx").output
 
 
 @pytest.fixture(scope="module")
 def stateful(folders) -> Path:
     """Its OpenVINO file."""
-    return export_model(folders / "float", folders / "float.xml", to="openvino").output
+    return export(folders / "float", folders / "float.xml", to="openvino").output
 
 
 FILES = ["exported", "stateful"]
@@ -150,7 +150,7 @@ def test_a_cache_grows_beyond_the_memory_it_began_with(exported, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_packed_weights(folders, dtype):
-    made = export_model(
+    made = export(
         folders / "packed", folders / f"{dtype}.onnx", to="onnx", options={"dtype": dtype} if dtype != "fp32" else {}
     )
     assert made.check.row == "one token after 16 others"
@@ -161,7 +161,7 @@ def test_packed_weights(folders, dtype):
 
 def test_openvino_keeps_its_cache_inside_and_packed_weights_packed(folders, stateful):
     """Inputs are those that openvino-genai and optimum-intel feed."""
-    made = export_model(folders / "packed", folders / "packed.xml", to="openvino")
+    made = export(folders / "packed", folders / "packed.xml", to="openvino")
     assert made.check.difference < 0.1
     assert any("int4 weights and int8 inputs" in note for note in made.notes)
     core = openvino.Core()
@@ -197,8 +197,8 @@ def test_one_product_for_queries_keys_and_values(tmp_path, monkeypatch):
     ids, mask = texts()
     found = []
     for name, small in (("one", 1), ("three", 10**9)):
-        monkeypatch.setattr("tersor.export.onnx.model.SMALL", small)
-        path = export_model(tmp_path / "packed", tmp_path / f"{name}.onnx", to="onnx").output
+        monkeypatch.setattr("tersor.exporters.onnx.model.SMALL", small)
+        path = export(tmp_path / "packed", tmp_path / f"{name}.onnx", to="onnx").output
         found.append(read_in_steps(open_decoder(str(path)), ids, mask))
         nodes = onnx.load(path).graph.node
         products = [node.name for node in nodes if node.op_type == "MatMulNBits"]
@@ -220,18 +220,18 @@ def test_a_mixup_of_the_cache_is_never_kept(folders, monkeypatch, tmp_path):
 
     monkeypatch.setitem(language.EMIT, "Attention", wrong)
     with pytest.raises(ModelError, match="outputs differ from the model's"):
-        export_model(folders / "short", tmp_path / "o.onnx", to="onnx")
+        export(folders / "short", tmp_path / "o.onnx", to="onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_without_a_cache(folders, tmp_path):
-    made = export_model(folders / "short", tmp_path / "o.onnx", to="onnx", options={"cache": False})
+    made = export(folders / "short", tmp_path / "o.onnx", to="onnx", options={"cache": False})
     session = onnxruntime.InferenceSession(str(made.output), providers=["CPUExecutionProvider"])
     assert [each.name for each in session.get_inputs()] == ["input_ids", "attention_mask"]
     with pytest.raises(ModelError, match=r"takes no cache of keys and values; export the model again"):
         open_decoder(str(made.output))
     with pytest.raises(InputError, match=r"--fixed batch goes with --no-cache"):
-        export_model(folders / "short", tmp_path / "p.onnx", to="onnx", fixed=["batch"])
+        export(folders / "short", tmp_path / "p.onnx", to="onnx", fixed=["batch"])
 
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -260,10 +260,10 @@ def test_families(family, tmp_path):
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "model")
-    made = export_model(tmp_path / "model", tmp_path / "o.onnx", to="onnx")
+    made = export(tmp_path / "model", tmp_path / "o.onnx", to="onnx")
     assert made.check.row.startswith("one token")
     assert made.check.difference < 1e-5
-    assert export_model(tmp_path / "model", tmp_path / "o.xml", to="openvino").check.difference < 1e-5
+    assert export(tmp_path / "model", tmp_path / "o.xml", to="openvino").check.difference < 1e-5
 
 
 @pytest.mark.slow
@@ -271,5 +271,5 @@ def test_a_cache_of_another_kind_is_left_out(tmp_path):
     """Bloom's attention is its own; it reads whole texts."""
     config = transformers.BloomConfig(vocab_size=96, hidden_size=32, n_layer=1, n_head=4)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    made = export_model(tmp_path / "model", tmp_path / "o.onnx", to="onnx")
+    made = export(tmp_path / "model", tmp_path / "o.onnx", to="onnx")
     assert made.check.row == "one input of 1x16"

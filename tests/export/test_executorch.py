@@ -11,13 +11,12 @@ from test_openvino import Calibration
 from torch import nn
 
 import tersor
-import tersor.export.check
+import tersor.exporters.check
 from tersor import Recipe
 from tersor.core.errors import FormatError, InputError, MissingExtra, ModelError
-from tersor.export.check import check, difference
-from tersor.export.examples import Examples
-from tersor.export.executorch import ExecuTorch
-from tersor.jobs.bench import bench, candidates_of
+from tersor.exporters.check import check, difference
+from tersor.exporters.examples import Examples
+from tersor.exporters.executorch import ExecuTorch
 from tersor.jobs.export import checkpoint_of
 from tersor.runtimes import executorch as client
 from tersor.runtimes import runtime_for, runtime_named
@@ -28,7 +27,7 @@ installed = pytest.mark.skipif(importlib.util.find_spec("executorch") is None, r
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Latencies are not judged here."""
-    monkeypatch.setattr(tersor.export.check, "SECONDS", 0.0)
+    monkeypatch.setattr(tersor.exporters.check, "SECONDS", 0.0)
 
 
 def linear() -> nn.Module:
@@ -139,7 +138,7 @@ def test_without_calibration_convolutions_stay_exact(tmp_path):
 @installed
 def test_the_file_says_its_inputs_and_its_limits(tmp_path):
     path = tmp_path / "net.pte"
-    made = tersor.export_model("test_executorch:linear", path, to="executorch", shape=(64,))
+    made = tersor.export("test_executorch:linear", path, to="executorch", shape=(64,))
     assert made.num_bytes == path.stat().st_size
     assert [each.name for each in tmp_path.iterdir()] == ["net.pte"]
     session = runtime_for(str(path)).open(path)
@@ -200,15 +199,15 @@ def test_the_profile_names_int8_kernels_and_what_runs_outside(tmp_path):
 def test_bench_takes_it_among_others(tmp_path):
     paths = [tmp_path / "net.pte", tmp_path / "net.onnx"]
     for path, to in zip(paths, ("executorch", "onnx"), strict=True):
-        tersor.export_model("test_executorch:linear", path, to=to, shape=(64,))
-    found = bench(candidates_of([str(path) for path in paths], []), batch_sizes=(1, 3), seconds=0.05, memory=False)
+        tersor.export("test_executorch:linear", path, to=to, shape=(64,))
+    found = tersor.bench(*paths, batch_sizes=(1, 3), seconds=0.05, memory=False)
     assert [timing.candidate.runtime for timing in found.timings] == ["executorch", "onnx"] * 2
 
 
 @installed
 def test_an_operator_it_does_not_have_is_named_with_its_layer(tmp_path):
     with pytest.raises(ModelError, match=r"ExecuTorch has no operator for aten::sort, which order calls"):
-        tersor.export_model("test_executorch:ranking", tmp_path / "o.pte", to="executorch", shape=(4, 3))
+        tersor.export("test_executorch:ranking", tmp_path / "o.pte", to="executorch", shape=(4, 3))
     assert not list(tmp_path.iterdir())
 
 
@@ -217,10 +216,10 @@ def test_refused_and_decoded(tmp_path):
     arguments = ("test_executorch:linear", tmp_path / "o.pte")
     given = {"to": "executorch", "weights": tmp_path / "artifact", "shape": (64,)}
     with pytest.raises(FormatError, match=r"executorch holds symmetric integers by row.*'0=int8'.*--decode"):
-        tersor.export_model(*arguments, **given)
+        tersor.export(*arguments, **given)
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
     if importlib.util.find_spec("executorch"):
-        made = tersor.export_model(*arguments, **given, options={"decode": True})
+        made = tersor.export(*arguments, **given, options={"decode": True})
         assert made.check.difference < 1e-5
 
 
@@ -248,5 +247,5 @@ def test_without_the_package(tmp_path, monkeypatch):
     with pytest.raises(MissingExtra, match=r"tersor\[executorch\]"):
         client.library()
     with pytest.raises(MissingExtra):
-        tersor.export_model("test_executorch:linear", tmp_path / "o.pte", to="executorch", shape=(64,))
+        tersor.export("test_executorch:linear", tmp_path / "o.pte", to="executorch", shape=(64,))
     assert not list(tmp_path.iterdir())

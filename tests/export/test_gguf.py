@@ -28,11 +28,11 @@ from transformers import (
 )
 
 import tersor
+from tersor import export
 from tersor.core.errors import FormatError, MissingExtra, ModelError
-from tersor.export.gguf_blocks import block_type, to_blocks
-from tersor.export.gguf_tokenizer import SPLITS
+from tersor.exporters.gguf_blocks import block_type, to_blocks
+from tersor.exporters.gguf_tokenizer import SPLITS
 from tersor.formats import FORMATS
-from tersor.jobs.export import export_model
 from tersor.methods import METHODS
 from tersor.methods.stats import Stats
 
@@ -92,13 +92,13 @@ RECIPES = [
 @pytest.mark.parametrize(("scheme", "rules"), RECIPES, ids=str)
 def test_transformers_computes_the_same(scheme, rules, artifact, tmp_path):
     folder = artifact(scheme, rules)
-    export_model(folder, tmp_path / "small.gguf", to="gguf")
+    export(folder, tmp_path / "small.gguf", to="gguf")
     client = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="small.gguf", dtype=torch.float32)
     assert torch.equal(logits(client), expected(folder))
 
 
 def test_transformers_reads_ggmls_own_formats(ggml_formats, tmp_path):
-    notes = export_model(ggml_formats, tmp_path / "small.gguf", to="gguf").notes
+    notes = export(ggml_formats, tmp_path / "small.gguf", to="gguf").notes
     assert not notes
     types = {tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "small.gguf").tensors}
     assert types == {"F32", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "MXFP4"}
@@ -119,13 +119,13 @@ def test_qwen_keeps_its_row_order(config_class, llama, tmp_path):
         torch.nn.init.normal_(parameter, std=0.2)  # biases too
     tersor.save(tersor.compress(model, tersor.Recipe.of("int8-g32")).model, tmp_path / "a")
     AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "a")
-    export_model(tmp_path / "a", tmp_path / "small.gguf", to="gguf")
+    export(tmp_path / "a", tmp_path / "small.gguf", to="gguf")
     client = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="small.gguf", dtype=torch.float32)
     assert torch.equal(logits(client), expected(tmp_path / "a"))
 
 
 def test_tied_embeddings_are_stored_once_and_untied_ones_twice(artifact, tmp_path):
-    export_model(artifact("int4-g32"), tmp_path / "small.gguf", to="gguf")
+    export(artifact("int4-g32"), tmp_path / "small.gguf", to="gguf")
     names = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "small.gguf").tensors}
     assert "output.weight" not in names
     assert names["token_embd.weight"] == "BF16"
@@ -160,7 +160,7 @@ def test_the_tokenizer_comes_along(name, artifact, tmp_path):
     tersor.save(tersor.load(artifact("int4-g32")), folder)
     tokenizer.chat_template = "{{ messages }}"
     tokenizer.save_pretrained(folder)
-    export_model(folder, tmp_path / "small.gguf", to="gguf")
+    export(folder, tmp_path / "small.gguf", to="gguf")
     fields = GGUFReader(tmp_path / "small.gguf").fields
     assert fields["tokenizer.ggml.pre"].contents() == name
     assert len(fields["tokenizer.ggml.tokens"].contents()) == 352  # one for each row of the embedding
@@ -175,20 +175,20 @@ def test_what_gguf_cannot_name(artifact, tmp_path):
     folder = tmp_path / "a"
     tersor.save(tersor.load(artifact("int4-g32")), folder)
     with pytest.raises(ModelError, match="needs the tokenizer"):
-        export_model(folder, tmp_path / "small.gguf", to="gguf")
+        export(folder, tmp_path / "small.gguf", to="gguf")
     tokenizer = byte_level()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save_pretrained(folder)
     with pytest.raises(ModelError, match="byte-level BPE"):
-        export_model(folder, tmp_path / "small.gguf", to="gguf")
+        export(folder, tmp_path / "small.gguf", to="gguf")
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(
         config.replace('"rope_type": "default"', '"rope_type": "linear", "factor": 2.0')
     )
     with pytest.raises(ModelError, match="scales them"):
-        export_model(folder, tmp_path / "small.gguf", to="gguf")
+        export(folder, tmp_path / "small.gguf", to="gguf")
     with pytest.raises(FormatError, match="gguf holds"):
-        export_model(artifact("int8-dynamic"), tmp_path / "small.gguf", to="gguf")
+        export(artifact("int8-dynamic"), tmp_path / "small.gguf", to="gguf")
 
 
 def small(folder, model) -> Path:
@@ -228,7 +228,7 @@ SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embe
 def test_what_llama_cpp_does_not_compute_is_refused(build, reason, tmp_path):
     folder = small(tmp_path / "a", build())
     with pytest.raises(ModelError, match=reason):
-        export_model(folder, tmp_path / "small.gguf", to="gguf")
+        export(folder, tmp_path / "small.gguf", to="gguf")
     assert not (tmp_path / "small.gguf").exists()
 
 
@@ -249,7 +249,7 @@ def test_what_llama_cpp_does_not_compute_is_refused(build, reason, tmp_path):
 )
 def test_what_the_file_says_is_what_the_model_is(build, note, tmp_path):
     """Or it is noted. transformers' reader is told what it does not read, and then computes the same."""
-    made = export_model(small(tmp_path / "a", build()), tmp_path / "small.gguf", to="gguf")
+    made = export(small(tmp_path / "a", build()), tmp_path / "small.gguf", to="gguf")
     assert made.opened is not None
     assert "differ from the artifact's by 0.00%" in made.opened
     assert len(made.notes) == (note is not None)
@@ -263,13 +263,13 @@ def test_what_the_file_says_is_what_the_model_is(build, note, tmp_path):
 def test_without_the_package(artifact, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(MissingExtra, match=r"pip install 'tersor\[gguf\]'"):
-        export_model(artifact("int4-g32"), tmp_path / "small.gguf", to="gguf")
+        export(artifact("int4-g32"), tmp_path / "small.gguf", to="gguf")
     assert not list(tmp_path.iterdir())
 
 
 def test_asymmetric_grids_say_what_is_rounded(artifact, tmp_path):
     folder = artifact("int4-g32-asym")
-    (note,) = export_model(folder, tmp_path / "small.gguf", to="gguf").notes
+    (note,) = export(folder, tmp_path / "small.gguf", to="gguf").notes
     assert "rounded to fp16" in note
     client = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="small.gguf", dtype=torch.float32)
     for name, weight in weights(folder).items():

@@ -16,17 +16,17 @@ from onnx import numpy_helper
 from torch import nn
 
 import tersor
-import tersor.export.check
+import tersor.exporters.check
 from cli_runner import tersor as command
-from tersor import Recipe, export_model
+from tersor import Recipe, export
 from tersor.checkpoint.layout import packed_sites
 from tersor.checkpoint.open import open_model
 from tersor.core.errors import FormatError, InputError, MissingExtra, ModelError
-from tersor.export import onnx as client
-from tersor.export.check import difference
-from tersor.export.examples import Examples, outputs_of
-from tersor.export.onnx import Onnx, file, layers
-from tersor.export.onnx.blocks import rotary_tables
+from tersor.exporters import onnx as client
+from tersor.exporters.check import difference
+from tersor.exporters.examples import Examples, outputs_of
+from tersor.exporters.onnx import Onnx, file, layers
+from tersor.exporters.onnx.blocks import rotary_tables
 from tersor.jobs.export import checkpoint_of
 from tersor.runtimes import runtime_named
 from zoo import GQA, ZOO, pretrained
@@ -35,7 +35,7 @@ from zoo import GQA, ZOO, pretrained
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Latencies are not judged here."""
-    monkeypatch.setattr(tersor.export.check, "SECONDS", 0.0)
+    monkeypatch.setattr(tersor.exporters.check, "SECONDS", 0.0)
 
 
 SLOW = pytest.mark.slow
@@ -87,7 +87,7 @@ def write(model: nn.Module, examples: Examples, folder: Path, **options):
     assert not [p.site.name for p in checkpoint.sites if export.why_not(p)]
     export.check(checkpoint)
     written = export.write(checkpoint, folder / "out.onnx", folder)
-    tersor.export.check.check(export, checkpoint, folder / "out.onnx", written)
+    tersor.exporters.check.check(export, checkpoint, folder / "out.onnx", written)
     return folder / "out.onnx", written.exact or folder / "out.onnx"
 
 
@@ -136,7 +136,7 @@ def llama(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def exported(llama, tmp_path_factory):
     output = tmp_path_factory.mktemp("onnx") / "llama.onnx"
-    return export_model(llama, output, to="onnx", options={"cache": False})
+    return export(llama, output, to="onnx", options={"cache": False})
 
 
 def test_holds_exactly_our_codes_and_scales(llama, exported):
@@ -178,7 +178,7 @@ def test_a_mixup_is_never_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(layers, "blocks", lambda packed: right(packed).roll(1, dims=0))
     tersor.save(tersor.compress(linear(), Recipe.of("int4-g32")).model, tmp_path / "artifact")
     with pytest.raises(ModelError, match=r"outputs differ from the model's by .* nothing was written"):
-        export_model("test_onnx:linear", tmp_path / "o.onnx", to="onnx", weights=tmp_path / "artifact", shape=(40,))
+        export("test_onnx:linear", tmp_path / "o.onnx", to="onnx", weights=tmp_path / "artifact", shape=(40,))
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
@@ -403,9 +403,9 @@ def test_other_formats_are_refused_with_a_rule_or_decoded(custom, tmp_path):
     make = {"model": "test_onnx:factory", "weights": custom, "shape": (4, 9, 9), "to": "onnx"}
     output = tmp_path / "out.onnx"
     with pytest.raises(FormatError, match=r"onnx holds integer grids.*0 is nf4 \(1 more.*--rule '0=int8'.*--decode"):
-        export_model(output=output, **make)
+        export(output=output, **make)
     assert not output.exists()
-    made = export_model(output=output, options={"decode": True}, **make)
+    made = export(output=output, options={"decode": True}, **make)
     assert any("decoded fp16 weights with float inputs: nf4" in note for note in made.notes)
     assert made.check.difference < 1e-3
 
@@ -429,13 +429,13 @@ def test_the_command_line(custom, tmp_path, capsys):
 
 def test_a_model_that_is_not_compressed(tmp_path):
     make = {"model": "test_onnx:factory", "shape": (4, 9, 9), "to": "onnx"}
-    made = export_model(output=tmp_path / "fp32.onnx", **make)
+    made = export(output=tmp_path / "fp32.onnx", **make)
     assert made.check.difference < 1e-5
-    half = export_model(output=tmp_path / "fp16.onnx", options={"dtype": "fp16"}, **make)
+    half = export(output=tmp_path / "fp16.onnx", options={"dtype": "fp16"}, **make)
     assert runtime_named("onnx").open(half.output).inputs[0].dtype == np.float16
     assert {t.data_type for t in onnx.load(half.output).graph.initializer} == {onnx.TensorProto.FLOAT16}
     with pytest.raises(InputError, match="--dtype int8 is not one of fp32, fp16"):
-        export_model(output=tmp_path / "int8.onnx", options={"dtype": "int8"}, **make)
+        export(output=tmp_path / "int8.onnx", options={"dtype": "int8"}, **make)
 
 
 def test_half_precision_needs_float_inputs(tmp_path):
@@ -451,19 +451,19 @@ def test_large_weights_lie_beside_the_file(monkeypatch, tmp_path):
     monkeypatch.setattr(file, "LARGEST", 100)
     output = tmp_path / "out.onnx"
     for _ in range(2):
-        made = export_model("test_onnx:factory", output, to="onnx", shape=(4, 9, 9), overwrite=True)
+        made = export("test_onnx:factory", output, to="onnx", shape=(4, 9, 9), overwrite=True)
         assert {path.name for path in tmp_path.iterdir()} == {"out.onnx", "out.onnx.data"}
         assert made.num_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
     output.with_name("out.onnx.data").write_text("precious")
     with pytest.raises(InputError, match=r"out.onnx.data beside it was not written with it"):
-        export_model("test_onnx:factory", output, to="onnx", shape=(4, 9, 9), overwrite=True)
+        export("test_onnx:factory", output, to="onnx", shape=(4, 9, 9), overwrite=True)
     assert output.with_name("out.onnx.data").read_text() == "precious"
 
 
 def test_large_weights_can_be_read(monkeypatch, tmp_path):
     monkeypatch.setattr(file, "LARGEST", 100)
     output = tmp_path / "out.onnx"
-    export_model("test_onnx:factory", output, to="onnx", shape=(4, 9, 9))
+    export("test_onnx:factory", output, to="onnx", shape=(4, 9, 9))
     assert not [t for t in onnx.load(output, load_external_data=False).graph.initializer if len(t.raw_data) > 300]
     assert runtime_named("onnx").open(output).inputs[0].shape == (None, 4, 9, 9)
 
@@ -472,7 +472,7 @@ def test_large_weights_can_be_read(monkeypatch, tmp_path):
 def test_a_file_of_others_is_never_replaced(text, tmp_path):
     (tmp_path / "thesis.onnx").write_text(text)
     with pytest.raises(InputError, match=r"thesis.onnx: it does not say that tersor wrote it"):
-        export_model("test_onnx:factory", tmp_path / "thesis.onnx", to="onnx", shape=(4, 9, 9), overwrite=True)
+        export("test_onnx:factory", tmp_path / "thesis.onnx", to="onnx", shape=(4, 9, 9), overwrite=True)
     assert (tmp_path / "thesis.onnx").read_text() == text
 
 
@@ -490,7 +490,7 @@ def test_the_whole_of_minilm(minilm, scheme, embedding, most, tmp_path):
     source = open_model(str(minilm))
     model = tersor.compress(source.model, Recipe.of(scheme, {"embeddings.*": embedding})).model
     tersor.save(model, tmp_path / "artifact", source=source.folder)
-    made = export_model(tmp_path / "artifact", tmp_path / "out.onnx", to="onnx")
+    made = export(tmp_path / "artifact", tmp_path / "out.onnx", to="onnx")
     assert made.num_bytes <= most
 
 

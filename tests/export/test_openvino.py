@@ -9,13 +9,13 @@ from exported import exact_anywhere
 from torch import nn
 
 import tersor
-import tersor.export.check
+import tersor.exporters.check
 from tersor import Recipe
 from tersor.core.errors import FormatError, InputError, MissingExtra
-from tersor.export import openvino as client
-from tersor.export.check import check, difference
-from tersor.export.examples import Examples
-from tersor.export.openvino import OpenVinoIr
+from tersor.exporters import openvino as client
+from tersor.exporters.check import check, difference
+from tersor.exporters.examples import Examples
+from tersor.exporters.openvino import OpenVinoIr
 from tersor.jobs.export import checkpoint_of
 from tersor.runtimes import runtime_named
 
@@ -23,7 +23,7 @@ from tersor.runtimes import runtime_named
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Latencies are not judged here."""
-    monkeypatch.setattr(tersor.export.check, "SECONDS", 0.0)
+    monkeypatch.setattr(tersor.exporters.check, "SECONDS", 0.0)
 
 
 class Calibration:
@@ -110,7 +110,7 @@ def test_weights_are_stored_as_small_as_they_are(tmp_path):
 def test_refused_and_decoded(tmp_path):
     tersor.save(tersor.compress(linear(), Recipe.of("nf4")).model, tmp_path / "artifact")
     with pytest.raises(FormatError, match=r"openvino holds integer grids.*'0=int8'.*--decode"):
-        tersor.export_model(
+        tersor.export(
             "test_openvino:linear", tmp_path / "o.xml", to="openvino", weights=tmp_path / "artifact", shape=(128,)
         )
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
@@ -120,9 +120,7 @@ def test_refused_and_decoded(tmp_path):
 
 def test_both_files_appear_and_are_replaced(tmp_path):
     for _ in range(2):
-        made = tersor.export_model(
-            "test_openvino:linear", tmp_path / "o.xml", to="openvino", shape=(128,), overwrite=True
-        )
+        made = tersor.export("test_openvino:linear", tmp_path / "o.xml", to="openvino", shape=(128,), overwrite=True)
         assert {path.name for path in tmp_path.iterdir()} == {"o.xml", "o.bin"}
         assert made.num_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
 
@@ -132,12 +130,12 @@ def test_files_of_others_are_never_replaced(there, tmp_path):
     """A model.bin may well be somebody's PyTorch weights, beside a file of ours as well."""
     make = {"to": "openvino", "shape": (128,)}
     if there == "both":
-        tersor.export_model("test_openvino:linear", tmp_path / "o.xml", **make)
+        tersor.export("test_openvino:linear", tmp_path / "o.xml", **make)
     mine = tmp_path / ("o.bin" if there == "both" else there)
     mine.write_text("precious")
     for overwrite in (False, True):
         with pytest.raises(InputError, match=r"o\.(xml|bin).*choose another --output"):
-            tersor.export_model("test_openvino:linear", tmp_path / "o.xml", overwrite=overwrite, **make)
+            tersor.export("test_openvino:linear", tmp_path / "o.xml", overwrite=overwrite, **make)
     assert mine.read_text() == "precious"
 
 

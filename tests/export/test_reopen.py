@@ -7,9 +7,9 @@ import torch
 import transformers
 
 import tersor
-import tersor.export.compressed_tensors
+import tersor.exporters.compressed_tensors
+from tersor import export
 from tersor.core.errors import ModelError
-from tersor.jobs.export import export_model
 from tersor.nn.sites import find_sites
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the clients' own
@@ -25,7 +25,7 @@ def exported(kind, config, to, format, tmp_path):
     linears = [s for s in find_sites(model) if s.kind == "linear" and not s.owners[0].module.endswith(heads)]
     rules = {site.name: format for site in linears if site.fold.view == "rows"}
     tersor.save(tersor.compress(model, tersor.Recipe.of("keep", rules=rules)).model, tmp_path / "a")
-    return export_model(tmp_path / "a", tmp_path / "out", to=to)
+    return export(tmp_path / "a", tmp_path / "out", to=to)
 
 
 @pytest.mark.parametrize(
@@ -62,14 +62,14 @@ def test_what_the_client_cannot_open_is_not_kept(kind, config, to, format, reaso
 
 def test_what_computes_something_else_is_not_kept(artifact, tmp_path, monkeypatch):
     """As if the layout of one tensor were wrong."""
-    right = tersor.export.compressed_tensors.module_tensors
+    right = tersor.exporters.compressed_tensors.module_tensors
 
     def wrong(packed):
         return {name: t.flip(0) if name == "weight_scale" else t for name, t in right(packed).items()}
 
-    monkeypatch.setattr(tersor.export.compressed_tensors, "module_tensors", wrong)
+    monkeypatch.setattr(tersor.exporters.compressed_tensors, "module_tensors", wrong)
     with pytest.raises(ModelError, match=r"computes something else .*: outputs differ by .*nothing was kept"):
-        export_model(artifact("int4-g32"), tmp_path / "out", to="compressed-tensors")
+        export(artifact("int4-g32"), tmp_path / "out", to="compressed-tensors")
     assert not list(tmp_path.iterdir())
 
 
@@ -77,7 +77,7 @@ def test_what_computes_something_else_is_not_kept(artifact, tmp_path, monkeypatc
 def test_a_client_that_is_not_installed_is_named(to, artifact, tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "gptqmodel" else found(name))
-    opened = export_model(artifact("int4-g32"), tmp_path / "out", to=to).opened
+    opened = export(artifact("int4-g32"), tmp_path / "out", to=to).opened
     assert opened is not None
     assert opened.startswith("not opened: ")
     assert "gptqmodel" in opened

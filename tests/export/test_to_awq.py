@@ -7,8 +7,8 @@ import torch
 from exported import weights
 from safetensors.torch import load_file
 
+from tersor import export
 from tersor.core.errors import FormatError
-from tersor.jobs.export import export_model
 
 PLACE = [0, 4, 1, 5, 2, 6, 3, 7]  # the nibble of a word in which the n-th of eight outputs lies
 
@@ -20,7 +20,7 @@ def code(words: torch.Tensor, output: int) -> int:
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_the_layout_holds_what_was_chosen(group_size, artifact, tmp_path):
     folder = artifact(f"int4-g{group_size}", {"*.1.mlp.up_proj": "keep"})
-    export_model(folder, tmp_path / "out", to="awq")
+    export(folder, tmp_path / "out", to="awq")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (config["bits"], config["group_size"], config["version"]) == (4, group_size, "gemm")
@@ -38,6 +38,6 @@ def test_the_layout_holds_what_was_chosen(group_size, artifact, tmp_path):
 @pytest.mark.parametrize("format", ["int8-g32", "int4", "int4-g32-asym"])
 def test_what_does_not_fit(format, artifact, tmp_path):
     with pytest.raises(FormatError, match="awq holds symmetric int4 in groups"):
-        export_model(artifact(format), tmp_path / "out", to="awq")
+        export(artifact(format), tmp_path / "out", to="awq")
     with pytest.raises(FormatError, match="awq holds one format"):
-        export_model(artifact("int4-g32", {"*.down_proj": "int4-g64"}), tmp_path / "out", to="awq")
+        export(artifact("int4-g32", {"*.down_proj": "int4-g64"}), tmp_path / "out", to="awq")

@@ -6,8 +6,8 @@ import pytest
 from exported import weights
 from safetensors.torch import load_file
 
+from tersor import export
 from tersor.core.errors import FormatError
-from tersor.jobs.export import export_model
 
 
 def code(words: list[int], index: int, bits: int) -> int:
@@ -19,7 +19,7 @@ def code(words: list[int], index: int, bits: int) -> int:
 @pytest.mark.parametrize("format", ["int8-g64", "int4-g32", "int4", "int3-g64", "int2-g32"])
 def test_the_layout_holds_what_was_chosen(format, artifact, tmp_path):
     folder, bits = artifact(format), int(format[3])
-    export_model(folder, tmp_path / "out", to="gptq")
+    export(folder, tmp_path / "out", to="gptq")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (config["bits"], config["sym"], config["desc_act"]) == (bits, True, False)
@@ -39,13 +39,13 @@ def test_the_layout_holds_what_was_chosen(format, artifact, tmp_path):
 
 def test_one_format_for_all(artifact, tmp_path):
     with pytest.raises(FormatError, match=r"one format.*q_proj is int4-g32 and .*down_proj is int4-g64; .*--rule"):
-        export_model(artifact("int4-g32", {"*.down_proj": "int4-g64"}), tmp_path / "out", to="gptq")
+        export(artifact("int4-g32", {"*.down_proj": "int4-g64"}), tmp_path / "out", to="gptq")
 
 
 def test_a_kind_of_layer_is_packed_everywhere_or_nowhere(artifact, tmp_path):
-    export_model(artifact("int4-g32", {"*.down_proj": "keep"}), tmp_path / "out", to="gptq")
+    export(artifact("int4-g32", {"*.down_proj": "keep"}), tmp_path / "out", to="gptq")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert "mlp.up_proj" in config["modules_in_block_to_quantize"][0]
     assert "mlp.down_proj" not in config["modules_in_block_to_quantize"][0]
     with pytest.raises(FormatError, match=r"layers\.0\.mlp\.up_proj is kept.*one rule for '\*\.mlp\.up_proj'"):
-        export_model(artifact("int4-g32", {"*.0.mlp.up_proj": "keep"}), tmp_path / "two", to="gptq")
+        export(artifact("int4-g32", {"*.0.mlp.up_proj": "keep"}), tmp_path / "two", to="gptq")

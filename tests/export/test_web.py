@@ -18,20 +18,20 @@ from exported import exact_anywhere
 from torch import nn
 
 import tersor
-import tersor.export.check
+import tersor.exporters.check
 from cli_runner import tersor as command
-from tersor import Recipe, export_model
+from tersor import Recipe, export
 from tersor.checkpoint.seal import SEAL
 from tersor.core.errors import FormatError, InputError
-from tersor.export import web
-from tersor.export.folder import PROVENANCE
+from tersor.exporters import web
+from tersor.exporters.folder import PROVENANCE
 from tersor.runtimes import runtime_named
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch, tmp_path):
     """Latencies are not judged here, and no node_modules lies about."""
-    monkeypatch.setattr(tersor.export.check, "SECONDS", 0.0)
+    monkeypatch.setattr(tersor.exporters.check, "SECONDS", 0.0)
     monkeypatch.chdir(tmp_path)
 
 
@@ -73,7 +73,7 @@ def exported(build, scheme: str, **options):
     """The page of a small model, in the folder `page`."""
     model = tersor.compress(exact_anywhere(build()), Recipe.of(scheme), Calibration(SHAPES[build])).model
     tersor.save(model, Path("artifact"))
-    return export_model(
+    return export(
         f"test_web:{build.__name__}", "page", to="web", weights="artifact", shape=SHAPES[build], options=options
     )
 
@@ -186,11 +186,11 @@ def test_large_outputs_are_thinned_out_over_all_columns(monkeypatch):
 def test_an_earlier_page_is_replaced_and_other_folders_are_not():
     again = {"to": "web", "shape": (64,), "overwrite": True}
     for _ in range(2):
-        export_model("test_web:linear", "page", **again)
+        export("test_web:linear", "page", **again)
     Path("thesis").mkdir()
     (Path("thesis") / "text").touch()
     with pytest.raises(InputError, match="does not touch it"):
-        export_model("test_web:linear", "thesis", **again)
+        export("test_web:linear", "thesis", **again)
     assert {path.name for path in Path.cwd().iterdir()} == {"page", "thesis"}
 
 
@@ -303,7 +303,7 @@ def test_computes_what_onnx_runtime_and_the_model_compute(build, scheme):
 
 @in_chromium
 def test_half_precision():
-    export_model("test_web:linear", "page", to="web", shape=(64,), options={"dtype": "fp16", "runtime_path": NPM})
+    export("test_web:linear", "page", to="web", shape=(64,), options={"dtype": "fp16", "runtime_path": NPM})
     agrees(Path("page"), 5e-3)
 
 

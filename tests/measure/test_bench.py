@@ -2,15 +2,18 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import cli_runner
+import tersor
+from tersor.cli.options import models_of
 from tersor.core.errors import InputError
 from tersor.jobs.bench import Candidate, bench, candidates_of
-from tersor.jobs.task_choice import TaskChoice
+from tersor.jobs.settings import Timing
 from tersor.measure import latency
 from tersor.measure.latency import Latency, measure_calls
 from tersor.measure.memory import measure_opened
@@ -60,7 +63,7 @@ def models(tmp_path, monkeypatch):
 
 def test_a_planted_difference_is_called_and_equal_models_are_not(models):
     names = ["bench_models:slow", "bench_models:fast", "bench_models:slow"]
-    found = bench(candidates_of(names), batch_sizes=(2,), seconds=0.6, memory=False)
+    found = bench(candidates_of(names), timing=Timing((2,), seconds=0.6, memory=False))
     first, faster, same = found.timings
     assert (first.difference, faster.difference, same.difference) == (
         "no difference measured",
@@ -116,18 +119,19 @@ def test_what_cannot_be_compared_is_refused(models):
     with pytest.raises(InputError, match="2 --runtime for 3 models"):
         candidates_of(["a.onnx"] * 3, ["onnx", "openvino"])
     with pytest.raises(InputError, match="1 --weights for 0 models"):
-        candidates_of(["a.onnx"], [], [models / "w.safetensors"])
+        models_of(["a.onnx"], [models / "w.safetensors"], None)
     with pytest.raises(InputError, match="--length and --shape are for made-up inputs"):
-        bench(candidates_of(["bench_models:slow"]), length=3, task_choice=TaskChoice())
+        tersor.bench("bench_models:slow", length=3, task="fidelity")
 
 
 def test_processor_time_is_that_of_this_process_and_of_one_thread(models):
     sleeper = candidates_of(["bench_models:slow"])
-    on_the_wall, busy = (bench(sleeper, batch_sizes=(1,), seconds=0.1, memory=False, cpu_time=c) for c in (False, True))
+    quick = Timing((1,), seconds=0.1, memory=False)
+    on_the_wall, busy = (bench(sleeper, timing=replace(quick, cpu_time=cpu)) for cpu in (False, True))
     assert on_the_wall.timings[0].latency.p50 > 15
     assert busy.timings[0].latency.p50 < 10  # it sleeps for 20
     with pytest.raises(InputError, match="use it with --threads 1"):
-        bench(sleeper, thread_counts=(1, 2), cpu_time=True)
+        Timing(threads=(1, 2), cpu_time=True)
 
 
 def test_one_runtime_is_for_all_models_and_several_are_in_order(tmp_path, monkeypatch):
@@ -152,8 +156,8 @@ def test_the_command_prints_tables_or_one_json_object(models, capsys):
 
 def test_bad_flags_are_one_message(models, capsys):
     for flags, message in (
-        (["--threads", "0"], "--threads '0' is not a list of thread counts"),
-        (["--shape", "3,x"], "--shape '3,x' is not a shape"),
+        (["--threads", "0"], "--threads '0' is not a list of whole numbers from 1"),
+        (["--shape", "3,x"], "--shape '3,x' is not a list of whole numbers from 1; write for example 3,224,224"),
         (["--runtime", "onnx"], "onnx opens .onnx"),
     ):
         found = cli_runner.tersor(capsys, "bench", "bench_models:eight", *flags)

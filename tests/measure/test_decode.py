@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import cli_runner
-from tersor import export_model
+from tersor import export
 from tersor.core.errors import InputError, MissingExtra, ModelError
 from tersor.jobs import decode
 from tersor.jobs.bench import Candidate, bench
-from tersor.jobs.decode import decode_bench
+from tersor.jobs.decode import decode as decode_bench
+from tersor.jobs.settings import Timing
 from tersor.runtimes import RUNTIMES, open_decoder
 from zoo import ZOO
 
@@ -27,7 +28,7 @@ def llama(tmp_path_factory) -> Path:
     """A small Llama and its ONNX file."""
     folder = tmp_path_factory.mktemp("llama")
     ZOO["llama"].model().save_pretrained(folder / "model")
-    export_model(folder / "model", folder / "model.onnx", to="onnx")
+    export(folder / "model", folder / "model.onnx", to="onnx")
     return folder
 
 
@@ -50,9 +51,9 @@ class Counting:
 
 def test_reads_the_prompt_at_once_and_calls_a_planted_difference(monkeypatch):
     decoders = {"slow": Counting(0.002), "fast": Counting(0.001)}
-    monkeypatch.setattr(decode, "open_decoder", lambda model, runtime, num_threads: decoders[model])
+    monkeypatch.setattr(decode, "open_decoder", lambda model, runtime, **_: decoders[model])
     candidates = [Candidate("slow", "torch"), Candidate("fast", "torch")]
-    found = decode_bench(candidates, num_prompt=5, num_new=3, seconds=0.1, memory=False)
+    found = decode_bench(candidates, 5, 3, Timing(seconds=0.1, memory=False))
     slow, fast = found.timings
     assert slow.tokens_per_second == pytest.approx(1e3 / slow.token.p50)
     assert slow.token.p50 == pytest.approx(2, rel=0.3)
@@ -77,7 +78,7 @@ def test_decoders_of_two_runtimes_from_the_command_line(llama, capsys):
 
 @pytest.mark.slow
 def test_memory_of_decoding(llama):
-    found = decode_bench([Candidate(str(llama / "model.onnx"), "onnx")], num_prompt=8, num_new=2, seconds=0.1)
+    found = decode_bench([Candidate(str(llama / "model.onnx"), "onnx")], 8, 2, Timing(seconds=0.1))
     (memory,) = found.memory
     assert memory is None or memory.peak >= memory.loaded > 0
 
@@ -85,11 +86,11 @@ def test_memory_of_decoding(llama):
 def test_what_cannot_be_measured_is_refused(llama, capsys, tmp_path, monkeypatch):
     candidate = Candidate(str(llama / "model.onnx"), "onnx")
     with pytest.raises(InputError, match=r"cache: measure how fast it writes with --new-tokens 64"):
-        bench([candidate], batch_sizes=[1], memory=False)
+        bench([candidate], timing=Timing((1,), memory=False))
     with pytest.raises(InputError, match="1 or more"):
         decode_bench([candidate], num_new=0)
     with pytest.raises(InputError, match="--threads 1"):
-        decode_bench([candidate], thread_counts=(1, 2), cpu_time=True)
+        Timing(threads=(1, 2), cpu_time=True)
     refused = cli_runner.tersor(capsys, "bench", llama / "model.onnx", "--new-tokens", 4, "--length", 3)
     assert refused.status == 2
     assert "leave --length out" in refused.stderr

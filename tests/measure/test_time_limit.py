@@ -10,6 +10,7 @@ from torch import nn
 
 from tersor.jobs import decode
 from tersor.jobs.bench import Candidate
+from tersor.jobs.settings import Timing
 from tersor.measure import latency, scorecard
 from tersor.measure.latency import MINUTE, TimeLimit, expected, measure_calls, ratio_interval
 from tersor.measure.scorecard import Subject, measure
@@ -160,7 +161,7 @@ class SlowDecoder:
 def test_a_slow_decoder_writes_fewer_tokens(clock, monkeypatch, seconds, num_new):
     decoder = SlowDecoder(clock, seconds)
     monkeypatch.setattr(decode, "open_decoder", lambda *_, **__: decoder)
-    found = decode.decode_bench([Candidate("slow", "torch")], memory=False)
+    found = decode.decode([Candidate("slow", "torch")], timing=Timing(memory=False))
     assert found.num_new == num_new
     assert clock.now < MINUTE
     (timing,) = found.timings

@@ -31,7 +31,7 @@ def gguf(tmp_path_factory) -> Path:
     )
     tersor.save(tersor.compress(build().eval(), tersor.Recipe.of("int8-g32")).model, folder / "packed")
     byte_level().save_pretrained(folder / "packed")
-    return tersor.export_model(folder / "packed", folder / "model.gguf", to="gguf").output
+    return tersor.export(folder / "packed", folder / "model.gguf", to="gguf").output
 
 
 def test_token_by_token(gguf):
@@ -91,7 +91,7 @@ def test_it_computes_the_model_that_the_keys_describe(name, given, tmp_path):
     model = tersor.compress(model, tersor.Recipe.of("fp16")).model
     tersor.save(model, tmp_path / "a")
     byte_level().save_pretrained(tmp_path / "a")
-    made = tersor.export_model(tmp_path / "a", tmp_path / "small.gguf", to="gguf")
+    made = tersor.export(tmp_path / "a", tmp_path / "small.gguf", to="gguf")
     ids = np.arange(12)[None] * 7 % 256
     with torch.no_grad():
         expected = model(torch.from_numpy(ids)).logits.numpy()

@@ -90,6 +90,6 @@ def test_types_of_gguf_hold_the_same_codes(name):
     weight = torch.randn(4, 256, generator=torch.Generator().manual_seed(1))
     scheme = Scheme.parse(f"nearest:{name}")
     encoded = scheme.method.compress(weight, scheme.format, Stats())
-    blocks = import_module("tersor.export.gguf_blocks")
+    blocks = import_module("tersor.exporters.gguf_blocks")
     assert blocks.block_type(encoded) == name
     assert blocks.to_blocks(encoded).rounding == 0

@@ -11,8 +11,8 @@ from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassificatio
 
 from tersor.checkpoint.open import open_model
 from tersor.core.errors import DataError
-from tersor.jobs.compress import TaskChoice, open_task_for
 from tersor.tasks import made_up
+from tersor.tasks.data import Data
 
 SETTINGS = {
     "mean and std": {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}},
@@ -78,7 +78,7 @@ def pictures(tmp_path, height=40, width=50, channels=3):
 
 
 def fed(folder, data, **options):
-    task = open_task_for(open_model(str(folder)), TaskChoice("classification", data, options=options))
+    task = Data("classification", data, options=options).open(open_model(str(folder)))
     batch = next(task.batches("eval"))
     return task, batch, next(iter(batch.inputs.values()))
 
@@ -146,8 +146,8 @@ def test_a_damaged_processor_is_said(tmp_path):
     source = open_model(str(folder))
     (folder / "preprocessor_config.json").write_text("{")
     with pytest.raises(DataError, match="the image processor cannot be read"):
-        open_task_for(source, TaskChoice("classification", data))
+        Data("classification", data).open(source)
     (folder / "preprocessor_config.json").write_text(json.dumps(SETTINGS["imagenet"] | {"image_mean": [1.0]}))
-    task = open_task_for(source, TaskChoice("classification", data))
+    task = Data("classification", data).open(source)
     with pytest.raises(DataError, match="image processor cannot take pictures of"):
         next(task.batches("eval"))

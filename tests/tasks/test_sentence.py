@@ -10,11 +10,12 @@ from torch import nn
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer, BertConfig, BertModel
 
+import tersor
 from tersor.checkpoint.open import open_model
 from tersor.core.errors import InputError, ModelError
-from tersor.jobs.compress import TaskChoice, compress_to_folder, open_task_for
 from tersor.recipe import Recipe
 from tersor.tasks import open_task
+from tersor.tasks.data import Data
 from tersor.tasks.sentence import pool, read_embedder
 
 TYPE = "sentence_transformers.models."
@@ -64,7 +65,7 @@ def texts(tmp_path):
 
 def test_the_embedding_goes_through_every_module(folder, texts):
     source = open_model(str(folder))
-    task = open_task_for(source, TaskChoice(data=texts))
+    task = Data(path=texts).open(source)
     assert "at most 12 tokens" in task.description
     assert "mean pooling, Dense 16x5, LayerNorm, Normalize" in task.description
     batch = next(task.batches("eval"))
@@ -79,12 +80,12 @@ def test_the_embedding_goes_through_every_module(folder, texts):
 
 
 def test_the_modules_are_in_the_result_and_judge_it_too(folder, texts, tmp_path):
-    compress_to_folder(str(folder), tmp_path / "small", recipe=Recipe.of("int8"), task_choice=TaskChoice(data=texts))
+    tersor.compress(folder, Recipe.of("int8"), data=texts, output=tmp_path / "small")
     for name in ("2_Dense", "3_LayerNorm"):
         kept = (tmp_path / "small" / name / "model.safetensors").read_bytes()
         assert kept == (folder / name / "model.safetensors").read_bytes()
     artifact = open_model(str(tmp_path / "small"))
-    task = open_task_for(artifact, TaskChoice(data=texts))
+    task = Data(path=texts).open(artifact)
     assert task.forward(artifact.model, next(task.batches("eval"))).shape[1] == 5
 
 
@@ -97,7 +98,7 @@ def test_what_is_no_module_of_ours_is_refused_by_name(folder, texts):
     ]:
         list_modules(folder, *kinds)
         with pytest.raises(InputError, match=message):
-            open_task_for(source, TaskChoice(data=texts))
+            Data(path=texts).open(source)
     (folder / "modules.json").write_text('[{"path": "../other", "type": "Dense"}]')
     with pytest.raises(ModelError, match="is no module"):
         read_embedder(folder)

@@ -15,8 +15,6 @@ from transformers import PreTrainedTokenizerFast
 
 import tersor
 from tersor.core.errors import DataError, InputError
-from tersor.jobs.compress import compress_to_folder
-from tersor.jobs.task_choice import TaskChoice
 from tersor.recipe import Recipe
 from tersor.tasks import open_task
 from tersor.tasks.inputs import scoring
@@ -478,12 +476,14 @@ def folder(tmp_path, tokenizer):
 
 
 def test_a_recipe_cuts_a_student_teaches_it_and_packs_it(folder, data, tmp_path):
-    outcome = compress_to_folder(
-        str(folder),
-        tmp_path / "out",
-        task_choice=TaskChoice("classification", data / "eval.csv", train=data / "train.csv"),
-        recipe=Recipe.from_yaml(RECIPE),
-        batch_sizes=(1,),
+    outcome = tersor.compress(
+        folder,
+        Recipe.from_yaml(RECIPE),
+        "classification",
+        data=data / "eval.csv",
+        train=data / "train.csv",
+        output=tmp_path / "out",
+        batch_sizes=1,
     )
     assert [curve["name"] for curve in outcome.manifest["training"]] == ["finetune", "distil"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -618,12 +618,14 @@ def test_a_recipe_is_checked_before_the_original_is_measured(folder, data, tmp_p
         ([{"step": "distil", "teacher": "nowhere"}], "nowhere is no folder"),
     ):
         with pytest.raises(tersor.TersorError, match=message):
-            compress_to_folder(
-                str(folder),
-                tmp_path / "out",
-                task_choice=TaskChoice("classification", data / "eval.csv", train=data / "train.csv"),
-                recipe=Recipe.validated({"steps": steps}, "here"),
-                progress=lambda what, done, total: pytest.fail(what) if what.startswith("evaluating") else None,
+            tersor.compress(
+                folder,
+                Recipe.validated({"steps": steps}, "here"),
+                "classification",
+                data=data / "eval.csv",
+                train=data / "train.csv",
+                output=tmp_path / "out",
+                on_progress=lambda what, done, total: pytest.fail(what) if what.startswith("evaluating") else None,
             )
     assert not (tmp_path / "out").exists()
 

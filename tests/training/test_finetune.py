@@ -13,10 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tersor
+from tersor import compress
 from tersor.core.errors import DataError, FormatError
-from tersor.jobs.compress import compress_to_folder
-from tersor.jobs.task_choice import TaskChoice
-from tersor.pipeline import compress
 from tersor.recipe import Recipe
 from tersor.tasks import open_task
 
@@ -31,16 +29,13 @@ def make():
 RUN = """
 import sys
 from functools import partial
-from pathlib import Path
 import tersor.pipeline
-from tersor.recipe import Recipe
 from tersor.training.journal import Journal
-from tersor.jobs.compress import TaskChoice, compress_to_folder
 
 tersor.pipeline.Journal = partial(Journal, seconds=0)
-compress_to_folder(
-    "toy:make", Path(sys.argv[1]), weights=Path("toy.safetensors"), recipe=Recipe.from_file(Path("recipe.yaml")),
-    task_choice=TaskChoice("classification", Path("data.npz")), batch_sizes=(1,),
+tersor.compress(
+    "toy:make", "recipe.yaml", "classification", data="data.npz", weights="toy.safetensors", output=sys.argv[1],
+    batch_sizes=1,
 )
 """
 RECIPE = """
@@ -139,9 +134,9 @@ def test_a_recipe_that_trains_needs_training_data_before_anything_else(folder, m
     monkeypatch.syspath_prepend(str(folder))
     np.savez(folder / "data.npz", x=np.zeros((30, 8), np.float32), y=np.arange(30) % 2)
     with pytest.raises(DataError, match="the recipe: classification was given no training data; add --train FILE"):
-        compress_to_folder(
-            "toy:make", folder / "out", weights=folder / "toy.safetensors", recipe=Recipe.from_yaml(RECIPE),
-            task_choice=TaskChoice("classification", folder / "data.npz"),
+        compress(
+            "toy:make", Recipe.from_yaml(RECIPE), "classification", data=folder / "data.npz",
+            weights=folder / "toy.safetensors", output=folder / "out",
         )  # fmt: skip
     assert not (folder / "out").exists()
     assert not list(folder.glob(".out*"))

@@ -13,12 +13,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from tersor import compress
 from tersor.checkpoint.adapters import ADAPTER, Adapter, adapted_layers, load_adapter, put_in, save_adapter
 from tersor.core.errors import DataError, InputError, UnknownName
 from tersor.methods.stats import Stats
 from tersor.nn.packed import PackedLinear
 from tersor.nn.sites import find_sites
-from tersor.pipeline import compress
 from tersor.recipe import Recipe
 from tersor.schemes.scheme import Scheme
 from tersor.tasks.perplexity import Perplexity

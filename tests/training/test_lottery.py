@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from tersor import compress
 from tersor.core.errors import DataError, InputError
 from tersor.nn.sites import find_sites
-from tersor.pipeline import compress
 from tersor.recipe import Recipe
 from tersor.tasks import open_task
 from tersor.training import FinetuneStep, Job, LotteryStep

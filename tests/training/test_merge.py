@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from tersor import compress
 from tersor.checkpoint.adapters import CONFIG, TENSORS, Adapter, adapted_layers, load_adapter, put_in, save_adapter
 from tersor.core.errors import InputError, ModelError
 from tersor.nn.packed import PackedEmbedding, PackedLinear
 from tersor.nn.sites import find_sites
-from tersor.pipeline import compress
 from tersor.recipe import Recipe
 from tersor.tasks.perplexity import Perplexity
 from tersor.tasks.split import Rows

@@ -8,12 +8,10 @@ import torch
 from torch import nn
 
 import tersor
+from tersor import compress
 from tersor.core.errors import DataError, FormatError, InputError, UnknownName
-from tersor.jobs.compress import compress_to_folder
-from tersor.jobs.task_choice import TaskChoice
 from tersor.measure.verdict import Tolerance, judge
 from tersor.nn.sites import find_sites
-from tersor.pipeline import compress
 from tersor.recipe import Recipe
 from tersor.tasks import open_task
 from tersor.training import Job, PruneStep
@@ -251,13 +249,14 @@ def test_through_the_command_line_path_into_an_artifact(task, model, tmp_path, m
     recipe = Recipe.from_yaml(
         "steps: [{step: prune, sparsity: 0.7, epochs: 2, learning_rate: 0.01}, {scheme: 'kept:bitmask+int8'}]"
     )
-    outcome = compress_to_folder(
+    outcome = tersor.compress(
         "pruned_toy:make",
-        tmp_path / "small",
+        recipe,
+        "classification",
+        data=tmp_path / "data.npz",
+        output=tmp_path / "small",
         weights=tmp_path / "toy.safetensors",
-        task_choice=TaskChoice("classification", tmp_path / "data.npz"),
-        recipe=recipe,
-        batch_sizes=(1,),
+        batch_sizes=1,
     )
     loaded = tersor.load(tmp_path / "small", model=model)
     assert num_zeros(loaded) >= round(0.7 * NUM_WEIGHTS)
@@ -292,8 +291,8 @@ def test_what_cannot_be_meant_is_refused(fields, message):
 
 def test_a_pattern_without_a_site_is_said_before_anything_is_measured(tmp_path, task, model, monkeypatch):
     recipe = Recipe.from_yaml("steps: [{step: finetune}, {step: prune, exclude: [fc9]}]")
-    monkeypatch.setattr("tersor.jobs.compress.open_task_for", lambda *_: pytest.fail("opened the task"))
+    monkeypatch.setattr("tersor.tasks.data.Data.open", lambda *_: pytest.fail("opened the task"))
     with pytest.raises(UnknownName, match="site pattern 'fc9'"):
-        tersor.jobs.compress.preflight_all(model, recipe)
+        tersor.compress(model, recipe, "classification", data="nowhere.npz")
     with pytest.raises(DataError, match="prune: no task has no train split"):
         PruneStep().run(Job(model, model, None))

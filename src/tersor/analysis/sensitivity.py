@@ -18,7 +18,7 @@ from tersor.calibration.curvature import estimate_fisher
 from tersor.calibration.divergence import UNITS, divergence, outputs
 from tersor.core.progress import Progress, silent
 from tersor.nn.sites import escape
-from tersor.pipeline import compress
+from tersor.pipeline import run
 from tersor.recipe import Recipe
 from tersor.schemes.scheme import KEEP, parse_rule
 from tersor.search.plan import Menu, measure_menus
@@ -94,7 +94,7 @@ def sensitivity(
     original = list(outputs(model, task)) if picked else []
     for done, (predicted, name, scheme) in enumerate(picked):
         progress("measuring a sample", done, len(picked))
-        made = compress(model, Recipe.of(KEEP, {escape(name): scheme}, seed=seed), task, stats=stats).model
+        made = run(Recipe.of(KEEP, {escape(name): scheme}, seed=seed), model, task, stats=stats).model
         sample.append(Measured(name, scheme, predicted, divergence(original, outputs(made, task), task.output)))
     progress("measuring a sample", len(picked), len(picked))
     return Sensitivity(UNITS[task.output], {name: losses[name] for name in worst_first}, sample)

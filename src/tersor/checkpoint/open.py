@@ -1,5 +1,6 @@
 """Opens the model that the user named: a Hugging Face model, a tersor artifact, or a model of their own."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -7,10 +8,58 @@ from torch import nn
 
 from tersor.checkpoint.artifact import load, read_manifest, weights_path
 from tersor.checkpoint.guards import named_path
+from tersor.checkpoint.layout import packed_sites
 from tersor.checkpoint.source import Source, call_factory, from_hub, open_transformers, read_state, state_hash
-from tersor.core.errors import InputError, ModelError
+from tersor.core.errors import InputError, ModelError, UnknownName
 from tersor.core.files import sha256
 from tersor.core.weights_file import check_finite, finite_range, refuse_pickle
+from tersor.nn.copies import copy_but_sites, own_shared_weights
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model is meant, and how it is opened.
+
+    Attributes:
+        model: Hugging Face folder or hub id, artifact folder, `package.module:factory`, or a module in memory.
+        weights: state dict or artifact folder that fills what a factory makes.
+        dtype: what the model computes in; None: as it was saved.
+        lazy: leave the entropy-coded sites of an artifact in their file until they run.
+    """
+
+    model: str | Path | nn.Module
+    weights: Path | None = None
+    dtype: torch.dtype | None = None
+    lazy: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of the model as the user gave it; of a module in memory, that of its class."""
+        return type(self.model).__name__ if isinstance(self.model, nn.Module) else str(self.model)
+
+    def open(self) -> Source:
+        """The model in memory; a module that was given is left as it is. Raises as `open_model` does."""
+        if not isinstance(self.model, nn.Module):
+            return open_model(self.name, weights=self.weights, lazy=self.lazy, dtype=self.dtype)
+        if self.weights is not None or self.lazy:
+            raise InputError(f"{self.name} is in memory, and weights and lazy are for models in files; leave them out")
+        source = open_module(self.model)
+        return source if self.dtype is None else cast(source, self.dtype)
+
+
+def open_module(model: nn.Module) -> Source:
+    """A module in memory as a source of its own: a copy, which shares no tensor with it.
+
+    A Hugging Face model that was read from a folder takes its tokenizer and other files from there.
+    """
+    made = copy_but_sites(model)
+    own_shared_weights(made, model)
+    folder = Path(getattr(model, "name_or_path", "") or "/dev/null/")
+    is_transformers = hasattr(model, "save_pretrained") and hasattr(model, "config")
+    kind = "artifact" if packed_sites(made) else "transformers" if is_transformers else "custom"
+    name = type(model).__name__
+    has_files = is_transformers and (folder / "config.json").is_file()
+    return Source(made.eval(), name, kind, name, folder if has_files else None, hashes={"state": state_hash(made)})
 
 
 def open_model(
@@ -24,6 +73,20 @@ def open_model(
     """
     source = open_as_saved(name, weights, lazy)
     return source if dtype is None else cast(source, dtype)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The type that `--dtype` names; None where it names none. Raises UnknownName for another one."""
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise UnknownName("--dtype", dtype, DTYPES)
+        return DTYPES[dtype]
+    if dtype not in (None, *DTYPES.values()):
+        raise UnknownName("--dtype", str(dtype).removeprefix("torch."), DTYPES)
+    return dtype
 
 
 def cast(source: Source, dtype: torch.dtype) -> Source:

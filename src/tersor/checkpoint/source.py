@@ -28,6 +28,7 @@ from tersor.core.errors import InputError, ModelError
 from tersor.core.files import sha256
 from tersor.core.messages import first_line
 from tersor.core.weights_file import PICKLES, check_file, check_finite, check_numbers, read_weights, refuse_pickle
+from tersor.nn.copies import copy_but_sites, own_shared_weights
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "1_Pooling/*"]
 
@@ -61,6 +62,16 @@ class Source:
         """The name for files that others read: of a folder its last part, for the rest says where it lay here."""
         place = Path(self.name).expanduser()
         return place.resolve().name if place.exists() else self.name
+
+    def fresh(self) -> nn.Module | None:
+        """An instance to fill with an artifact of this model; None where loading the artifact makes one itself."""
+        if self.kind == "transformers":
+            return None
+        if ":" in self.architecture:
+            return call_factory(self.architecture)
+        made = copy_but_sites(self.model)
+        own_shared_weights(made, self.model)
+        return made
 
 
 def open_transformers(name: str, folder: Path) -> Source:

@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from tersor.cli import options
-from tersor.cli.console import err, out, print_json, print_table, progress_bars
+from tersor.cli.console import events, out, print_json, print_table
 from tersor.core.errors import InputError
-from tersor.jobs.bench import Bench, Candidate, candidates_of
+from tersor.jobs.bench import Bench, Candidate, MadeUp, candidates_of, inputs_of
 from tersor.jobs.bench import bench as run_bench
-from tersor.jobs.decode import DecodeBench, decode_bench
+from tersor.jobs.decode import DecodeBench, decode
+from tersor.jobs.settings import Timing
 from tersor.measure.memory import Memory
-from tersor.measure.scorecard import BATCH_SIZES, machine
+from tersor.measure.scorecard import machine
 from tersor.report.card import megabytes
 
 Length = Annotated[int | None, typer.Option(help="Tokens of a made-up example; 128 if not given.")]
@@ -49,6 +50,7 @@ def bench(
     task: options.TaskName = None,
     data: options.Data = None,
     task_option: options.TaskOption = None,
+    dtype: options.Dtype = None,
     seconds: Annotated[
         float | None,
         typer.Option(help="About how long to time each model at each batch size; else 4, and a minute in all at most."),
@@ -63,43 +65,33 @@ def bench(
     json: options.Json = False,
 ) -> None:
     """Time models in their runtimes side by side; says so where no difference was measured."""
-    from_task = bool(task or data or task_option)
+    candidates = candidates_of(options.models_of(models, weights, dtype), runtime or [])
+    counts = options.whole_numbers(threads, "--threads", "1,2")
+    sizes = None if batch is None else options.whole_numbers(batch, "--batch", "1,32")
+    timing = Timing(sizes, counts, seconds=seconds, cpu_time=cpu_time, memory=not no_memory)
+    chosen = options.task_data(task, data, None, task_option)
     if new_tokens is not None or prompt is not None:
-        asked = {"--batch": batch, "--length": length, "--shape": shape, "--task, --data": from_task or None}
-        for flag, value in asked.items():
-            if value is not None and (flag, value) != ("--batch", "1"):
+        asked = {"--batch": batch if batch != "1" else None, "--length": length, "--shape": shape}
+        for flag, value in {**asked, "--task, --data": chosen.is_given or None}.items():
+            if value is not None:
                 raise InputError(f"--new-tokens and --prompt are for made-up tokens at batch 1; leave {flag} out")
-        with progress_bars(json) as progress:
-            decoded = decode_bench(
-                candidates_of(models, runtime or [], weights or []),
-                num_prompt=64 if prompt is None else prompt,
-                num_new=64 if new_tokens is None else new_tokens,
-                thread_counts=thread_counts(threads),
-                seconds=seconds,
-                memory=not no_memory,
-                cpu_time=cpu_time,
-                seed=seed,
-                progress=progress,
+        with events(json) as told:
+            decoded = decode(
+                candidates,
+                64 if prompt is None else prompt,
+                64 if new_tokens is None else new_tokens,
+                timing,
+                seed,
+                told,
             )
         if json:
             print_json(decoded.to_dict() | {"measured_on": machine()})
         else:
             show_decoding(decoded, models[0])
         return
-    with progress_bars(json) as progress:
-        found = run_bench(
-            candidates_of(models, runtime or [], weights or []),
-            batch_sizes=options.batch_sizes(batch) or BATCH_SIZES,
-            thread_counts=thread_counts(threads),
-            length=length,
-            shape=example_shape(shape),
-            task_choice=options.task_choice(task, data, None, task_option) if from_task else None,
-            seconds=seconds,
-            memory=not no_memory,
-            cpu_time=cpu_time,
-            seed=seed,
-            progress=progress,
-        )
+    inputs = inputs_of(MadeUp(length, options.shape_of(shape)), chosen)
+    with events(json) as told:
+        found = run_bench(candidates, inputs, timing, seed, told)
     if json:
         print_json(found.to_dict() | {"measured_on": machine()})
         return
@@ -139,8 +131,6 @@ def show(found: Bench, first: str) -> None:
     print_table(f"latency in turn; speed-up over {first}", columns, rows)
     show_memory(candidates, found.memory)
     out.print(f"run on {found.inputs}", markup=False, highlight=False)
-    for sentence in found.untimed:
-        err.print(f"note: {sentence}", style="yellow", markup=False, highlight=False)
     show_noise(first, found.noise, found.versions)
 
 
@@ -188,27 +178,3 @@ def show_noise(first: str, noise: Sequence[tuple[float, float]], versions: Seque
     low, high = min(n[0] for n in noise), max(n[1] for n in noise)
     told = f"{first} against itself: {low:.2f} to {high:.2f}; a ratio within that is no difference"
     out.print(f"{told}. {', '.join(versions)}", markup=False, highlight=False)
-
-
-def thread_counts(text: str) -> tuple[int, ...]:
-    """Parse `1,2` as numbers of threads."""
-    try:
-        counts = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        counts = ()
-    if not counts or min(counts) < 1:
-        raise InputError(f"--threads '{text}' is not a list of thread counts; write for example 1,2")
-    return counts
-
-
-def example_shape(text: str | None) -> tuple[int, ...] | None:
-    """Parse `3,224,224` as a shape."""
-    if text is None:
-        return None
-    try:
-        sizes = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise InputError(f"--shape '{text}' is not a shape; write for example 3,224,224")
-    return sizes

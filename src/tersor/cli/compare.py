@@ -7,9 +7,8 @@ from typing import Annotated
 import typer
 
 from tersor.cli import options
-from tersor.cli.console import err, leave, out, print_json, print_table, progress_bars
-from tersor.jobs.compress import compare_models
-from tersor.kernels import choices
+from tersor.cli.console import events, leave, out, print_json, print_table
+from tersor.jobs.compare import compare as compare_models
 from tersor.report.card import comparison
 
 
@@ -33,27 +32,22 @@ def compare(
     json: options.Json = False,
 ) -> None:
     """Measure two models on the same examples, in turn, and judge the difference."""
-    with progress_bars(json) as progress:
-        cards, description, verdicts = compare_models(
-            [a, b],
-            weights or [],
-            task_choice=options.task_choice(task, data, calibration, task_option),
-            drop=drop,
-            seed=seed,
-            batch_sizes=options.batch_sizes(batch),
-            num_threads=options.checked_threads(threads),
-            timing_seconds=options.checked_seconds(timing_seconds),
-            dtype=options.dtype_named(dtype),
-            progress=progress,
+    with events(json) as told:
+        found = compare_models(
+            options.models_of([a, b], weights, dtype),
+            options.task_data(task, data, calibration, task_option),
+            drop,
+            seed,
+            options.timing(batch, threads, timing_seconds),
+            told,
         )
+    verdict = found.verdicts[0]
     if json:
-        found = {"scorecards": [card.to_dict() for card in cards], "verdict": verdicts[0].to_dict()}
-        print_json(found | {"measured_on": description, "kernels": [asdict(choice) for choice in choices()]})
-        leave(verdicts[0], exit_code)
+        cards = {"scorecards": [card.to_dict() for card in found.scorecards], "verdict": verdict.to_dict()}
+        print_json(cards | {"measured_on": found.task, "kernels": [asdict(choice) for choice in found.kernels]})
+        leave(verdict, exit_code)
         return
-    for sentence in cards[0].untimed:
-        err.print(f"note: {sentence}", style="yellow", markup=False, highlight=False)
-    print_table("side by side", ["", a, b], comparison(*cards))
-    out.print(f"measured on: {description}", markup=False, highlight=False)
-    out.print(f"verdict: {verdicts[0].sentence()}", style="bold", markup=False, highlight=False)
-    leave(verdicts[0], exit_code)
+    print_table("side by side", ["", a, b], comparison(*found.scorecards))
+    out.print(f"measured on: {found.task}", markup=False, highlight=False)
+    out.print(f"verdict: {verdict.sentence()}", style="bold", markup=False, highlight=False)
+    leave(verdict, exit_code)

@@ -6,17 +6,20 @@ from typing import Annotated, Any
 import typer
 
 from tersor.checkpoint.manifest import weights_name
-from tersor.checkpoint.streaming import no_lines
+from tersor.checkpoint.open import ModelSpec
 from tersor.cli import options
-from tersor.cli.console import err, leave, out, print_json, print_table, progress_bars
+from tersor.cli.console import err, events, leave, out, print_json, print_table
+from tersor.cli.options import task_data
 from tersor.core.errors import InputError
-from tersor.jobs.compress import Outcome, compress_to_folder
-from tersor.jobs.stream import compress_streamed
+from tersor.jobs.compress import Result
+from tersor.jobs.compress import compress as compress_model
+from tersor.jobs.settings import Output
+from tersor.jobs.stream import stream as compress_streamed
 from tersor.recipe import Recipe
 from tersor.report.card import comparison, megabytes
 from tersor.report.hints import hints
 from tersor.schemes.scheme import KEEP
-from tersor.search.choices import Budget, check_choices
+from tersor.search.choices import Budget, Choices
 from tersor.search.trials import Trial
 
 
@@ -104,61 +107,38 @@ def compress(
     json: options.Json = False,
 ) -> None:
     """Make a model smaller under a budget, and prove what it cost."""
-    kept = parse_keep_float(keep_float)
+    if stream and exit_code:
+        raise InputError("--exit-code is the verdict's, and --stream judges nothing; leave it out")
+    spec = ModelSpec(model, weights, options.dtype_named(dtype))
+    place = Output(output, overwrite)
+    chosen = task_data(task, data, calibration, task_option, train)
+    choices = Choices(
+        budget=Budget(size, ratio, bits, drop, coded, num_states),
+        recipe=Recipe.from_file(recipe) if recipe else None,
+        formats=with_method(format or [], method),
+        rules=parse_rules(rule or []),
+        exclude=exclude or [],
+        transforms=transform or [],
+        bias_correction=bias_correction,
+        float_layers=parse_keep_float(keep_float),
+        seed=seed,
+    )
     if stream:
-        if exit_code:
-            raise InputError("--exit-code is the verdict's, and --stream judges nothing; leave it out")
-        if weights is not None:
-            raise InputError("--stream reads a Hugging Face folder, and --weights goes with package.module:factory")
-        given = Recipe.from_file(recipe) if recipe else None
-        chosen = with_method(format or [], method), parse_rules(rule or []), exclude or [], transform or []
-        with progress_bars(json) as progress:
-            manifest = compress_streamed(
-                model,
-                output,
-                given
-                or check_choices(
-                    Budget(size, ratio, bits, drop, coded, num_states), given, *chosen, seed, bias_correction, kept
-                ),
-                task_choice=options.task_choice(task, data, calibration, task_option, train),
-                dtype=options.dtype_named(dtype),
-                overwrite=overwrite,
-                progress=progress,
-                on_block=no_lines if json else show_block,
-            )
+        with events(json, on_step=show_block) as told:
+            manifest = compress_streamed(spec, place, chosen, choices, told)
         if json:
             print_json({"output": str(output), **manifest})
         else:
             show_streamed(output, manifest)
         return
-    with progress_bars(json) as progress:
-        outcome = compress_to_folder(
-            model,
-            output,
-            weights=weights,
-            task_choice=options.task_choice(task, data, calibration, task_option, train),
-            budget=Budget(size, ratio, bits, drop, coded, num_states),
-            recipe=Recipe.from_file(recipe) if recipe else None,
-            formats=with_method(format or [], method),
-            rules=parse_rules(rule or []),
-            exclude=exclude or [],
-            transforms=transform or [],
-            bias_correction=bias_correction,
-            keep_float=kept,
-            seed=seed,
-            batch_sizes=options.batch_sizes(batch),
-            num_threads=options.checked_threads(threads),
-            timing_seconds=options.checked_seconds(timing_seconds),
-            dtype=options.dtype_named(dtype),
-            overwrite=overwrite,
-            progress=progress,
-            on_trial=(lambda trial: None) if json else show_trial,
-        )
+    with events(json, on_trial=show_trial) as told:
+        result = compress_model(spec, place, chosen, choices, options.timing(batch, threads, timing_seconds), told)
     if json:
-        print_json({"output": str(outcome.output), **outcome.manifest})
+        print_json({"output": str(result.output), **result.manifest})
     else:
-        show(outcome)
-    leave(outcome.verdict, exit_code)
+        show(result)
+    assert result.verdict is not None
+    leave(result.verdict, exit_code)
 
 
 def with_method(formats: list[str], method: str | None) -> list[str]:
@@ -208,8 +188,6 @@ def show_trial(trial: Trial) -> None:
 
 def show_streamed(output: Path, manifest: dict[str, Any]) -> None:
     """Prints the result of a streamed run (sizes only; no evaluation)."""
-    for note in manifest["notes"]:
-        err.print("note:", note, style="yellow", markup=False, highlight=False)
     before, after = manifest["source"]["bytes"], manifest["files"][weights_name(manifest)]["bytes"]
     out.print(
         f"weights file: {megabytes(before)} to {megabytes(after)}, {before / after:.2f}x smaller", highlight=False
@@ -217,11 +195,10 @@ def show_streamed(output: Path, manifest: dict[str, Any]) -> None:
     out.print(f"artifact: {output}  (load it with tersor.load)", markup=False, highlight=False)
 
 
-def show(outcome: Outcome) -> None:
-    """The outcome as tables, notes on stderr."""
+def show(outcome: Result) -> None:
+    """The result as tables."""
+    assert outcome.verdict is not None
     original, compressed = outcome.scorecards
-    for note in outcome.manifest["notes"]:
-        err.print("note:", note, style="yellow", markup=False, highlight=False)
     if outcome.trials:
         rows = [(megabytes(t.num_bytes), f"{t.score:.4f}", t.verdict.outcome) for t in outcome.trials]
         print_table("trials of the search", ["weights file", original.metric, "verdict"], rows)

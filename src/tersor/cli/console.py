@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from tersor.core.progress import Events
 from tersor.core.progress import Progress as Report
-from tersor.core.progress import silent
 from tersor.measure.verdict import Verdict
 
 
@@ -74,12 +74,31 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     Plain(width=max(out.width, 100) if not out.is_terminal else None).print(table)
 
 
+def show_note(note: str) -> None:
+    """A sentence that the user should know, on stderr."""
+    err.print("note:", note, style="yellow", markup=False, highlight=False)
+
+
 @contextmanager
-def progress_bars(as_json: bool) -> Iterator[Report]:
-    """A bar per kind of work, with rate and remaining time, on stderr; none under --json."""
+def events(as_json: bool, **more: Callable[..., None]) -> Iterator[Events]:
+    """A bar per kind of work, with rate and remaining time, on stderr, and then the notes; nothing under --json.
+
+    Args:
+        more: what else is shown, such as `on_trial`.
+    """
     if as_json:
-        yield silent
+        yield Events()
         return
+    notes: list[str] = []
+    with progress_bars() as report:
+        yield Events(report, on_note=notes.append, **more)
+    for note in notes:
+        show_note(note)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Report]:
+    """A bar per kind of work, with rate and remaining time, on stderr."""
     columns = [
         TextColumn("{task.description}", markup=False),
         BarColumn(),

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
+from tersor.checkpoint.open import ModelSpec
 from tersor.cli import options
-from tersor.cli.console import err, out, print_json, print_table, progress_bars
-from tersor.jobs.compress import evaluate_model
-from tersor.kernels import choices
+from tersor.cli.console import events, out, print_json, print_table
+from tersor.jobs.evaluate import evaluate as evaluate_model
 from tersor.report.card import scorecard_rows
 
 
@@ -29,29 +29,16 @@ def evaluate(
     json: options.Json = False,
 ) -> None:
     """Measure a model: bytes, memory, operations, latency, and its score with an interval."""
-    with progress_bars(json) as progress:
-        card, description = evaluate_model(
-            model,
-            weights=weights,
-            task_choice=options.task_choice(task, data, calibration, task_option),
-            batch_sizes=options.batch_sizes(batch),
-            num_threads=options.checked_threads(threads),
-            timing_seconds=options.checked_seconds(timing_seconds),
-            dtype=options.dtype_named(dtype),
-            lazy=lazy,
-            progress=progress,
-        )
-    notes = list(card.untimed)
-    if task in (None, "fidelity"):
-        notes.append(
-            f"fidelity compares a model with the original, and here with itself, so its score says nothing; "
-            f"tersor compare ORIGINAL {model} judges it"
+    with events(json) as told:
+        found = evaluate_model(
+            ModelSpec(model, weights, options.dtype_named(dtype), lazy),
+            options.task_data(task, data, calibration, task_option),
+            options.timing(batch, threads, timing_seconds),
+            told,
         )
     if json:
-        kernels = [asdict(choice) for choice in choices()]
-        print_json({"scorecard": card.to_dict(), "measured_on": description, "notes": notes, "kernels": kernels})
+        about = {"scorecard": found.scorecard.to_dict(), "measured_on": found.task, "notes": found.notes}
+        print_json(about | {"kernels": [asdict(choice) for choice in found.kernels]})
         return
-    print_table(model, ["", "measured"], scorecard_rows([card]))
-    for note in notes:
-        err.print(f"note: {note}", style="yellow", markup=False, highlight=False)
-    out.print(f"measured on: {description}", markup=False, highlight=False)
+    print_table(model, ["", "measured"], scorecard_rows([found.scorecard]))
+    out.print(f"measured on: {found.task}", markup=False, highlight=False)

@@ -6,15 +6,14 @@ from typing import Annotated
 import typer
 
 from tersor.analysis.explain import KINDS, Explanation, growth
-from tersor.analysis.explain import explain as explain_session
-from tersor.analysis.roofline import Peaks, machine_peaks
+from tersor.analysis.roofline import Peaks
 from tersor.cli import options
-from tersor.cli.bench import Length, Shape, example_shape
-from tersor.cli.console import out, print_json, print_table, progress_bars
-from tersor.jobs.bench import candidates_of
+from tersor.cli.bench import Length, Shape
+from tersor.cli.console import events, out, print_json, print_table
+from tersor.jobs.bench import MadeUp, candidates_of
+from tersor.jobs.explain import explain as explain_models
+from tersor.jobs.settings import Timing
 from tersor.measure.scorecard import machine
-from tersor.runtimes import Feeds, open_session
-from tersor.runtimes.feeds import LENGTH, synthetic_feeds
 
 
 def explain(
@@ -32,6 +31,7 @@ def explain(
     length: Length = None,
     shape: Shape = None,
     threads: options.Threads = 1,
+    dtype: options.Dtype = None,
     seconds: Annotated[float, typer.Option(help="About how long to profile.")] = 2.0,
     rows: Annotated[int, typer.Option(help="Slowest layers that are listed; --json holds all.")] = 12,
     remeasure: Annotated[
@@ -41,41 +41,17 @@ def explain(
     json: options.Json = False,
 ) -> None:
     """Say why a model is not faster: its time by kind of work, by layer, and against this machine's roofline."""
-    candidates = candidates_of([model, against] if against else [model], runtime or [], weights or [])
-    num_threads, sizes = options.checked_threads(threads), example_shape(shape)
-    found: list[Explanation] = []
-    shapes = ""
-    with progress_bars(json) as progress:
-        progress("profiling", 0, 1 + len(candidates))
-        peaks = machine_peaks(num_threads, remeasure=remeasure)
-        for done, candidate in enumerate(candidates, start=1):
-            progress("profiling", done, 1 + len(candidates))
-            session = open_session(
-                candidate.model, candidate.runtime, num_threads=num_threads, weights=candidate.weights
-            )
-            feeds = synthetic_feeds(session.inputs, batch_size=batch, length=length or LENGTH, shape=sizes, seed=seed)
-            shapes = shapes or shapes_of(feeds)
-            found.append(explain_session(session, feeds, peaks, runtime=candidate.runtime, seconds=seconds))
-        progress("profiling", 1 + len(candidates), 1 + len(candidates))
+    specs = options.models_of([model, against] if against else [model], weights, dtype)
+    candidates = candidates_of(specs, runtime or [])
+    inputs, timing = MadeUp(length, options.shape_of(shape)), Timing((batch,), (threads,), seconds=seconds)
+    with events(json) as told:
+        found = explain_models(candidates, inputs, timing, seed, remeasure, told)
     if json:
-        named = {"explanation": found[0].to_dict(), "against": found[1].to_dict() if against else None}
-        print_json(named | {"peaks": peaks.__dict__, "measured_on": machine()})
+        print_json(found.to_dict() | {"measured_on": machine()})
         return
-    out.print(f"{model} in {candidates[0].runtime}: {shapes}, threads: {num_threads}", markup=False, highlight=False)
-    show(found, [c.model for c in candidates], peaks, rows)
-
-
-def shapes_of(feeds: Feeds) -> str:
-    """Of all inputs; of a cache, which has many alike, the first.
-
-    >>> import numpy as np
-    >>> cache = {f"past_key_values.{n}.key": np.zeros((1, 2, 9, 4)) for n in range(3)}
-    >>> shapes_of({"input_ids": np.zeros((1, 1)), **cache})
-    'input_ids [1, 1], past_key_values.0.key [1, 2, 9, 4] and 2 more like it'
-    """
-    past = [name for name in feeds if name.startswith("past_key_values")]
-    told = [f"{name} {list(array.shape)}" for name, array in feeds.items() if name not in past[1:]]
-    return ", ".join(told) + (f" and {len(past) - 1} more like it" if past else "")
+    told_of = f"{model} in {candidates[0].runtime}: {found.shapes}, threads: {threads}"
+    out.print(told_of, markup=False, highlight=False)
+    show(found.explanations, [c.model for c in candidates], found.peaks, rows)
 
 
 def show(found: list[Explanation], names: list[str], peaks: Peaks, rows: int) -> None:

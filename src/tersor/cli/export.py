@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+from tersor.checkpoint.open import ModelSpec
 from tersor.cli import options
-from tersor.cli.console import err, out, print_json
-from tersor.core.errors import InputError
-from tersor.jobs.export import Exported, export_model
+from tersor.cli.console import events, out, print_json
+from tersor.jobs.export import ExampleInputs, Exported
+from tersor.jobs.export import export as export_model
+from tersor.jobs.settings import Output
 from tersor.report.card import megabytes
 
 
@@ -28,7 +30,13 @@ def export(
     fixed: Annotated[
         list[str] | None, typer.Option(help="Axis that keeps the examples' size: batch or sequence. Repeatable.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="What onnx and web compute in besides int8: fp32 or fp16.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="What the model computes in beside integers: float32, bfloat16 or float16 (onnx and web: float32, or "
+            "float16). Without it: as it was saved."
+        ),
+    ] = None,
     per_token: Annotated[
         bool, typer.Option("--per-token", help="onnx, web: a scale per token for int8-dynamic, as in the artifact.")
     ] = False,
@@ -56,21 +64,17 @@ def export(
 
     Runtimes that run here load the result at once; it is compared with the model and timed before it is kept.
     """
-    flags = {"per_token": per_token, "float_outputs": float_outputs, "decode": decode}
-    given = {"dtype": dtype, "runtime_path": runtime_path, **flags}
-    choice = options.task_choice(task, data, None, task_option)
-    made = export_model(
-        model,
-        output,
-        to=to,
-        options={name: value for name, value in given.items() if value} | ({"cache": False} if no_cache else {}),
-        weights=weights,
-        task_choice=choice if task or data or task_option else None,
-        shape=sizes(shape),
-        fixed=fixed or (),
-        num_threads=options.checked_threads(threads),
-        overwrite=overwrite,
-    )
+    flags = {"per_token": per_token, "float_outputs": float_outputs, "decode": decode, "runtime_path": runtime_path}
+    with events(json) as told:
+        made = export_model(
+            ModelSpec(model, weights, options.dtype_named(SHORT.get(dtype or "", dtype))),
+            Output(output, overwrite),
+            to,
+            {name: value for name, value in flags.items() if value} | ({"cache": False} if no_cache else {}),
+            ExampleInputs(options.task_data(task, data, None, task_option), options.shape_of(shape), fixed or ()),
+            threads,
+            told,
+        )
     if json:
         print_json(
             {
@@ -84,22 +88,13 @@ def export(
             }
         )
         return
-    for note in made.notes:
-        err.print("note:", note, style="yellow", markup=False, highlight=False)
     size = megabytes(made.num_bytes)
     out.print(f"{made.output}: {len(made.formats)} sites for {made.to}, {size}", markup=False, highlight=False)
     for line in checked(made):
         out.print(line, markup=False, highlight=False)
 
 
-def sizes(text: str | None) -> tuple[int, ...] | None:
-    """Parse `3,32,32` as a shape."""
-    if text is None:
-        return None
-    numbers = tuple(int(part) if part.strip().isdigit() else 0 for part in text.split(","))
-    if min(numbers) < 1:
-        raise InputError(f"--shape '{text}' is not a list of sizes; write for example 3,32,32")
-    return numbers
+SHORT = {"fp32": "float32", "fp16": "float16"}
 
 
 def checked(made: Exported) -> list[str]:

@@ -5,11 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
+from tersor.checkpoint.open import ModelSpec
 from tersor.cli import options
-from tersor.cli.console import err, leave, out, print_json, progress_bars
+from tersor.cli.console import events, leave, out, print_json
 from tersor.core.errors import InputError
-from tersor.jobs.finetune import Finetuned, finetune_to_folder
-from tersor.recipe import Recipe
+from tersor.jobs.finetune import Finetuned, Training, step_named
+from tersor.jobs.finetune import finetune as finetune_model
+from tersor.jobs.settings import Output
 from tersor.training import FinetuneStep, LoraStep
 
 KEYS = {"r": "rank", "lora_alpha": "alpha", "use_dora": "dora", "target_modules": "targets"}  # peft's words for ours
@@ -65,7 +67,10 @@ def finetune(
         int | None, typer.Option(help="Stop after this many evaluations without a better score; keep the best.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="float32 or bfloat16, to compute in; auto: float32, with --lora what the model came in.")
+        str,
+        typer.Option(
+            help="float32, bfloat16 or float16, to compute in; auto: float32, with --lora what the model came in."
+        ),
     ] = "auto",
     drop: options.Drop = "1%",
     seed: options.Seed = 0,
@@ -89,20 +94,11 @@ def finetune(
         "num_evaluations": evaluations,
         "patience": patience,
     }
-    with progress_bars(json) as progress:
-        made = finetune_to_folder(
-            model,
-            output,
-            step_of(lora, base, fields),
-            weights=weights,
-            task_choice=options.task_choice(task, data, calibration, task_option, train),
-            drop=drop,
-            dtype=dtype,
-            save_base=save_base,
-            seed=seed,
-            overwrite=overwrite,
-            progress=progress,
-        )
+    training = Training(step_of(lora, base, fields), drop, save_base, seed)
+    kind = None if dtype == "auto" else options.dtype_named(dtype)
+    chosen = options.task_data(task, data, calibration, task_option, train)
+    with events(json) as told:
+        made = finetune_model(ModelSpec(model, weights, kind), Output(output, overwrite), training, chosen, told)
     if json:
         print_json({"output": str(output), **made.to_dict()})
     else:
@@ -112,16 +108,11 @@ def finetune(
 
 def step_of(lora: list[str] | None, base: str | None, fields: dict[str, Any]) -> FinetuneStep | LoraStep:
     """The recipe step that the flags spell. Raises InputError for a field or a value that it does not take."""
-    given = {name: value for name, value in fields.items() if value is not None}
-    if lora is None:
-        if base is not None:
-            raise InputError(f"--base {base} packs the weights beside adapters; add --lora r=16,alpha=32")
-        step: dict[str, Any] = {"step": "finetune", **given}
-    else:
-        step = {"step": "lora", **given, **lora_fields(lora), **({} if base is None else {"base": base})}
-    made = Recipe.validated({"steps": [step]}, "finetune").steps[0]
-    assert isinstance(made, FinetuneStep | LoraStep)
-    return made
+    if lora is not None:
+        return step_named("lora", {**fields, **lora_fields(lora), "base": base})
+    if base is not None:
+        raise InputError(f"--base {base} packs the weights beside adapters; add --lora r=16,alpha=32")
+    return step_named("finetune", fields)
 
 
 def lora_fields(texts: list[str]) -> dict[str, Any]:
@@ -144,8 +135,6 @@ def lora_fields(texts: list[str]) -> dict[str, Any]:
 
 def show(made: Finetuned, save_base: Path | None) -> None:
     """Scores before and after, the verdict, and what to do next."""
-    for note in made.notes:
-        err.print("note:", note, style="yellow", markup=False, highlight=False)
     losses = made.curve.losses
     tail = losses[-max(1, len(losses) // 10) :]
     out.print(

@@ -1,29 +1,20 @@
 """`tersor inspect MODEL`: the sites, their shapes and sizes, what each format would make of them, and at what loss."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 
-from tersor.analysis.sensitivity import SCHEMES, Sensitivity
-from tersor.analysis.sensitivity import sensitivity as predict
-from tersor.analysis.training_memory import Tokens
-from tersor.analysis.training_memory import training_memory as predict_training
-from tersor.checkpoint.container_write import size_of
-from tersor.checkpoint.layout import packed_sites, unpacked_tensors
-from tersor.checkpoint.open import open_model
-from tersor.checkpoint.source import Source
+from tersor.analysis.sensitivity import Sensitivity
+from tersor.checkpoint.open import ModelSpec
 from tersor.cli import options
-from tersor.cli.console import out, print_json, print_table, progress_bars
-from tersor.cli.finetune import step_of
+from tersor.cli.console import events, out, print_json, print_table
+from tersor.cli.finetune import lora_fields
 from tersor.core.errors import InputError
-from tersor.formats import FORMATS
-from tersor.jobs.task_choice import TaskChoice, open_task_for
-from tersor.nn.sites import find_sites
+from tersor.jobs.inspect import Inspected, Predicted, TrainingNeeds
+from tersor.jobs.inspect import inspect as inspect_model
+from tersor.jobs.inspect import sensitivity as predict_losses
+from tersor.jobs.inspect import training_memory as predict_memory
 from tersor.report.card import megabytes
-from tersor.search.cost import cost_of
-from tersor.tasks import Task
-from tersor.training import FinetuneStep, TrainingStep
 
 
 def inspect(
@@ -62,69 +53,46 @@ def inspect(
     """List the sites of a model, what is kept, and the cost of every format."""
     if not (sensitivity or training_memory) and (task or data or calibration or task_option):
         raise InputError("inspect runs data only for --sensitivity; add it, or leave --task and --data out")
-    source = open_model(model, weights=weights, dtype=options.dtype_named(dtype))
+    spec = ModelSpec(model, weights, options.dtype_named(dtype))
+    chosen = options.task_data(task, data, calibration, task_option, train)
+    with events(json) as told:
+        if training_memory:
+            settings = {"batch_size": batch_size, "optimizer": optimizer}
+            needs = predict_memory(spec, chosen, settings, lora_fields(lora or ["r=16"]), base, context)
+        elif sensitivity:
+            predicted = predict_losses(spec, chosen, format or (), measure, seed, told)
+        else:
+            found = inspect_model(spec, format or (), told)
     if training_memory:
-        choice = options.task_choice(task, data, calibration, task_option, train)
-        steps = training_steps(source, {"batch_size": batch_size, "optimizer": optimizer}, lora or ["r=16"], base)
-        show_training_memory(model, source, choice if task else None, steps, context, json)
-        return
-    if sensitivity:
-        choice = options.task_choice(task, data, calibration, task_option)
-        show_sensitivity(model, source, choice, list(FORMATS) if format == ["all"] else format, measure, seed, json)
-        return
-    file_bytes = source.num_bytes or size_of(source.model)
-    sites = find_sites(source.model)
-    packed = {site.name: module.format.name for site, module, _ in packed_sites(source.model)}
-    kept = {n: t for n, t in unpacked_tensors(source.model).items() if n not in {s.parameter for s in sites}}
-    kept_bytes = sum(tensor.nbytes for tensor in kept.values())
-    site_rows: list[dict[str, Any]] = [
-        {
-            "name": site.name,
-            "kind": site.kind,
-            "shape": list(site.shape),
-            "dtype": str(site.dtype).removeprefix("torch."),
-            "format": packed.get(site.name),
-            "weights": site.num_weights,
-            "tied": [".".join(place) for place in site.owners[1:]],
-        }
-        for site in sites
-    ]
-    names = list(FORMATS) if format == ["all"] else format or SELECTION
-    costs = []
-    with progress_bars(json) as progress:
-        for done, name in enumerate(names):
-            progress("measuring formats", done, len(names))
-            costs.append(cost_of(name, sites, kept_bytes, source.model))
+        show_training_memory(model, needs, json)
+    elif sensitivity:
+        show_sensitivity(model, predicted, json)
+    else:
+        show(found, json)
+
+
+def show(found: Inspected, json: bool) -> None:
+    """The sites and the cost of formats, as two tables."""
     if json:
-        kept_rows = [{"name": n, "shape": list(t.shape), "bytes": t.nbytes} for n, t in kept.items()]
-        print_json(
-            {
-                "model": model,
-                "architecture": source.architecture,
-                "weights_file_bytes": file_bytes,
-                "sites": site_rows,
-                "kept": kept_rows,
-                "kept_bytes": kept_bytes,
-                "formats": costs,
-            }
-        )
+        print_json(found.to_dict())
         return
-    num_weights = sum(site.num_weights for site in sites)
+    num_weights, num_bytes = sum(site.weights for site in found.sites), megabytes(found.file_bytes)
+    what = f"{found.architecture}, {num_bytes}, {len(found.sites)} sites with {num_weights:,} weights"
     print_table(
-        f"{model}: {source.architecture}, {megabytes(file_bytes)}, {len(sites)} sites with {num_weights:,} weights",
+        f"{found.model}: {what}",
         ["site", "kind", "shape", "dtype", "format", "weights", "share", "tied to"],
         [
             (
-                row["name"],
-                row["kind"],
-                "x".join(map(str, row["shape"])),
-                row["dtype"],
-                row["format"] or "-",
-                f"{row['weights']:,}",
-                f"{row['weights'] / num_weights:.1%}",
-                ", ".join(row["tied"]),
+                row.name,
+                row.kind,
+                "x".join(map(str, row.shape)),
+                row.dtype,
+                row.format or "-",
+                f"{row.weights:,}",
+                f"{row.weights / num_weights:.1%}",
+                ", ".join(row.tied),
             )
-            for row in site_rows
+            for row in found.sites
         ],
     )
     rows = [
@@ -135,31 +103,22 @@ def inspect(
             f"{c['relative_error']:.5f}" if c["relative_error"] is not None else "-",
             c["misfits"] or "",
         )
-        for c in costs
+        for c in found.formats
     ]
     print_table(
-        f"cost of a format at every site it fits ({megabytes(kept_bytes)} are kept as they are and counted)",
+        f"cost of a format at every site it fits ({megabytes(found.kept_bytes)} are kept as they are and counted)",
         ["format", "file, about", "bits per site weight", "relative error", "sites it does not fit"],
         rows,
     )
 
 
-def show_sensitivity(
-    name: str, source: Source, choice: TaskChoice, formats: list[str] | None, measure: int, seed: int, json: bool
-) -> None:
-    """Predict, measure a sample, print both."""
-    if source.kind == "artifact":
-        raise InputError(f"{name} is a tersor artifact already; inspect the original model instead")
-    if measure < 0:
-        raise InputError(f"--measure {measure} is not a number of predictions; write for example 10, or 0 for none")
-    task = open_task_for(source, choice)
-    with progress_bars(json) as progress:
-        found = predict(source.model, task, formats or SCHEMES, num_measured=measure, seed=seed, progress=progress)
+def show_sensitivity(name: str, predicted: Predicted, json: bool) -> None:
+    """The predictions, and the sample that was measured."""
     if json:
-        print_json({"model": name, "task": task.description, **found.to_dict()})
+        print_json({"model": name, "task": predicted.task, **predicted.losses.to_dict()})
         return
-    print_sensitivity(name, found)
-    out.print(f"from the calibration split of: {task.description}", markup=False, highlight=False)
+    print_sensitivity(name, predicted.losses)
+    out.print(f"from the calibration split of: {predicted.task}", markup=False, highlight=False)
 
 
 def print_sensitivity(name: str, found: Sensitivity) -> None:
@@ -183,35 +142,11 @@ def print_sensitivity(name: str, found: Sensitivity) -> None:
         )
 
 
-def training_steps(source: Source, fields: dict[str, Any], lora: list[str], base: str) -> dict[str, TrainingStep]:
-    """The training steps whose memory is predicted, by name; adapters only for an artifact, which is packed."""
-    packed = source.kind == "artifact"
-    steps: dict[str, TrainingStep] = {}
-    for name, flags in (("", {}), (", checkpointed", {"gradient_checkpointing": True})):
-        if flags and source.kind == "custom":
-            continue
-        given = fields | flags
-        if not packed:
-            steps[f"full{name}"] = step_of(None, None, given)
-        steps[f"{'packed, LoRA' if packed else 'LoRA'}{name}"] = step_of(lora, None, given)
-        if not packed:
-            steps[f"QLoRA, {base}{name}"] = step_of(lora, base, given)
-    return steps
-
-
-def show_training_memory(
-    name: str, source: Source, choice: TaskChoice | None, steps: dict[str, TrainingStep], context: int, json: bool
-) -> None:
+def show_training_memory(name: str, needs: TrainingNeeds, json: bool) -> None:
     """A line for each way to train."""
-    if context < 2:
-        raise InputError(f"--context {context} leaves no token to predict; write for example 512")
-    task: Task = Tokens(context) if choice is None else open_task_for(source, choice)
-    found = {}
-    for title, step in steps.items():
-        dtype = torch.float32 if isinstance(step, FinetuneStep) else None
-        found[title] = predict_training(source.model, task, step, dtype=dtype)
+    found = needs.memory
     if json:
-        print_json({"model": name, "task": task.description, "training": {t: f.to_dict() for t, f in found.items()}})
+        print_json({"model": name, "task": needs.task, "training": {t: f.to_dict() for t, f in found.items()}})
         return
     rows = [
         (
@@ -233,13 +168,4 @@ def show_training_memory(
             f"activations of the blocks by the formula s b h (34 + 5 a s / h): {megabytes(first.block_formula)}",
             highlight=False,
         )
-    out.print(f"predicted, not measured, for: {task.description}", markup=False, highlight=False)
-
-
-SELECTION = [
-    "bf16",
-    *(f"int{bits}{group}" for bits in (8, 6, 5, 4, 3, 2) for group in ("", "-g32")),
-    "int4-g128",
-    "int4-g32-asym",
-    "bitmask",
-]
+    out.print(f"predicted, not measured, for: {needs.task}", markup=False, highlight=False)

@@ -5,9 +5,12 @@ from typing import Annotated
 
 import typer
 
+from tersor.checkpoint.open import ModelSpec
 from tersor.cli import options
-from tersor.cli.console import err, out, print_json, print_table, progress_bars
-from tersor.jobs.finetune import Merged, merge_to_folder
+from tersor.cli.console import events, out, print_json, print_table
+from tersor.jobs.merge import Merged
+from tersor.jobs.merge import merge as merge_models
+from tersor.jobs.settings import Output
 
 
 def merge(
@@ -21,21 +24,16 @@ def merge(
     calibration: options.Calibration = None,
     train: options.Train = None,
     task_option: options.TaskOption = None,
+    dtype: options.Dtype = None,
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
     """Merge an adapter: into float weights by adding, into packed ones by rounding the sum anew."""
-    with progress_bars(json) as progress:
-        made = merge_to_folder(
-            base,
-            adapter,
-            output,
-            task_choice=options.task_choice(task, data, calibration, task_option, train),
-            seed=seed,
-            overwrite=overwrite,
-            progress=progress,
-        )
+    spec = ModelSpec(base, dtype=options.dtype_named(dtype))
+    chosen = options.task_data(task, data, calibration, task_option, train)
+    with events(json) as told:
+        made = merge_models(spec, adapter, Output(output, overwrite), chosen, seed, told)
     if json:
         print_json(made.to_dict())
     else:
@@ -51,8 +49,6 @@ NAMES = {
 
 def show(made: Merged) -> None:
     """Print how far the merged model is from the base with the adapter beside it."""
-    for note in made.notes:
-        err.print("note:", note, style="yellow", markup=False, highlight=False)
     what = "KL divergence" if made.unit.startswith("nats") else "distance"
     print_table(
         f"{what} from the base with the adapter beside its weights, {made.unit}",

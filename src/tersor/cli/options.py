@@ -1,13 +1,16 @@
 """Flags that several verbs take, and how their texts become values."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
-from tersor.core.errors import InputError, UnknownName
-from tersor.jobs.task_choice import TaskChoice
+from tersor.checkpoint.open import ModelSpec
+from tersor.checkpoint.open import dtype_named as dtype_named
+from tersor.core.errors import InputError
+from tersor.jobs.settings import Timing
+from tersor.tasks.data import Data as TaskData
 
 Weights = Annotated[
     Path | None,
@@ -63,25 +66,28 @@ Dtype = Annotated[
 Threads = Annotated[int, typer.Option(help="CPU threads for latency.")]
 
 
-def task_choice(
+def task_data(
     task: str | None,
     data: Path | None,
-    calibration: Path | None,
-    options: list[str] | None,
+    calibration: Path | None = None,
+    options: list[str] | None = None,
     train: Path | None = None,
-) -> TaskChoice:
+) -> TaskData:
     """The task's flags as the library takes them."""
-    return TaskChoice(task, data, calibration, dict(key_value(text, "--task-option") for text in options or []), train)
+    pairs = dict(key_value(text, "--task-option") for text in options or [])
+    return TaskData(task, data, calibration, train, pairs)
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def dtype_named(text: str | None) -> torch.dtype | None:
-    """A `--dtype`. Raises UnknownName for another one."""
-    if text is not None and text not in DTYPES:
-        raise UnknownName("--dtype", text, DTYPES)
-    return None if text is None else DTYPES[text]
+def models_of(names: Sequence[str], weights: Sequence[Path] | None, dtype: str | None) -> list[ModelSpec]:
+    """Several models; `--weights` go to the factories among them, in their order."""
+    factories = [name for name in names if ":" in name and not Path(name).exists()]
+    if len(weights or ()) > len(factories):
+        raise InputError(
+            f"{len(weights or ())} --weights for {len(factories)} models given as package.module:factory; one each"
+        )
+    files = iter([*(weights or ()), *[None] * len(names)])
+    kind = dtype_named(dtype)
+    return [ModelSpec(name, next(files) if name in factories else None, kind) for name in names]
 
 
 def key_value(text: str, flag: str) -> tuple[str, Any]:
@@ -107,28 +113,20 @@ def number(text: str) -> Any:
     return text
 
 
-def batch_sizes(text: str | None) -> tuple[int, ...] | None:
-    """Parse `1,32` as batch sizes."""
-    if text is None:
-        return None
-    try:
-        sizes = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise InputError(f"--batch '{text}' is not a list of batch sizes; write for example 1,32")
-    return sizes
+def whole_numbers(text: str, flag: str, example: str) -> tuple[int, ...]:
+    """Parse `1,32` as numbers from 1."""
+    numbers = tuple(int(part) if part.strip().isdecimal() else 0 for part in text.split(","))
+    if min(numbers) < 1:
+        raise InputError(f"{flag} '{text}' is not a list of whole numbers from 1; write for example {example}")
+    return numbers
 
 
-def checked_seconds(seconds: float | None) -> float | None:
-    """A time that is longer than nothing."""
-    if seconds is not None and not 0 < seconds < float("inf"):
-        raise InputError(f"--timing-seconds {seconds} is no time; write for example 120")
-    return seconds
+def shape_of(text: str | None) -> tuple[int, ...] | None:
+    """Parse `3,224,224` as a shape."""
+    return None if text is None else whole_numbers(text, "--shape", "3,224,224")
 
 
-def checked_threads(threads: int) -> int:
-    """At least one thread."""
-    if threads < 1:
-        raise InputError(f"--threads {threads} is not a number of threads; write for example 1")
-    return threads
+def timing(batch: str | None, threads: int, timing_seconds: float | None) -> Timing:
+    """The settings by which the speed of models on a task's examples is measured."""
+    sizes = None if batch is None else whole_numbers(batch, "--batch", "1,32")
+    return Timing(sizes, (threads,), timing_seconds)

@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 
 from tersor.checkpoint.pack import Written
-from tersor.checkpoint.pack import pack as pack_folder
 from tersor.cli import options
 from tersor.cli.console import out, print_json
+from tersor.jobs.pack import pack as pack_folder
+from tersor.jobs.settings import Output
 from tersor.report.card import megabytes
 
 
@@ -21,7 +22,7 @@ def pack(
     json: options.Json = False,
 ) -> None:
     """Make a checkpoint smaller without changing a bit: its tensors as model.tersor, everything else as it came."""
-    show(pack_folder(model, output, overwrite=overwrite), json)
+    show(pack_folder(model, Output(output, overwrite)), json)
 
 
 def show(written: Written, json: bool) -> None:

@@ -1,21 +1,19 @@
 """`tersor student TEACHER --layers 3 -o OUT`: a smaller model to distil into."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from pydantic import ValidationError
 
-from tersor.checkpoint.container_write import size_of
-from tersor.checkpoint.open import open_model
-from tersor.checkpoint.output import atomic_folder, check_output
-from tersor.checkpoint.side_files import copy_side_files
+from tersor.checkpoint.open import ModelSpec
 from tersor.cli import options
-from tersor.cli.console import out, print_json, print_table
+from tersor.cli.console import events, out, print_json, print_table
 from tersor.core.errors import InputError
+from tersor.jobs.settings import Output
+from tersor.jobs.student import student as make_student
 from tersor.report.card import megabytes
-from tersor.training.architectures import architecture_of
-from tersor.training.student import StudentStep, make_student
+from tersor.training.student import StudentStep
 
 
 def student(
@@ -28,6 +26,7 @@ def student(
     hidden: Annotated[int | None, typer.Option(help="Hidden size.")] = None,
     intermediate: Annotated[int | None, typer.Option(help="Intermediate size of the feed-forward layers.")] = None,
     num_heads: Annotated[int | None, typer.Option("--heads", help="Attention heads.")] = None,
+    dtype: options.Dtype = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
@@ -38,14 +37,9 @@ def student(
         )
     except ValidationError as error:
         raise InputError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
-    check_output(output, overwrite)
-    source = open_model(teacher)
-    made = make_student(source.model, step)
-    with atomic_folder(output, overwrite) as folder:
-        if source.folder is not None:
-            copy_side_files(source.folder, folder)
-        made.save_pretrained(folder)
-    sizes = {"teacher": sizes_of(source.model), "student": sizes_of(made)}
+    with events(json) as told:
+        made = make_student(ModelSpec(teacher, dtype=options.dtype_named(dtype)), Output(output, overwrite), step, told)
+    sizes = made.sizes
     if json:
         print_json({"output": str(output), **sizes})
         return
@@ -53,7 +47,7 @@ def student(
     print_table("teacher and student", ["", *sizes], rows)
     out.print(
         f"student: {output}  (teach it: tersor compress {output} --recipe FILE, with a step distil and "
-        f"teacher: {source.name})",
+        f"teacher: {made.teacher})",
         markup=False,
         highlight=False,
     )
@@ -68,14 +62,6 @@ def parse_layers(text: str | None) -> int | tuple[int, ...] | None:
     except ValueError:
         raise InputError(f"--layers '{text}' is not a number of layers or a list; write 3 or 0,2,5") from None
     return numbers if "," in text else numbers[0]
-
-
-def sizes_of(model: Any) -> dict[str, int]:
-    """The sizes of a model (layers, widths, heads), by the words of its configuration."""
-    names = architecture_of(model, "student")
-    fields = (names.num_layers, names.hidden, names.num_heads, names.intermediate)
-    known = {name: value for name in fields if (value := getattr(model.config, name)) is not None}
-    return {**known, "parameters": sum(p.numel() for p in model.parameters()), "bytes": size_of(model)}
 
 
 def shown(name: str, value: int) -> str:

@@ -4,8 +4,8 @@ import importlib.util
 
 from tersor.cli import options
 from tersor.cli.console import out, print_json, print_table
-from tersor.export import ROWS
-from tersor.export.contract import Runnable
+from tersor.exporters import ROWS
+from tersor.exporters.contract import Runnable
 from tersor.runtimes import RUNTIMES, Decodes
 
 PACKAGES = {"gguf": ["gguf"], "onnx": ["onnx", "onnxruntime", "onnxscript"]}

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from tersor.checkpoint.pack import unpack as unpack_folder
 from tersor.cli import options
 from tersor.cli.pack import show
+from tersor.jobs.pack import unpack as unpack_folder
+from tersor.jobs.settings import Output
 
 
 def unpack(
@@ -19,4 +20,4 @@ def unpack(
     json: options.Json = False,
 ) -> None:
     """Write plain safetensors that transformers loads; an artifact's packed weights are decoded."""
-    show(unpack_folder(packed, output, overwrite=overwrite), json)
+    show(unpack_folder(packed, Output(output, overwrite)), json)

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from tersor.analysis.coding import verify as verify_folder
 from tersor.cli import options
-from tersor.cli.console import err, out, print_json
+from tersor.cli.console import events, out, print_json
+from tersor.jobs.pack import verify as verify_folder
 from tersor.report.card import megabytes
 
 
@@ -16,16 +16,13 @@ def verify(
     json: options.Json = False,
 ) -> None:
     """Check the hash of every file, and of a model.tersor every checksum and every value."""
-    found = verify_folder(artifact)
-    checked = found.checked
-    unlisted = checked.unlisted if checked else ()
+    with events(json) as told:
+        found = verify_folder(artifact, told)
     if json:
+        checked = found.checked
         about = {"file": str(found.file), "bytes": found.num_bytes, "tensors": found.num_tensors, "whole": True}
-        print_json(about | {"all_files": checked is not None and checked.is_whole, "unlisted": list(unlisted)})
+        all_files = {"all_files": checked is not None and checked.is_whole}
+        print_json(about | all_files | {"unlisted": list(checked.unlisted if checked else ())})
         return
-    if checked is not None and not checked.is_whole:
-        err.print("note: only the weights could be checked: this folder has no list of all its files", style="yellow")
-    for name in unlisted:
-        err.print(f"note: {name}: not listed, so nothing is known of it", style="yellow")
     text = f"{found.file}: whole; {found.num_tensors} tensors, {megabytes(found.num_bytes)}"
     out.print(text, markup=False, highlight=False)

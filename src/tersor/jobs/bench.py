@@ -5,40 +5,84 @@ called one.
 """
 
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
+from tersor.checkpoint.open import ModelSpec
 from tersor.core.errors import InputError
-from tersor.core.progress import Progress, silent
+from tersor.core.progress import Events
 from tersor.core.threads import threads
-from tersor.jobs.task_choice import TaskChoice, open_task_for
-from tersor.measure.latency import USUAL, Latency, TimeLimit, expected, measure_calls, now
+from tersor.jobs.settings import Timing
+from tersor.measure.latency import USUAL, Latency, TimeLimit, expected, measure_calls
 from tersor.measure.memory import Memory, measure_opened
-from tersor.runtimes import Session, open_session, runtime_for
+from tersor.measure.scorecard import BATCH_SIZES
+from tersor.runtimes import Feeds, Session, open_session, runtime_for
 from tersor.runtimes.feeds import LENGTH, feeds_from, synthetic_feeds
 from tersor.runtimes.torch import TorchSession
-from tersor.tasks import Batch, open_task
+from tersor.tasks import Batch
+from tersor.tasks.data import Data
 
+Noise = tuple[float, float]  # an interval of the ratio of two times of the same model
 CACHE = ("past_key_values", "beam_idx")  # how the inputs of a language model's cache begin
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model and what runs it. `weights` fill a model given as `package.module:factory`."""
+    """A model and what runs it.
+
+    Attributes:
+        weights: state dict or artifact folder of a model given as `package.module:factory`.
+        dtype: what PyTorch computes in; None: as it was saved.
+    """
 
     model: str
     runtime: str
     weights: Path | None = None
+    dtype: torch.dtype | None = None
+
+    def open(self, num_threads: int) -> Session:
+        """Raises as `open_session` does."""
+        return open_session(self.model, self.runtime, num_threads=num_threads, weights=self.weights, dtype=self.dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "runtime": self.runtime,
+            "weights": self.weights and str(self.weights),
+            "dtype": self.dtype and str(self.dtype).removeprefix("torch."),
+        }
 
 
 @dataclass(frozen=True)
-class Timing:
+class MadeUp:
+    """Made-up inputs.
+
+    Attributes:
+        length: tokens, or steps, of an example; 128 if not given.
+        shape: of one example, where the models leave it open.
+    """
+
+    length: int | None = None
+    shape: Sequence[int] | None = None
+
+    @property
+    def is_given(self) -> bool:
+        """True if anything was chosen."""
+        return self.length is not None or self.shape is not None
+
+    def feeds(self, session: Session, batch_size: int, seed: int = 0) -> Feeds:
+        """Inputs for one session."""
+        length = LENGTH if self.length is None else self.length
+        return synthetic_feeds(session.inputs, batch_size=batch_size, length=length, shape=self.shape, seed=seed)
+
+
+@dataclass(frozen=True)
+class Timed:
     """One candidate at one batch size and number of threads. `difference` is from the first."""
 
     candidate: Candidate
@@ -58,7 +102,7 @@ class Bench:
         untimed: a sentence for each batch size that there was no time for.
     """
 
-    timings: tuple[Timing, ...]
+    timings: tuple[Timed, ...]
     noise: tuple[tuple[float, float], ...]
     memory: tuple[Memory | None, ...]
     inputs: str
@@ -67,150 +111,160 @@ class Bench:
 
     def to_dict(self) -> dict[str, Any]:
         found = asdict(self)
-        for timing in found["timings"]:
-            timing["candidate"]["weights"] = timing["candidate"]["weights"] and str(timing["candidate"]["weights"])
+        for timing, of in zip(found["timings"], self.timings, strict=True):
+            timing["candidate"] = of.candidate.to_dict()
         return found
 
 
-def candidates_of(models: Sequence[str], runtimes: Sequence[str] = (), weights: Sequence[Path] = ()) -> list[Candidate]:
+def candidates_of(models: Sequence[ModelSpec | str], runtimes: Sequence[str] = ()) -> list[Candidate]:
     """Each model with its runtime: one name for all, one for each, or none, and the file decides."""
     if len(runtimes) > 1 and len(runtimes) != len(models):
         raise InputError(f"{len(runtimes)} --runtime for {len(models)} models; give one for all, or one for each")
-    factories = [model for model in models if ":" in model and not Path(model).exists()]
-    if len(weights) > len(factories):
-        raise InputError(
-            f"{len(weights)} --weights for {len(factories)} models given as package.module:factory; one each"
-        )
-    files = iter([*weights, *[None] * len(models)])
+    specs = [model if isinstance(model, ModelSpec) else ModelSpec(model) for model in models]
     names: Sequence[str | None] = runtimes or [None]
     names = names if len(names) == len(models) else [names[0]] * len(models)
     return [
-        Candidate(model, runtime_for(model, name).name, next(files) if model in factories else None)
-        for model, name in zip(models, names, strict=True)
+        Candidate(model.name, runtime_for(model.name, name).name, model.weights, model.dtype)
+        for model, name in zip(specs, names, strict=True)
     ]
+
+
+def inputs_of(made_up: MadeUp, data: Data) -> MadeUp | Data:
+    """The one of the two that was chosen. Raises InputError where both were."""
+    if data.is_given and made_up.is_given:
+        raise InputError("--length and --shape are for made-up inputs, and --task and --data bring their own")
+    return data if data.is_given else made_up
 
 
 def bench(
     candidates: Sequence[Candidate],
-    *,
-    batch_sizes: Sequence[int] = (1, 32),
-    thread_counts: Sequence[int] = (1,),
-    length: int | None = None,
-    shape: Sequence[int] | None = None,
-    task_choice: TaskChoice | None = None,
-    seconds: float | None = None,
-    memory: bool = True,
-    cpu_time: bool = False,
+    inputs: MadeUp | Data = MadeUp(),
+    timing: Timing = Timing(),
     seed: int = 0,
-    progress: Progress = silent,
+    events: Events = Events(),
 ) -> Bench:
     """Time the candidates in turn.
 
     Args:
-        length: tokens, or steps, of a made-up example; 128 if not given.
-        shape: of one made-up example, where the models leave it open.
-        task_choice: whose examples to run on; None makes inputs up.
-        seconds: about how long to time each batch size and thread count, per candidate; None is 4, but no more than a
-            minute in all, and larger batches that would take longer are left out.
-        cpu_time: whether to time the processor's work for this process rather than the clock on the wall: for one
-            thread on a machine that has other work.
-        memory: whether to open each once more, in a process of its own.
+        inputs: made up, or a task's examples.
 
     Raises InputError for inputs that a model does not take, ModelError for one that cannot be opened, MissingExtra for
     a runtime that is not installed.
     """
-    if task_choice is not None and (length is not None or shape is not None):
-        raise InputError("--length and --shape are for made-up inputs, and --task and --data bring their own")
-    if cpu_time and max(thread_counts) > 1:
-        raise InputError("--cpu-time adds up all threads, so it says nothing of several; use it with --threads 1")
-    timings: list[Timing] = []
-    noises: list[tuple[float, float]] = []
-    untimed: list[str] = []
-    num_left = len(thread_counts) * len(batch_sizes)
-    done, whole = 0, num_left + memory * len(candidates)
-    limit = TimeLimit(None if seconds is None else seconds * len(candidates) * num_left)
-    for num_threads in thread_counts:
-        sessions = [open_session(c.model, c.runtime, num_threads=num_threads, weights=c.weights) for c in candidates]
-        for candidate, session in zip(candidates, sessions, strict=True):
-            if any(each.name.startswith(CACHE) for each in session.inputs) or candidate.runtime == "llama.cpp":
-                raise InputError(
-                    f"{candidate.model} is a language model with a cache: measure how fast it writes with "
-                    f"--new-tokens 64, or export it with --no-cache"
-                )
-        source = Feeder(sessions, length or LENGTH, shape, task_choice, seed)
-        fed = {}
-        for batch_size in sorted(batch_sizes):
-            each = [source.feeds(session, batch_size) for session in sessions]
-            fed[len(next(iter(each[0].values())))] = each  # few examples give smaller batches than were asked for
-        latencies: list[Latency] = []
+    found = Times(timing, len(candidates))
+    for num_threads in timing.threads:
+        sessions = [candidate.open(num_threads) for candidate in candidates]
+        check_no_cache(candidates, sessions)
+        description, fed = feeds_for(sessions, inputs, sorted(timing.batch_sizes or BATCH_SIZES), seed)
+        latencies: Sequence[Latency] = []
         for batch_size, feeds in fed.items():
-            progress("timing", done, whole)
-            refusal = limit.refusal(f"batch {batch_size}", expected(latencies, batch_size))
-            done, num_left = done + 1, num_left - 1
-            if seconds is None and refusal is not None:
-                untimed.append(f"{refusal}; --seconds {math.ceil(expected(latencies, batch_size))} times it")
+            events.on_progress("timing", found.done, found.whole)
+            if not found.has_time_for(batch_size, latencies):
                 continue
             calls = [partial(session.run, feed) for session, feed in zip(sessions, feeds, strict=True)]
-            usual, most = limit.share(num_left + 1, USUAL * len(calls))
-            with threads(num_threads), limit.counting():
-                *latencies, again = measure_calls(
-                    [*calls, calls[0]],
-                    batch_size=batch_size,
-                    num_threads=num_threads,
-                    seconds=usual,
-                    most_seconds=most if seconds is None else math.inf,
-                    seed=seed,
-                    clock=time.process_time if cpu_time else now,
-                )
-            noise = again.speedup_interval
-            noises.append(noise)
-            for candidate, latency in zip(candidates, latencies, strict=True):
-                timings.append(Timing(candidate, latency, latency.difference(noise)))
+            latencies = found.measure(candidates, calls, batch_size, num_threads, seed)
             largest = feeds
     opened: list[Memory | None] = []
     for candidate, feed in zip(candidates, largest, strict=True):
-        progress("timing", done, whole)
-        asked = partial(measure_opened, candidate.model, candidate.runtime, feed, weights=candidate.weights)
-        opened.append(asked(num_threads=thread_counts[0]) if memory else None)
-        done += memory
-    progress("timing", whole, whole)
+        events.on_progress("timing", found.done, found.whole)
+        opened.append(memory_of(candidate, feed, timing))
+        found.done += timing.memory
+    events.on_progress("timing", found.whole, found.whole)
     shapes = "; ".join(f"{name} {list(array.shape)}" for name, array in largest[0].items())
     versions = dict.fromkeys(runtime_for(c.model, c.runtime).version() for c in candidates)
-    inputs = f"{source.description}: {shapes}"
-    return Bench(tuple(timings), tuple(noises), tuple(opened), inputs, tuple(versions), tuple(untimed))
+    of = f"{description}: {shapes}"
+    for sentence in found.untimed:
+        events.on_note(sentence)
+    return Bench(tuple(found.timings), tuple(found.noises), tuple(opened), of, tuple(versions), tuple(found.untimed))
 
 
-class Feeder:
-    """The source of a benchmark's inputs: made up, or a task's examples."""
+class Times:
+    """The times of a benchmark as they are found, within the seconds that timing may take."""
 
-    def __init__(
+    def __init__(self, timing: Timing, num_candidates: int):
+        self.timing, self.timings, self.noises, self.untimed = timing, list[Timed](), list[Noise](), list[str]()
+        self.num_left = len(timing.threads) * len(timing.batch_sizes or BATCH_SIZES)
+        self.done, self.whole = 0, self.num_left + timing.memory * num_candidates
+        seconds = timing.seconds
+        self.limit = TimeLimit(None if seconds is None else seconds * num_candidates * self.num_left)
+
+    def has_time_for(self, batch_size: int, latencies: Sequence[Latency]) -> bool:
+        """False for a batch that would take too long, going by smaller ones; that is noted."""
+        refusal = self.limit.refusal(f"batch {batch_size}", expected(latencies, batch_size))
+        self.done, self.num_left = self.done + 1, self.num_left - 1
+        if self.timing.seconds is not None or refusal is None:
+            return True
+        self.untimed.append(f"{refusal}; --seconds {math.ceil(expected(latencies, batch_size))} times it")
+        return False
+
+    def measure(
         self,
-        sessions: Sequence[Session],
-        length: int = LENGTH,
-        shape: Sequence[int] | None = None,
-        task_choice: TaskChoice | None = None,
-        seed: int = 0,
-    ):
-        self.length, self.shape, self.seed, self.task = length, shape, seed, None
-        self.description = "made-up inputs"
-        if task_choice is not None:
-            folder = next((s.source for s in sessions if isinstance(s, TorchSession) and s.source is not None), None)
-            choice = task_choice
-            if folder is not None:
-                self.task = open_task_for(folder, choice)
-            else:
-                self.task = open_task(
-                    choice.task, choice.data, calibration=choice.calibration, options=choice.options, train=choice.train
-                )
-            self.description = self.task.description
-
-    def feeds(self, session: Session, batch_size: int) -> Mapping[str, np.ndarray]:
-        """Inputs for one session."""
-        if self.task is None:
-            return synthetic_feeds(
-                session.inputs, batch_size=batch_size, length=self.length, shape=self.shape, seed=self.seed
+        candidates: Sequence[Candidate],
+        calls: Sequence[Callable[[], object]],
+        batch_size: int,
+        num_threads: int,
+        seed: int,
+    ) -> list[Latency]:
+        """Time one call of each candidate, and the first against itself."""
+        usual, most = self.limit.share(self.num_left + 1, USUAL * len(calls))
+        with threads(num_threads), self.limit.counting():
+            *latencies, again = measure_calls(
+                [*calls, calls[0]],
+                batch_size=batch_size,
+                num_threads=num_threads,
+                seconds=usual,
+                most_seconds=most if self.timing.seconds is None else math.inf,
+                seed=seed,
+                clock=self.timing.clock,
             )
-        batch = next(iter(self.task.batches("eval", batch_size=batch_size)))
+        noise = again.speedup_interval
+        self.noises.append(noise)
+        for candidate, latency in zip(candidates, latencies, strict=True):
+            self.timings.append(Timed(candidate, latency, latency.difference(noise)))
+        return latencies
+
+
+def memory_of(candidate: Candidate, feeds: Feeds, timing: Timing, decode: bool = False) -> Memory | None:
+    """Memory of a candidate in a process of its own; None where it is not asked for or the kernel does not tell."""
+    if not timing.memory:
+        return None
+    return measure_opened(
+        candidate.model,
+        candidate.runtime,
+        feeds,
+        weights=candidate.weights,
+        dtype=candidate.dtype,
+        num_threads=timing.threads[0],
+        decode=decode,
+    )
+
+
+def check_no_cache(candidates: Sequence[Candidate], sessions: Sequence[Session]) -> None:
+    """Raises InputError for a language model with a cache, which runs token by token."""
+    for candidate, session in zip(candidates, sessions, strict=True):
+        if any(each.name.startswith(CACHE) for each in session.inputs) or candidate.runtime == "llama.cpp":
+            raise InputError(
+                f"{candidate.model} is a language model with a cache: measure how fast it writes with "
+                f"--new-tokens 64, or export it with --no-cache"
+            )
+
+
+def feeds_for(
+    sessions: Sequence[Session], inputs: MadeUp | Data, batch_sizes: Sequence[int], seed: int
+) -> tuple[str, dict[int, list[Feeds]]]:
+    """Where the inputs come from, and those of every session by batch size. Few examples give smaller batches than were
+    asked for."""
+    fed: dict[int, list[Feeds]] = {}
+    if isinstance(inputs, MadeUp):
+        for batch_size in batch_sizes:
+            fed[batch_size] = [inputs.feeds(session, batch_size, seed) for session in sessions]
+        return "made-up inputs", fed
+    sources = (each.source for each in sessions if isinstance(each, TorchSession))
+    task = inputs.open(next(filter(None, sources), None))
+    for batch_size in batch_sizes:
+        batch = next(iter(task.batches("eval", batch_size=batch_size)))
         if not isinstance(batch, Batch):
-            raise InputError(f"task '{self.task.name}' gives batches of its own kind, which only it can run")
-        return feeds_from(batch.inputs, session.inputs)
+            raise InputError(f"task '{task.name}' gives batches of its own kind, which only it can run")
+        each: list[Feeds] = [feeds_from(batch.inputs, session.inputs) for session in sessions]
+        fed[len(next(iter(each[0].values())))] = each
+    return task.description, fed

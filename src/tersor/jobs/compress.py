@@ -4,10 +4,11 @@ What is measured is what was written: the artifact is loaded from its temporary 
 folder appears under its own name only when everything went well.
 """
 
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,193 +21,285 @@ from tersor.checkpoint.artifact import fill, load
 from tersor.checkpoint.container_write import size_of
 from tersor.checkpoint.layout import tensors_of
 from tersor.checkpoint.manifest import read_manifest, weights_path
-from tersor.checkpoint.open import open_model
+from tersor.checkpoint.open import ModelSpec
 from tersor.checkpoint.output import atomic_folder, check_output
 from tersor.checkpoint.seal import MANIFEST, as_text, entry_of, listing
 from tersor.checkpoint.side_files import left_behind
-from tersor.checkpoint.source import Source, call_factory
+from tersor.checkpoint.source import Source
 from tersor.core.errors import BudgetError, InputError
-from tersor.core.progress import Progress, silent
-from tersor.jobs.task_choice import TaskChoice, open_task_for
+from tersor.core.progress import Events
+from tersor.jobs.settings import Output, Timing
 from tersor.measure.latency import TimeLimit
 from tersor.measure.scorecard import Scorecard, Subject, machine, measure
 from tersor.measure.verdict import Tolerance, Verdict, judge
 from tersor.methods.stats import Stats
 from tersor.nn.sites import check_has_sites
-from tersor.pipeline import SiteReport, compress, preflight_all
+from tersor.pipeline import Compressed, preflight_all, run
 from tersor.recipe import Recipe
 from tersor.report.card import model_card
 from tersor.schemes.scheme import KEEP, parse_rule
-from tersor.search.choices import Budget, check_choices
+from tersor.search.choices import Choices
 from tersor.search.drop import search_drop
 from tersor.search.limit import Limit
 from tersor.search.noise_level import NoiseLevelSearch, check_codable
 from tersor.search.plan import CANDIDATES, check_reachable, measure_menus, plan_and_make
 from tersor.search.trials import ALPHA, Trial, TrialJournal, Trials, nearest_points, smallest_within
+from tersor.steps.weights import WeightsStep
 from tersor.tasks.contract import Task
+from tersor.tasks.data import Data
 from tersor.tasks.progress import score
+from tersor.tasks.scores import Scores
 from tersor.training.journal import journal_for
 from tersor.training.loop import check_trainable
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The folder that `tersor compress` made, its measurements and its verdict."""
-
-    output: Path
-    recipe: Recipe
-    sites: list[SiteReport]
-    scorecards: list[Scorecard]
-    verdict: Verdict
-    limit: Limit | None
-    trials: list[Trial]
-    task: str
-    manifest: dict[str, Any]
-
 
 DEFAULT_DROP = "1%"
 
 
-def compress_to_folder(
-    model: str,
-    output: Path,
-    *,
-    weights: Path | None = None,
-    task_choice: TaskChoice = TaskChoice(),
-    budget: Budget = Budget(),
-    recipe: Recipe | None = None,
-    formats: Sequence[str] = (),
-    rules: dict[str, str] | None = None,
-    exclude: Sequence[str] = (),
-    transforms: Sequence[str] = (),
-    bias_correction: bool = False,
-    keep_float: str | int = "none",
-    seed: int = 0,
-    batch_sizes: Sequence[int] | None = None,
-    num_threads: int = 1,
-    timing_seconds: float | None = None,
-    dtype: torch.dtype | None = None,
-    overwrite: bool = False,
-    progress: Progress = silent,
-    on_trial: Callable[[Trial], None] = lambda trial: None,
-) -> Outcome:
-    """Make `output` from `model`. Raises a TersorError with the way out, and then leaves nothing behind.
+@dataclass(frozen=True)
+class Result(Compressed):
+    """A compressed model, how it was made, and what was measured of it.
 
-    Args:
-        timing_seconds: that timing may take; None is as long as all else took, and a minute at most.
+    Attributes:
+        model: as it was loaded back from the folder that was written.
+        output: this folder.
+        scorecards: of the original and of the compressed model.
+        verdict: their paired comparison.
+        limit: on the weights file, where one was asked for.
+        trials: of a search, in their order.
+        task: what it was measured on, in words.
+        manifest: all of this as `tersor.json` holds it.
+        kept: what lives as long as the result, such as a temporary folder that `output` is in.
     """
-    began = time.perf_counter()
-    check_output(output, overwrite)
-    tolerance = Tolerance.parse(budget.drop or DEFAULT_DROP)
-    given = check_choices(budget, recipe, formats, rules, exclude, transforms, seed, bias_correction, keep_float)
-    torch.manual_seed(seed)
-    progress("opening the model", 0, 1)
-    source = open_model(model, weights=weights, dtype=dtype)
+
+    output: Path = Path()
+    scorecards: list[Scorecard] = field(default_factory=list)
+    verdict: Verdict | None = None
+    limit: Limit | None = None
+    trials: list[Trial] = field(default_factory=list)
+    task: str = ""
+    manifest: dict[str, Any] = field(default_factory=dict)
+    kept: list[Any] = field(default_factory=list, repr=False)
+
+    @property
+    def report(self) -> str:
+        """The model card: what was done and measured, as Markdown; of a model that was not measured, its sites."""
+        if self.verdict is not None:
+            return (self.output / "README.md").read_text(encoding="utf-8")
+        return "\n".join(
+            f"{site.name}: {site.scheme}, {site.bits_per_weight:.2f} bits per weight" for site in self.sites
+        )
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write the model with all that is known of it. Raises InputError where something is in the way."""
+        output = Output(Path(folder), overwrite)
+        check_output(output.path, output.overwrite)
+        with atomic_folder(output.path, output.overwrite) as working:
+            if self.verdict is None:
+                fill(self.model, working)
+                return
+            shutil.copytree(self.output, working, dirs_exist_ok=True)
+            record(working, output.path.name, dict(self.manifest), self.verdict, self.scorecards)
+
+
+@dataclass(frozen=True)
+class Original:
+    """The model that is to be made smaller, scored, and what is asked of the smaller one."""
+
+    source: Source
+    num_bytes: int
+    task: Task
+    scores: Scores
+    limit: Limit | None
+    tolerance: Tolerance
+    began: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """The recipe that meets what was asked; the model, where the search made it already; and what it went through."""
+
+    recipe: Recipe
+    made: Compressed | None = None
+    stats: Mapping[str, Stats] = field(default_factory=dict)
+    trials: list[Trial] = field(default_factory=list)
+    journal: TrialJournal = field(default_factory=TrialJournal)
+
+
+def compress(
+    model: ModelSpec,
+    output: Output,
+    data: Data = Data(),
+    choices: Choices = Choices(),
+    timing: Timing = Timing(),
+    events: Events = Events(),
+) -> Result:
+    """Make a model smaller, as `choices` say, write it, and judge what was written.
+
+    Raises a TersorError with the way out, and then leaves nothing behind but the journal of a search or a training.
+    """
+    check_output(output.path, output.overwrite)
+    Tolerance.parse(choices.budget.drop or DEFAULT_DROP)
+    spelled_out = choices.spelled_out
+    torch.manual_seed(choices.seed)
+    original = open_original(model, data, choices, events)
+    if spelled_out is not None:
+        found = Found(spelled_out)
+    else:
+        found = search(original, output.path, choices, events)
+    with journal_for(output.path, found.recipe.trains) as journal:
+        made = found.made or run(
+            found.recipe,
+            original.source.model,
+            original.task,
+            stats=found.stats,
+            journal=journal,
+            events=events,
+        )
+        result = write_and_judge(original, replace(found, made=made), output, choices.seed, timing, events)
+    found.journal.remove()
+    return result
+
+
+def open_original(model: ModelSpec, data: Data, choices: Choices, events: Events) -> Original:
+    """Open the model and its data, score it, and refuse before long work what cannot come out well."""
+    began, budget, recipe = time.perf_counter(), choices.budget, choices.spelled_out
+    events.on_progress("opening the model", 0, 1)
+    source = model.open()
     check_has_sites(source.model)
     if source.kind == "artifact":
-        raise InputError(f"{model} is a tersor artifact already; compress the original model instead")
-    progress("opening the model", 1, 1)
-    original_bytes = source.num_bytes or size_of(source.model)
+        raise InputError(f"{model.name} is a tersor artifact already; compress the original model instead")
+    events.on_progress("opening the model", 1, 1)
+    num_bytes = source.num_bytes or size_of(source.model)
     num_parameters = sum(parameter.numel() for parameter in source.model.parameters())
     limit = Limit.of(
-        original_bytes=original_bytes,
+        original_bytes=num_bytes,
         num_parameters=num_parameters,
         size=budget.size,
         ratio=budget.ratio,
         bits=budget.bits,
     )
-    step = Recipe.of(KEEP, rules, exclude).weights[0]
-    preflight_all(source.model, recipe or given)
-    if recipe is None and given is None and not budget.coded:
-        check_reachable(source.model, step, formats or CANDIDATES, limit)
+    preflight_all(source.model, recipe)
+    if recipe is None and not budget.coded:
+        check_reachable(source.model, fixed_sites(choices), choices.formats or CANDIDATES, limit)
     if budget.coded and limit is not None:
-        check_codable(source.model, step, limit)
-    task = open_task_for(source, task_choice)
+        check_codable(source.model, fixed_sites(choices), limit)
+    task = data.open(source)
     if recipe is not None and recipe.trains:
         check_trainable(task, "the recipe")
     task.prepare(source.model)
-    original = score(task, source.model, progress, "evaluating the original")
-    stats: dict[str, Stats] = {}
-    trials: list[Trial] = []
-    recipe, made, kept = recipe or given, None, None
-    if recipe is None:
-        stats = estimate_fisher(source.model, task, seed=seed, progress=progress)
-        menus = [] if budget.coded else measure_menus(source.model, stats, step, formats or CANDIDATES, progress)
-        searching = NoiseLevelSearch(source.model, task, step, stats, seed, progress, num_states=budget.trellis)
-        if limit is None:
-            asked = [repr((budget, formats, step, dtype)), *source.hashes.values(), *sums_of(source.model)]
-            kept = TrialJournal(output.with_name(f".{output.name}.trials"), [*asked, *identity(task, seed)])
-            search = Trials(task, original, tolerance, seed, progress, on_trial, kept)
-            with told(search):
-                if budget.coded:
-                    searching.defended(search)
-                else:
-                    search_drop(source.model, menus, stats, search)
-            trials, made = search.finished, search.best
-            try:
-                recipe = defensible(trials, tolerance).recipe
-            except BudgetError:
-                kept.remove()
-                raise
-        elif budget.coded:
-            made = searching.within(limit).made
+    scores = score(task, source.model, events.on_progress, "evaluating the original")
+    return Original(source, num_bytes, task, scores, limit, Tolerance.parse(budget.drop or DEFAULT_DROP), began)
+
+
+def fixed_sites(choices: Choices) -> WeightsStep:
+    """The step that fixes what rules and excludes say, and leaves the rest to a search."""
+    return Recipe.of(KEEP, dict(choices.rules), choices.exclude).weights[0]
+
+
+def search(original: Original, output: Path, choices: Choices, events: Events) -> Found:
+    """The recipe that meets the budget. Raises BudgetError with the nearest points where none does."""
+    model, task, limit, seed = original.source.model, original.task, original.limit, choices.seed
+    coded, step, progress = choices.budget.coded, fixed_sites(choices), events.on_progress
+    stats = estimate_fisher(model, task, seed=seed, progress=progress)
+    menus = [] if coded else measure_menus(model, stats, step, choices.formats or CANDIDATES, progress)
+    levels = NoiseLevelSearch(model, task, step, stats, seed, progress, num_states=choices.budget.trellis)
+    if limit is not None:
+        if coded:
+            made = levels.within(limit).made
         else:
-            made = plan_and_make(source.model, menus, limit, searching.compressed, seed)
-    recipe = made.recipe if made else recipe
-    assert recipe is not None
-    with journal_for(output, recipe.trains) as journal:
-        made = made or compress(source.model, recipe, task, stats=stats, journal=journal, progress=progress)
-        recipe = made.recipe
-        with atomic_folder(output, overwrite) as folder:
-            fill(made.model, folder, source=source.folder, manifest=about(source))
-            loaded = load(folder, model=call_factory(source.architecture) if source.kind == "custom" else None)
-            known = smallest_within(trials)
-            if known is not None and known.scores is not None and same_tensors(made.model, loaded):
-                scores = known.scores  # the file holds what the trial measured
-            else:
-                scores = score(task, loaded, progress, "evaluating the compressed model")
-            file_bytes = weights_path(folder, read_manifest(folder)).stat().st_size
-            if limit is not None and not given and file_bytes > limit.num_bytes:
-                raise BudgetError(f"{limit.text} is {limit.num_bytes:,} bytes, and the file came out at {file_bytes:,}")
-            subjects = [
-                Subject("original", source.model, original_bytes),
-                Subject("compressed", loaded, file_bytes),
-            ]
-            cards = measure(
-                subjects,
-                [original, scores],
-                task,
-                batch_sizes=batch_sizes,
-                num_threads=num_threads,
-                limit=TimeLimit(timing_seconds, time.perf_counter() - began),
-                progress=progress,
-            )
-            # After a search the chosen trial is held to the search's stricter level, on the scores of the loaded file.
-            verdict = judge(original, scores, tolerance, trials[0].verdict.alpha if trials else ALPHA, seed)
-            manifest = read_manifest(folder) | {
-                "source": {"name": source.title, "hashes": source.hashes, "bytes": original_bytes},
-                "task": {"name": task.name, "description": task.description, "fingerprint": task.fingerprint},
-                "recipe": recipe.model_dump(mode="json"),
-                "seed": seed,
-                "limit": {"text": limit.text, "bytes": limit.num_bytes} if limit else None,
-                "site_reports": [report.to_dict() for report in made.sites],
-                "verdict": verdict.to_dict(),
-                "trials": [{"bytes": t.num_bytes, "score": t.score, "verdict": t.verdict.to_dict()} for t in trials],
-                "training": [curve.to_dict() for curve in made.curves],
-                "machine": machine(),
-                "keep_float": [choice.to_dict() for choice in made.kept_float],
-                "notes": [
-                    *(*source.notes, *left_behind(source.folder), *unreached(stats), *uncorrected(recipe)),
-                    *(*made.notes, *cards[0].untimed),
-                    *(choice.note() for choice in made.kept_float),
-                    *(note for curve in made.curves for note in curve.notes),
-                ],
-            }
-            (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-            cards = record(folder, output.name, manifest, verdict, cards)
-    if kept is not None:
+            made = plan_and_make(model, menus, limit, levels.compressed, seed)
+        return Found(made.recipe, made, stats)
+    kept = TrialJournal(output.with_name(f".{output.name}.trials"), identity(original, choices))
+    trials = Trials(task, original.scores, original.tolerance, seed, progress, events.on_trial, kept)
+    with told(trials):
+        if coded:
+            levels.defended(trials)
+        else:
+            search_drop(model, menus, stats, trials)
+    try:
+        best = defensible(trials.finished, original.tolerance)
+    except BudgetError:
         kept.remove()
-    return Outcome(output, recipe, made.sites, cards, verdict, limit, trials, task.description, manifest)
+        raise
+    return Found(best.recipe, trials.best, stats, trials.finished, kept)
+
+
+def write_and_judge(
+    original: Original, found: Found, output: Output, seed: int, timing: Timing, events: Events
+) -> Result:
+    """Write the model that was made, load it back, measure and judge it, and write down what was found."""
+    source, task, limit, made = original.source, original.task, original.limit, found.made
+    assert made is not None
+    with atomic_folder(output.path, output.overwrite) as folder:
+        fill(made.model, folder, source=source.folder, manifest=about(source))
+        loaded = load(folder, model=source.fresh())
+        known = smallest_within(found.trials)
+        if known is not None and known.scores is not None and same_tensors(made.model, loaded):
+            scores = known.scores  # the file holds what the trial measured
+        else:
+            scores = score(task, loaded, events.on_progress, "evaluating the compressed model")
+        file_bytes = weights_path(folder, read_manifest(folder)).stat().st_size
+        if limit is not None and file_bytes > limit.num_bytes:
+            raise BudgetError(f"{limit.text} is {limit.num_bytes:,} bytes, and the file came out at {file_bytes:,}")
+        subjects = [
+            Subject("original", source.model, original.num_bytes),
+            Subject("compressed", loaded, file_bytes),
+        ]
+        cards = measure(
+            subjects,
+            [original.scores, scores],
+            task,
+            batch_sizes=timing.batch_sizes,
+            num_threads=timing.threads[0],
+            limit=TimeLimit(timing.timing_seconds, time.perf_counter() - original.began),
+            progress=events.on_progress,
+        )
+        # After a search the chosen trial is held to the search's stricter level, on the scores of the loaded file.
+        alpha = found.trials[0].verdict.alpha if found.trials else ALPHA
+        verdict = judge(original.scores, scores, original.tolerance, alpha, seed)
+        manifest = read_manifest(folder) | described(original, found, made, verdict, seed)
+        manifest["notes"] += cards[0].untimed
+        (folder / "recipe.yaml").write_text(made.recipe.to_yaml(), encoding="utf-8")
+        cards = record(folder, output.path.name, manifest, verdict, cards)
+    for note in manifest["notes"]:
+        events.on_note(note)
+    facts = {name: getattr(made, name) for name in ("recipe", "sites", "curves", "kept_float")}
+    return Result(
+        loaded,
+        **facts,
+        notes=manifest["notes"],
+        output=output.path,
+        scorecards=cards,
+        verdict=verdict,
+        limit=limit,
+        trials=found.trials,
+        task=task.description,
+        manifest=manifest,
+    )
+
+
+def described(original: Original, found: Found, made: Compressed, verdict: Verdict, seed: int) -> dict[str, Any]:
+    """The manifest's account of a run, beside the files and the scorecards."""
+    source, task, limit = original.source, original.task, original.limit
+    return {
+        "source": {"name": source.title, "hashes": source.hashes, "bytes": original.num_bytes},
+        "task": {"name": task.name, "description": task.description, "fingerprint": task.fingerprint},
+        "recipe": made.recipe.model_dump(mode="json"),
+        "seed": seed,
+        "limit": {"text": limit.text, "bytes": limit.num_bytes} if limit else None,
+        "site_reports": [report.to_dict() for report in made.sites],
+        "verdict": verdict.to_dict(),
+        "trials": [{"bytes": t.num_bytes, "score": t.score, "verdict": t.verdict.to_dict()} for t in found.trials],
+        "training": [curve.to_dict() for curve in made.curves],
+        "machine": machine(),
+        "keep_float": [choice.to_dict() for choice in made.kept_float],
+        "notes": [
+            *(*source.notes, *left_behind(source.folder), *unreached(found.stats), *uncorrected(made.recipe)),
+            *made.notes,
+            *(choice.note() for choice in made.kept_float),
+            *(note for curve in made.curves for note in curve.notes),
+        ],
+    }
 
 
 def record(
@@ -254,14 +347,13 @@ def told(trials: Trials) -> Iterator[None]:
         raise
 
 
-def identity(task: Task, seed: int) -> list[str]:
-    """Everything that scores depend on beside the model, as text."""
-    return [version("tersor"), task.name, task.description, str(task.fingerprint), str(seed)]
-
-
-def sums_of(model: nn.Module) -> list[str]:
-    """A line for every parameter that changes with its values."""
-    return [f"{name} {parameter.detach().double().sum().item()}" for name, parameter in model.named_parameters()]
+def identity(original: Original, choices: Choices) -> list[str]:
+    """Everything that the trials of a search depend on, as text."""
+    source, task = original.source, original.task
+    parameters = source.model.named_parameters()
+    sums = [f"{name} {each.dtype} {each.detach().double().sum().item()}" for name, each in parameters]
+    data = [task.name, task.description, str(task.fingerprint)]
+    return [version("tersor"), repr(choices), *source.hashes.values(), *sums, *data]
 
 
 def same_tensors(one: nn.Module, other: nn.Module) -> bool:
@@ -295,70 +387,6 @@ def uncorrected(recipe: Recipe) -> list[str]:
 def about(source: Source) -> dict[str, Any]:
     """The manifest's description of the model's origin."""
     if source.kind == "custom":
-        return {"model": {"class": type(source.model).__name__, "factory": source.architecture}}
+        factory = source.architecture if ":" in source.architecture else None
+        return {"model": {"class": type(source.model).__name__, "factory": factory}}
     return {"model": {"class": source.architecture}}
-
-
-def evaluate_model(
-    model: str,
-    *,
-    weights: Path | None = None,
-    task_choice: TaskChoice = TaskChoice(),
-    batch_sizes: Sequence[int] | None = None,
-    num_threads: int = 1,
-    timing_seconds: float | None = None,
-    lazy: bool = False,
-    dtype: torch.dtype | None = None,
-    progress: Progress = silent,
-) -> tuple[Scorecard, str]:
-    """The scorecard of one model or artifact, and what it was measured on; with `lazy`, entropy-coded sites stay in
-    their file until they run."""
-    cards, description, _ = compare_models(
-        [model],
-        [weights] if weights else [],
-        task_choice=task_choice,
-        batch_sizes=batch_sizes,
-        num_threads=num_threads,
-        timing_seconds=timing_seconds,
-        lazy=lazy,
-        dtype=dtype,
-        progress=progress,
-    )
-    return cards[0], description
-
-
-def compare_models(
-    names: Sequence[str],
-    weights: Sequence[Path] = (),
-    *,
-    task_choice: TaskChoice = TaskChoice(),
-    drop: str = DEFAULT_DROP,
-    seed: int = 0,
-    batch_sizes: Sequence[int] | None = None,
-    num_threads: int = 1,
-    timing_seconds: float | None = None,
-    lazy: bool = False,
-    dtype: torch.dtype | None = None,
-    progress: Progress = silent,
-) -> tuple[list[Scorecard], str, list[Verdict]]:
-    """Scorecards of all models, measured together, and each one's verdict against the first."""
-    began = time.perf_counter()
-    tolerance = Tolerance.parse(drop)
-    torch.manual_seed(seed)
-    factories = [name for name in names if ":" in name]
-    if len(weights) > len(factories):
-        raise InputError(
-            f"{len(weights)} --weights for {len(factories)} models given as package.module:factory; one each"
-        )
-    files = iter([*weights, *[None] * len(names)])
-    sources = [open_model(name, weights=next(files) if ":" in name else None, lazy=lazy, dtype=dtype) for name in names]
-    task = open_task_for(sources[0], task_choice)
-    task.prepare(sources[0].model)
-    scores = [score(task, source.model, progress, f"evaluating {source.name}") for source in sources]
-    subjects = [Subject(s.name, s.model, s.num_bytes or size_of(s.model)) for s in sources]
-    limit = TimeLimit(timing_seconds, time.perf_counter() - began)
-    cards = measure(
-        subjects, scores, task, batch_sizes=batch_sizes, num_threads=num_threads, limit=limit, progress=progress
-    )
-    verdicts = [judge(scores[0], other, tolerance, seed=seed) for other in scores[1:]]
-    return cards, task.description, verdicts

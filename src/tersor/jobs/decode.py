@@ -4,7 +4,6 @@ How they are timed is told in measure/decoding.py.
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from tersor.core.errors import InputError
-from tersor.core.progress import Progress, silent
+from tersor.core.progress import Events
 from tersor.core.threads import threads
-from tersor.jobs.bench import Candidate
+from tersor.jobs.bench import Candidate, memory_of
+from tersor.jobs.settings import Timing
 from tersor.measure.decoding import measure_decoding
-from tersor.measure.latency import USUAL, Latency, TimeLimit, now
-from tersor.measure.memory import Memory, measure_opened
+from tersor.measure.latency import USUAL, Latency, TimeLimit
+from tersor.measure.memory import Memory
 from tersor.runtimes import open_decoder, runtime_for
 from tersor.runtimes.feeds import NUM_TOKENS
 
@@ -59,49 +59,43 @@ class DecodeBench:
 
     def to_dict(self) -> dict[str, Any]:
         found = asdict(self)
-        for timing in found["timings"]:
-            timing["candidate"].pop("weights")
+        for timing, of in zip(found["timings"], self.timings, strict=True):
+            timing["candidate"] = of.candidate.to_dict()
         return found
 
 
-def decode_bench(
+def decode(
     candidates: Sequence[Candidate],
-    *,
     num_prompt: int = 64,
     num_new: int = 64,
-    thread_counts: Sequence[int] = (1,),
-    seconds: float | None = None,
-    memory: bool = True,
-    cpu_time: bool = False,
+    timing: Timing = Timing(),
     seed: int = 0,
-    progress: Progress = silent,
+    events: Events = Events(),
 ) -> DecodeBench:
-    """Time the candidates in turn; the arguments are those of `bench`.
+    """Time the candidates in turn, at batch 1.
 
     Args:
         num_prompt: tokens that are read first.
-        num_new: tokens that are then read one by one; fewer where no `seconds` are given and a minute is too short.
+        num_new: tokens that are then read one by one; fewer where no seconds are given and a minute is too short.
 
     Raises InputError for a model that is no language model, or a runtime that does not run these token by token;
     ModelError for a file without a cache; MissingExtra for a runtime that is not installed.
     """
     if min(num_prompt, num_new) < 1:
         raise InputError(f"--prompt {num_prompt} and --new-tokens {num_new}: both are numbers of tokens, 1 or more")
-    if cpu_time and max(thread_counts) > 1:
-        raise InputError("--cpu-time adds up all threads, so it says nothing of several; use it with --threads 1")
     factory = next((candidate for candidate in candidates if candidate.weights is not None), None)
     if factory is not None:
         raise InputError(f"{factory.model}: --weights goes with a factory; decoding takes folders and files")
     ids = np.random.default_rng(seed).integers(1, NUM_TOKENS, (1, num_prompt + num_new))
-    clock = time.process_time if cpu_time else now
     timings: list[DecodeTiming] = []
     noises: list[tuple[float, float]] = []
-    limit = TimeLimit(None if seconds is None else seconds * len(candidates) * len(thread_counts))
-    done, whole = 0, len(thread_counts) + memory * len(candidates)
-    for i, num_threads in enumerate(thread_counts):
-        progress("timing", done, whole)
-        decoders = [open_decoder(c.model, c.runtime, num_threads=num_threads) for c in candidates]
-        usual, most = limit.share(len(thread_counts) - i, USUAL * len(decoders))
+    num_counts, seconds = len(timing.threads), timing.seconds
+    limit = TimeLimit(None if seconds is None else seconds * len(candidates) * num_counts)
+    whole = num_counts + timing.memory * len(candidates)
+    for done, num_threads in enumerate(timing.threads):
+        events.on_progress("timing", done, whole)
+        decoders = [open_decoder(c.model, c.runtime, num_threads=num_threads, dtype=c.dtype) for c in candidates]
+        usual, most = limit.share(num_counts - done, USUAL * len(decoders))
         with threads(num_threads), limit.counting():
             found = measure_decoding(
                 [*decoders, decoders[0]],
@@ -110,9 +104,8 @@ def decode_bench(
                 seconds=usual,
                 most_seconds=most if seconds is None else math.inf,
                 seed=seed,
-                clock=clock,
+                clock=timing.clock,
             )
-        done += 1
         *prompts, _ = found.prompts
         *tokens, again = found.tokens
         noises.append(again.speedup_interval)
@@ -121,16 +114,9 @@ def decode_bench(
             timings.append(DecodeTiming(candidate, prompt, token, speed, token.difference(again.speedup_interval)))
         del decoders
     opened: list[Memory | None] = []
-    for candidate in candidates:
-        progress("timing", done, whole)
-        feeds = {"input_ids": ids}
-        count = thread_counts[0]
-        opened.append(
-            measure_opened(candidate.model, candidate.runtime, feeds, num_threads=count, decode=True)
-            if memory
-            else None
-        )
-        done += memory
-    progress("timing", whole, whole)
+    for done, candidate in enumerate(candidates, start=num_counts):
+        events.on_progress("timing", min(done, whole), whole)
+        opened.append(memory_of(candidate, {"input_ids": ids}, timing, decode=True))
+    events.on_progress("timing", whole, whole)
     versions = dict.fromkeys(runtime_for(c.model, c.runtime).version() for c in candidates)
     return DecodeBench(tuple(timings), tuple(noises), tuple(opened), num_prompt, found.num_new, tuple(versions))

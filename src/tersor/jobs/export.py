@@ -6,26 +6,32 @@ kept.
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tersor.activations.quantizers import Activation
 from tersor.checkpoint.artifact import load
 from tersor.checkpoint.layout import packed_sites, unpacked_tensors
 from tersor.checkpoint.manifest import MANIFEST, read_manifest
-from tersor.checkpoint.open import open_model
+from tersor.checkpoint.open import ModelSpec
 from tersor.checkpoint.output import Foreign, atomic_file, atomic_folder, check_output
 from tersor.checkpoint.seal import seal
 from tersor.core.errors import FormatError, InputError, ModelError
+from tersor.core.progress import Events
 from tersor.core.scratch import scratch_folder
-from tersor.export import export_named
-from tersor.export.check import Check, check
-from tersor.export.contract import Checkpoint, Filed, PackedSite, Runnable, WeightLayout
-from tersor.export.decoder import has_cache
-from tersor.export.examples import Examples, examples_of, with_cache
-from tersor.export.reopen import reopen
-from tersor.jobs.task_choice import TaskChoice, open_task_for
+from tersor.exporters import EXPORTS, export_named
+from tersor.exporters.check import Check, check
+from tersor.exporters.contract import Checkpoint, Filed, PackedSite, Runnable, WeightLayout
+from tersor.exporters.decoder import has_cache
+from tersor.exporters.examples import Examples, examples_of, with_cache
+from tersor.exporters.reopen import reopen
+from tersor.jobs.settings import Output
+from tersor.tasks.data import Data
+
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}  # as clients name them
 
 
 @dataclass(frozen=True)
@@ -51,28 +57,36 @@ class Exported:
     opened: str | None = None
 
 
-def export_model(
-    model: str | Path,
-    output: str | Path,
-    *,
+@dataclass(frozen=True)
+class ExampleInputs:
+    """Where the example inputs of clients that run here come from.
+
+    Attributes:
+        data: a task's; where nothing is chosen, what suits the model.
+        shape: of one random example instead, for models of one array.
+        fixed: axes that keep the examples' size, such as `sequence`.
+    """
+
+    data: Data = field(default_factory=Data)
+    shape: Sequence[int] | None = None
+    fixed: Sequence[str] = ()
+
+
+def export(
+    model: ModelSpec,
+    output: Output,
     to: str,
     options: Mapping[str, Any] = {},
-    weights: str | Path | None = None,
-    task_choice: TaskChoice | None = None,
-    shape: Sequence[int] | None = None,
-    fixed: Sequence[str] = (),
+    examples: ExampleInputs = ExampleInputs(),
     num_threads: int = 1,
-    overwrite: bool = False,
+    events: Events = Events(),
 ) -> Exported:
-    """Write `model` as `output`, which `to` (a name in `EXPORTS`) loads unchanged.
+    """Write a model as `output`, which `to` (a name in `EXPORTS`) loads unchanged.
 
     Args:
         model: an artifact folder; for clients that run here also a Hugging Face folder, or `package.module:factory`.
-        options: fields of the client, such as `dtype`.
-        weights: a state dict or artifact folder for a `package.module:factory`.
-        task_choice: whose data gives the example inputs of clients that run here; None takes what suits the model.
-        shape: of one random example instead, for models of one array.
-        fixed: axes that keep the examples' size, such as `sequence`.
+            Its `dtype` is what the client computes in beside integers, where the client can choose.
+        options: fields of the client, such as `decode`.
         num_threads: while the result is timed.
 
     Raises:
@@ -82,86 +96,94 @@ def export_model(
         ModelError: what was written does not compute what the model computes, or an operator is not supported.
         MissingExtra: the client's package is needed to write, and is not installed.
     """
-    export, output = with_options(export_named(to), options), Path(output)
-    check_suffix(output, export)
-    check_output(output, overwrite, *standing(export, output))
-    if isinstance(export, Runnable):
-        checkpoint = open_any(
-            str(model),
-            Path(weights) if weights else None,
-            task_choice=task_choice,
-            shape=shape,
-            fixed=fixed,
-            cache=getattr(export, "cache", False),
-        )
-    else:
-        for what, given in (("--weights", weights), ("--data", task_choice), ("--shape", shape), ("--fixed", fixed)):
-            if given:
-                raise InputError(f"{to} takes no {what}")
-        if not (Path(model) / MANIFEST).exists():
-            raise InputError(f"{model}: no {MANIFEST}, so not a tersor artifact; make one with `tersor compress` first")
-        checkpoint = open_checkpoint(Path(model))
-    check_sites(checkpoint, export)
+    client = export_named(to)
+    if model.dtype is not None and "dtype" in options_of(client):
+        options, model = {"dtype": TYPES[model.dtype], **options}, replace(model, dtype=None)
+    client = with_options(client, options)
+    check_suffix(output.path, client)
+    check_output(output.path, output.overwrite, *standing(client, output.path))
+    checkpoint = open_for(client, model, examples)
+    check_sites(checkpoint, client)
     checked, opened = None, None
-    with place_for(output, export, overwrite) as working:
-        if isinstance(export, Runnable):
+    with place_for(output.path, client, output.overwrite) as working:
+        if isinstance(client, Runnable):
             with scratch_folder() as scratch:
-                written = export.write(checkpoint, working, scratch)
-                checked = check(export, checkpoint, working, written, num_threads)
+                written = client.write(checkpoint, working, scratch)
+                checked = check(client, checkpoint, working, written, num_threads)
             notes = written.notes
         else:
-            notes = tuple(export.write(checkpoint, working))
-            opened = reopen(export, checkpoint, working)
+            notes = tuple(client.write(checkpoint, working))
+            opened = reopen(client, checkpoint, working)
         if working.is_dir():
             seal(working)
         files = working.rglob("*") if working.is_dir() else working.parent.iterdir()
         num_bytes = sum(file.stat().st_size for file in files if file.is_file())
+    for note in notes:
+        events.on_note(note)
     formats = {packed.site.name: packed.scheme for packed in checkpoint.sites}
-    return Exported(output, export.name, num_bytes, formats, notes, checked, opened)
+    return Exported(output.path, client.name, num_bytes, formats, notes, checked, opened)
 
 
-def with_options(export: WeightLayout, options: Mapping[str, Any]) -> Any:
+def open_for(client: WeightLayout, model: ModelSpec, examples: ExampleInputs) -> Checkpoint:
+    """The model as a client takes it. Raises InputError for what it does not take."""
+    if isinstance(client, Runnable):
+        return open_any(model, examples, cache=getattr(client, "cache", False))
+    given = (("--weights", model.weights), ("--data", examples.data.is_given), ("--shape", examples.shape))
+    for what, value in (*given, ("--fixed", examples.fixed)):
+        if value:
+            raise InputError(f"{client.name} takes no {what}")
+    if not (Path(model.name) / MANIFEST).exists():
+        raise InputError(
+            f"{model.name}: no {MANIFEST}, so not a tersor artifact; make one with `tersor compress` first"
+        )
+    return open_checkpoint(Path(model.name), model.dtype)
+
+
+def client_for(output: Path) -> str:
+    """The client that writes files of an output's suffix. Raises InputError where none does, or several do."""
+    names = [client.name for client in EXPORTS.values() if client.suffix and client.suffix == output.suffix]
+    if len(names) != 1:
+        raise InputError(f"{output}: name the client that it is for: {', '.join(names or EXPORTS)}")
+    return names[0]
+
+
+def options_of(client: WeightLayout) -> list[str]:
+    """The options that a client takes."""
+    return [each.name for each in fields(client)]  # type: ignore[arg-type]
+
+
+def with_options(client: WeightLayout, options: Mapping[str, Any]) -> Any:
     """The client with some of its fields changed. Raises InputError for one that it does not have."""
-    known = {field.name for field in fields(export)}  # type: ignore[arg-type]
+    known = options_of(client)
     for name in options:
         if name not in known:
             takes = ", ".join(sorted(known)) or "none"
-            raise InputError(f"{export.name} takes no option {name.replace('_', '-')}; its options: {takes}")
-    return replace(export, **options)  # type: ignore[type-var]
+            raise InputError(f"{client.name} takes no option {name.replace('_', '-')}; its options: {takes}")
+    return replace(client, **options)  # type: ignore[type-var]
 
 
-def open_any(
-    name: str,
-    weights: Path | None,
-    *,
-    task_choice: TaskChoice | None = None,
-    shape: Sequence[int] | None = None,
-    fixed: Sequence[str] = (),
-    cache: bool = False,
-) -> Checkpoint:
+def open_any(model: ModelSpec, examples: ExampleInputs = ExampleInputs(), cache: bool = False) -> Checkpoint:
     """Open an artifact or any model, with example inputs: those of a language model with its `cache`, if asked for."""
-    source = open_model(name, weights=weights)
-    if shape is not None and task_choice is not None:
+    source, shape, data = model.open(), examples.shape, examples.data
+    if shape is not None and data.is_given:
         raise InputError("--shape and --data both give example inputs; leave one out")
     has_tokenizer = source.folder is not None and any("tokenizer" in path.name for path in source.folder.iterdir())
-    task = None
-    if task_choice is not None or (has_tokenizer and shape is None):
-        task = open_task_for(source, task_choice or TaskChoice())
-    examples: Examples = examples_of(source, task, shape)
+    task = data.open(source) if data.is_given or (has_tokenizer and shape is None) else None
+    made: Examples = examples_of(source, task, shape)
     if cache and shape is None and has_cache(source.model):
-        if fixed:
-            raise InputError(f"--fixed {fixed[0]} goes with --no-cache: a cache grows with every token")
-        examples = with_cache(source.model, examples)
-    examples = examples.fixed(fixed)
-    return checkpoint_of(source.folder or Path(name), source.model, examples)
+        if examples.fixed:
+            raise InputError(f"--fixed {examples.fixed[0]} goes with --no-cache: a cache grows with every token")
+        made = with_cache(source.model, made)
+    made = made.fixed(examples.fixed)
+    return checkpoint_of(source.folder or Path(model.name), source.model, made)
 
 
-def open_checkpoint(artifact: Path) -> Checkpoint:
-    """Load an artifact of a Hugging Face model."""
+def open_checkpoint(artifact: Path, dtype: torch.dtype | None = None) -> Checkpoint:
+    """Load an artifact of a Hugging Face model, to compute in `dtype`; None: as it was saved."""
     if not (artifact / "config.json").exists():
         kind = read_manifest(artifact)["model"].get("class")
         raise InputError(f"{artifact} holds a custom model ({kind}); the clients read Hugging Face models only")
-    return checkpoint_of(artifact, load(artifact))
+    return checkpoint_of(artifact, load(artifact, dtype=dtype))
 
 
 def checkpoint_of(folder: Path, model: Any, examples: Examples | None = None) -> Checkpoint:

@@ -11,81 +11,88 @@ import torch
 
 from tersor.calibration.moments import shows_inputs
 from tersor.checkpoint.manifest import read_manifest, write_manifest
+from tersor.checkpoint.open import ModelSpec
 from tersor.checkpoint.output import atomic_folder, check_output
 from tersor.checkpoint.side_files import left_behind
-from tersor.checkpoint.streaming import OnBlock, StreamedModel, no_lines
+from tersor.checkpoint.source import Source
+from tersor.checkpoint.streaming import StreamedModel
 from tersor.core.errors import InputError
-from tersor.core.progress import Progress, silent
+from tersor.core.progress import Events
 from tersor.jobs.compress import about
-from tersor.jobs.task_choice import TaskChoice, open_task_for
+from tersor.jobs.settings import Output
 from tersor.measure.scorecard import machine
 from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
 from tersor.report.card import UNMEASURED, model_card
+from tersor.search.choices import Choices
 from tersor.steps.step_visitor import CURVATURE, Calibration
 from tersor.steps.weights import WeightsStep
 from tersor.steps.weights_run import WeightsRun
+from tersor.tasks.contract import Task
+from tersor.tasks.data import Data
 
 
-def compress_streamed(
-    model: str,
-    output: Path,
-    recipe: Recipe | None,
-    *,
-    task_choice: TaskChoice = TaskChoice(),
-    dtype: torch.dtype | None = None,
-    overwrite: bool = False,
-    progress: Progress = silent,
-    on_block: OnBlock = no_lines,
+def stream(
+    model: ModelSpec, output: Output, data: Data = Data(), choices: Choices = Choices(), events: Events = Events()
 ) -> dict[str, Any]:
     """Make `output` from a Hugging Face checkpoint with a few blocks of it in memory. Returns the manifest.
 
     Args:
-        recipe: one weights step; None is what a budget alone would mean.
-        task_choice: gives calibration data; the task is not scored.
-        on_block: called when a block has been written, with its number and how many there are.
+        data: for calibration; the task is not scored.
+        choices: what comes to one weights step.
+        events: `on_step` is called when a block has been written.
 
     Raises a TersorError with the way out, and then leaves nothing behind.
     """
+    if model.weights is not None or not isinstance(model.model, str | Path):
+        raise InputError("--stream reads a Hugging Face folder, and --weights goes with package.module:factory")
+    recipe = choices.spelled_out
     step = only_step(recipe)
     assert recipe is not None
-    check_output(output, overwrite)
-    with atomic_folder(output, overwrite) as folder:
+    check_output(output.path, output.overwrite)
+    with atomic_folder(output.path, output.overwrite) as folder:
         torch.manual_seed(recipe.seed)
-        progress("opening the model", 0, 1)
-        streamed = StreamedModel(model, folder, on_block, dtype)
+        events.on_progress("opening the model", 0, 1)
+        streamed = StreamedModel(model.name, folder, events.on_step, model.dtype)
         source = streamed.source
-        task = open_task_for(source, task_choice)
+        task = data.open(source)
         step = step.with_methods(find_sites(streamed.model), partial(shows_inputs, streamed.model))
         recipe = recipe.model_copy(update={"steps": (step,)})
         calibration = Calibration(
             task,
             seed=recipe.seed,
-            progress=progress,
+            progress=events.on_progress,
             original=streamed.original,
             block_context=streamed.block_context,
         )
         run = WeightsRun(streamed.model, step, calibration)
-        progress("opening the model", 1, 1)
+        events.on_progress("opening the model", 1, 1)
         run.run()
         streamed.save(about(source))
-        manifest = read_manifest(folder) | {
-            "source": {"name": source.title, "hashes": source.hashes, "bytes": source.num_bytes},
-            "task": {"name": task.name, "description": task.description, "fingerprint": task.fingerprint},
-            "recipe": recipe.model_dump(mode="json"),
-            "seed": recipe.seed,
-            "limit": None,
-            "site_reports": [report.to_dict() for report in run.reports.values()],
-            "scorecards": [],
-            "verdict": None,
-            "trials": [],
-            "machine": machine(),
-            "notes": [*source.notes, *left_behind(source.folder), *notes_of(run)],
-        }
+        manifest = read_manifest(folder) | described(source, task, recipe, run)
         write_manifest(folder, manifest)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        (folder / "README.md").write_text(model_card(output.name, manifest), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(output.path.name, manifest), encoding="utf-8")
+    for note in manifest["notes"]:
+        events.on_note(note)
     return manifest
+
+
+def described(source: Source, task: Task, recipe: Recipe, run: WeightsRun) -> dict[str, Any]:
+    """The manifest's account of a run, beside the files."""
+    return {
+        "source": {"name": source.title, "hashes": source.hashes, "bytes": source.num_bytes},
+        "task": {"name": task.name, "description": task.description, "fingerprint": task.fingerprint},
+        "recipe": recipe.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "limit": None,
+        "site_reports": [report.to_dict() for report in run.reports.values()],
+        "scorecards": [],
+        "verdict": None,
+        "trials": [],
+        "machine": machine(),
+        "notes": [*source.notes, *left_behind(source.folder), *notes_of(run)],
+    }
 
 
 def only_step(recipe: Recipe | None) -> WeightsStep:

@@ -64,6 +64,7 @@ def measure_opened(
     feeds: Mapping[str, np.ndarray],
     *,
     weights: Path | None = None,
+    dtype: torch.dtype | None = None,
     num_threads: int = 1,
     decode: bool = False,
 ) -> Memory | None:
@@ -72,7 +73,8 @@ def measure_opened(
     with scratch_folder() as folder:
         np.savez(folder / "feeds.npz", **feeds)  # type: ignore[arg-type]
         asked = {"model": model, "runtime": runtime, "num_threads": num_threads, "feeds": f"{folder}/feeds.npz"}
-        asked |= {"weights": None if weights is None else str(weights), "decode": decode}
+        asked |= {"weights": weights and str(weights), "decode": decode}
+        asked["dtype"] = dtype and str(dtype).removeprefix("torch.")
         command = [sys.executable, "-m", "tersor.measure.memory", json.dumps(asked)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -83,19 +85,21 @@ def measure_opened(
 
 
 def measure_this_process(
-    model: str, runtime: str, feeds: str, weights: str | None, num_threads: int, decode: bool
+    model: str, runtime: str, feeds: str, weights: str | None, num_threads: int, decode: bool, dtype: str | None
 ) -> dict[str, int] | None:
     """Measure this process for `measure_opened`, which starts it: `Memory` as a dictionary."""
     with np.load(feeds) as file:
         arrays = dict(file)
+    kind: dict[str, Any] = {"dtype": dtype and getattr(torch, dtype)}
     try:
         RESET.write_text("5")
         opened: Any
         if decode:
-            opened, ids = open_decoder(model, runtime, num_threads=num_threads), arrays["input_ids"]
+            opened, ids = open_decoder(model, runtime, num_threads=num_threads, **kind), arrays["input_ids"]
             runs = [partial(opened.feed, ids), partial(opened.feed, ids[:, -1:])]
         else:
-            opened = open_session(model, runtime, num_threads=num_threads, weights=Path(weights) if weights else None)
+            kind |= {"weights": Path(weights) if weights else None}
+            opened = open_session(model, runtime, num_threads=num_threads, **kind)
             runs = [partial(opened.run, arrays)] * 2
         loaded = resident("VmRSS")
         for run in runs:

@@ -6,6 +6,8 @@
 
 from pathlib import Path
 
+from torch import dtype as DType
+
 from tersor.core.errors import InputError, ModelError, UnknownName
 from tersor.runtimes.contract import Decoder, Decodes, Feeds, Input, LayerTime, Profile, Runtime, Session
 from tersor.runtimes.executorch import ExecuTorchRuntime
@@ -43,25 +45,46 @@ RUNTIMES = {runtime.name: runtime for runtime in ROWS}
 
 
 def open_session(
-    model: str, runtime: str | None = None, *, num_threads: int = 1, weights: Path | None = None
+    model: str,
+    runtime: str | None = None,
+    *,
+    num_threads: int = 1,
+    weights: Path | None = None,
+    dtype: DType | None = None,
 ) -> Session:
     """Open a model in the runtime named, or in the first that opens such a file.
 
     Args:
         weights: the state dict, or the artifact, of a model given as `package.module:factory`.
+        dtype: what PyTorch computes in; None: as the model was saved.
     """
     found = runtime_for(model, runtime)
     if isinstance(found, Torch):
-        return found.open(model, num_threads=num_threads, weights=weights)
+        return found.open(model, num_threads=num_threads, weights=weights, dtype=dtype)
+    check_no_dtype(model, dtype)
     if weights is not None:
         raise InputError(f"--weights goes with a model given as 'package.module:factory', and {model} is a file")
     return found.open(model, num_threads=num_threads)
 
 
-def open_decoder(model: str, runtime: str | None = None, *, num_threads: int = 1) -> Decoder:
+def check_no_dtype(model: str, dtype: DType | None) -> None:
+    """Raises InputError where a type is asked of a file that has types of its own."""
+    if dtype is not None:
+        raise InputError(
+            f"--dtype goes with models that PyTorch runs, and the types of {model} are fixed; leave it out, or export "
+            f"the model anew with --dtype"
+        )
+
+
+def open_decoder(
+    model: str, runtime: str | None = None, *, num_threads: int = 1, dtype: DType | None = None
+) -> Decoder:
     """Open a language model to read and write token by token, in the runtime named, or in the first that opens such a
     file. Raises InputError for a runtime that does not do that."""
     found = runtime_for(model, runtime)
+    if isinstance(found, Torch):
+        return found.open_decoder(model, num_threads=num_threads, dtype=dtype)
+    check_no_dtype(model, dtype)
     if not isinstance(found, Decodes):
         able = ", ".join(runtime.name for runtime in ROWS if isinstance(runtime, Decodes))
         raise InputError(f"{model}: {found.name} does not run language models token by token; these do: {able}")

@@ -32,13 +32,21 @@ class Torch:
     def version(self) -> str:
         return f"torch {torch.__version__}"
 
-    def open(self, path: str | Path, *, num_threads: int = 1, weights: Path | None = None) -> Session:
-        """`weights` is the state dict, or the artifact, of a model given as `package.module:factory`."""
-        source = open_model(str(path), weights=weights)
+    def open(
+        self,
+        path: str | Path,
+        *,
+        num_threads: int = 1,
+        weights: Path | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Session:
+        """`weights` is the state dict, or the artifact, of a model given as `package.module:factory`; `dtype` what it
+        computes in, as it was saved without."""
+        source = open_model(str(path), weights=weights, dtype=dtype)
         return TorchSession(source.model, str(path), num_threads, source)
 
-    def open_decoder(self, path: str | Path, *, num_threads: int = 1) -> Decoder:
-        return TorchDecoder(open_model(str(path)).model, str(path), num_threads)
+    def open_decoder(self, path: str | Path, *, num_threads: int = 1, dtype: torch.dtype | None = None) -> Decoder:
+        return TorchDecoder(open_model(str(path), dtype=dtype).model, str(path), num_threads)
 
 
 class TorchSession:
@@ -48,19 +56,25 @@ class TorchSession:
     def __init__(self, model: nn.Module, name: str, num_threads: int = 1, source: Source | None = None):
         self.model, self.name, self.num_threads, self.source = model.eval(), name, num_threads, source
         self.inputs = inputs_of(model, name)
+        self.dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
         check_feeds(feeds, self.inputs, self.name)
-        arguments = {name: torch.from_numpy(array) for name, array in feeds.items()}
+        arguments = {name: as_taken(torch.from_numpy(array), self.dtype) for name, array in feeds.items()}
         with torch.inference_mode(), threads(self.num_threads):
             return named_outputs(self.model(**arguments))
 
     def profile(self, feeds: Feeds, num_runs: int = 10) -> Profile:
         """Profile by a stopwatch around every module, every decoding and every operator that Python calls."""
         check_feeds(feeds, self.inputs, self.name)
-        arguments = {name: torch.from_numpy(array) for name, array in feeds.items()}
+        arguments = {name: as_taken(torch.from_numpy(array), self.dtype) for name, array in feeds.items()}
         with torch.inference_mode(), threads(self.num_threads):
             return profile(self.model, lambda: self.model(**arguments), num_runs)
+
+
+def as_taken(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers in the type that a model computes in; names of tokens as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def inputs_of(model: nn.Module, name: str) -> tuple[Input, ...]:

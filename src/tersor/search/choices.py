@@ -1,7 +1,7 @@
 """The user's choices of budget and recipe, and the check that they go together."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from tersor.core.errors import InputError
 from tersor.formats.trellis import POLYNOMIALS
@@ -25,44 +25,75 @@ class Budget:
     num_states: int | None = None
 
     @property
+    def is_size(self) -> bool:
+        """True if it limits the file."""
+        return any(each is not None for each in (self.size, self.ratio, self.bits))
+
+    @property
     def trellis(self) -> int:
         """Its number of states, 0 for none."""
         return NUM_STATES if self.num_states is None else self.num_states
 
 
-def check_choices(
-    budget: Budget,
-    recipe: Recipe | None,
-    formats: Sequence[str],
-    rules: dict[str, str] | None,
-    exclude: Sequence[str],
-    transforms: Sequence[str],
-    seed: int,
-    bias_correction: bool = False,
-    keep_float: str | int = "none",
-) -> Recipe | None:
-    """The recipe that flags spell out; None when a budget or a recipe file decides. Contradictions are refused."""
-    sized = budget.size or budget.ratio or budget.bits
-    if recipe is not None:
-        trellis = budget.num_states is not None
-        flags = any((sized, budget.coded, trellis, formats, rules, exclude, transforms, bias_correction))
-        if flags or keep_float != "none":
-            raise InputError(
-                "--recipe says everything already; leave out the budget, --format, --rule, --exclude, --transform, "
-                "--bias-correction and --keep-float"
-            )
-        return None
+@dataclass(frozen=True)
+class Choices:
+    """What the user says about the result; each field is a flag.
+
+    Attributes:
+        budget: what it may take, or lose.
+        recipe: exactly what is done, instead of everything else.
+        formats: the scheme of every site; with a budget, the candidates.
+        rules: pattern of site names to scheme; the last one that matches counts.
+        exclude: patterns of sites that stay as they are.
+        transforms: rewrites that come first.
+        bias_correction: whether biases take back what new weights do to the mean of each output.
+        float_layers: `auto`, `none`, or how many of the sites that cost most stay float.
+        seed: of everything random.
+    """
+
+    budget: Budget = Budget()
+    recipe: Recipe | None = None
+    formats: Sequence[str] = ()
+    rules: Mapping[str, str] = field(default_factory=dict)
+    exclude: Sequence[str] = ()
+    transforms: Sequence[str] = ()
+    bias_correction: bool = False
+    float_layers: str | int = "none"
+    seed: int = 0
+
+    @property
+    def spelled_out(self) -> Recipe | None:
+        """The recipe, where a file or flags say it; None where a budget decides. Contradictions raise InputError."""
+        return check_choices(self) if self.recipe is None else check_recipe_alone(self)
+
+
+def check_recipe_alone(choices: Choices) -> Recipe | None:
+    """The recipe that was given. Raises InputError for anything that it says already."""
+    budget = choices.budget
+    trellis = budget.num_states is not None
+    flags = (choices.formats, choices.rules, choices.exclude, choices.transforms, choices.bias_correction)
+    if any((budget.is_size, budget.coded, trellis, *flags)) or choices.float_layers != "none":
+        raise InputError(
+            "--recipe says everything already; leave out the budget, --format, --rule, --exclude, --transform, "
+            "--bias-correction and --keep-float"
+        )
+    return choices.recipe
+
+
+def check_choices(choices: Choices) -> Recipe | None:
+    """The recipe that flags spell out; None when a budget decides. Contradictions raise InputError."""
+    budget, formats, rules = choices.budget, choices.formats, dict(choices.rules)
     for text in formats:
         Recipe.of(text)
-    Recipe.of(KEEP, rules, exclude)
-    if budget.coded and (formats or not (sized or budget.drop)):
+    Recipe.of(KEEP, rules, choices.exclude)
+    if budget.coded and (formats or not (budget.is_size or budget.drop)):
         raise InputError("--coded needs a budget and no --format: --size 8MB, --ratio 8x, --bits 3 or --drop 1%")
     if budget.num_states is not None and not budget.coded:
         raise InputError(f"--num-states {budget.num_states} is the trellis of coded weights; add --coded")
     if budget.trellis not in (0, *POLYNOMIALS):
         raise InputError(f"--num-states {budget.num_states}: it can be 0, {', '.join(map(str, POLYNOMIALS))}")
-    if sized or (budget.drop and len(formats) != 1):
-        if transforms or bias_correction or keep_float != "none":
+    if budget.is_size or (budget.drop and len(formats) != 1):
+        if choices.transforms or choices.bias_correction or choices.float_layers != "none":
             raise InputError(
                 "--transform, --bias-correction and --keep-float go with one --format; a search measures the model as "
                 "it is"
@@ -76,4 +107,7 @@ def check_choices(
         raise InputError(
             "say what you want: --size 8MB, --ratio 4x, --bits 4.2, --drop 1%, --format int4-g64 or --recipe FILE"
         )
-    return Recipe.of(formats[0] if formats else KEEP, rules, exclude, seed, transforms, bias_correction, keep_float)
+    scheme, transforms = (formats[0] if formats else KEEP), choices.transforms
+    return Recipe.of(
+        scheme, rules, choices.exclude, choices.seed, transforms, choices.bias_correction, choices.float_layers
+    )

@@ -7,8 +7,9 @@ goes, so take it as about that.
 
 from torch import nn
 
+from tersor.core.progress import Events
 from tersor.methods.stats import Stats
-from tersor.pipeline import Compressed, compress
+from tersor.pipeline import Compressed, run
 from tersor.recipe import Recipe
 from tersor.search.limit import Limit
 from tersor.search.plan import Menu, largest_size, plan_size, smallest_size
@@ -29,7 +30,7 @@ def search_drop(
     """
 
     def make(recipe: Recipe) -> Compressed:
-        return compress(model, recipe, trials.task, stats=stats, progress=trials.progress)
+        return run(recipe, model, trials.task, stats=stats, events=Events(trials.progress))
 
     low, high = smallest_size(model, menus), largest_size(model, menus)
     for _ in range(num_trials):

@@ -21,13 +21,13 @@ from tersor.calibration.walk import Observer, walk
 from tersor.checkpoint.container_write import size_of, write
 from tersor.checkpoint.layout import CODED, other_tensors
 from tersor.core.errors import BudgetError
-from tersor.core.progress import Progress, silent
+from tersor.core.progress import Events, Progress, silent
 from tersor.core.scratch import scratch_folder
 from tersor.methods.solver import pose
 from tersor.methods.stats import Stats
 from tersor.methods.waterfill import STEPS_DAMPING, Waterfill, bits_at, damping_of, deviations, row_curvature
 from tersor.nn.sites import Site, escape, find_sites
-from tersor.pipeline import Compressed, compress
+from tersor.pipeline import Compressed, run
 from tersor.recipe import Recipe
 from tersor.search.correct import measured_factors
 from tersor.search.limit import Limit
@@ -113,7 +113,7 @@ class NoiseLevelSearch:
 
     def compressed(self, recipe: Recipe) -> Compressed:
         """The model of a recipe."""
-        return compress(self.model, recipe, self.task, stats=self.stats, progress=self.progress)
+        return run(recipe, self.model, self.task, stats=self.stats, events=Events(self.progress))
 
     def within(self, limit: Limit) -> Found:
         """The largest file that the limit allows, or one less than half a percent smaller. Raises BudgetError naming

@@ -28,7 +28,7 @@ from tersor.core.weights_file import METADATA, file_size
 from tersor.methods.mse import Mse
 from tersor.methods.stats import Stats
 from tersor.nn.sites import Site, check_finite, check_has_sites, escape, find_sites, matches
-from tersor.pipeline import Compressed, compress
+from tersor.pipeline import Compressed, run
 from tersor.recipe import Recipe
 from tersor.schemes.assignment import one_or_more
 from tersor.schemes.scheme import KEEP, Scheme, as_written, in_full, parse_rule
@@ -342,4 +342,4 @@ def plan(
     menus = measure_menus(model, stats, step, candidates)
     if not are_coded(menus):
         return plan_size(model, menus, limit, seed)
-    return plan_and_make(model, menus, limit, lambda recipe: compress(model, recipe, task, stats=stats), seed).recipe
+    return plan_and_make(model, menus, limit, lambda recipe: run(recipe, model, task, stats=stats), seed).recipe

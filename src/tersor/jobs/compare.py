@@ -1,0 +1,73 @@
+"""The job of `tersor compare`: models measured on the same examples, in turn, and judged against the first."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tersor.checkpoint.container_write import size_of
+from tersor.checkpoint.open import ModelSpec
+from tersor.core.progress import Events
+from tersor.jobs.compress import DEFAULT_DROP
+from tersor.jobs.settings import Timing
+from tersor.kernels import choices
+from tersor.kernels.choice import Choice
+from tersor.measure.latency import TimeLimit
+from tersor.measure.scorecard import Scorecard, Subject, measure
+from tersor.measure.verdict import Tolerance, Verdict, judge
+from tersor.tasks.data import Data
+from tersor.tasks.progress import score
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What was measured of several models.
+
+    Attributes:
+        scorecards: one for each model.
+        verdicts: of every model but the first, against the first.
+        task: what they were measured on, in words.
+        kernels: which multiplied packed weights.
+    """
+
+    scorecards: list[Scorecard]
+    verdicts: list[Verdict]
+    task: str
+    kernels: list[Choice]
+
+
+def compare(
+    models: Sequence[ModelSpec],
+    data: Data = Data(),
+    drop: str = DEFAULT_DROP,
+    seed: int = 0,
+    timing: Timing = Timing(),
+    events: Events = Events(),
+) -> Compared:
+    """Measure all models together, and judge each against the first, which may be better by `drop`.
+
+    Raises a TersorError with the way out.
+    """
+    began = time.perf_counter()
+    tolerance = Tolerance.parse(drop)
+    torch.manual_seed(seed)
+    sources = [model.open() for model in models]
+    task = data.open(sources[0])
+    task.prepare(sources[0].model)
+    scores = [score(task, source.model, events.on_progress, f"evaluating {source.name}") for source in sources]
+    subjects = [Subject(s.name, s.model, s.num_bytes or size_of(s.model)) for s in sources]
+    limit = TimeLimit(timing.timing_seconds, time.perf_counter() - began)
+    cards = measure(
+        subjects,
+        scores,
+        task,
+        batch_sizes=timing.batch_sizes,
+        num_threads=timing.threads[0],
+        limit=limit,
+        progress=events.on_progress,
+    )
+    for note in cards[0].untimed:
+        events.on_note(note)
+    verdicts = [judge(scores[0], other, tolerance, seed=seed) for other in scores[1:]]
+    return Compared(cards, verdicts, task.description, choices())
