@@ -258,7 +258,7 @@ def coded(scheme: str, level: float, weight: Tensor, stats: Stats) -> Encoded:
     if scheme != "step":
         return Waterfill(level).compress(weight, Coded(), curvature_of(scheme, stats))
     alone = replace(stats, cross_moment=None)
-    problem = pose(repaired(weight, stats), alone, damping_of(weight, stats, STEPS_DAMPING), drift=0.0)
+    problem = pose(repaired(weight, stats), alone, damping_of(weight, stats, STEPS_DAMPING), upstream_correction=0.0)
     steps = scales(torch.ones_like(weight[:, 0]), torch.full_like(weight[0], level * spread(weight)))
     filling = ColumnRounder(problem, steps, 0.0, weight != 0)
     return Coded().encode(sweep(problem, filling), filling.params)
@@ -273,7 +273,7 @@ def deviations_of(scheme: str, weight: Tensor, stats: Stats) -> Tensor:
     from tersor.methods.solver import pose
     from tersor.methods.waterfill import STEPS_DAMPING, damping_of, deviations, histogram, row_curvature
 
-    problem = pose(weight, stats, damping_of(weight, stats, STEPS_DAMPING), drift=0.0)
+    problem = pose(weight, stats, damping_of(weight, stats, STEPS_DAMPING), upstream_correction=0.0)
     if scheme == "step":
         row, column = spreads(problem, torch.full_like(weight[:, 0], spread(weight)))
         return torch.from_numpy(np.convolve(histogram(row), histogram(column)))
@@ -295,7 +295,7 @@ def repaired(weight: Tensor, stats: Stats) -> Tensor:
     from tersor.methods.solver import pose
     from tersor.methods.waterfill import DRIFT_DAMPING, Waterfill, damping_of
 
-    return pose(weight, stats, damping_of(weight, stats, DRIFT_DAMPING), Waterfill().drift).target
+    return pose(weight, stats, damping_of(weight, stats, DRIFT_DAMPING), Waterfill().upstream_correction).target
 
 
 def quadratic_loss(error: Tensor, stats: Stats) -> float:

@@ -71,7 +71,13 @@ def curvature(error: Error) -> None:
 def bias(error: Error) -> None:
     table("scheme", "as they were", "corrected")
     schemes = [f"{method}:{format}" for format in ("int4-g64", "int3-g64") for method in ("nearest", "mse")]
-    for scheme in ("nearest:int8", *schemes, "gptq(drift=0):int3-g64", "magnitude:bitmask", "wanda:bitmask"):
+    for scheme in (
+        "nearest:int8",
+        *schemes,
+        "gptq(upstream_correction=0):int3-g64",
+        "magnitude:bitmask",
+        "wanda:bitmask",
+    ):
         recipes = (tersor.Recipe.of(scheme, exclude=BLOCKS, bias_correction=on) for on in (False, True))
         row(scheme, *(error(recipe, True) for recipe in recipes))
 

@@ -61,7 +61,7 @@ class Row(NamedTuple):
 ROWS = [
     Row("llmcompressor", "gptq", 4, symmetric=False),
     Row("tersor", "gptq", 4),
-    Row("tersor", "gptq(drift=0)", 4),
+    Row("tersor", "gptq(upstream_correction=0)", 4),
     Row("llmcompressor", "gptq", 3, symmetric=False),
     Row("tersor", "gptq", 3),
     Row("llmcompressor", "gptq", 2, symmetric=False),

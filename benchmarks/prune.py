@@ -3,8 +3,8 @@
     python benchmarks/prune.py --assets FOLDER [--rows ROW ...] [--epochs N] [--results FILE] [--write]
 
 A row is `MODEL SPARSITY`. The model (ResNet-20 as it was trained by others, the LeNets trained here first) is pruned
-by the step `prune`; then what is left is stored by the method `kept` in every format of FORMATS, loaded back from the
-file and tested on all 10,000 test pictures. Results are appended to FILE (JSON lines), so that a run that was stopped
+by the step `prune`; then what is left is stored by the method `zero-mask` in every format of FORMATS, loaded back from
+the file and tested on all 10,000 test images. Results are appended to FILE (JSON lines), so that a run that was stopped
 goes on where it was; `--write` puts everything in FILE into prune.md.
 """
 
@@ -114,7 +114,7 @@ def store(
 ) -> dict[str, Any]:
     """Write the pruned model in a format, its scales, biases and norms trained once more where `tuning` says how; load
     the file, and judge it."""
-    steps = [{"scheme": f"kept:{format}"}, *([{"step": "tune-scales", **tuning}] if tuning else [])]
+    steps = [{"scheme": f"zero-mask:{format}"}, *([{"step": "tune-scales", **tuning}] if tuning else [])]
     began = time.process_time()
     made = tersor.compress(pruned, tersor.Recipe.model_validate({"steps": steps}), task if tuning else None)
     cpu = time.process_time() - began
@@ -125,7 +125,7 @@ def store(
     scores = task.score(loaded)
     num_weights = sum(site.shape[0] * site.shape[1] for site in made.sites)
     return {
-        "format": f"kept:{format}" + (", tune-scales" if tuning else ""),
+        "format": f"zero-mask:{format}" + (", tune-scales" if tuning else ""),
         "cpu": cpu,
         "bytes": num_bytes,
         "bits": 8 * sum(site.num_bytes for site in made.sites) / num_weights,
@@ -144,7 +144,8 @@ def lines(result: dict[str, Any]) -> list[str]:
     original, pruned, name = result["original"], result["pruned"], result["row"]
     head = f"| {name} | float32, {result['zeros']:.1%} zeros | | {original['bytes'] / 1000:.1f} | 1.00 "
     return [f"{head}| {judged(pruned)} |"] + [
-        f"| {name} | {stored['format'].removeprefix('kept:')} | {stored['bits']:.2f} | {stored['bytes'] / 1000:.1f} "
+        f"| {name} | {stored['format'].removeprefix('zero-mask:')} | {stored['bits']:.2f} "
+        f"| {stored['bytes'] / 1000:.1f} "
         f"| {original['bytes'] / stored['bytes']:.2f} | {judged(stored)} |"
         for stored in result["stored"]
     ]
@@ -187,7 +188,7 @@ The file is the whole weights file: header, biases, and for ResNet-20 11 kB of b
 are per weight, with the mask and the scales; `smaller` is against the original's file. Accuracy is on all 10,000 test
 pictures, of the file loaded back; its drop against the original is in points, with the 90 % interval judged at a
 tolerance of 0.5 points. All weights of the model are pruned, first and last layer too, under one threshold. What is
-left is stored by `kept`; after `tune-scales`, scales, biases and norms were trained once more, for one epoch.
+left is stored by `zero-mask`; after `tune-scales`, scales, biases and norms were trained once more, for one epoch.
 
 Half of the weights in int8 take `1 + 8 / 2 = 5` bits, 6.4 times less than float32: 8 times need fewer bits (4 bits are
 6-bit codes at half density) or fewer weights (37 % left in 8 bits), and a little more for what else is in the file.

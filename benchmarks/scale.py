@@ -31,7 +31,16 @@ from rows import child_environment
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-COMMAND = ["tersor", "compress", "{model}", "-o", "{output}", "--stream", "--format", "gptq(drift=0):int4-g64"]
+COMMAND = [
+    "tersor",
+    "compress",
+    "{model}",
+    "-o",
+    "{output}",
+    "--stream",
+    "--format",
+    "gptq(upstream_correction=0):int4-g64",
+]
 COMMAND += ["--exclude", "*embed_tokens", "--task", "perplexity", "--data", "{text}"]
 COMMAND += ["--task-option", "context=128", "--task-option", "calibration_examples=8"]
 NUM_THREADS = 2

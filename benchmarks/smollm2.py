@@ -30,7 +30,7 @@ from protocol import (
 )
 from rows import Results, run_rows
 
-GPTQS = ["gptq(drift=0,num_rounds=0)", "gptq(num_rounds=0)", "gptq(num_rounds=2)"]
+GPTQS = ["gptq(upstream_correction=0,num_rounds=0)", "gptq(num_rounds=0)", "gptq(num_rounds=2)"]
 LADDER = ["nearest", "mse", *GPTQS, "autoround(rate=1)"]
 SECTIONS = {
     "4 bits: what each step gains": [f"{method}:int4-g64" for method in LADDER],

@@ -28,8 +28,8 @@ from tersor.formats.contract import Encoded, Format, Grid, Params, Sparse
 from tersor.kernels import reference
 from tersor.methods import METHODS
 from tersor.methods.contract import Method
-from tersor.methods.kept import Kept
 from tersor.methods.stats import Stats
+from tersor.methods.zero_mask import ZeroMask
 from tersor.nn.packed import Fold, PackedLinear, PackedWeight, pack_layer
 from tersor.schemes.scheme import Scheme
 
@@ -375,7 +375,7 @@ def words(message: str) -> list[str]:
 
 def suited(method: Method, format: Format, weight: Tensor) -> Tensor:
     """The weight; for a method that takes the zeros it finds, with the zeros of a pattern."""
-    if not (isinstance(method, Kept) and isinstance(format, Sparse)):
+    if not (isinstance(method, ZeroMask) and isinstance(format, Sparse)):
         return weight
     return torch.where(format.choose(weight.abs(), 0.5), weight, 0.0)
 

@@ -161,7 +161,8 @@ def check_masks(job: Job, reports: Mapping[str, SiteReport]) -> None:
             scheme = reports[site.name].scheme if site.name in reports else "a step"
             raise FormatError(
                 f"{site.name}: {scheme} fills weights that an earlier step pruned; use a method that leaves zeros as "
-                f"they are (mse, nearest, or kept for formats with a mask), or exclude it with --exclude '{site.name}'"
+                f"they are (mse, nearest, or zero-mask for formats with a mask), or exclude it with "
+                f"--exclude '{site.name}'"
             )
 
 

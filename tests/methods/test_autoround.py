@@ -142,7 +142,8 @@ def test_outside_of_blocks_it_is_gptq():
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_steps": -1}, {"batch_size": 0}, {"rate": -1.0}, {"scale_rate": -1.0}, {"drift": 2.0}]
+    "options",
+    [{"num_steps": -1}, {"batch_size": 0}, {"rate": -1.0}, {"scale_rate": -1.0}, {"upstream_correction": 2.0}],
 )
 def test_impossible_options_are_refused(options):
     with pytest.raises(InputError, match=r"0 or more"):

@@ -22,7 +22,7 @@ SCHEMES = [
     Scheme(made, FORMATS[name])
     for method in METHODS.values()
     for name in f"{DENSE} {SPARSE}".split()
-    if (made := method()).accepts(FORMATS[name]) is None and not (made.name == "kept" and "2:4" in name)
+    if (made := method()).accepts(FORMATS[name]) is None and not (made.name == "zero-mask" and "2:4" in name)
 ]
 
 

@@ -93,12 +93,12 @@ def test_rounds_of_rescaling_help_at_two_bits():
     assert error(2) < 0.95 * error(0)
 
 
-def test_drift_repairs_what_was_lost_before():
+def test_upstream_correction_repairs_what_was_lost_before():
     weight, original, format = random(16, 96), inputs(1000), FORMATS["int4-g32"]
     x = original + 0.3 * original.std(0) * random(1000, 96, seed=8)
 
-    def error(drift):
-        encoded = Gptq(drift=drift).compress(weight, format, stats_of(x, original))
+    def error(share):
+        encoded = Gptq(upstream_correction=share).compress(weight, format, stats_of(x, original))
         return (original @ weight.t() - x @ encoded.decode().t()).square().sum().item()
 
     assert error(1.0) < error(0.5) < error(0.0)
@@ -126,7 +126,9 @@ def test_statistics_that_are_not_numbers_are_refused():
         Gptq().compress(random(2, 8), FORMATS["int4"], Stats(second_moment=torch.full((8, 8), torch.nan)))
 
 
-@pytest.mark.parametrize("options", [{"damping": -1}, {"drift": 1.5}, {"num_rounds": -1}, {"damping": float("nan")}])
+@pytest.mark.parametrize(
+    "options", [{"damping": -1}, {"upstream_correction": 1.5}, {"num_rounds": -1}, {"damping": float("nan")}]
+)
 def test_impossible_options_are_refused(options):
     with pytest.raises(InputError, match="must be 0 or more"):
         Gptq(**options)

@@ -56,7 +56,7 @@ def output_error(weight, other, x):
 def test_the_sweep_is_textbook_gptq(name, num_columns):
     format, weight, x = FORMATS[name], random(6, num_columns), inputs(300, num_columns)
     stats, params = stats_of(x), FORMATS[name].fit(random(6, num_columns))
-    problem = pose(weight, stats, damping=0.01, drift=0)
+    problem = pose(weight, stats, damping=0.01, upstream_correction=0)
     ours = sweep(problem, format.projector(params, (6, num_columns)))
     theirs = textbook(weight, stats.second_moment, 0.01, format, params, problem.order.flip(0))
     # Float32 sums may tip a value that lies halfway, and then what follows in its row.
@@ -169,10 +169,10 @@ def output_error_of_drift(target, weight, original, x):
     return (original @ weight.t() - x @ target.t()).square().sum().item()
 
 
-def test_drift_is_a_share_of_the_way():
+def test_upstream_correction_is_a_share_of_the_way():
     original, x = drifted(800, 48)
     weight = random(6, 48)
-    none, half, whole = (pose(weight, stats_of(x, original), 0.01, drift).target for drift in (0.0, 0.5, 1.0))
+    none, half, whole = (pose(weight, stats_of(x, original), 0.01, share).target for share in (0.0, 0.5, 1.0))
     assert torch.equal(none, weight)
     torch.testing.assert_close(half, (weight + whole) / 2, rtol=1e-4, atol=1e-4)
     assert torch.equal(pose(weight, stats_of(x), 0.01, 1.0).target, weight)

@@ -142,7 +142,9 @@ def test_without_statistics_it_keeps_the_largest():
     torch.testing.assert_close(ours, Magnitude().compress(weight, FORMATS["2:4"], Stats()).decode())
 
 
-@pytest.mark.parametrize("options", [{"sparsity": 1.0}, {"sparsity": -0.1}, {"damping": -1.0}, {"drift": 2.0}])
+@pytest.mark.parametrize(
+    "options", [{"sparsity": 1.0}, {"sparsity": -0.1}, {"damping": -1.0}, {"upstream_correction": 2.0}]
+)
 def test_impossible_options_are_refused(options):
     with pytest.raises(InputError, match="sparsity"):
         SparseGpt(**options)

@@ -89,7 +89,7 @@ def test_the_same_loss_in_fewer_bits(num_states, gain, level):
     """192 rows are short paths; a column of many more saves up to 0.2 bits."""
     weight, stats = problem()
     plain, ours = (
-        Waterfill(level=level, drift=0, damping=1e-6, num_states=each).compress(weight, Coded(), stats)
+        Waterfill(level=level, upstream_correction=0, damping=1e-6, num_states=each).compress(weight, Coded(), stats)
         for each in (0, num_states)
     )
     assert loss(ours, weight, stats) == pytest.approx(loss(plain, weight, stats), rel=0.06)
@@ -104,7 +104,9 @@ def test_the_forecast_knows_the_trellis(num_states):
     posed = pose(weight, stats, 0.01, 0.0)
     counts = deviations(posed, row_curvature(weight, posed, stats).rsqrt())
     for level in (5e-4, 3e-3):
-        methods = [Waterfill(level=level, drift=0, damping=0.01, num_states=each) for each in (0, num_states)]
+        methods = [
+            Waterfill(level=level, upstream_correction=0, damping=0.01, num_states=each) for each in (0, num_states)
+        ]
         plain, ours = (bits(method.compress(weight, Coded(), stats)) for method in methods)
         expected = (bits_at(counts, level) - bits_at(counts, level, num_states)) / weight.numel()
         assert plain - ours == pytest.approx(expected, abs=0.03)
@@ -112,7 +114,9 @@ def test_the_forecast_knows_the_trellis(num_states):
 
 def test_the_file_has_the_paths(tmp_path):
     weight, stats = problem()
-    encoded = Waterfill(level=2e-3, drift=0, num_states=16, rate=0.5, num_rounds=1).compress(weight, Coded(), stats)
+    encoded = Waterfill(level=2e-3, upstream_correction=0, num_states=16, rate=0.5, num_rounds=1).compress(
+        weight, Coded(), stats
+    )
     assert follows(encoded.parts["codes"].numpy(), 16)
     write(encoded.parts, tmp_path / "model.tersor")
     container = Container(tmp_path / "model.tersor")
@@ -125,7 +129,7 @@ def test_zeros_stay_zero_and_sparse_sites_go_without():
     weight, stats = problem()
     few, many = weight.clone(), weight * (torch.arange(weight.numel()).view_as(weight) % 3 > 0)
     few[5, ::2] = 0
-    method = Waterfill(level=2e-4, drift=0, num_states=8)
+    method = Waterfill(level=2e-4, upstream_correction=0, num_states=8)
     for pruned, on_path in ((few, True), (many, False)):
         codes = method.compress(pruned, Coded(), stats).parts["codes"]
         assert (codes[pruned == 0] == 0).all()

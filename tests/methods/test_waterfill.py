@@ -55,22 +55,24 @@ def problem(num_rows=192, num_columns=256):
 def test_the_level_says_the_loss():
     weight, stats = problem()
     for level in (2e-4, 2e-3):
-        encoded = Waterfill(level=level, drift=0, damping=1e-6).compress(weight, Coded(), stats)
+        encoded = Waterfill(level=level, upstream_correction=0, damping=1e-6).compress(weight, Coded(), stats)
         assert loss(encoded, weight, stats) == pytest.approx(weight.numel() * level**2 / 24, rel=0.15)
 
 
 def test_half_the_level_is_one_bit():
     weight, stats = problem()
-    taken = [bits(Waterfill(level=level, drift=0).compress(weight, Coded(), stats)) for level in (2e-4, 1e-4)]
+    taken = [
+        bits(Waterfill(level=level, upstream_correction=0).compress(weight, Coded(), stats)) for level in (2e-4, 1e-4)
+    ]
     assert taken[1] - taken[0] == pytest.approx(1, abs=0.03)
 
 
 @pytest.mark.parametrize("name", ["int4-g64", "int3-g64"])
 def test_less_loss_than_gptq_in_fewer_bits(name):
     weight, stats = problem()
-    fixed = Gptq(drift=0).compress(weight, FORMATS[name], stats)
+    fixed = Gptq(upstream_correction=0).compress(weight, FORMATS[name], stats)
     level = (24 * 0.5 * loss(fixed, weight, stats) / weight.numel()) ** 0.5
-    ours = Waterfill(level=level, drift=0).compress(weight, Coded(), stats)
+    ours = Waterfill(level=level, upstream_correction=0).compress(weight, Coded(), stats)
     assert loss(ours, weight, stats) < 0.6 * loss(fixed, weight, stats)
     assert bits(ours) < fixed.bits_per_weight - 0.5
 
@@ -78,7 +80,7 @@ def test_less_loss_than_gptq_in_fewer_bits(name):
 def test_every_row_and_column_adds_the_same():
     """Steps go with the root of the curvature, and with what the columns that are free leave of each."""
     weight, stats = problem(64, 96)
-    encoded = Waterfill(level=3e-5, drift=0).compress(weight, Coded(), stats)
+    encoded = Waterfill(level=3e-5, upstream_correction=0).compress(weight, Coded(), stats)
     error = encoded.decode() - weight
     step = steps(encoded.parts).double()
     off = (step[:, 0] * CURVATURE[:64].double().sqrt()).log2()
@@ -116,7 +118,7 @@ def nearest_power(scale):
 
 def test_the_sweep_is_the_textbook():
     weight, stats = problem(24, 100)
-    method = Waterfill(level=1e-4, damping=0.01, drift=0)
+    method = Waterfill(level=1e-4, damping=0.01, upstream_correction=0)
     codes = method.compress(weight, Coded(), stats).parts["codes"]
     expected = textbook(weight, stats, 1e-4, 0.01)
     # Float32 sums may tip a value that lies halfway, and then what follows in its row.
@@ -129,7 +131,7 @@ def test_counting_bits_pays_at_low_rates(level):
     weight, stats = problem()
 
     def cost(**options):
-        encoded = Waterfill(level=level, drift=0, **options).compress(weight, Coded(), stats)
+        encoded = Waterfill(level=level, upstream_correction=0, **options).compress(weight, Coded(), stats)
         price = level**2 / 12 * torch.tensor(2.0).log().item()
         return loss(encoded, weight, stats) + price * bits(encoded) * weight.numel()
 
@@ -152,13 +154,13 @@ def test_the_cheapest_code_by_trying_both():
                 assert cost(value, code) <= min(cost(value, round(value)), cost(value, max(0, round(value) - 1))) + 0.02
 
 
-def test_drift_repairs_what_was_lost_before():
+def test_upstream_correction_repairs_what_was_lost_before():
     weight, original = random(16, 96), inputs(1000, 96)
     x = original + 0.3 * original.std(0) * random(1000, 96, seed=8)
 
-    def error(drift):
+    def error(share):
         stats = stats_of(x, CURVATURE[:16], original)
-        encoded = Waterfill(level=1e-4, drift=drift).compress(weight, Coded(), stats)
+        encoded = Waterfill(level=1e-4, upstream_correction=share).compress(weight, Coded(), stats)
         return (original @ weight.t() - x @ encoded.decode().t()).square().sum().item()
 
     assert error(1.0) < error(0.5) < error(0.0)
@@ -183,7 +185,7 @@ def test_a_row_without_effect_costs_the_others_nothing():
     weight, stats = problem()
     row_weight = stats.row_weight.clone()
     row_weight[0] = 0
-    method = Waterfill(level=1e-3, drift=0)
+    method = Waterfill(level=1e-3, upstream_correction=0)
     dead = method.compress(weight, Coded(), replace(stats, row_weight=row_weight))
     assert bits(dead) <= bits(method.compress(weight, Coded(), stats))
 
@@ -199,15 +201,15 @@ def test_without_data_the_loss_is_relative_to_the_output():
 def test_pruned_weights_stay_zero_and_the_others_make_up_for_them():
     weight, stats = problem()
     pruned = torch.where(weight.abs() > 1, weight, 0.0)
-    encoded = Waterfill(level=1e-3, drift=0).compress(pruned, Coded(), stats)
+    encoded = Waterfill(level=1e-3, upstream_correction=0).compress(pruned, Coded(), stats)
     assert ((encoded.decode() == 0) | (pruned != 0)).all()
     assert loss(encoded, pruned, stats) < 3 * weight.numel() * 1e-6 / 24
-    assert bits(encoded) < 0.7 * bits(Waterfill(level=1e-3, drift=0).compress(weight, Coded(), stats))
+    assert bits(encoded) < 0.7 * bits(Waterfill(level=1e-3, upstream_correction=0).compress(weight, Coded(), stats))
 
 
 def test_no_site_becomes_zero():
     weight, stats = problem(8, 16)
-    assert Waterfill(level=1e3, drift=0).compress(weight, Coded(), stats).decode().any()
+    assert Waterfill(level=1e3, upstream_correction=0).compress(weight, Coded(), stats).decode().any()
     assert not Waterfill().compress(torch.zeros(8, 16), Coded(), stats).decode().any()
 
 
@@ -221,7 +223,9 @@ def test_codes_stay_in_their_range():
     assert off[:, :3].max() < 1e-3
 
 
-@pytest.mark.parametrize("options", [{"level": 0}, {"level": -1}, {"damping": -1}, {"drift": 1.5}, {"rate": -1}])
+@pytest.mark.parametrize(
+    "options", [{"level": 0}, {"level": -1}, {"damping": -1}, {"upstream_correction": 1.5}, {"rate": -1}]
+)
 def test_impossible_options_are_refused(options):
     with pytest.raises(InputError, match=r"waterfill|Waterfill"):
         Waterfill(**options)

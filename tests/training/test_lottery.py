@@ -174,7 +174,7 @@ def test_as_a_recipe_the_ticket_is_stored_sparse(task):
     steps:
     - {step: lottery, sparsity: 0.8, fraction: 0.5, num_steps: 20, learning_rate: 0.01, num_evaluations: 0}
     - {step: finetune, num_steps: 5}
-    - {step: weights, scheme: 'kept:bitmask'}
+    - {step: weights, scheme: 'zero-mask:bitmask'}
     """
     model = fresh()
     made = compress(model, Recipe.from_yaml(text), task)

@@ -139,7 +139,7 @@ def test_patterns(task, model, pattern):
     size = int(pattern[-1])
     for site in find_sites(pruned):
         assert ((site.matrix(pruned) != 0).unflatten(1, (-1, size)).sum(-1) == size // 2).all()
-    stored = compress(pruned, Recipe.of(f"kept:{pattern}"))
+    stored = compress(pruned, Recipe.of(f"zero-mask:{pattern}"))
     assert stored.sites[0].bits_per_weight == 9.0
     assert num_zeros(stored.model) == NUM_WEIGHTS // 2
 
@@ -186,7 +186,7 @@ def test_later_steps_hold_the_mask(task, model):
         {"step": "prune", "sparsity": 0.5, **fast},
         {"step": "finetune", **fast},
         {"step": "prune", "sparsity": 0.75, **fast},
-        {"step": "weights", "scheme": "kept:bitmask+int8"},
+        {"step": "weights", "scheme": "zero-mask:bitmask+int8"},
     ]
     made = compress(model, Recipe.model_validate({"steps": steps}), task)
     assert sum(int((site.matrix(made.model) == 0).sum()) for site in find_sites(made.model)) >= 0.75 * NUM_WEIGHTS
@@ -197,7 +197,7 @@ def test_later_steps_hold_the_mask(task, model):
 
 def test_a_method_that_fills_zeros_is_refused_with_the_way_out(task, model):
     steps = [{"step": "prune", "num_steps": 4}, {"step": "weights", "scheme": "int4-asym"}]
-    with pytest.raises(FormatError, match=r"fills weights that an earlier step pruned; .*kept"):
+    with pytest.raises(FormatError, match=r"fills weights that an earlier step pruned; .*zero-mask"):
         compress(model, Recipe.model_validate({"steps": steps}), task)
 
 
@@ -229,11 +229,11 @@ def test_training_is_not_lost_when_a_later_step_fails(task, model, tmp_path, mon
         return compress(model, recipe, task, journal=tmp_path / "journal").model
 
     with pytest.raises(FormatError, match="keeps more than 2 of 4 columns; use bitmask"):
-        made("kept:2:4")
+        made("zero-mask:2:4")
     with monkeypatch.context() as patch:
         patch.setattr("tersor.training.prune.imitation", lambda *_: lambda *_: pytest.fail("trained again"))
-        assert num_zeros(made("kept:bitmask")) == round(0.4 * NUM_WEIGHTS)
-    assert num_zeros(made("kept:bitmask", sparsity=0.5)) == NUM_WEIGHTS // 2, "another step, trained anew"
+        assert num_zeros(made("zero-mask:bitmask")) == round(0.4 * NUM_WEIGHTS)
+    assert num_zeros(made("zero-mask:bitmask", sparsity=0.5)) == NUM_WEIGHTS // 2, "another step, trained anew"
 
 
 def test_through_the_command_line_path_into_an_artifact(task, model, tmp_path, monkeypatch):
@@ -247,7 +247,7 @@ def test_through_the_command_line_path_into_an_artifact(task, model, tmp_path, m
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     recipe = Recipe.from_yaml(
-        "steps: [{step: prune, sparsity: 0.7, epochs: 2, learning_rate: 0.01}, {scheme: 'kept:bitmask+int8'}]"
+        "steps: [{step: prune, sparsity: 0.7, epochs: 2, learning_rate: 0.01}, {scheme: 'zero-mask:bitmask+int8'}]"
     )
     outcome = tersor.compress(
         "pruned_toy:make",

@@ -89,7 +89,7 @@ def test_only_biases_that_are_there_and_whose_method_does_not_repair_by_itself()
     assert torch.equal(small[2].bias, model[2].bias)
     assert small[0].bias.requires_grad
     assert all(same_bits(before[name], tensor) for name, tensor in model.state_dict().items())
-    alone = compressed(nn.Sequential(model[2]), random(40, 8).exp(), "gptq(drift=0):int3")
+    alone = compressed(nn.Sequential(model[2]), random(40, 8).exp(), "gptq(upstream_correction=0):int3")
     assert not torch.equal(alone[0].bias, model[2].bias)
 
 

@@ -378,7 +378,7 @@ def uncorrected(recipe: Recipe) -> list[str]:
     schemes = [parse_rule(step.scheme) for step in recipe.weights if step.bias_correction]
     return [
         f"bias correction leaves the sites of {scheme} alone, which repairs earlier errors itself; mse or "
-        f"gptq(drift=0) does not"
+        f"gptq(upstream_correction=0) does not"
         for scheme in schemes
         if scheme is not None and "cross_moment" in scheme.method.needs
     ]

@@ -4,7 +4,6 @@ from tersor.methods.autoround import AutoRound
 from tersor.methods.contract import Method
 from tersor.methods.gptq import Gptq
 from tersor.methods.hqq import Hqq
-from tersor.methods.kept import Kept
 from tersor.methods.kmeans import Kmeans
 from tersor.methods.lqer import Lqer
 from tersor.methods.magnitude import Magnitude
@@ -14,6 +13,7 @@ from tersor.methods.sparsegpt import SparseGpt
 from tersor.methods.svd import Svd
 from tersor.methods.wanda import Wanda
 from tersor.methods.waterfill import Waterfill
+from tersor.methods.zero_mask import ZeroMask
 
 ROWS: list[type[Method]] = [
     Nearest,
@@ -23,7 +23,7 @@ ROWS: list[type[Method]] = [
     Gptq,
     AutoRound,
     Magnitude,
-    Kept,
+    ZeroMask,
     Wanda,
     SparseGpt,
     Svd,

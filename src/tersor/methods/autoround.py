@@ -35,7 +35,7 @@ class AutoRound(MethodFor[IntGroup]):
         batch_size: examples a step.
         rate: how fast roundings move: the first step is `rate / num_steps` of the grid's, all together half of `rate`.
         scale_rate: step size of the scales, as a fraction of the roundings'.
-        damping, drift, num_rounds: of `gptq`, where it starts.
+        damping, upstream_correction, num_rounds: of `gptq`, where it starts.
     """
 
     num_steps: int = 100
@@ -43,7 +43,7 @@ class AutoRound(MethodFor[IntGroup]):
     rate: float = 0.25
     scale_rate: float = 0.1
     damping: float = 0.01
-    drift: float = 1.0
+    upstream_correction: float = 1.0
     num_rounds: int | None = None
 
     name = "autoround"
@@ -54,11 +54,11 @@ class AutoRound(MethodFor[IntGroup]):
     def __post_init__(self) -> None:
         if not (self.num_steps >= 0 and self.batch_size > 0 and self.rate >= 0 and self.scale_rate >= 0):
             raise InputError(f"{self}: num_steps, rate and scale_rate must be 0 or more, and batch_size above 0")
-        Gptq(self.damping, self.drift, self.num_rounds)
+        Gptq(self.damping, self.upstream_correction, self.num_rounds)
 
     def fill(self, weight: Weight, format: IntGroup, stats: Stats) -> Encoded:
         """The point where the descent starts; the result for a site outside the blocks."""
-        return Gptq(self.damping, self.drift, self.num_rounds).compress(weight, format, stats)
+        return Gptq(self.damping, self.upstream_correction, self.num_rounds).compress(weight, format, stats)
 
     def tune(self, weights: Mapping[str, Weight], starts: Mapping[str, Encoded], run: BlockRun) -> dict[str, Encoded]:
         """Better codes and scales for the sites of one block, or those it started with if none were found.

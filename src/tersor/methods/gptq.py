@@ -2,7 +2,7 @@
 
 Columns are rounded one after another, the loudest inputs first, and the rest makes up for each error (solver.py).
 Scales are searched beforehand (static groups: files stay kernel friendly whatever the order), weighted by the inputs'
-energy; `drift` lets every site also repair the error its inputs already carry (Qronos, Zhang et al. 2025,
+energy; `upstream_correction` lets every site also repair the error its inputs already carry (Qronos, Zhang et al. 2025,
 https://arxiv.org/abs/2505.11695). Then codes and scales take turns: coordinate descent on the codes, least squares on
 the scales, as long as the error falls.
 """
@@ -24,13 +24,13 @@ class Gptq(MethodFor[Grid]):
 
     Attributes:
         damping: added to the diagonal of `E[x x']`, as a fraction of its mean.
-        drift: how much of the error made earlier in the model each site repairs, 0 to 1.
+        upstream_correction: how much of the error made earlier in the model each site repairs, 0 to 1.
         num_rounds: of rescaling and coordinate descent after the sweep, 0 for none; without a number, two on integer
             grids below 3 bits, where they pay.
     """
 
     damping: float = 0.01
-    drift: float = 1.0
+    upstream_correction: float = 1.0
     num_rounds: int | None = None
 
     name = "gptq"
@@ -39,13 +39,13 @@ class Gptq(MethodFor[Grid]):
     needs = frozenset({"second_moment", "cross_moment"})
 
     def __post_init__(self) -> None:
-        if not (self.damping >= 0 and 0 <= self.drift <= 1 and (self.num_rounds or 0) >= 0):
-            raise InputError(f"{self}: damping and num_rounds must be 0 or more, and drift lie in [0, 1]")
-        if not self.drift:  # then the original model need not run beside
+        if not (self.damping >= 0 and 0 <= self.upstream_correction <= 1 and (self.num_rounds or 0) >= 0):
+            raise InputError(f"{self}: damping and num_rounds must be 0 or more, and upstream_correction lie in [0, 1]")
+        if not self.upstream_correction:  # then the original model need not run beside
             object.__setattr__(self, "needs", frozenset({"second_moment"}))
 
     def fill(self, weight: Weight, format: Grid, stats: Stats) -> Encoded:
-        return self.solve(pose(weight, stats, self.damping, self.drift), format)
+        return self.solve(pose(weight, stats, self.damping, self.upstream_correction), format)
 
     def solve(self, problem: Problem, format: Grid) -> Encoded:
         """The point of `format` for one site's problem."""

@@ -44,7 +44,7 @@ class Lqer(MethodFor[Corrected]):
             target, base = weight, Mse().compress(weight, format.base, stats)
         else:
             gptq = Gptq(damping=self.damping)
-            problem = pose(weight, stats, gptq.damping, gptq.drift)
+            problem = pose(weight, stats, gptq.damping, gptq.upstream_correction)
             target, base = problem.target, gptq.solve(problem, format.base)
         found = principal_components(target - base.decode(), stats, self.damping)
         return format.join(base, LowRank().factors(found.left[:, : self.rank], found.right[: self.rank]))

@@ -55,10 +55,10 @@ def keep_highest(
     weight: Weight, score: Float[Tensor, "out in"], sparsity: float, format: Sparse, stats: Stats
 ) -> Encoded:
     """The weights of the highest scores."""
-    return encode_kept(weight, format.choose(score, sparsity), format, stats)
+    return encode_masked(weight, format.choose(score, sparsity), format, stats)
 
 
-def encode_kept(weight: Weight, mask: Bool[Tensor, "out in"], format: Sparse, stats: Stats) -> Encoded:
+def encode_masked(weight: Weight, mask: Bool[Tensor, "out in"], format: Sparse, stats: Stats) -> Encoded:
     """The weights of a mask as they are, or where the format holds integers, with scales searched for them alone."""
     if format.kept_grid is None:
         return format.encode(weight, {"mask": mask})

@@ -59,7 +59,12 @@ class Problem:
 
 @threads(1)
 def pose(
-    weight: Weight, stats: Stats, damping: float, drift: float, reorder: bool = True, quiet_first: bool = False
+    weight: Weight,
+    stats: Stats,
+    damping: float,
+    upstream_correction: float,
+    reorder: bool = True,
+    quiet_first: bool = False,
 ) -> Problem:
     """The problem of one site. Without moments, S is the columns' curvature, or the identity.
 
@@ -68,7 +73,7 @@ def pose(
         quiet_first: with `reorder`, the loudest last: then the others have made up for most of what is lost in them.
         damping: what is added to the diagonal of S, as a fraction of its mean; more where that is not enough for S to
             be positive definite.
-        drift: how much of the error made before this site is repaired here, 0 to 1.
+        upstream_correction: how much of the error made before this site is repaired here, 0 to 1.
 
     Raises:
         DataError: the statistics hold NaN or infinity.
@@ -94,9 +99,9 @@ def pose(
     else:
         raise DataError("the second moment of the inputs has no Cholesky factor; use more calibration data")
     factor, target = factor.float(), weight
-    if cross is not None and drift > 0:
+    if cross is not None and upstream_correction > 0:
         # T - W = W (E[x_original x'] - S) (S + damping)^-1: the damping pulls T towards W.
-        gap = (weight @ (cross.to(weight.device) - moment).float()) * drift
+        gap = (weight @ (cross.to(weight.device) - moment).float()) * upstream_correction
         repair = torch.cholesky_solve(gap[:, order].t(), factor)
         target = weight + repair.t()[:, order.argsort()]
     damped = moment.to(torch.float32, copy=True)

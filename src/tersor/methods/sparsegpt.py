@@ -29,13 +29,13 @@ class SparseGpt(MethodFor[Sparse]):
     Attributes:
         sparsity: the fraction of weights set to zero, 0 <= sparsity < 1; a pattern such as 2:4 fixes its own.
         damping: added to the diagonal of `E[x x']`, as a fraction of its mean.
-        drift: how much of the error made earlier in the model each site repairs, 0 to 1.
+        upstream_correction: how much of the error made earlier in the model each site repairs, 0 to 1.
         num_rounds: of coordinate descent after the sweep.
     """
 
     sparsity: float = 0.5
     damping: float = 0.01
-    drift: float = 1.0
+    upstream_correction: float = 1.0
     num_rounds: int = 2
 
     name = "sparsegpt"
@@ -45,9 +45,9 @@ class SparseGpt(MethodFor[Sparse]):
 
     def __post_init__(self) -> None:
         check_sparsity(self.name, self.sparsity)
-        if not (self.damping >= 0 and 0 <= self.drift <= 1 and self.num_rounds >= 0):
-            raise InputError(f"{self}: damping and num_rounds must be 0 or more, and drift lie in [0, 1]")
-        if not self.drift:  # then the original model need not run beside
+        if not (self.damping >= 0 and 0 <= self.upstream_correction <= 1 and self.num_rounds >= 0):
+            raise InputError(f"{self}: damping and num_rounds must be 0 or more, and upstream_correction lie in [0, 1]")
+        if not self.upstream_correction:  # then the original model need not run beside
             object.__setattr__(self, "needs", frozenset({"second_moment"}))
 
     def fill(self, weight: Weight, format: Sparse, stats: Stats) -> Encoded:
@@ -55,7 +55,7 @@ class SparseGpt(MethodFor[Sparse]):
         format.fake_quantize(
             weight, format.fit(weight)
         )  # raises where it cannot hold such weights, before the long work
-        problem = pose(weight, stats, self.damping, self.drift, reorder=False)
+        problem = pose(weight, stats, self.damping, self.upstream_correction, reorder=False)
         params = self.first_guess(problem, format)
         mask, num_zeros = params["mask"], (~params["mask"]).sum(0)
 

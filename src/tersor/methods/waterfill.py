@@ -60,7 +60,7 @@ class Waterfill(MethodFor[Coded]):
             output.
         damping: added to the diagonal of `E[x x']`, as a fraction of its mean; without a number, 0.01 and more where
             there are few tokens for a column (see `damping_of`).
-        drift: how much of the error made earlier in the model each site repairs, 0 to 1.
+        upstream_correction: how much of the error made earlier in the model each site repairs, 0 to 1.
         rate: how much bits count when a weight is rounded: 0 rounds to nearest, 1 is what the level says.
         num_rounds: of coordinate descent after the sweep.
         num_states: of the trellis, 4 to 256 and a power of two, or 0 for none. Sites of which more than a hundredth of
@@ -69,7 +69,7 @@ class Waterfill(MethodFor[Coded]):
 
     level: float = 2e-4
     damping: float | None = None
-    drift: float = 0.6
+    upstream_correction: float = 0.6
     rate: float = 0.0
     num_rounds: int = 0
     num_states: int = 0
@@ -82,26 +82,26 @@ class Waterfill(MethodFor[Coded]):
     def __post_init__(self) -> None:
         if not (0 < self.level < float("inf") and self.rate >= 0 and self.num_rounds >= 0):
             raise InputError(f"{self}: level must be above 0, and rate and num_rounds 0 or more")
-        if not ((self.damping or 0) >= 0 and 0 <= self.drift <= 1):
-            raise InputError(f"{self}: damping must be 0 or more, and drift lie in [0, 1]")
+        if not ((self.damping or 0) >= 0 and 0 <= self.upstream_correction <= 1):
+            raise InputError(f"{self}: damping must be 0 or more, and upstream_correction lie in [0, 1]")
         if self.num_states not in (0, *POLYNOMIALS):
             raise InputError(f"{self}: num_states must be 0, or one of {', '.join(map(str, POLYNOMIALS))}")
-        if not self.drift:  # then the original model need not run beside
+        if not self.upstream_correction:  # then the original model need not run beside
             object.__setattr__(self, "needs", self.needs - {"cross_moment"})
 
     @threads(1)
     def fill(self, weight: Weight, format: Coded, stats: Stats) -> Encoded:
         damping = damping_of(weight, stats, STEPS_DAMPING) if self.damping is None else self.damping
         target, alone = weight, replace(stats, cross_moment=None)
-        if self.drift and stats.cross_moment is not None:
+        if self.upstream_correction and stats.cross_moment is not None:
             repair = damping_of(weight, stats, DRIFT_DAMPING) if self.damping is None else self.damping
-            target = pose(weight, stats, repair, self.drift).target
-        problem = pose(target, alone, damping, drift=0.0)
+            target = pose(weight, stats, repair, self.upstream_correction).target
+        problem = pose(target, alone, damping, upstream_correction=0.0)
         rows = row_curvature(weight, problem, stats).rsqrt()
         level, kept = self.level, weight != 0
         num_states = self.num_states if len(weight) > 1 and kept.double().mean() >= 1 - SPARSE else 0
         if bits_at(deviations(problem, rows), level) < FEW_BITS * weight.numel():
-            problem = pose(target, alone, damping, drift=0.0, quiet_first=True)
+            problem = pose(target, alone, damping, upstream_correction=0.0, quiet_first=True)
         energy, before = problem.loss(torch.zeros_like(target)), float("nan")
         while True:
             filling = filling_of(problem, rows, level, self.rate, kept, num_states)

@@ -27,6 +27,7 @@ from tersor.formats.contract import Format
 from tersor.methods import METHODS
 from tersor.methods.contract import Method
 from tersor.schemes.aliases import unaliased
+from tersor.schemes.old_spellings import METHOD_NAMES, OPTION_NAMES, renamed
 
 KEEP = "keep"
 
@@ -61,7 +62,7 @@ class Scheme:
             sees_inputs: whether calibration shows the inputs of the site, which decides on the usual method.
         """
         before, after, activation = parts_of(text)
-        if before is None and after not in FORMATS and after.split("(")[0] in METHODS:
+        if before is None and after not in FORMATS and renamed(METHOD_NAMES, after.split("(")[0], METHODS) in METHODS:
             raise InputError(f"'{text}' names a method without a format; write for example '{after}:int4-g64'")
         format = format_named(after)
         method = parse_method(before or usual_method(format, sees_inputs))
@@ -111,13 +112,14 @@ def parse_options(kind: str, table: Mapping[str, type], text: str) -> Any:
         raise InputError(
             f"'{text}' is not {'an' if kind[0] in 'aeiou' else 'a'} {kind}; write 'name' or 'name(option=value)'"
         )
-    name, arguments = match.groups()
+    name, arguments = renamed(METHOD_NAMES, match[1], table), match[2]
     if name not in table:
         raise UnknownName(kind, name, table)
     known = {f.name: str(f.type) for f in fields(table[name])}
     options: dict[str, object] = {}
     for item in filter(None, (part.strip() for part in (arguments or "").split(","))):
         key, _, value = (part.strip() for part in item.partition("="))
+        key = renamed(OPTION_NAMES, key, known)
         if key not in known:
             raise UnknownName(f"option of {name}", key, known)
         options[key] = value if "str" in known[key] else parse_number(name, key, value, "int" in known[key])

@@ -170,7 +170,7 @@ class NoiseLevelSearch:
             self.progress("measuring what levels cost", len(counts), len(sites))
             known, weight = self.stats.get(site.name, Stats()), site.matrix(self.model)
             found = replace(moments, row_weight=known.row_weight, column_weight=known.column_weight)
-            problem = pose(weight, found, damping_of(weight, found, STEPS_DAMPING), drift=0.0)
+            problem = pose(weight, found, damping_of(weight, found, STEPS_DAMPING), upstream_correction=0.0)
             rows = row_curvature(weight, problem, found).rsqrt() * schemes[site].method.level
             counts.append(deviations(problem, rows))
 

@@ -17,7 +17,7 @@ class WeightsStep(Assignment):
     With `bias_correction`, the bias of a linear layer or convolution takes back what its new weight did to the mean of
     its outputs over the calibration data. Layers without a bias stay without, for another tensor would be another
     checkpoint. The bias also stays where the weight is used more than once, and where the method makes up for earlier
-    errors itself (`gptq` with drift): it moves the mean on purpose.
+    errors itself (`gptq` with upstream_correction): it moves the mean on purpose.
 
     With `keep_float`, the sites that cost most by measured loss stay float: `auto` chooses how many, a number says it
     (see keep_float.py).

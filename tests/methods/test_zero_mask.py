@@ -1,4 +1,4 @@
-"""Kept: the zeros that are there are the mask, and nothing but scales is chosen."""
+"""Zero mask: the zeros that are there are the mask, and nothing but scales is chosen."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from laws import random
 from tersor.core.errors import FormatError
 from tersor.formats import FORMATS
 from tersor.formats.contract import Sparse
-from tersor.methods import Kept, Magnitude
-from tersor.methods.magnitude import encode_kept
+from tersor.methods import Magnitude, ZeroMask
+from tersor.methods.magnitude import encode_masked
 from tersor.methods.stats import Stats
 
 SPARSE = [name for name, format in FORMATS.items() if isinstance(format, Sparse)]
@@ -26,7 +26,7 @@ def pruned(format, shape=(16, 128), sparsity=0.5, seed=0):
 def test_zeros_stay_zeros_and_what_is_left_is_stored(name):
     format = FORMATS[name]
     weight = pruned(format)
-    encoded = Kept().compress(weight, format, Stats())
+    encoded = ZeroMask().compress(weight, format, Stats())
     decoded = encoded.decode()
     assert not decoded[weight == 0].any()
     assert (decoded - weight).norm() < (0.25 if "int3" in name else 0.12) * weight.norm()
@@ -39,7 +39,7 @@ def test_zeros_stay_zeros_and_what_is_left_is_stored(name):
 def test_the_mask_is_the_weights_own_whatever_its_sparsity(name, sparsity):
     """Magnitude at the same sparsity agrees; at another it does not."""
     weight = pruned(FORMATS[name], sparsity=sparsity)
-    ours = Kept().compress(weight, FORMATS[name], Stats())
+    ours = ZeroMask().compress(weight, FORMATS[name], Stats())
     same = Magnitude(sparsity).compress(weight, FORMATS[name], Stats())
     assert ours.parts.keys() == same.parts.keys()
     assert all(torch.equal(ours.parts[part], same.parts[part]) for part in ours.parts)
@@ -50,17 +50,17 @@ def test_the_mask_is_the_weights_own_whatever_its_sparsity(name, sparsity):
 def test_a_pattern_that_does_not_fit_is_refused(name):
     weight = random(4, 16)
     with pytest.raises(FormatError, match=r"the mask keeps more than \d of \d columns; use bitmask"):
-        Kept().compress(weight, FORMATS[name], Stats())
+        ZeroMask().compress(weight, FORMATS[name], Stats())
     model = nn.Sequential(nn.Linear(16, 4))
     with pytest.raises(FormatError, match=r"0: .*keeps more than .* or exclude it with --exclude '0'"):
-        tersor.compress(model, tersor.Recipe.of(f"kept:{name}"))
+        tersor.compress(model, tersor.Recipe.of(f"zero-mask:{name}"))
 
 
 @pytest.mark.parametrize("name", ["2:4", "2:4+int8"])
 def test_fewer_weights_than_the_pattern_holds_are_fine(name):
     weight = torch.where(torch.rand(8, 64) < 0.1, random(8, 64).sign() + 0.1, 0.0)
     weight = torch.where(FORMATS[name].choose(weight.abs()), weight, 0.0)
-    decoded = Kept().compress(weight, FORMATS[name], Stats()).decode()
+    decoded = ZeroMask().compress(weight, FORMATS[name], Stats()).decode()
     assert torch.equal(decoded != 0, weight != 0)
 
 
@@ -71,7 +71,7 @@ def test_scales_follow_the_columns_that_matter():
     importance[::8] = 100.0
 
     def error(stats):
-        squares = (Kept().compress(weight, format, stats).decode() - weight).square()
+        squares = (ZeroMask().compress(weight, format, stats).decode() - weight).square()
         return (squares * importance).sum()
 
     assert error(Stats(column_weight=importance)) < error(Stats())
@@ -80,6 +80,6 @@ def test_scales_follow_the_columns_that_matter():
 def test_a_mask_of_another_method_is_encoded_alike():
     format, weight = FORMATS["bitmask+int4-g64"], random(8, 64)
     mask = torch.rand(8, 64) < 0.5
-    by_mask = encode_kept(weight, mask, format, Stats())
-    by_zeros = Kept().compress(torch.where(mask, weight, 0.0), format, Stats())
+    by_mask = encode_masked(weight, mask, format, Stats())
+    by_zeros = ZeroMask().compress(torch.where(mask, weight, 0.0), format, Stats())
     assert all(torch.equal(by_mask.parts[part], by_zeros.parts[part]) for part in by_mask.parts)
