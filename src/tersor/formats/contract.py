@@ -267,7 +267,7 @@ class Sparse(Format):
     @property
     @abstractmethod
     def pattern_width(self) -> int | None:
-        """How many neighbouring columns the pattern of the mask is made of; None where it has no pattern."""
+        """The number of neighbouring columns that one pattern of the mask spans; None where it has no pattern."""
 
     @abstractmethod
     def choose(self, score: Float[Tensor, "out n"], sparsity: float | int = 0.5) -> Bool[Tensor, "out n"]:
