@@ -22,7 +22,7 @@ from tersor.checkpoint.container_write import size_of
 from tersor.checkpoint.layout import tensors_of
 from tersor.checkpoint.manifest import read_manifest, weights_path
 from tersor.checkpoint.open import ModelSpec
-from tersor.checkpoint.output import atomic_folder, check_output
+from tersor.checkpoint.output import atomic_folder, check_output, claimed
 from tersor.checkpoint.seal import MANIFEST, as_text, entry_of, listing
 from tersor.checkpoint.side_files import left_behind
 from tersor.checkpoint.source import Source
@@ -137,27 +137,27 @@ def compress(
 
     Raises a TersorError with the way out, and then leaves nothing behind but the journal of a search or a training.
     """
-    check_output(output.path, output.overwrite)
-    Tolerance.parse(choices.budget.drop or DEFAULT_DROP)
-    spelled_out = choices.spelled_out
-    torch.manual_seed(choices.seed)
-    original = open_original(model, data, choices, events)
-    if spelled_out is not None:
-        found = Found(spelled_out)
-    else:
-        found = search(original, output.path, choices, events)
-    with journal_for(output.path, found.recipe.trains) as journal:
-        made = found.made or run(
-            found.recipe,
-            original.source.model,
-            original.task,
-            stats=found.stats,
-            journal=journal,
-            events=events,
-        )
-        result = write_and_judge(original, replace(found, made=made), output, choices.seed, timing, events)
-    found.journal.remove()
-    return result
+    with claimed(output.path, output.overwrite):
+        Tolerance.parse(choices.budget.drop or DEFAULT_DROP)
+        spelled_out = choices.spelled_out
+        torch.manual_seed(choices.seed)
+        original = open_original(model, data, choices, events)
+        if spelled_out is not None:
+            found = Found(spelled_out)
+        else:
+            found = search(original, output.path, choices, events)
+        with journal_for(output.path, found.recipe.trains) as journal:
+            made = found.made or run(
+                found.recipe,
+                original.source.model,
+                original.task,
+                stats=found.stats,
+                journal=journal,
+                events=events,
+            )
+            result = write_and_judge(original, replace(found, made=made), output, choices.seed, timing, events)
+        found.journal.remove()
+        return result
 
 
 def open_original(model: ModelSpec, data: Data, choices: Choices, events: Events) -> Original:

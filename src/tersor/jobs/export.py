@@ -17,7 +17,7 @@ from tersor.checkpoint.artifact import load
 from tersor.checkpoint.layout import packed_sites, unpacked_tensors
 from tersor.checkpoint.manifest import MANIFEST, read_manifest
 from tersor.checkpoint.open import ModelSpec
-from tersor.checkpoint.output import Foreign, atomic_file, atomic_folder, check_output
+from tersor.checkpoint.output import Foreign, atomic_file, atomic_folder, claimed
 from tersor.checkpoint.seal import seal
 from tersor.core.errors import FormatError, InputError, ModelError
 from tersor.core.progress import Events
@@ -101,27 +101,27 @@ def export(
         options, model = {"dtype": TYPES[model.dtype], **options}, replace(model, dtype=None)
     client = with_options(client, options)
     check_suffix(output.path, client)
-    check_output(output.path, output.overwrite, *standing(client, output.path))
-    checkpoint = open_for(client, model, examples)
-    check_sites(checkpoint, client)
-    checked, opened = None, None
-    with place_for(output.path, client, output.overwrite) as working:
-        if isinstance(client, Runnable):
-            with scratch_folder() as scratch:
-                written = client.write(checkpoint, working, scratch)
-                checked = check(client, checkpoint, working, written, num_threads)
-            notes = written.notes
-        else:
-            notes = tuple(client.write(checkpoint, working))
-            opened = reopen(client, checkpoint, working)
-        if working.is_dir():
-            seal(working)
-        files = working.rglob("*") if working.is_dir() else working.parent.iterdir()
-        num_bytes = sum(file.stat().st_size for file in files if file.is_file())
-    for note in notes:
-        events.on_note(note)
-    formats = {packed.site.name: packed.scheme for packed in checkpoint.sites}
-    return Exported(output.path, client.name, num_bytes, formats, notes, checked, opened)
+    with claimed(output.path, output.overwrite, *standing(client, output.path)):
+        checkpoint = open_for(client, model, examples)
+        check_sites(checkpoint, client)
+        checked, opened = None, None
+        with place_for(output.path, client, output.overwrite) as working:
+            if isinstance(client, Runnable):
+                with scratch_folder() as scratch:
+                    written = client.write(checkpoint, working, scratch)
+                    checked = check(client, checkpoint, working, written, num_threads)
+                notes = written.notes
+            else:
+                notes = tuple(client.write(checkpoint, working))
+                opened = reopen(client, checkpoint, working)
+            if working.is_dir():
+                seal(working)
+            files = working.rglob("*") if working.is_dir() else working.parent.iterdir()
+            num_bytes = sum(file.stat().st_size for file in files if file.is_file())
+        for note in notes:
+            events.on_note(note)
+        formats = {packed.site.name: packed.scheme for packed in checkpoint.sites}
+        return Exported(output.path, client.name, num_bytes, formats, notes, checked, opened)
 
 
 def open_for(client: WeightLayout, model: ModelSpec, examples: ExampleInputs) -> Checkpoint:

@@ -15,7 +15,7 @@ from tersor.checkpoint.adapters import Adapter, adapted_names, load_adapter
 from tersor.checkpoint.artifact import fill
 from tersor.checkpoint.layout import packed_sites
 from tersor.checkpoint.open import ModelSpec
-from tersor.checkpoint.output import atomic_folder, check_output
+from tersor.checkpoint.output import atomic_folder, claimed
 from tersor.core.errors import InputError
 from tersor.core.progress import Events, Progress
 from tersor.jobs.compress import about
@@ -65,27 +65,31 @@ def merge(
     The task's calibration split is what packed weights are rounded for; its evaluation split is what the divergences
     are measured on. Raises a TersorError with the way out, and then leaves nothing behind.
     """
-    check_output(output.path, output.overwrite)
-    torch.manual_seed(seed)
-    given = load_adapter(adapter)
-    source = base.open()
-    if source.kind == "custom":
-        raise InputError(f"{base.name}: adapter files name a model folder; use the recipe step lora for a custom model")
-    task = data.open(source)
-    merged = merge_into(source.model, given, task, seed=seed, progress=events.on_progress)
-    num_packed = len(packed_names(source.model, given))
-    with atomic_folder(output.path, output.overwrite) as place:
-        if source.kind == "artifact":
-            fill(merged, place, source=source.folder, manifest=about(source) | {"adapter": adapter.resolve().name})
-        else:
-            save_plain(merged, place, source)
-        kl = measure_divergences(source.model, given, merged, task, seed, events.on_progress, rounded=num_packed > 0)
-        unit = "nats per prediction" if task.output == "logits" else "squared distance per example"
-        made = Merged(output.path, kl, unit, num_packed, task.description, source.notes)
-        (place / MERGE).write_text(json.dumps(made.to_dict(), indent=1), encoding="utf-8")
-    for note in made.notes:
-        events.on_note(note)
-    return made
+    with claimed(output.path, output.overwrite):
+        torch.manual_seed(seed)
+        given = load_adapter(adapter)
+        source = base.open()
+        if source.kind == "custom":
+            raise InputError(
+                f"{base.name}: adapter files name a model folder; use the recipe step lora for a custom model"
+            )
+        task = data.open(source)
+        merged = merge_into(source.model, given, task, seed=seed, progress=events.on_progress)
+        num_packed = len(packed_names(source.model, given))
+        with atomic_folder(output.path, output.overwrite) as place:
+            if source.kind == "artifact":
+                fill(merged, place, source=source.folder, manifest=about(source) | {"adapter": adapter.resolve().name})
+            else:
+                save_plain(merged, place, source)
+            kl = measure_divergences(
+                source.model, given, merged, task, seed, events.on_progress, rounded=num_packed > 0
+            )
+            unit = "nats per prediction" if task.output == "logits" else "squared distance per example"
+            made = Merged(output.path, kl, unit, num_packed, task.description, source.notes)
+            (place / MERGE).write_text(json.dumps(made.to_dict(), indent=1), encoding="utf-8")
+        for note in made.notes:
+            events.on_note(note)
+        return made
 
 
 def packed_names(model: nn.Module, adapter: Adapter) -> list[str]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from tersor.checkpoint.container_write import size_of
 from tersor.checkpoint.open import ModelSpec
-from tersor.checkpoint.output import atomic_folder, check_output
+from tersor.checkpoint.output import atomic_folder, claimed
 from tersor.checkpoint.side_files import copy_side_files
 from tersor.core.progress import Events
 from tersor.jobs.settings import Output
@@ -30,16 +30,16 @@ def student(teacher: ModelSpec, output: Output, step: StudentStep, events: Event
 
     Raises InputError for an architecture or sizes that cannot be cut.
     """
-    check_output(output.path, output.overwrite)
-    source = teacher.open()
-    made = make_student(source.model, step)
-    with atomic_folder(output.path, output.overwrite) as folder:
-        if source.folder is not None:
-            copy_side_files(source.folder, folder)
-        made.save_pretrained(folder)
-    for note in source.notes:
-        events.on_note(note)
-    return Student(output.path, source.name, {"teacher": sizes_of(source.model), "student": sizes_of(made)})
+    with claimed(output.path, output.overwrite):
+        source = teacher.open()
+        made = make_student(source.model, step)
+        with atomic_folder(output.path, output.overwrite) as folder:
+            if source.folder is not None:
+                copy_side_files(source.folder, folder)
+            made.save_pretrained(folder)
+        for note in source.notes:
+            events.on_note(note)
+        return Student(output.path, source.name, {"teacher": sizes_of(source.model), "student": sizes_of(made)})
 
 
 def sizes_of(model: nn.Module) -> dict[str, int]:
