@@ -13,9 +13,7 @@ from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
 from tersor.steps import step_visitor
 from test_walk import Toy, assert_same_state, stack, state
-from zoo import REMARKS, ZOO
-
-pytestmark = [pytest.mark.filterwarnings(remark) for remark in REMARKS]
+from zoo import ZOO
 
 
 def task_for(case, model):

@@ -13,8 +13,6 @@ from tersor.nn.copies import settled
 from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.*:FutureWarning")
-
 
 class Doubled(nn.Module):
     """A parametrization with a layer and a bare stack of its own."""
@@ -73,7 +71,6 @@ class Ready:
         return model(batch).flatten(1)
 
 
-@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("way", WAYS)
 def test_the_computed_weight_is_the_site(way, layer, tmp_path):

@@ -21,7 +21,6 @@ from tersor.core.lock import held
 from tersor.training import journal
 from tersor.training.journal import Journal, journal_for
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 TEXT = ["task", "perplexity", "data", "eval.txt", "train", "train.txt", "task-option", "context=32"]
 
 

@@ -72,7 +72,8 @@ OBSERVER_FILES = [file for file in sorted((SRC / "activations" / "observers").gl
 def test_every_observer_is_listed_tested_and_says_its_paper(file):
     listed = [each for each in OBSERVERS.values() if each.__module__ == f"tersor.activations.observers.{file.stem}"]
     assert listed, f"observers/{file.name} has no line in OBSERVERS"
-    assert (TESTS / "observers" / f"test_{file.stem}.py").exists(), f"write tests/observers/test_{file.stem}.py"
+    test = TESTS / "activations" / "observers" / f"test_{file.stem}.py"
+    assert test.exists(), f"write {test.relative_to(TESTS.parent)}"
     assert "http" in (ast.get_docstring(tree(file)) or ""), f"observers/{file.name}: link the paper at the top"
     assert all(each.needs <= {field.name for field in fields(Stats)} for each in listed), "needs names no statistic"
 

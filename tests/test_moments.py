@@ -182,7 +182,6 @@ PADDED = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
 @pytest.mark.parametrize("axes", [1, 2, 3])
 @pytest.mark.parametrize("options", PADDED, ids=str)
 def test_the_inputs_of_a_convolution_are_what_its_matrix_is_multiplied_with(axes, options):

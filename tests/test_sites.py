@@ -23,9 +23,7 @@ from tersor.nn.packed import PackedConv, PackedEmbedding, PackedLinear, PackedWe
 from tersor.nn.sites import SMALLEST_STACK, find_sites
 from tersor.recipe import Recipe
 from tersor.schemes.scheme import Scheme
-from zoo import PRETRAINED, REMARKS, ZOO, Experts, ScaledEmbedding, TiedHead, decoded, original, with_schemes
-
-pytestmark = [pytest.mark.filterwarnings(remark) for remark in REMARKS]
+from zoo import PRETRAINED, ZOO, Experts, ScaledEmbedding, TiedHead, decoded, original, with_schemes
 
 SCHEMES = ["nearest:int4", "nearest:int3-asym", "bf16", "bitmask"]
 PACKED_BY = "nearest:int4"
@@ -115,7 +113,6 @@ def test_only_stacks_of_real_matrices_are_taken_for_experts():
     assert [site.name for site in find_sites(model)] == ["a"]
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_a_recurrent_weight_that_is_computed_is_a_site_like_the_others():
     lstm = nn.utils.weight_norm(nn.LSTM(4, 4), "weight_hh_l0")
     assert {site.name for site in find_sites(lstm)} == {"weight_ih_l0", "weight_hh_l0"}

@@ -23,9 +23,8 @@ from tersor.calibration.walk import Chosen, Observer, walk
 from tersor.core.errors import DataError
 from tersor.formats import FORMATS
 from tersor.nn.sites import find_sites
-from zoo import GQA, REMARKS, ZOO, outputs, pretrained
+from zoo import GQA, ZOO, outputs, pretrained
 
-pytestmark = [pytest.mark.filterwarnings(remark) for remark in REMARKS]
 NEEDS = frozenset({"second_moment", "cross_moment", "mean", "largest"})
 FORMAT = FORMATS["int4"]
 

@@ -366,7 +366,3 @@ def decoded(model: nn.Module, packed: nn.Module) -> nn.Module:
     for site in find_sites(reference):
         site.weight(reference).copy_(site.weight(packed))
     return reference
-
-
-# PyTorch's own remarks about what some of these models do.
-REMARKS = ["ignore:LSTM with projections", "ignore:The PyTorch API of nested tensors"]

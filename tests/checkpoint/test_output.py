@@ -280,7 +280,6 @@ def kill(folder, when):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-@pytest.mark.filterwarnings("ignore:.*use of fork")
 @pytest.mark.parametrize("when", ["inside", "between"])
 def test_the_next_run_removes_what_a_killed_one_left_and_puts_back_what_it_set_aside(written, when):
     kill(written, when)

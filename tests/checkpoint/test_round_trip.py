@@ -23,9 +23,7 @@ from tersor.core.weights_file import DTYPE_NAMES, METADATA, file_size, read_weig
 from tersor.nn.packed import PackedWeight
 from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
-from zoo import PLAIN, PRETRAINED, REMARKS, ZOO, TiedHead, decoded, original, with_schemes
-
-pytestmark = [pytest.mark.filterwarnings(remark) for remark in REMARKS]
+from zoo import PLAIN, PRETRAINED, ZOO, TiedHead, decoded, original, with_schemes
 
 SCHEMES = ["int8-dynamic", "nearest:int3-asym", "bitmask", "keep"]
 

@@ -10,8 +10,6 @@ from transformers import AutoModelForCausalLM
 from tersor import export
 from tersor.core.errors import FormatError
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the client's own
-
 
 @pytest.mark.parametrize("format", ["nf4", "nf4-dq"])
 def test_the_client_decodes_what_was_chosen(format, artifact, tmp_path):

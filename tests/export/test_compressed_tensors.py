@@ -19,7 +19,6 @@ from tersor.methods.stats import Stats
 
 WEIGHT_ONLY = ["int8", "int8-g64", "int6-g32", "int5-g128", "int4-g32", "int4", "int3-g64", "int2-g32", "fp8-e4m3"]
 FLOAT4 = ["nvfp4", "mxfp4"]
-pytestmark = pytest.mark.filterwarnings("ignore")  # the client's own
 
 
 @pytest.mark.parametrize("format", [*WEIGHT_ONLY, *FLOAT4, "fp8-e4m3-tensor"])

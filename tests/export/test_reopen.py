@@ -12,7 +12,6 @@ from tersor import export
 from tersor.core.errors import ModelError
 from tersor.nn.sites import find_sites
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the clients' own
 SMALL = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 TEXT = {"vocab_size": 96, "intermediate_size": 64, "max_position_embeddings": 64, **SMALL}
 T5 = {"vocab_size": 96, "d_model": 64, "d_ff": 64, "d_kv": 16, "num_layers": 1, "num_heads": 4}

@@ -14,8 +14,6 @@ from tersor.core.errors import ModelError, TersorError
 from tersor.training.lora import LoraStep, adapt
 from tersor.training.merge import merge
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 
 def net() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))

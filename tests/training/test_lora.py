@@ -27,8 +27,6 @@ from tersor.tasks.windows import Windows
 from tersor.training.job import Job
 from tersor.training.lora import LoraStep, adapt, block_sites, short_names, train_adapter
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers in an old way
-
 
 @pytest.fixture(autouse=True)
 def quick(one_thread):

@@ -21,8 +21,6 @@ from tersor.training.masks import Masks
 from tersor.training.merge import divergences, merge, merged_float, naive, unmerged
 from training.test_lora import chain_windows, gpt2, llama, logits, trained
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
 
 @pytest.fixture(autouse=True)
 def quick(one_thread):

@@ -141,7 +141,6 @@ def test_the_packed_model_gives_the_numbers_of_training(format, activation):
         torch.testing.assert_close(model(x), trained, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.parametrize("format", ["int4-g32-asym", "fp8-e4m3"])
 @pytest.mark.parametrize("name", ZOO)
 def test_so_does_every_kind_of_site(name, format):

@@ -32,9 +32,7 @@ from tersor.search.plan import (
     planned_size,
     smallest_size,
 )
-from zoo import REMARKS, ZOO, original
-
-pytestmark = [pytest.mark.filterwarnings(remark) for remark in REMARKS]
+from zoo import ZOO, original
 
 SLOW = pytest.mark.slow
 
