@@ -10,7 +10,7 @@ from tersor.activations.quantizers import ACTIVATIONS, Activation, Fp8Static, In
 from tersor.checkpoint.artifact import load, save
 from tersor.core.errors import ArtifactError, InputError
 from tersor.formats import format_named
-from tersor.kernels import reference
+from tersor.kernels import choice, reference
 from tersor.methods.stats import Stats
 from tersor.nn.sites import find_sites
 
@@ -95,10 +95,13 @@ def layered(activation, num_in=96):
 
 
 def test_static_int8_runs_on_integers(monkeypatch):
+    monkeypatch.setattr(choice, "CHOICE", choice.KernelChoice())
+    monkeypatch.setattr(choice, "fastest", lambda times: "int_mm")  # whichever is, on this machine
     calls, multiply = [], torch._int_mm
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: calls.append(a.shape) or multiply(a, b))
     model, x = layered("int8-static"), random(7, 96)
     with torch.no_grad():
+        model(x)  # here it is chosen
+        monkeypatch.setattr(torch, "_int_mm", lambda a, b: calls.append(a.shape) or multiply(a, b))
         fast = model(x)
         assert calls == [(7, 96)]
         with reference():
