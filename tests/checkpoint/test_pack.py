@@ -227,7 +227,7 @@ def test_refusals(checkpoint, artifact, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="no \\*\\.safetensors file"):
         pack(tmp_path / "empty", tmp_path / "out")
-    with pytest.raises(ModelError, match="pickle"):
+    with pytest.raises(ModelError, match="not a safetensors file, which is needed here"):
         pack(tmp_path / "pytorch_model.bin", tmp_path / "out")
     with pytest.raises(InputError, match="exists"):
         pack(checkpoint, tmp_path / "empty")

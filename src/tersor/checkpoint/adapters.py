@@ -22,7 +22,7 @@ from tersor.checkpoint.guards import check_links
 from tersor.checkpoint.nf4_module import is_nf4, module_tensors
 from tersor.core.errors import InputError, MissingExtra, ModelError
 from tersor.core.messages import first_line
-from tersor.core.weights_file import check_finite, read_weights, refuse_pickle, write_weights
+from tersor.core.weights_file import check_finite, read_weights, write_weights
 from tersor.formats.nf4 import Nf4
 from tersor.nn.packed import PackedLinear
 from tersor.nn.sites import find_sites
@@ -140,16 +140,15 @@ def save_adapter(adapter: Adapter, folder: Path, base: str) -> None:
 
 
 def load_adapter(folder: Path) -> Adapter:
-    """Read peft's files. Raises ModelError for pickles, damaged files, NaN, and adapters other than LoRA."""
+    """Read peft's files. Raises ModelError for damaged files, NaN, and adapters other than LoRA."""
     peft = import_peft()
-    for name in ("adapter_model.bin", "adapter_model.pt"):
-        if (folder / name).exists() and not (folder / TENSORS).exists():
-            refuse_pickle(folder / name)
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{folder}: no {CONFIG}, so no adapter of peft; tersor finetune --lora writes one")
     check_links(folder)
-    tensors = read_weights(folder / TENSORS)
-    check_finite(tensors, str(folder / TENSORS))
+    pickled = folder / "adapter_model.bin"
+    file = pickled if pickled.exists() and not (folder / TENSORS).exists() else folder / TENSORS
+    tensors = read_weights(file)
+    check_finite(tensors, str(file))
     settings = read_settings(folder / CONFIG, tensors)
     try:
         config = peft.LoraConfig(**settings)

@@ -21,7 +21,8 @@ from tersor.checkpoint.container import Container
 from tersor.checkpoint.layout import CODED
 from tersor.core.errors import InputError, ModelError
 from tersor.core.messages import first_line
-from tersor.core.weights_file import opened
+from tersor.core.pickled import is_pickle
+from tersor.core.weights_file import opened, read_weights
 
 COUNTED = re.compile(r"(layer|block|depth|stage|label|expert|head|group|codebook|channel|bin|level)s?(_count)?$")
 FEW = 1024  # so many of anything are built in no time
@@ -116,6 +117,9 @@ def shapes_of(files: Sequence[Path]) -> list[tuple[int, ...]]:
     for path in files:
         if path.name == CODED:
             found += [tuple(entry.shape) for entry in Container(path).header.tensors]
+            continue
+        if is_pickle(path):
+            found += [tuple(tensor.shape) for tensor in read_weights(path).values()]
             continue
         with opened(path) as file:
             found += [tuple(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118

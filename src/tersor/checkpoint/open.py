@@ -9,10 +9,20 @@ from torch import nn
 from tersor.checkpoint.artifact import load, read_manifest, weights_path
 from tersor.checkpoint.guards import named_path
 from tersor.checkpoint.layout import packed_sites
-from tersor.checkpoint.source import Source, call_factory, from_hub, open_transformers, read_state, state_hash
+from tersor.checkpoint.source import (
+    WRAPPED,
+    Source,
+    call_factory,
+    from_hub,
+    open_transformers,
+    read_state,
+    state_hash,
+    unwrapped,
+)
 from tersor.core.errors import InputError, ModelError, UnknownName
 from tersor.core.files import sha256
-from tersor.core.weights_file import check_finite, finite_range, refuse_pickle
+from tersor.core.pickled import without_prefix
+from tersor.core.weights_file import check_finite, finite_range
 from tersor.nn.copies import copy_but_sites, own_shared_weights
 
 
@@ -107,7 +117,6 @@ def open_as_saved(name: str, weights: Path | None, lazy: bool) -> Source:
     if ":" in name and not folder.exists():
         return open_custom(name, weights, lazy)
     if folder.is_file():
-        refuse_pickle(folder)
         raise ModelError(
             f"{name}: a file, not a model; give its folder, or 'package.module:factory' with --weights {name}"
         )
@@ -128,13 +137,15 @@ def open_custom(name: str, weights: Path | None, lazy: bool = False) -> Source:
     notes: tuple[str, ...] = ("no --weights given: the factory's own weights are used",)
     num_bytes, hashes = 0, {"state": state_hash(model)} if weights is None else {}
     if weights is not None:
-        state = read_state(weights)
+        own = frozenset(model.state_dict())
+        state, prefix = without_prefix(read_state(weights), (*WRAPPED, "model."), own)
         try:
             model.load_state_dict(state)
             check_finite(dict(model.named_parameters()), str(weights))
         except RuntimeError as error:
             raise ModelError(f"{weights}: does not fit {name}: {str(error).splitlines()[-1].strip()}") from None
-        notes, num_bytes, hashes = (), weights.stat().st_size, {weights.name: sha256(weights)}
+        notes = unwrapped(prefix, weights)
+        num_bytes, hashes = weights.stat().st_size, {weights.name: sha256(weights)}
     return Source(model.eval(), name, "custom", name, None, num_bytes, hashes, notes)
 
 

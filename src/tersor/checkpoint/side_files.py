@@ -13,10 +13,10 @@ from tersor.checkpoint.guards import check_links
 from tersor.checkpoint.seal import MANIFEST, RECORDS, SEAL
 from tersor.checkpoint.source import weight_files
 from tersor.core.modules_json import module_folders
-from tersor.core.weights_file import PICKLES
+from tersor.core.pickled import PICKLES
 
 OWN_FILES = {MANIFEST, SEAL, "README.md", ".gitattributes"}
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 LEFT = (  # by their names, whatever folder they lie in
     *("*.safetensors", "*.tersor", "*.index.json", "*.gguf", "*.ggml", "*.npz", "*.npy", *(f"*{s}" for s in PICKLES)),
     *("*.h5", "*.hdf5", "*.keras", "*.msgpack", "*.ot", "*.tflite", "*.pb", "*.mlmodel", "*.mlpackage", "*.joblib"),
@@ -43,7 +43,7 @@ def left_behind(source: Path | None) -> list[str]:
     """A note that names what `copy_side_files` leaves, but for the weights that are written anew; none for nothing."""
     if source is None:
         return []
-    anew = {*weight_files(source), *(source / name for name in (*OWN_FILES, INDEX))}
+    anew = {*weight_files(source), *(source / name for name in (*OWN_FILES, INDEX, f"{PICKLED}.index.json"))}
     names = [path.relative_to(source).as_posix() for path, taken in files_of(source) if not taken and path not in anew]
     if not names:
         return []
@@ -59,7 +59,8 @@ def files_of(source: Path) -> Iterator[tuple[Path, bool]]:
         relative = path.relative_to(source)
         if path.is_file() and not any(part.startswith(".") for part in relative.parts):
             written = not outputs.isdisjoint(path.parents)
-            of_module = path.name == WEIGHTS and relative.parent in modules
+            alone = path.name == PICKLED and not path.with_name(WEIGHTS).exists()
+            of_module = (path.name == WEIGHTS or alone) and relative.parent in modules
             yield path, not written and str(relative) not in OWN_FILES and (of_module or is_side_file(path, relative))
 
 

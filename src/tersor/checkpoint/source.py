@@ -27,10 +27,14 @@ from tersor.checkpoint.layout import CODED, tensors_of
 from tersor.core.errors import InputError, ModelError
 from tersor.core.files import sha256
 from tersor.core.messages import first_line
-from tersor.core.weights_file import PICKLES, check_file, check_finite, check_numbers, read_weights, refuse_pickle
+from tersor.core.pickled import is_pickle, without_prefix
+from tersor.core.weights_file import check_file, check_finite, check_numbers, read_weights
 from tersor.nn.copies import copy_but_sites, own_shared_weights
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "1_Pooling/*"]
+PICKLED_HUB_FILES = ["pytorch_model*.bin"]  # where a model has no others
+WEIGHT_NAMES = (("model", ".safetensors"), ("pytorch_model", ".bin"))  # of whole files; shards have an index
+WRAPPED = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
 
 
 @dataclass(frozen=True)
@@ -75,18 +79,22 @@ class Source:
 
 
 def open_transformers(name: str, folder: Path) -> Source:
-    """A Hugging Face folder. Raises ModelError for pickles, damaged files, NaN, and models quantized already."""
+    """A Hugging Face folder. Raises ModelError for damaged files, NaN, pickles that name code, and models quantized
+    already."""
     config, model_class, files = look_into(name, folder)
-    packed, finite = files[0].name == CODED, False
-    if packed:
-        weights: dict[str, Any] = {"config": config, "state_dict": read_state(files[0])}
+    packed, finite, prefix = files[0].name == CODED, False, ""
+    read = packed or is_pickle(files[0])
+    if read:
+        state = {key: tensor for file in files for key, tensor in read_state(file).items()}
+        state, prefix = (state, "") if packed else without_prefix(state, WRAPPED)
+        weights: dict[str, Any] = {"config": config, "state_dict": state}
     else:
         finite = min([check_file(file) for file in files])  # each one is read
         weights = {"use_safetensors": True}
     try:
         with at_most(room_for(shapes_of(files)), "the weights files and a new head have"):
             model, info = model_class.from_pretrained(
-                None if packed else folder, **weights, dtype="auto", output_loading_info=True, trust_remote_code=False
+                None if read else folder, **weights, dtype="auto", output_loading_info=True, trust_remote_code=False
             )
     except Exception as error:  # a config whose numbers do not go together can trip over anything
         raise ModelError(
@@ -101,7 +109,7 @@ def open_transformers(name: str, folder: Path) -> Source:
             f"{name}: config.json names {unknown}, which transformers {transformers_version()} does not have, and "
             f"{type(model).__name__} has no place for {few(unused)}; {way_out(unknown, config)}"
         )
-    notes = untied(model, name)
+    notes = untied(model, name) + unwrapped(prefix, files[0])
     if unknown:
         notes += (f"config.json names {unknown}, which transformers does not have: opened as {type(model).__name__}",)
     if missing:
@@ -133,9 +141,9 @@ def look_into(name: str, folder: Path) -> tuple[Any, Any, list[Path]]:
         )
     files = weight_files(folder)
     if not files:
-        for pickled in sorted(folder.iterdir()):
-            refuse_pickle(pickled)
-        raise ModelError(f"{name}: no *.safetensors file in the folder; save the model with save_pretrained")
+        raise ModelError(
+            f"{name}: no *.safetensors file in the folder and no pytorch_model.bin; save the model with save_pretrained"
+        )
     quiet_transformers()
     check_links(folder)
     shapes = shapes_of(files)
@@ -157,28 +165,46 @@ def few(names: list[str]) -> str:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files transformers loads: the single one, or the shards its index names, or whatever is there; where they
-    were packed, the one that holds them all."""
-    for name in ("model.safetensors", CODED):
-        if (folder / name).exists():
-            return [folder / name]
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return sorted(folder.glob("*.safetensors"))
+    were packed, the one that holds them all. Those of torch.save are for folders that have no others."""
+    for stem, suffix in WEIGHT_NAMES:
+        for name in (f"{stem}{suffix}", *([CODED] if suffix == ".safetensors" else [])):
+            if (folder / name).exists():
+                return [folder / name]
+        index = folder / f"{stem}{suffix}.index.json"
+        if index.exists():
+            return shards_of(index, suffix)
+        found = sorted(folder.glob("*.safetensors"))
+        if found:
+            return found
+    return []
+
+
+def shards_of(index: Path, suffix: str) -> list[Path]:
+    """The files that an index names. Raises ModelError for a damaged index, and for names that lead elsewhere."""
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index}: cannot be read ({first_line(error)}); download it again") from None
     for name in shards:
-        if not is_inside(name):
-            raise ModelError(f"{index}: names {name[:80]!r}, which is no .safetensors file in the folder")
-    return [folder / name for name in shards]
+        if not isinstance(name, str) or not is_inside(name, suffix):
+            raise ModelError(f"{index}: names {str(name)[:80]!r}, which is no {suffix} file in the folder")
+    return [index.parent / name for name in shards]
 
 
-def is_inside(name: str) -> bool:
+def is_inside(name: str, suffix: str = ".safetensors") -> bool:
     """True if a name of a weights file stays in the folder it is read from, and can be a file's."""
     parts = PurePosixPath(name).parts
     plain = all(part not in ("..", "/") and len(os.fsencode(part)) < 256 for part in parts)
-    return plain and len(os.fsencode(name)) < 1024 and name.endswith(".safetensors") and "\0" not in name
+    return plain and len(os.fsencode(name)) < 1024 and name.endswith(suffix) and "\0" not in name
+
+
+def unwrapped(prefix: str, file: Path) -> tuple[str, ...]:
+    """A note about what was taken off all names, none for nothing."""
+    if not prefix:
+        return ()
+    return (
+        f"all names in {file.name} begin with {prefix!r}, which a wrapper such as DataParallel put there: left out",
+    )
 
 
 def transformers_class(config: Any) -> Any:
@@ -248,8 +274,8 @@ def untied(model: Any, name: str) -> tuple[str, ...]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """All tensors of a safetensors file, or of a `model.tersor`. Raises ModelError for NaN, too; `check_finite` is for
-    the parameters of the model that is filled."""
+    """All tensors of a safetensors file, one of torch.save, or a `model.tersor`. Raises ModelError for NaN, too;
+    `check_finite` is for the parameters of the model that is filled."""
     state = read(path) if path.suffix == Path(CODED).suffix else read_weights(path)
     check_numbers(state, str(path))
     return state
@@ -304,12 +330,17 @@ def is_pythons(module_name: str) -> bool:
 def from_hub(name: str) -> Path:
     """Download a hub id's safe files; a path that does not exist is never looked up there."""
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    if looks_like_path or Path(name).suffix in PICKLES:
+    if looks_like_path or is_pickle(Path(name)):
         raise ModelError(f"{name}: no such file or folder")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        if not weight_files(folder):
+            folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, *PICKLED_HUB_FILES]))
+        return folder
+    except ModelError:
+        raise
     except Exception as error:  # the hub client's errors have no common base of their own
         raise ModelError(f"{name}: no such folder, and not on the hub either ({first_line(error)})") from None
 

@@ -30,6 +30,7 @@ from tersor.checkpoint.source import Source, few, from_hub, look_into
 from tersor.core.errors import InputError, ModelError
 from tersor.core.files import sha256
 from tersor.core.messages import first_line
+from tersor.core.pickled import is_pickle
 from tersor.core.weights_file import check_finite
 from tersor.nn.packed import Stored
 from tersor.nn.sites import check_has_sites
@@ -70,6 +71,12 @@ class StreamedModel:
         config, model_class, files = look_into(name, folder)
         if files[0].name == CODED:
             raise InputError(f"{name}: packed; --stream reads plain safetensors: `tersor unpack {name} -o plain`")
+        if is_pickle(files[0]):
+            line = f"import transformers as t; t.{model_class.__name__}.from_pretrained('.').save_pretrained('.')"
+            raise InputError(
+                f"{name}: --stream reads safetensors, of which it takes a part at a time, and this is {files[0].name}; "
+                f'write them: cd {folder}; python -c "{line}"; or leave out --stream'
+            )
         stored = {tensor: extent for file in files for tensor, extent in read_extents(file).items()}
         types = [extent.dtype for extent in stored.values() if extent.dtype.is_floating_point]
         dtype = dtype or config.dtype or next(iter(types), torch.float32)

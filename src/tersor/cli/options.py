@@ -14,7 +14,9 @@ from tersor.tasks.data import Data as TaskData
 
 Weights = Annotated[
     Path | None,
-    typer.Option(help="Safetensors state dict, or artifact folder, of a MODEL given as package.module:factory."),
+    typer.Option(
+        help="State dict (.safetensors, .pt, .bin), or artifact folder, of a MODEL given as package.module:factory."
+    ),
 ]
 TaskName = Annotated[
     str | None,

@@ -3,7 +3,7 @@
     TersorError
     ├── InputError          a model, file, or argument cannot be used as given
     │   ├── UnknownName     a format, method, task, ... that no table holds (says the nearest name)
-    │   ├── ModelError      a checkpoint that cannot be read, or holds NaN, or is a pickle
+    │   ├── ModelError      a checkpoint that cannot be read, holds NaN, or names code
     │   └── DataError       task data that is empty, malformed or of the wrong kind
     ├── FormatError         a weight does not fit a format
     ├── BudgetError         no reachable model meets the budget (carries the nearest points)
@@ -41,7 +41,7 @@ class UnknownName(InputError):
 
 
 class ModelError(InputError):
-    """A checkpoint that cannot be read, holds NaN, or is a pickle."""
+    """A checkpoint that cannot be read, holds NaN, or names code."""
 
 
 class DataError(InputError):

@@ -1,4 +1,5 @@
-"""Safetensors files in and out, with errors that say the file, the tensor and the way out.
+"""Weights files in and out, with errors that say the file, the tensor and the way out: safetensors files, and those of
+torch.save (pickled.py), which are only read.
 
 A file is mapped into memory when it is read, and some kernels want their codes at a multiple of 64 bytes. Safetensors
 leaves no room between tensors, so that those whose size is such a multiple come first here, after a header padded to
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from tersor.core.errors import ArtifactError, ModelError
 from tersor.core.memory import ALIGNMENT
+from tersor.core.pickled import is_pickle, read_pickled
 
 METADATA = {"format": "pt"}
 DTYPE_NAMES = {  # the widest first, so that each begins at a multiple of its own width
@@ -39,7 +41,6 @@ DTYPE_NAMES = {  # the widest first, so that each begins at a multiple of its ow
 }
 Described = tuple[str, torch.dtype, tuple[int, ...]]  # a tensor by its name, type and shape
 RANKS = {dtype: rank for rank, dtype in enumerate(DTYPE_NAMES)}
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def in_file_order(tensors: Iterable[Described], alignment: int = ALIGNMENT) -> list[Described]:
@@ -109,13 +110,18 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path, alignment: int = AL
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of one file. Raises ModelError for pickles and damaged files."""
+    """All tensors of one file, of safetensors or of torch.save. Raises ModelError for damaged files and those that name
+    code."""
+    if is_pickle(path):
+        return read_pickled(path)
     with opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def check_file(path: Path) -> bool:
     """Raises as `read_weights` and `check_numbers` do, with one tensor in memory at a time; whether all is finite."""
+    if is_pickle(path):
+        return check_numbers(read_pickled(path), str(path))
     with opened(path) as file:
         names = list(file.keys())
     finite = True
@@ -143,12 +149,13 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raises ModelError with the way to convert it, if the file's ending says it is a pickle."""
-    if path.suffix.lower() in PICKLES:
+    """Raises ModelError with the line that converts it, where a safetensors file is needed and this is none."""
+    if is_pickle(path):
         raise ModelError(
-            f"{path}: a pickle can run any code when it is opened, so tersor does not. If you trust it, convert it: "
-            f'python -c "import torch, safetensors.torch as s; '
-            f"s.save_file(torch.load('{path.name}', map_location='cpu', weights_only=True), 'model.safetensors')\""
+            f"{path}: not a safetensors file, which is needed here; write one: "
+            f'python -c "import torch, safetensors.torch as s; w = torch.load('
+            f"'{path.name}', 'cpu', weights_only=True); "
+            f"s.save_file({{k: v.clone() for k, v in w.items()}}, 'model.safetensors')\""
         )
 
 

@@ -193,8 +193,9 @@ def read_norm(place: Path) -> nn.Module:
 
 
 def read_state(place: Path) -> dict[str, Tensor]:
-    """A module's tensors. Raises ModelError where there is no safetensors file, or a damaged one."""
-    path = place / "model.safetensors"
+    """A module's tensors. Raises ModelError where there is no weights file, or a damaged one."""
+    path, pickled = place / "model.safetensors", place / "pytorch_model.bin"
+    path = pickled if pickled.is_file() and not path.is_file() else path
     if not path.is_file():
         raise ModelError(
             f"{path}: no such file, and the model's embedding needs it; save the model again as safetensors"
