@@ -159,7 +159,7 @@ def coded_sites(bench: Bench) -> list[Site]:
 def foresee(bench: Bench) -> dict[str, Any]:
     """What every scheme's levels cost, from one walk over the model as it is."""
     from tersor.calibration.plan import survey
-    from tersor.calibration.walk import Observer, walk
+    from tersor.calibration.walk import SiteObserver, walk
     from tersor.search.noise_level import Forecast
 
     counts: dict[str, Tensor] = {}
@@ -169,7 +169,7 @@ def foresee(bench: Bench) -> dict[str, Any]:
         for scheme in ("step", "columns", "level"):
             counts[scheme] = counts.get(scheme, 0) + deviations_of(scheme, weight, stats)
 
-    walk(survey(bench.model, bench.task, coded_sites(bench)), Observer(frozenset({"second_moment"}), look))
+    walk(survey(bench.model, bench.task, coded_sites(bench)), SiteObserver(frozenset({"second_moment"}), look))
     return {scheme: Forecast(found) for scheme, found in counts.items()}
 
 

@@ -20,7 +20,7 @@ from tersor.core.errors import DataError, InputError, ModelError
 from tersor.core.weights_file import write_weights
 from tersor.tasks.arrays import read_npz
 from tersor.tasks.images import open_images
-from tersor.tasks.source import Source
+from tersor.tasks.source import DataSource
 
 # Names.
 
@@ -170,4 +170,4 @@ def test_a_picture_of_too_many_pixels(tmp_path, monkeypatch):
     pil.new("L", (40, 40)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(pil, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(DataError, match=r"bomb\.png: not a readable picture .*decompression bomb"):
-        open_images([tmp_path / "bomb.png"], Source())
+        open_images([tmp_path / "bomb.png"], DataSource())

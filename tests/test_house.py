@@ -260,6 +260,21 @@ def test_public_names_have_docstrings():
     assert not silent, "no docstring:\n" + "\n".join(silent)
 
 
+# Names that several public classes may have, and why.
+NAMESAKES: dict[str, str] = {}
+
+
+def test_no_two_public_classes_share_a_name():
+    """A traceback names the class and not its file."""
+    places = {}
+    for file in FILES:
+        for node in tree(file).body:
+            if isinstance(node, ast.ClassDef) and node.name[0] != "_" and node.name not in NAMESAKES:
+                places.setdefault(node.name, []).append(names([file])[0])
+    twice = [f"{name}: {', '.join(files)}" for name, files in sorted(places.items()) if len(files) > 1]
+    assert not twice, "say in the name what it is of:\n" + "\n".join(twice)
+
+
 NO_SENTENCE = {"As", "By", "From", "How", "In", "Of", "What", "Where", "Whether", "With", "Without"}
 
 

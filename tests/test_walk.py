@@ -19,7 +19,7 @@ from tersor.calibration.inputs import BatchInputs, InputRecorder, OriginalInputs
 from tersor.calibration.moments import Moments, has_inputs, inputs_of, takes_inputs
 from tersor.calibration.offload import ActivationCache
 from tersor.calibration.plan import survey
-from tersor.calibration.walk import Chosen, Observer, walk
+from tersor.calibration.walk import Chosen, SiteObserver, walk
 from tersor.core.errors import DataError
 from tersor.formats import FORMATS
 from tersor.nn.sites import find_sites
@@ -497,7 +497,7 @@ def test_watching_leaves_the_fused_path_to_pytorch():
     model = nn.TransformerEncoder(layer, 2).eval()
     before = state(model), model.use_nested_tensor, model.layers[0].activation_relu_or_gelu
     seen = []
-    observer = Observer(frozenset({"second_moment"}), lambda site, stats: seen.append(stats.num_tokens))
+    observer = SiteObserver(frozenset({"second_moment"}), lambda site, stats: seen.append(stats.num_tokens))
     walk(survey(model, Toy((random(3, 4, 8),)), find_sites(model)), observer)
     assert seen.count(12) == 4
     assert_same_state(state(model), before[0])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tersor.calibration.inputs import before_sites
 from tersor.calibration.moments import shows_inputs
 from tersor.calibration.plan import survey
-from tersor.calibration.walk import Observer, walk
+from tersor.calibration.walk import SiteObserver, walk
 from tersor.core.errors import FormatError
 from tersor.core.progress import Events, Progress, silent
 from tersor.methods.stats import Stats
@@ -181,7 +181,7 @@ def apply_transform(
             progress(f"measuring inputs for {transform.name}", len(stats), len(sites))
             stats[site.name] = found
 
-        walk(survey(model, task, sites), Observer(transform.needs, note), seed=seed)
+        walk(survey(model, task, sites), SiteObserver(transform.needs, note), seed=seed)
         progress(f"measuring inputs for {transform.name}", len(sites), len(sites))
     if task is None:
         transform.apply(model, stats)

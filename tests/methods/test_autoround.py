@@ -9,7 +9,7 @@ from torch import Tensor
 from laws import random, same_parts
 from tersor.core.errors import InputError
 from tersor.formats import FORMATS
-from tersor.methods.autoround import AutoRound, Rounded
+from tersor.methods.autoround import AutoRound, LearnedRounding
 from tersor.methods.gptq import Gptq
 from tersor.methods.nearest import Nearest
 from tersor.methods.stats import Stats
@@ -121,13 +121,13 @@ def test_the_descent_starts_on_the_very_codes(name):
     """Whether the weights fit the codes or not, and whatever the signs of the scales."""
     format, weight = FORMATS[name], random(6, 70)
     begun = Gptq().compress(weight, format, Stats())
-    rounded = Rounded(weight, begun)
+    rounded = LearnedRounding(weight, begun)
     torch.testing.assert_close(rounded.weight().detach(), begun.decode())
     assert same_parts(rounded.encoded().parts, begun.parts)
 
 
 def test_the_gradient_passes_through_the_rounding():
-    rounded = Rounded(weight := random(4, 64), Gptq().compress(weight, FORMATS["int3-g32"], Stats()))
+    rounded = LearnedRounding(weight := random(4, 64), Gptq().compress(weight, FORMATS["int3-g32"], Stats()))
     rounded.weight().sum().backward()
     steps = FORMATS["int3-g32"].divisor(rounded.params["scale"]).repeat_interleave(32, dim=1)
     inside = rounded.push.grad != 0

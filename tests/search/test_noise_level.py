@@ -23,7 +23,7 @@ from tersor.search.noise_level import (
     NEAR,
     NUM_MODELS,
     Forecast,
-    Found,
+    LevelFound,
     NoiseLevelSearch,
     check_codable,
     defend,
@@ -59,7 +59,7 @@ class Fake:
     def __call__(self, level):
         self.levels.append(level)
         num_bytes = self.kept + self.off * self.forecast.num_bytes(level) ** 0.99 * 1.1
-        return Found(Recipe.of(f"waterfill(level={level:.5g}):coded"), None, int(num_bytes))
+        return LevelFound(Recipe.of(f"waterfill(level={level:.5g}):coded"), None, int(num_bytes))
 
 
 @cache
@@ -96,7 +96,7 @@ def test_files_that_jump_end_the_search():
 
     def make(level):
         made.append(level)
-        return Found(Recipe.of(KEEP), None, 900 if len(made) % 2 else 1100)
+        return LevelFound(Recipe.of(KEEP), None, 900 if len(made) % 2 else 1100)
 
     made = []
     assert fit(Limit(1000, "size"), forecast(), make).num_bytes == 900

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tersor.core.errors import DataError, InputError
-from tersor.tasks import Trainable, open_task
+from tersor.tasks import TrainableTask, open_task
 from tersor.tasks.augment import AUGMENTATIONS, augmented
 from tersor.tasks.inputs import Batch
 
@@ -41,7 +41,7 @@ def rows_of(batches):
 
 def check_splits(task):
     """No row is in two splits; an epoch is the whole train split; the seed alone decides its order."""
-    assert isinstance(task, Trainable)
+    assert isinstance(task, TrainableTask)
     splits = [set(task.rows[split].tolist()) for split in ("calibration", "eval", "train")]
     assert not splits[0] & splits[1]
     assert not splits[2] & (splits[0] | splits[1])

@@ -16,7 +16,7 @@ from tersor.training import FinetuneStep, Job, LotteryStep
 from tersor.training.finetune import task_loss
 from tersor.training.journal import Journal
 from tersor.training.loop import train
-from tersor.training.masks import Choice, Masks, sparsity_of
+from tersor.training.masks import MaskChoice, Masks, sparsity_of
 
 PLAIN = {"num_steps": 20, "batch_size": 32, "learning_rate": 0.1, "optimizer": "sgd", "num_evaluations": 0}
 PLAIN |= {"momentum": 0.0, "weight_decay": 0.0}
@@ -71,7 +71,7 @@ def test_it_is_the_procedure_of_the_papers(task, rewind, rewind_to, reinit):
 
     fit(model, task, step, on_step=remember)
     for number, sparsity in enumerate((0.4, 0.6), start=1):
-        Choice(sparsity).tighten(model, masks)
+        MaskChoice(sparsity).tighten(model, masks)
         start = rewind_to
         if reinit and number == 2:
             torch.manual_seed(1_000_003)

@@ -10,7 +10,7 @@ from tersor.formats.semi_structured import SemiStructured
 from tersor.nn.packed import Simulated
 from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
-from tersor.training.masks import Choice, Masks, empty_sites, largest, sparsity_of
+from tersor.training.masks import MaskChoice, Masks, empty_sites, largest, sparsity_of
 
 
 class Net(nn.Module):
@@ -48,7 +48,7 @@ def textbook(weights, num_dropped):
 def test_global_is_one_threshold_over_all_sites(sparsity):
     model, masks = Net(), Masks()
     before = weights_of(model)
-    Choice(sparsity).tighten(model, masks)
+    MaskChoice(sparsity).tighten(model, masks)
     num_weights = sum(weight.numel() for weight in before.values())
     expected = textbook(before, round(sparsity * num_weights))
     assert masks.masks.keys() == before.keys()
@@ -61,7 +61,9 @@ def test_global_is_one_threshold_over_all_sites(sparsity):
 def test_site_ranks_each_by_itself_and_rules_have_their_own():
     model, masks = Net(), Masks()
     before = weights_of(model)
-    Choice(0.5, scope="site", rules={"lstm.*": 0.25, "lstm.weight_hh*": 0.75}, exclude=("conv",)).tighten(model, masks)
+    MaskChoice(0.5, scope="site", rules={"lstm.*": 0.25, "lstm.weight_hh*": 0.75}, exclude=("conv",)).tighten(
+        model, masks
+    )
     wanted = {"embedding": 0.5, "up": 0.5, "lstm.weight_ih_l0": 0.25, "lstm.weight_hh_l0": 0.75}
     assert masks.masks.keys() == wanted.keys()
     for name, sparsity in wanted.items():
@@ -72,7 +74,7 @@ def test_site_ranks_each_by_itself_and_rules_have_their_own():
 def test_rules_take_a_site_out_of_the_global_ranking():
     model, masks = Net(), Masks()
     before = weights_of(model)
-    Choice(0.6, rules={"up": 0.0}).tighten(model, masks)
+    MaskChoice(0.6, rules={"up": 0.0}).tighten(model, masks)
     assert masks.masks["up"].all()
     del before["up"]
     expected = textbook(before, round(0.6 * sum(weight.numel() for weight in before.values())))
@@ -84,10 +86,10 @@ def test_what_is_dropped_stays_dropped_and_counts():
     model, masks = nn.Sequential(nn.Linear(4, 1)), Masks()
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[3.0, 1.0, 2.0, 4.0]]))
-    Choice(0.25).tighten(model, masks)
+    MaskChoice(0.25).tighten(model, masks)
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[0.0, 9.0, 2.0, 4.0]]))
-    Choice(0.5).tighten(model, masks)
+    MaskChoice(0.5).tighten(model, masks)
     assert masks.masks["0"].tolist() == [[False, False, True, True]]
     assert model[0].weight.tolist() == [[0.0, 0.0, 2.0, 4.0]]
 
@@ -126,7 +128,7 @@ def test_a_pattern_over_an_older_mask_gives_no_weight_back():
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
 def test_the_optimizer_moves_the_kept_weights_alone(optimizer):
     model, masks = Net(), Masks()
-    Choice(0.5).tighten(model, masks)
+    MaskChoice(0.5).tighten(model, masks)
     before = weights_of(model)
     momentum = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
     stepper = optimizer(model.parameters(), lr=0.1, weight_decay=0.1, **momentum)
@@ -157,7 +159,7 @@ def test_masks_are_held_under_a_parametrization(module, name):
     model, masks = nn.Sequential(module), Masks()
     name = name or "weight_hh_l0"
     site = next(site for site in find_sites(model) if site.parameter == f"0.{name}")
-    Choice(0.5).tighten(model, masks)
+    MaskChoice(0.5).tighten(model, masks)
     mask = site.fold.unfold(masks.masks[site.name])
     parametrize.register_parametrization(module, name, Double())
     original = module.parametrizations[name].original
@@ -174,22 +176,22 @@ def test_packed_sites_are_refused_unless_they_are_excluded():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     packed = tersor.compress(model, Recipe.of("keep", {"1": "int8"})).model
     with pytest.raises(InputError, match=r"1 is packed already: prune before the weights step, or .*exclude"):
-        Choice(0.5).groups(packed)
-    assert [site.name for site in Choice(0.5, exclude=("1",)).groups(packed)[0][0]] == ["0"]
+        MaskChoice(0.5).groups(packed)
+    assert [site.name for site in MaskChoice(0.5, exclude=("1",)).groups(packed)[0][0]] == ["0"]
 
 
 def test_patterns_are_checked():
     model = nn.Sequential(nn.Linear(4, 4))
-    for choice in (Choice(0.5, exclude=("fc",)), Choice(0.5, rules={"fc": 0.5})):
+    for choice in (MaskChoice(0.5, exclude=("fc",)), MaskChoice(0.5, rules={"fc": 0.5})):
         with pytest.raises(UnknownName, match="site pattern 'fc'"):
             choice.groups(model)
     with pytest.raises(InputError, match="exclude matches every site"):
-        Choice(0.5, exclude=("*",)).groups(model)
+        MaskChoice(0.5, exclude=("*",)).groups(model)
 
 
 def test_a_site_without_a_weight_is_said():
     model, masks = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), Masks()
     with torch.no_grad():
         model[0].weight.mul_(0.001)
-    Choice(0.6).tighten(model, masks)
+    MaskChoice(0.6).tighten(model, masks)
     assert empty_sites(masks) == ["0: every weight was pruned; use scope: site, a rule of its own, or exclude it"]

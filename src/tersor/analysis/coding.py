@@ -197,7 +197,7 @@ def site_info(
     entropy = class_entropy = 0.0
     known, num_states = False, 0
     for part in parts:
-        codes = Codes.of(container, part)
+        codes = SymbolCounts.of(container, part)
         if codes is None or (entry is not None and codes.num_values < num_weights // 16):
             entropy += 8 * container.stored_bytes(part)  # scales and the like, as they are stored
             class_entropy += 8 * container.stored_bytes(part)
@@ -216,7 +216,7 @@ def site_info(
 
 
 @dataclass(frozen=True, eq=False)
-class Codes:
+class SymbolCounts:
     """How often every symbol of a tensor stands in every class.
 
     Attributes:
@@ -231,7 +231,7 @@ class Codes:
     low: int
     num_raw: int
     num_states: int = 0
-    planes: "tuple[Codes, ...]" = ()
+    planes: "tuple[SymbolCounts, ...]" = ()
 
     @property
     def num_values(self) -> int:
@@ -252,14 +252,14 @@ class Codes:
         return float(-(counts * np.log2(shares)).sum()) + self.num_values * self.num_raw + besides
 
     @classmethod
-    def of(cls, container: Container, name: str) -> "Codes | None":
+    def of(cls, container: Container, name: str) -> "SymbolCounts | None":
         """The codes of a tensor; None for one stored as it is."""
         entry, dtype = container.entries[name], DTYPES[container.entries[name].dtype]
         if entry.codec == "raw":
             return None
         head = bytes(container.checked(container.chunks[name][0], f"{name}, its head"))
         tensor = container.tensor(name)
-        planes: list[Codes] = []
+        planes: list[SymbolCounts] = []
         if entry.codec == "floats":
             split = SPLITS[dtype]
             values, rest = parted(bits_of(tensor), split)
@@ -282,7 +282,7 @@ class Codes:
         return replace(found, counts=counts, num_states=known.num_states)
 
     @classmethod
-    def under(cls, head: Head, values: ndarray) -> "Codes":
+    def under(cls, head: Head, values: ndarray) -> "SymbolCounts":
         """The symbols of a matrix under its head's classes."""
         symbols = symbols_of(values, head.tables.low, head.num_low_bits)
         return cls(counted(symbols, head.classes.row, head.classes.column), head.tables.low, 0)

@@ -33,7 +33,7 @@ from tersor.core.messages import first_line
 from tersor.formats.contract import CHUNK, Encoded, Format, Layout
 from tersor.nn.packed import PackedWeight, Stored
 from tersor.schemes.scheme import KEEP, parse_rule
-from tersor.tasks.contract import Output, Split, Task, Trainable
+from tersor.tasks.contract import Output, Split, Task, TrainableTask
 from tersor.tasks.inputs import Batch, device_of
 from tersor.tasks.scores import Scores
 from tersor.training.finetune import task_loss
@@ -143,7 +143,7 @@ def training_memory(
     )
 
 
-def walk_step(shadow: nn.Module, task: Trainable, step: TrainingStep, batch: Any) -> tuple[int, int]:
+def walk_step(shadow: nn.Module, task: TrainableTask, step: TrainingStep, batch: Any) -> tuple[int, int]:
     """One forward and backward pass: bytes alive between the two, and the most that ever are, beside the model's."""
     if step.gradient_checkpointing:
         checkpoint_activations(shadow)

@@ -23,7 +23,7 @@ class Stop(BaseException):
 
 
 @dataclass
-class Call:
+class BlockCall:
     """How a block was called for one batch, apart from the hidden states, which do not outlive the block.
 
     Attributes:
@@ -36,7 +36,7 @@ class Call:
     kwargs: dict[str, Any]
 
     @classmethod
-    def of(cls, *args: Any, **kwargs: Any) -> "Call":
+    def of(cls, *args: Any, **kwargs: Any) -> "BlockCall":
         kept = {name: without_cache(value) for name, value in kwargs.items() if args or name != "hidden_states"}
         return cls(bool(args), tuple(map(without_cache, args[1:])), kept)
 
@@ -50,7 +50,7 @@ class Call:
             return block(hidden, *self.args, **self.kwargs)
         return block(*self.args, **{**self.kwargs, "hidden_states": hidden})
 
-    def take(self, examples: Tensor, num_examples: int, single: "Call") -> "Call":
+    def take(self, examples: Tensor, num_examples: int, single: "BlockCall") -> "BlockCall":
         """The call for some of its examples.
 
         Args:
@@ -66,7 +66,7 @@ class Call:
             return argument[examples] if of_examples else argument
 
         args, kwargs = tree_map(pick, (self.args, self.kwargs), (single.args, single.kwargs))
-        return Call(self.by_position, args, kwargs)
+        return BlockCall(self.by_position, args, kwargs)
 
 
 def hidden_states(made: Any) -> Tensor:
@@ -98,7 +98,7 @@ class BlockStates:
     block_names: Sequence[str]
     cache: ActivationCache
     num_outputs: int = 0
-    calls: list[list[Call]] = field(default_factory=list)
+    calls: list[list[BlockCall]] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
 
     @property
@@ -111,10 +111,10 @@ class BlockStates:
 
     def first_output(self, batch: Any) -> Any:
         """The output of the first block for a batch."""
-        found: list[tuple[Call, Tensor]] = []
+        found: list[tuple[BlockCall, Tensor]] = []
 
         def record(*args: Any, **kwargs: Any) -> Tensor:
-            found.append((Call.of(*args, **kwargs), hidden_of(*args, **kwargs)))
+            found.append((BlockCall.of(*args, **kwargs), hidden_of(*args, **kwargs)))
             raise Stop
 
         with stand_in(self.blocks[:1], [record]):
@@ -144,13 +144,13 @@ class BlockStates:
     def stem(self, number: int, keep: bool = True) -> None:
         """Run what comes before the blocks on one batch, and note how they are called. The hidden states are kept in
         any case."""
-        calls: list[Call] = []
+        calls: list[BlockCall] = []
         hidden = torch.empty(0)
 
         def record(*args: Any, **kwargs: Any) -> Any:
             nonlocal hidden
             hidden = hidden_of(*args, **kwargs)
-            calls.append(Call.of(*args, **kwargs))
+            calls.append(BlockCall.of(*args, **kwargs))
             if len(calls) == len(self.block_names):
                 raise Stop
             return self.given(hidden)
@@ -206,7 +206,7 @@ class BlockStates:
 
 
 @dataclass
-class BlockRun:
+class ReplayableBlock:
     """One block, ready to be run on any weights beside what the original gave.
 
     Attributes:
@@ -217,10 +217,10 @@ class BlockRun:
 
     block: nn.Module
     parameters: Mapping[str, tuple[str, Fold, torch.dtype]]
-    calls: Sequence[Call]
+    calls: Sequence[BlockCall]
     inputs: Sequence[Tensor]
     targets: Sequence[Tensor]
-    single: Call
+    single: BlockCall
 
     @property
     def num_examples(self) -> int:

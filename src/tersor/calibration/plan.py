@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tersor.calibration.blocks import BlockStates, Call, find_blocks, hidden_bytes
+from tersor.calibration.blocks import BlockCall, BlockStates, find_blocks, hidden_bytes
 from tersor.calibration.inputs import before_sites
 from tersor.calibration.offload import ActivationCache
 from tersor.core.errors import DataError, ModelError
@@ -45,7 +45,7 @@ class WalkPlan:
     batch_size: int
     block_names: tuple[str, ...] = ()
     num_outputs: int = 0
-    single_calls: tuple[Call, ...] = ()
+    single_calls: tuple[BlockCall, ...] = ()
     block_context: BlockContext | None = None
 
     def of_block(self, name: str) -> list[Site]:

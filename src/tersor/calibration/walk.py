@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 
 from tersor.activations.quantizers import Activation
-from tersor.calibration.blocks import BlockRun, BlockStates, find_blocks, part_of
+from tersor.calibration.blocks import BlockStates, ReplayableBlock, find_blocks, part_of
 from tersor.calibration.inputs import BatchInputs, InputRecorder, OriginalInputs, position_mask
 from tersor.calibration.moments import has_inputs
 from tersor.calibration.offload import ActivationCache
@@ -56,7 +56,7 @@ class Visitor(Protocol):
             stats: of the inputs that the model compressed so far gives the site; empty where no input can be seen.
         """
 
-    def tune_block(self, block_run: BlockRun, chosen: Mapping[Site, Chosen]) -> dict[Site, Chosen]:
+    def tune_block(self, block_run: ReplayableBlock, chosen: Mapping[Site, Chosen]) -> dict[Site, Chosen]:
         """Better choices for some sites of a block that has just been walked, with the output of the block in view.
 
         Called only for visitors whose `needs` have `cross_moment`: without the original there is nothing to aim at.
@@ -64,7 +64,7 @@ class Visitor(Protocol):
 
 
 @dataclass(frozen=True)
-class Observer:
+class SiteObserver:
     """A visitor that changes nothing: it hands the statistics of each site to a function."""
 
     needs: frozenset[str]
@@ -73,7 +73,7 @@ class Observer:
     def visit_site(self, site: Site, stats: Stats) -> None:
         self.on_site(site, stats)
 
-    def tune_block(self, block_run: BlockRun, chosen: Mapping[Site, Chosen]) -> dict[Site, Chosen]:
+    def tune_block(self, block_run: ReplayableBlock, chosen: Mapping[Site, Chosen]) -> dict[Site, Chosen]:
         return {}
 
 
@@ -112,7 +112,7 @@ def visit_without_data(
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """A part of a model that all batches run through before the next part begins.
 
     Attributes:
@@ -176,16 +176,16 @@ class Walk:
         plan, outside = self.plan, self.plan.outside()
         with plan.part(""):
             self.visit_unreached(site for site in outside if not has_inputs(self.model, site))
-            self.go_through(Part(BlockStates.stem), outside)
+            self.go_through(ModelPart(BlockStates.stem), outside)
         for index, name in enumerate(plan.block_names):
             sites = plan.of_block(name)
             with plan.part(name):
                 self.visit_unreached(site for site in sites if not has_inputs(self.model, site))
-                self.go_through(Part(partial(BlockStates.block, index=index), index), sites)
+                self.go_through(ModelPart(partial(BlockStates.block, index=index), index), sites)
                 self.visit_unreached(sites)
         if any(site.name in self.pending for site in outside):
             with plan.part(""):
-                self.go_through(Part(BlockStates.head, is_last=True), outside)
+                self.go_through(ModelPart(BlockStates.head, is_last=True), outside)
                 self.visit_unreached(outside)
 
     def as_one_piece(self) -> None:
@@ -193,10 +193,10 @@ class Walk:
         sites = self.plan.sites
         with self.plan.part(""):
             self.visit_unreached(site for site in sites if not has_inputs(self.model, site))
-            self.go_through(Part(BlockStates.whole, is_last=True), sites)
+            self.go_through(ModelPart(BlockStates.whole, is_last=True), sites)
             self.visit_unreached(sites)
 
-    def go_through(self, part: Part, sites: Sequence[Site]) -> None:
+    def go_through(self, part: ModelPart, sites: Sequence[Site]) -> None:
         """Run all batches through a part, and visit those of the sites that they reach."""
         sites = [site for site in sites if site.name in self.pending and has_inputs(self.model, site)]
         inputs, originals = list(self.states.hidden), self.original_inputs(part, sites)
@@ -217,7 +217,7 @@ class Walk:
             self.go_through_again(part, inputs)
         self.install_packed()
 
-    def go_through_again(self, part: Part, inputs: list[Tensor]) -> None:
+    def go_through_again(self, part: ModelPart, inputs: list[Tensor]) -> None:
         """Run all batches through a part whose weights have changed since, so that the hidden states are right."""
         self.states.hidden[:] = inputs or self.states.hidden
         if any(chosen.activation for chosen in self.chosen.values()):
@@ -225,7 +225,7 @@ class Walk:
         for number in range(len(self.states.batches)):
             part.run(self.states, number, True)
 
-    def original_inputs(self, part: Part, sites: Sequence[Site]) -> dict[int, dict[str, Tensor]]:
+    def original_inputs(self, part: ModelPart, sites: Sequence[Site]) -> dict[int, dict[str, Tensor]]:
         """The inputs of the original's sites in a part, by number of the batch and name; empty if none runs beside."""
         if self.original is None:
             return {}
@@ -273,7 +273,7 @@ class Walk:
         }
         calls = [of_batch[index] for of_batch in self.states.calls]
         block, single = self.model.get_submodule(name), self.plan.single_calls[index]
-        block_run = BlockRun(block, parameters, calls, inputs, self.original.hidden, single)
+        block_run = ReplayableBlock(block, parameters, calls, inputs, self.original.hidden, single)
         better = self.visitor.tune_block(block_run, self.chosen)
         for site, chosen in better.items():
             self.chosen[site] = chosen

@@ -30,10 +30,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from tersor.checkpoint.views import Packed
+from tersor.checkpoint.views import BytePacking
 from tersor.codecs import CODECS
 from tersor.codecs.bits import BitReader
-from tersor.codecs.contract import CodecJob, Decoding
+from tersor.codecs.contract import CodecJob, PendingTensor
 from tersor.codecs.integers import Integers
 from tersor.codecs.tables import TableSet, read_tables
 from tersor.core.errors import ArtifactError
@@ -61,7 +61,7 @@ class Entry(BaseModel):
     shape: list[int] = Field(max_length=8)
     codec: str
     chunks: int = Field(ge=0, lt=2**32)
-    packed: Packed | None = None
+    packed: BytePacking | None = None
 
 
 class Header(BaseModel):
@@ -137,7 +137,7 @@ class Container:
             scales: of the rows `[out]` and the columns `[in]` of some integer matrices, by name: those come back as
                 float32, each value times the product of its two scales, without integers in between.
         """
-        decodings: dict[str, Decoding] = {}
+        decodings: dict[str, PendingTensor] = {}
         large: list[CodecJob] = []
         for name in self.entries if names is None else names:
             decodings[name] = self.decoding(name, (scales or {}).get(name))
@@ -175,7 +175,7 @@ class Container:
         if hashlib.sha256(self.data[:-TRAILER]).digest() != bytes(self.data[-TRAILER:]):
             raise ArtifactError(f"{self.path}: the SHA-256 at its end differs; the file was changed or damaged")
 
-    def decoding(self, name: str, scales: tuple[Tensor, Tensor] | None = None) -> Decoding:
+    def decoding(self, name: str, scales: tuple[Tensor, Tensor] | None = None) -> PendingTensor:
         """A tensor to be filled. Raises ArtifactError for a name that is not there."""
         if name not in self.entries:
             raise ArtifactError(f"{self.path}: has no tensor {name}")
@@ -200,7 +200,7 @@ class Container:
         ]
         return replace(decoding, tasks=tasks)
 
-    def finished(self, name: str, decoding: Decoding) -> Tensor:
+    def finished(self, name: str, decoding: PendingTensor) -> Tensor:
         """The tensor as it was written, from what its tasks filled."""
         packed = self.entries[name].packed
         if packed is None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tersor.checkpoint.container import ALIGNMENT, FIXED, MAGIC, VERSION, Container, Entry, Header, is_aligned
 from tersor.checkpoint.layout import CODED, packed_sites, tensors_of
-from tersor.checkpoint.views import Packed, Packing
+from tersor.checkpoint.views import BytePacking, Packing
 from tersor.codecs import ROWS
 from tersor.codecs.bits import BitWriter
 from tersor.codecs.contract import Pieces
@@ -41,7 +41,7 @@ def write(
         ArtifactError: the disk or the place refuses.
     """
     packing = packing or {}
-    views = {name: Packed.of(tensors[name], *packing[name]) for name in tensors if name in packing}
+    views = {name: BytePacking.of(tensors[name], *packing[name]) for name in tensors if name in packing}
     plans = {name: best_plan(as_matrix(numbers)) for name, numbers in integers_of(tensors, views)}
     tables, users = share_tables(plans)
     if tables is not None:
@@ -112,7 +112,7 @@ def packing_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> Packing:
     return found
 
 
-def integers_of(tensors: Mapping[str, Tensor], views: Mapping[str, Packed | None]) -> Iterator[tuple[str, Tensor]]:
+def integers_of(tensors: Mapping[str, Tensor], views: Mapping[str, BytePacking | None]) -> Iterator[tuple[str, Tensor]]:
     """The tensors that the integer coder takes, packed ones as their codes."""
     for name, tensor in tensors.items():
         view = views.get(name)
@@ -122,9 +122,9 @@ def integers_of(tensors: Mapping[str, Tensor], views: Mapping[str, Packed | None
             yield name, tensor
 
 
-def coded(name: str, tensor: Tensor, view: Packed | None, plan: Plan | None, shared: bool) -> tuple[Entry, Pieces]:
+def coded(name: str, tensor: Tensor, view: BytePacking | None, plan: Plan | None, shared: bool) -> tuple[Entry, Pieces]:
     """A tensor by the codec that takes the fewest bytes, the chunk index counted."""
-    choices: list[tuple[str, Packed | None, Pieces, int]] = []
+    choices: list[tuple[str, BytePacking | None, Pieces, int]] = []
     for codec in ROWS:
         own_view = None
         if isinstance(codec, Integers):

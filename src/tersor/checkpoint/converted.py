@@ -21,7 +21,7 @@ from tersor.core.weights_file import bytes_of
 
 
 @dataclass(frozen=True)
-class Source:
+class StoredTensor:
     """A tensor of the checkpoint, with its name there and the pattern that the table found in it."""
 
     name: str
@@ -44,7 +44,7 @@ class Converted:
     name: str
     first: str
     shape: tuple[int, ...]
-    sources: tuple[Source, ...]
+    sources: tuple[StoredTensor, ...]
     converter: Any
     model: Any
 
@@ -91,7 +91,7 @@ def by_model_names(model: Any, stored: Mapping[str, TensorSpan]) -> dict[str, Te
     converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     own = model.state_dict()
     found: dict[str, TensorSpan | Converted] = {}
-    parts: dict[str, list[Source]] = {}
+    parts: dict[str, list[StoredTensor]] = {}
     for key in sorted(stored, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
         if name not in own:
@@ -99,7 +99,7 @@ def by_model_names(model: Any, stored: Mapping[str, TensorSpan]) -> dict[str, Te
         elif pattern is None:
             found[name] = stored[key]
         else:
-            parts.setdefault(name, []).append(Source(key, pattern, stored[key]))
+            parts.setdefault(name, []).append(StoredTensor(key, pattern, stored[key]))
     for first, sources in parts.items():
         converter = converter_of[sources[0].pattern]
         names = [first.replace(converter.target_patterns[0], target) for target in converter.target_patterns]
@@ -113,7 +113,7 @@ def by_model_names(model: Any, stored: Mapping[str, TensorSpan]) -> dict[str, Te
 MOVES = {"MergeModulelist", "Concatenate", "Chunk", "Transpose"}  # operations that neither add nor drop values
 
 
-def check_whole(name: str, sources: Sequence[Source], converter: Any, num_values: int) -> None:
+def check_whole(name: str, sources: Sequence[StoredTensor], converter: Any, num_values: int) -> None:
     """Before anything is read: no part is missing. Raises ModelError."""
     stored = sum(torch.Size(source.extent.shape).numel() for source in sources)
     if stored != num_values and {type(operation).__name__ for operation in converter.operations} <= MOVES:

@@ -40,7 +40,7 @@ INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
-class Written:
+class PackedFolder:
     """The folder that was written, and the bytes of the weights before and after."""
 
     output: Path
@@ -74,7 +74,7 @@ class LazyTensors(Mapping[str, Tensor]):
         return len(self.places)
 
 
-def pack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
+def pack(source: Path, output: Path, *, overwrite: bool = False) -> PackedFolder:
     """Write the tensors of a checkpoint folder, a safetensors file or an artifact as `model.tersor` into a new folder,
     beside the other files as they came. `unpack` gives the same tensors back, bit for bit. A safetensors file alone can
     become one file: an output that ends in .tersor.
@@ -105,7 +105,7 @@ def pack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
         with atomic_file(output, overwrite, not_packed) as working:
             write(tensors, working, packing_of(manifest, tensors), metadata)
             check_written(tensors, working)
-        return Written(output, before, output.stat().st_size)
+        return PackedFolder(output, before, output.stat().st_size)
     with atomic_folder(output, overwrite) as folder:
         write(tensors, folder / CODED, packing_of(manifest, tensors), metadata)
         check_written(tensors, folder / CODED)
@@ -113,10 +113,10 @@ def pack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
             copy_others(source, folder, {file.relative_to(source).as_posix() for file in files} | {INDEX}, output)
         if manifest is not None:
             write_manifest(folder, manifest | {"files": listing(folder)})
-    return Written(output, before, (output / CODED).stat().st_size)
+    return PackedFolder(output, before, (output / CODED).stat().st_size)
 
 
-def unpack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
+def unpack(source: Path, output: Path, *, overwrite: bool = False) -> PackedFolder:
     """Write what is in a `model.tersor`, or in its folder, as plain safetensors into a new folder, in as many files as
     were packed. The sites of an artifact, of either kind, are decoded to weights, under the names and in the types they
     had before, so that transformers loads the folder. A file alone can become one file: an output that ends in
@@ -148,7 +148,7 @@ def unpack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
         check_output(output, overwrite, foreign)
         with atomic_file(output, overwrite, foreign) as working:
             write_weights(tensors, working, alignment=1)
-        return Written(output, file.stat().st_size, output.stat().st_size)
+        return PackedFolder(output, file.stat().st_size, output.stat().st_size)
     with atomic_folder(output, overwrite) as folder:
         shards = {WEIGHTS: list(tensors)} if container is None else shards_of(container, tensors, file)
         for name, names in shards.items():
@@ -164,7 +164,7 @@ def unpack(source: Path, output: Path, *, overwrite: bool = False) -> Written:
             copy_others(source, folder, own, output)
             withdraw(folder)
         after = sum((folder / name).stat().st_size for name in shards)
-    return Written(output, file.stat().st_size, after)
+    return PackedFolder(output, file.stat().st_size, after)
 
 
 def names_file(source: Path, output: Path, suffix: str) -> bool:

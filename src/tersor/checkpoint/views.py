@@ -16,7 +16,7 @@ from tersor.formats.packing import pack, packed_width, unpack
 BLOCK = 2**18
 
 
-class Packed(BaseModel):
+class BytePacking(BaseModel):
     """How a tensor of bytes holds codes.
 
     Attributes:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tersor.checkpoint.pack import Written
+from tersor.checkpoint.pack import PackedFolder
 from tersor.cli import options
 from tersor.cli.console import out, print_json
 from tersor.jobs.pack import pack as pack_folder
@@ -25,7 +25,7 @@ def pack(
     show(pack_folder(model, Output(output, overwrite)), json)
 
 
-def show(written: Written, json: bool) -> None:
+def show(written: PackedFolder, json: bool) -> None:
     """Print the sizes before and after."""
     if json:
         print_json({"output": str(written.output), "bytes_before": written.before, "bytes": written.after})

@@ -28,7 +28,7 @@ class Pieces:
 
 
 @dataclass(frozen=True, eq=False)
-class Decoding:
+class PendingTensor:
     """A tensor on its way: `tensor` is whole when all tasks have run, in any order.
 
     Attributes:
@@ -63,6 +63,6 @@ class Codec(Protocol):
 
     def decode(
         self, head: memoryview, chunks: Sequence[memoryview], dtype: torch.dtype, shape: tuple[int, ...]
-    ) -> Decoding:
+    ) -> PendingTensor:
         """The tensor, and what is left to do to fill it. Raises ArtifactError, here or in a task, for bytes that no
         encoder makes, before more memory is taken than the shape asks for; and never reads beyond the bytes."""

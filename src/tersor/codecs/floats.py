@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tersor.codecs.bits import read_varint, write_varint
 from tersor.codecs.chunk import decode_chunk, encode_chunk
-from tersor.codecs.contract import Decoding, Pieces
+from tersor.codecs.contract import PendingTensor, Pieces
 from tersor.codecs.head import Head, read_head, write_head
 from tersor.codecs.integers import check_size, matrix_shape, row_blocks
 from tersor.codecs.loops import loops
@@ -85,7 +85,7 @@ class Floats:
 
     def decode(
         self, head: memoryview, chunks: Sequence[memoryview], dtype: torch.dtype, shape: tuple[int, ...]
-    ) -> Decoding:
+    ) -> PendingTensor:
         check_size(shape, len(head) + sum(map(len, chunks)))
         split = SPLITS[dtype]
         kept, rest = read_planes(head, split, matrix_shape(shape))
@@ -99,7 +99,7 @@ class Floats:
             for part, block in zip(chunks, rows, strict=True)
         ]
         tensor = torch.from_numpy(values.view(np.uint8)).view(dtype).view(shape)
-        return Decoding(tensor, tasks, rows)
+        return PendingTensor(tensor, tasks, rows)
 
 
 def bits_of(tensor: Float[Tensor, "..."]) -> ndarray:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tersor.codecs.bits import read_varint, write_varint
 from tersor.codecs.chunk import decode_chunk, encode_chunk
-from tersor.codecs.contract import Decoding, Pieces
+from tersor.codecs.contract import PendingTensor, Pieces
 from tersor.codecs.head import read_head, write_head
 from tersor.codecs.plan import Plan, best_plan, make_plan, plan_bits
 from tersor.codecs.rans import Scales
@@ -63,7 +63,7 @@ class Integers:
 
     def decode(
         self, head: memoryview, chunks: Sequence[memoryview], dtype: torch.dtype, shape: tuple[int, ...]
-    ) -> Decoding:
+    ) -> PendingTensor:
         scales = self.scales
         check_size(shape, len(head) + sum(map(len, chunks)))
         known = read_head(bytes(head), matrix_shape(shape), dtype, self.tables, self.trellis)
@@ -79,7 +79,7 @@ class Integers:
             partial(decode_chunk, known, chunk, block, values[block], KINDS[dtype], part)
             for chunk, block, part in zip(chunks, rows, parts, strict=True)
         ]
-        return Decoding(torch.from_numpy(values).view(shape), tasks, rows)
+        return PendingTensor(torch.from_numpy(values).view(shape), tasks, rows)
 
 
 def encode(codes: Int[Tensor, "..."]) -> bytes:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.codecs.contract import Decoding, Pieces
+from tersor.codecs.contract import PendingTensor, Pieces
 from tersor.core.errors import ArtifactError
 
 CHUNK = 2**24  # bytes under one checksum
@@ -28,7 +28,7 @@ class Raw:
 
     def decode(
         self, head: memoryview, chunks: Sequence[memoryview], dtype: torch.dtype, shape: tuple[int, ...]
-    ) -> Decoding:
+    ) -> PendingTensor:
         num_bytes = math.prod(shape) * dtype.itemsize
         lengths = [min(CHUNK, num_bytes - first) for first in range(0, num_bytes, CHUNK)]
         if len(head) or lengths != [len(chunk) for chunk in chunks]:
@@ -40,7 +40,7 @@ class Raw:
             memory[first : first + len(chunk)] = np.frombuffer(chunk, np.uint8)
 
         tasks = [lambda first=i * CHUNK, chunk=chunk: copy(first, chunk) for i, chunk in enumerate(chunks)]
-        return Decoding(tensor, tasks, [slice(0, shape[0] if shape else 1)] * len(tasks))
+        return PendingTensor(tensor, tasks, [slice(0, shape[0] if shape else 1)] * len(tasks))
 
 
 def bytes_of(tensor: Tensor) -> bytes:

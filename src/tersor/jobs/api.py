@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from tersor.checkpoint.open import ModelSpec, dtype_named
-from tersor.checkpoint.pack import Written
+from tersor.checkpoint.pack import PackedFolder
 from tersor.core.errors import UnknownName
 from tersor.core.progress import Events
 from tersor.jobs import bench as benching
@@ -269,12 +269,12 @@ def inspect(model: Model, formats: str | Sequence[str] = (), **more: Any) -> ins
     return inspecting.inspect(spec, list(one_or_more(formats)), Events(**fields_of(Events, more)))
 
 
-def pack(model: str | Path, output: str | Path, overwrite: bool = False) -> Written:
+def pack(model: str | Path, output: str | Path, overwrite: bool = False) -> PackedFolder:
     """Write a checkpoint or an artifact smaller without changing a bit."""
     return packing.pack(Path(model), Output(Path(output), overwrite))
 
 
-def unpack(packed: str | Path, output: str | Path, overwrite: bool = False) -> Written:
+def unpack(packed: str | Path, output: str | Path, overwrite: bool = False) -> PackedFolder:
     """Write plain safetensors again; an artifact's packed weights are decoded."""
     return packing.unpack(Path(packed), Output(Path(output), overwrite))
 

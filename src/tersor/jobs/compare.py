@@ -12,7 +12,7 @@ from tersor.core.progress import Events
 from tersor.jobs.compress import DEFAULT_DROP
 from tersor.jobs.settings import Timing
 from tersor.kernels import choices
-from tersor.kernels.choice import Choice
+from tersor.kernels.choice import KernelTiming
 from tersor.measure.latency import TimeLimit
 from tersor.measure.scorecard import Scorecard, Subject, measure
 from tersor.measure.verdict import Tolerance, Verdict, judge
@@ -34,7 +34,7 @@ class Compared:
     scorecards: list[Scorecard]
     verdicts: list[Verdict]
     task: str
-    kernels: list[Choice]
+    kernels: list[KernelTiming]
 
 
 def compare(

@@ -6,7 +6,7 @@ from tersor.checkpoint.open import ModelSpec
 from tersor.core.progress import Events
 from tersor.jobs.compare import compare
 from tersor.jobs.settings import Timing
-from tersor.kernels.choice import Choice
+from tersor.kernels.choice import KernelTiming
 from tersor.measure.scorecard import Scorecard
 from tersor.tasks.data import Data
 
@@ -17,7 +17,7 @@ class Evaluated:
 
     scorecard: Scorecard
     task: str
-    kernels: list[Choice]
+    kernels: list[KernelTiming]
     notes: list[str]
 
 

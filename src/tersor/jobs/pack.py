@@ -4,19 +4,19 @@ from pathlib import Path
 
 from tersor.analysis.coding import Verified
 from tersor.analysis.coding import verify as verify_folder
-from tersor.checkpoint.pack import Written
+from tersor.checkpoint.pack import PackedFolder
 from tersor.checkpoint.pack import pack as pack_folder
 from tersor.checkpoint.pack import unpack as unpack_folder
 from tersor.core.progress import Events
 from tersor.jobs.settings import Output
 
 
-def pack(model: Path, output: Output) -> Written:
+def pack(model: Path, output: Output) -> PackedFolder:
     """Write a Hugging Face folder, a safetensors file or an artifact entropy-coded, every bit as it was."""
     return pack_folder(model, output.path, overwrite=output.overwrite)
 
 
-def unpack(packed: Path, output: Output) -> Written:
+def unpack(packed: Path, output: Output) -> PackedFolder:
     """Write plain safetensors; the packed weights of an artifact are decoded."""
     return unpack_folder(packed, output.path, overwrite=output.overwrite)
 

@@ -14,8 +14,8 @@ others are decoded, by code that the compiler fuses.
 `reference()` switches all of them off, to judge them and to count operations.
 """
 
-from tersor.kernels.choice import Choice as Choice
-from tersor.kernels.choice import Memory as Memory
+from tersor.kernels.choice import KernelTiming as KernelTiming
+from tersor.kernels.choice import WeightKernels as WeightKernels
 from tersor.kernels.choice import choices as choices
 from tersor.kernels.choice import fast as fast
 from tersor.kernels.choice import kernel_of as kernel_of

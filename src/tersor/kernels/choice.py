@@ -33,7 +33,7 @@ def reference() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Choice:
+class KernelTiming:
     """The fastest kernel for a shape, and what each took.
 
     Attributes:
@@ -52,7 +52,7 @@ class Choice:
 
 
 @dataclass
-class Memory:
+class WeightKernels:
     """The kernels of one packed weight: those that fit an input type, those chosen, and their layouts."""
 
     fitting: dict[torch.dtype, list[Kernel]] = field(default_factory=dict)
@@ -88,7 +88,7 @@ FEW = 32  # tokens that a kernel is tried with first
 HOPELESS = 4.0  # times as long as the fastest so far: not tried any further
 
 
-def choices() -> list[Choice]:
+def choices() -> list[KernelTiming]:
     """The choices made in this process, in the order of their first use."""
     return list(CHOICE.made.values())
 
@@ -113,7 +113,7 @@ def linear(
     encoded: Encoded,
     activation: Activation | None,
     bias: Float[Tensor, " out"] | None,
-    memory: Memory,
+    memory: WeightKernels,
 ) -> Float[Tensor, "*batch out"] | None:
     """Run a site by the fastest kernel. None where only decoding fits: on other devices than the CPU, where gradients
     flow, or inside `reference()`."""
@@ -148,7 +148,7 @@ class KernelChoice:
     """
 
     enabled: bool = True
-    made: dict[tuple[Any, ...], Choice] = field(default_factory=dict)
+    made: dict[tuple[Any, ...], KernelTiming] = field(default_factory=dict)
 
     def choose(
         self,
@@ -156,7 +156,7 @@ class KernelChoice:
         encoded: Encoded,
         activation: Activation | None,
         bias: Float[Tensor, " out"] | None,
-        memory: Memory,
+        memory: WeightKernels,
     ) -> Kernel:
         """The fastest kernel for this many tokens, measured where it is not known yet."""
         bucket = min((len(tokens) - 1).bit_length(), MOST_TOKENS.bit_length() - 1)
@@ -168,7 +168,7 @@ class KernelChoice:
         whole = (encoded.format.name, activation.format if activation else None, encoded.shape, *key, names)
         if len(fitting) > 1 and whole not in self.made:
             times = measured(fitting, tokens, encoded, activation, bias, memory)
-            self.made[whole] = Choice(
+            self.made[whole] = KernelTiming(
                 kernel=fastest(times),
                 format=encoded.format.name,
                 activation=activation.format if activation else None,
@@ -194,7 +194,7 @@ def measured(
     encoded: Encoded,
     activation: Activation | None,
     bias: Tensor | None,
-    memory: Memory,
+    memory: WeightKernels,
 ) -> dict[str, float]:
     """Seconds that each kernel takes. Left out are those that fail, that stray from the reference, or that take far
     longer than another on a few tokens."""

@@ -68,7 +68,7 @@ class AutoRound(MethodFor[IntGroup]):
             starts: what `compress` made of them.
             run: runs the block on given weights.
         """
-        rounded = {name: Rounded(weights[name], encoded) for name, encoded in starts.items()}
+        rounded = {name: LearnedRounding(weights[name], encoded) for name, encoded in starts.items()}
         generator = torch.Generator().manual_seed(0)
         for step in range(self.num_steps):
             rate = self.rate * (1 - step / self.num_steps) / self.num_steps
@@ -97,7 +97,7 @@ class AutoRound(MethodFor[IntGroup]):
         return total
 
 
-class Rounded:
+class LearnedRounding:
     """A weight on an integer grid, with what is learned about it.
 
     Attributes:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tersor.activations.quantizers import Activation
 from tersor.core.memory import aligned
 from tersor.formats.contract import Encoded
-from tersor.kernels import Memory, linear, transformed
+from tersor.kernels import WeightKernels, linear, transformed
 from tersor.nn.in_place import Packed, PackedModule, turn
 
 
@@ -112,7 +112,7 @@ class PackedWeight(Stored):
     def __init__(self, encoded: Encoded, fold: Fold, dtype: torch.dtype):
         super().__init__(encoded.parts, dtype)
         self.format, self.shape, self.fold = encoded.format, encoded.shape, fold
-        self.memory = Memory()
+        self.memory = WeightKernels()
         self.fetch: Callable[[], dict[str, Tensor]] | None = None
         self.fetched_to = torch.device("cpu")
 
@@ -129,7 +129,7 @@ class PackedWeight(Stored):
         return {name: part.to(self.fetched_to) for name, part in self.fetch().items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
-        self.memory = Memory()
+        self.memory = WeightKernels()
         if self.fetch is not None:
             self.become_like(fn(self._parameters[LIKE].detach()))  # type: ignore[union-attr]
             self.fetched_to = self._parameters[LIKE].device  # type: ignore[union-attr]

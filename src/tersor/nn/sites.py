@@ -39,7 +39,7 @@ from tersor.nn.packed import (
 from tersor.nn.recurrent import PackedRecurrent, pack_recurrent
 
 
-class Row(NamedTuple):
+class WeightRow(NamedTuple):
     """A module class, the parameters of it that are weights (a regular expression), what they are, how they fold."""
 
     classes: tuple[type[nn.Module], ...]
@@ -49,13 +49,13 @@ class Row(NamedTuple):
 
 
 WEIGHTS = [
-    Row((nn.modules.linear.NonDynamicallyQuantizableLinear,), "weight", "attention"),
-    Row((nn.Linear,), "weight", "linear"),
-    Row((nn.Conv1d, nn.Conv2d, nn.Conv3d), "weight", "conv"),
-    Row((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), "weight", "conv", "transposed"),
-    Row((nn.Embedding, nn.EmbeddingBag), "weight", "embedding"),
-    Row((nn.RNNBase, nn.RNNCellBase), r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?", "rnn"),
-    Row((nn.MultiheadAttention,), "(in|q|k|v)_proj_weight", "attention"),
+    WeightRow((nn.modules.linear.NonDynamicallyQuantizableLinear,), "weight", "attention"),
+    WeightRow((nn.Linear,), "weight", "linear"),
+    WeightRow((nn.Conv1d, nn.Conv2d, nn.Conv3d), "weight", "conv"),
+    WeightRow((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), "weight", "conv", "transposed"),
+    WeightRow((nn.Embedding, nn.EmbeddingBag), "weight", "embedding"),
+    WeightRow((nn.RNNBase, nn.RNNCellBase), r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?", "rnn"),
+    WeightRow((nn.MultiheadAttention,), "(in|q|k|v)_proj_weight", "attention"),
 ]
 PACKED_KINDS = [
     (PackedProjection, "attention"),
@@ -265,7 +265,7 @@ def weights_of(module: nn.Module) -> list[tuple[str, nn.Parameter | PackedWeight
     owned = owned_by(module)
     row = next((row for row in WEIGHTS if isinstance(module, row.classes)), None)
     if row is None and is_transposed_linear(module):
-        row = Row((), "weight", "linear", "transposed")
+        row = WeightRow((), "weight", "linear", "transposed")
     if row is not None:
         return [(n, p, row.kind, row.view) for n, p in owned.items() if re.fullmatch(row.names, n)]
     return [(n, p, "stack", "stack") for n, p in owned.items() if is_stack(p)]

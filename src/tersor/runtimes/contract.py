@@ -151,7 +151,7 @@ class Decodes(Protocol):
 
 
 @dataclass
-class Reading:
+class DecoderState:
     """The state that every decoder keeps: which of the tokens fed so far are no padding, `[row, token]`."""
 
     mask: Int64[np.ndarray, "row token"] | None = None
@@ -166,7 +166,7 @@ class Reading:
     ) -> tuple[Int64[np.ndarray, "row token"], Int64[np.ndarray, "row new"]]:
         """Count some more. Returns the whole mask, and the position of every new token in its text.
 
-        >>> Reading().add(np.array([[5, 7, 9]]), np.array([[0, 1, 1]]))
+        >>> DecoderState().add(np.array([[5, 7, 9]]), np.array([[0, 1, 1]]))
         (array([[0, 1, 1]]), array([[0, 0, 1]]))
         """
         new = np.ones_like(ids) if mask is None else mask

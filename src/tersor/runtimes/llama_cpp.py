@@ -8,7 +8,7 @@ import numpy as np
 
 from tersor.core.errors import InputError, MissingExtra, ModelError
 from tersor.core.messages import first_line
-from tersor.runtimes.contract import Decoder, Feeds, Input, Profile, Reading, Session, check_feeds
+from tersor.runtimes.contract import Decoder, DecoderState, Feeds, Input, Profile, Session, check_feeds
 
 LONGEST = 2048  # tokens that a context holds at most, where the model's own is longer; each has logits in memory
 
@@ -53,7 +53,7 @@ class LlamaCppDecoder:
         self.reset()
 
     def reset(self) -> None:
-        self.reading = Reading()
+        self.reading = DecoderState()
         self.model.reset()
 
     def feed(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:

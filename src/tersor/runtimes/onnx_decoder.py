@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tersor.core.errors import ModelError
-from tersor.runtimes.contract import Reading
+from tersor.runtimes.contract import DecoderState
 
 CACHE, IN_PLACE = "tersor.cache", "in place"  # what the metadata of a file says
 PAST, PRESENT = "past_key_values", "present"
@@ -39,7 +39,7 @@ class OnnxDecoder:
         self.reset()
 
     def reset(self) -> None:
-        self.reading, self.kept = Reading(), dict[str, Any]()
+        self.reading, self.kept = DecoderState(), dict[str, Any]()
         self.binding = self.session.io_binding()
 
     def feed(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:

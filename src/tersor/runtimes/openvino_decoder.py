@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tersor.core.errors import ModelError
-from tersor.runtimes.contract import Reading
+from tersor.runtimes.contract import DecoderState
 
 
 class OpenVinoDecoder:
@@ -21,7 +21,7 @@ class OpenVinoDecoder:
         self.reset()
 
     def reset(self) -> None:
-        self.reading = Reading()
+        self.reading = DecoderState()
         self.request.reset_state()
 
     def feed(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:

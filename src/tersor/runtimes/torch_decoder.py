@@ -7,7 +7,7 @@ from torch import nn
 from tersor.core.errors import ModelError
 from tersor.core.threads import threads
 from tersor.nn.cached_call import call_with_cache
-from tersor.runtimes.contract import Reading
+from tersor.runtimes.contract import DecoderState
 
 
 class TorchDecoder:
@@ -21,7 +21,7 @@ class TorchDecoder:
         self.reset()
 
     def reset(self) -> None:
-        self.reading, self.cache = Reading(), None
+        self.reading, self.cache = DecoderState(), None
 
     def feed(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         whole, positions = self.reading.add(ids, mask)

@@ -55,7 +55,7 @@ PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp1
 
 
 @dataclass(frozen=True)
-class Call:
+class OperatorCall:
     """One operator, or one decoding or quantizing as a whole, in a run.
 
     Attributes:
@@ -76,7 +76,7 @@ def profile(model: nn.Module, run: Callable[[], object], num_runs: int) -> Profi
     run()  # kernels are chosen on the first run
     calls, macs = count_calls(run), macs_by_module(model, run)
     clock, walls = run_clock(torch.get_num_threads()), list[float]()
-    runs: list[list[Call]] = []
+    runs: list[list[OperatorCall]] = []
     for _ in range(num_runs + 2):
         started = clock()
         run()
@@ -84,7 +84,7 @@ def profile(model: nn.Module, run: Callable[[], object], num_runs: int) -> Profi
         with Stopwatch(model) as stopwatch:
             run()
         runs.append(stopwatch.calls)
-    parts: dict[tuple[str, str], list[Call]] = defaultdict(list)
+    parts: dict[tuple[str, str], list[OperatorCall]] = defaultdict(list)
     for call in typical(runs[2:]):
         parts[call.module, call.part].append(call)
     modules = dict(model.named_modules())
@@ -92,7 +92,7 @@ def profile(model: nn.Module, run: Callable[[], object], num_runs: int) -> Profi
     return Profile(tuple(layers), median(walls[2:]), calls)
 
 
-def typical(runs: list[list[Call]]) -> list[Call]:
+def typical(runs: list[list[OperatorCall]]) -> list[OperatorCall]:
     """The calls of one run, each with its median time over all: a run that waited for other work of the machine did so
     at some of its calls only. Runs that took another way than the last are left out."""
     way = [(call.module, call.part, call.kernel) for call in runs[-1]]
@@ -100,7 +100,7 @@ def typical(runs: list[list[Call]]) -> list[Call]:
     return [replace(calls[-1], seconds=median(call.seconds for call in calls)) for calls in zip(*same, strict=True)]
 
 
-def layer_of(calls: list[Call], module: nn.Module | None, macs: dict[str, int]) -> LayerTime:
+def layer_of(calls: list[OperatorCall], module: nn.Module | None, macs: dict[str, int]) -> LayerTime:
     """All calls of one part of one module."""
     name, part, product = calls[0].module, calls[0].part, calls[0].part == "product"
     by_kernel: dict[str, float] = defaultdict(float)
@@ -129,7 +129,7 @@ class Stopwatch(TorchFunctionMode):
         super().__init__()
         self.names = {id(module): name for name, module in reversed(list(model.named_modules()))}
         self.modules = dict(model.named_modules())
-        self.calls: list[Call] = []
+        self.calls: list[OperatorCall] = []
         self.path = [""]
         self.inside, self.in_pieces = False, 0.0
         self.stack = ExitStack()
@@ -163,9 +163,9 @@ class Stopwatch(TorchFunctionMode):
         part = self.part_of(name)
         if part == "product":
             moved, precision = bytes_of((args, kwargs, result)), precision_of(name, args)
-            self.calls.append(Call(self.path[-1], part, name, seconds, moved, precision))
+            self.calls.append(OperatorCall(self.path[-1], part, name, seconds, moved, precision))
         else:
-            self.calls.append(Call(self.path[-1], part, name, seconds))
+            self.calls.append(OperatorCall(self.path[-1], part, name, seconds))
         return result
 
     def part_of(self, name: str) -> str:
@@ -190,7 +190,7 @@ class Stopwatch(TorchFunctionMode):
             finally:
                 self.inside, seconds = False, time.perf_counter() - started
                 self.in_pieces += seconds
-            self.calls.append(Call(self.path[-1], part, name, seconds, bytes_of((args, result))))
+            self.calls.append(OperatorCall(self.path[-1], part, name, seconds, bytes_of((args, result))))
             return result
 
         return piece

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.calibration.plan import survey
-from tersor.calibration.walk import Observer, walk
+from tersor.calibration.walk import SiteObserver, walk
 from tersor.checkpoint.container_write import size_of, write
 from tersor.checkpoint.layout import CODED, other_tensors
 from tersor.core.errors import BudgetError
@@ -78,7 +78,7 @@ class Forecast:
 
 
 @dataclass(frozen=True)
-class Found:
+class LevelFound:
     """A noise level, and the model and file size that it gives."""
 
     recipe: Recipe
@@ -106,16 +106,16 @@ class NoiseLevelSearch:
     factors: Mapping[str, float] = field(default_factory=dict)
     num_states: int = 0
 
-    def make(self, level: float) -> Found:
+    def make(self, level: float) -> LevelFound:
         """The model of one level, and the exact bytes of its file."""
         made = self.compressed(recipe_at(level, self.step, self.seed, self.factors, self.num_states))
-        return Found(made.recipe, made, size_of(made.model))
+        return LevelFound(made.recipe, made, size_of(made.model))
 
     def compressed(self, recipe: Recipe) -> Compressed:
         """The model of a recipe."""
         return run(recipe, self.model, self.task, stats=self.stats, events=Events(self.progress))
 
-    def within(self, limit: Limit) -> Found:
+    def within(self, limit: Limit) -> LevelFound:
         """The largest file that the limit allows, or one less than half a percent smaller. Raises BudgetError naming
         the nearest file where there is none."""
         searching, forecast = self, self.foresee()
@@ -178,7 +178,7 @@ class NoiseLevelSearch:
             for site in sites:
                 look(site, Stats())
         else:
-            walk(survey(self.model, self.task, sites), Observer(frozenset({"second_moment"}), look), seed=self.seed)
+            walk(survey(self.model, self.task, sites), SiteObserver(frozenset({"second_moment"}), look), seed=self.seed)
         self.progress("measuring what levels cost", len(sites), len(sites))
         total = torch.stack(counts).sum(0) if counts else torch.zeros(1, dtype=torch.float64)
         return Forecast(total, self.num_states)
@@ -211,17 +211,17 @@ def recipe_at(
     return Recipe.of(scheme(level), {**own, **step.rules}, step.exclude, seed)
 
 
-Make = Callable[[float], Found]
+Make = Callable[[float], LevelFound]
 
 
-def fit(limit: Limit, forecast: Forecast, make: Make) -> Found:
+def fit(limit: Limit, forecast: Forecast, make: Make) -> LevelFound:
     """The largest file that the limit allows, or one less than half a percent smaller.
 
     Raises BudgetError where the coarsest level is still too large.
     """
     finest, coarsest = forecast.level_of(FINEST), forecast.level_of(COARSEST)
     level = min(max(forecast.level(AIM * limit.num_bytes), finest), coarsest)
-    best: Found | None = None
+    best: LevelFound | None = None
     over, under = finest, coarsest  # the levels between which the answer lies
     measured: list[tuple[float, int]] = []
     for _ in range(NUM_MODELS):

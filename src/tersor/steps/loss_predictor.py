@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from tersor.activations.quantizers import Activation
-from tersor.calibration.blocks import BlockRun
+from tersor.calibration.blocks import ReplayableBlock
 from tersor.calibration.walk import Chosen
 from tersor.core.threads import threads
 from tersor.formats.contract import Encoded
@@ -41,7 +41,7 @@ class LossPredictor(StepVisitor):
         self.predicted[site.name] = predicted_loss(weight, encoded, activation, stats)
         self.packed[site] = encoded, activation
 
-    def tune_block(self, block_run: BlockRun, chosen: Mapping[Site, Chosen]) -> dict[Site, Chosen]:
+    def tune_block(self, block_run: ReplayableBlock, chosen: Mapping[Site, Chosen]) -> dict[Site, Chosen]:
         """Nothing: no site is chosen."""
         return {}
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from tersor.activations.quantizers import ACTIVATIONS, INT8, Activation, IntStatic
-from tersor.calibration.blocks import BlockRun
+from tersor.calibration.blocks import ReplayableBlock
 from tersor.calibration.curvature import estimate_fisher
 from tersor.calibration.moments import has_inputs
 from tersor.calibration.plan import BlockContext, survey
@@ -86,7 +86,7 @@ class StepVisitor(ABC):
         """The weight that takes a site's place; None: the site stays as it is."""
 
     @abstractmethod
-    def tune_block(self, block_run: BlockRun, chosen: Mapping[Site, Chosen]) -> dict[Site, Chosen]:
+    def tune_block(self, block_run: ReplayableBlock, chosen: Mapping[Site, Chosen]) -> dict[Site, Chosen]:
         """Better choices for some sites of a block."""
 
     def run(self) -> None:

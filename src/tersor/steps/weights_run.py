@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from tersor.activations.quantizers import Activation
-from tersor.calibration.blocks import BlockRun
+from tersor.calibration.blocks import ReplayableBlock
 from tersor.calibration.walk import Chosen
 from tersor.formats.contract import Encoded
 from tersor.methods.contract import BlockMethod
@@ -64,7 +64,7 @@ class WeightsRun(StepVisitor):
             corrected = corrected_bias(bias.detach(), made.encoded.decode() - made.weight, made.stats.mean)
         return nn.Parameter(corrected, requires_grad=bias.requires_grad)
 
-    def tune_block(self, block_run: BlockRun, chosen: Mapping[Site, Chosen]) -> dict[Site, Chosen]:
+    def tune_block(self, block_run: ReplayableBlock, chosen: Mapping[Site, Chosen]) -> dict[Site, Chosen]:
         """Let the methods that tune whole blocks choose again, each all its sites at once."""
         better: dict[Site, Chosen] = {}
         for method in {scheme.method: None for site in chosen if (scheme := self.schemes[site])}:

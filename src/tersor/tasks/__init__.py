@@ -12,16 +12,16 @@ from typing import Any
 
 from tersor.core.errors import DataError, UnknownName
 from tersor.tasks.classification import open_classification
-from tersor.tasks.contract import Output, Split, Task, Trainable
+from tersor.tasks.contract import Output, Split, Task, TrainableTask
 from tersor.tasks.custom import open_custom
 from tersor.tasks.inputs import Batch
 from tersor.tasks.options import check_options
 from tersor.tasks.perplexity import open_perplexity
 from tersor.tasks.similarity import open_similarity
-from tersor.tasks.source import Source
+from tersor.tasks.source import DataSource
 from tersor.tasks.unlabelled import open_fidelity
 
-__all__ = ["TASKS", "Batch", "Output", "Source", "Split", "Task", "Trainable", "open_task", "task_options"]
+__all__ = ["TASKS", "Batch", "DataSource", "Output", "Split", "Task", "TrainableTask", "open_task", "task_options"]
 
 TASKS: dict[str, Callable[..., Task]] = {
     "classification": open_classification,
@@ -61,7 +61,7 @@ def open_task(
     if name not in TASKS:
         raise UnknownName("task", name, [*TASKS, "package.module:factory"])
     paths = [None if path is None else Path(path) for path in (data, calibration, model_folder, train)]
-    source = Source(paths[0], paths[1], tokenizer, config, paths[2], paths[3])
+    source = DataSource(paths[0], paths[1], tokenizer, config, paths[2], paths[3])
     return TASKS[name](source, **check_options(name, options or {}, task_options(name)))
 
 

@@ -24,7 +24,7 @@ from tersor.tasks.contract import Output
 from tersor.tasks.inputs import Batch, consecutive, device_of, float_type_of
 from tersor.tasks.outputs import logits_of
 from tersor.tasks.processor import Processor, read_processor
-from tersor.tasks.source import Source
+from tersor.tasks.source import DataSource
 from tersor.tasks.split import RowNumbers
 
 UNREADABLE = (  # what numpy and zipfile raise on damaged files
@@ -85,7 +85,7 @@ class ArrayInputs:
 
 
 def open_arrays(
-    parts: tuple[np.ndarray, ...], source: Source, mean: Numbers | None = None, std: Numbers | None = None
+    parts: tuple[np.ndarray, ...], source: DataSource, mean: Numbers | None = None, std: Numbers | None = None
 ) -> ArrayInputs:
     """Arrays as a model takes them. uint8 pictures go through the model's own image processor where it has one; other
     numbers are taken to be what the model wants already."""

@@ -26,7 +26,7 @@ from tersor.tasks.inputs import Batch, Inputs, batches, epoch, scatter, scoring
 from tersor.tasks.labels import Label, class_numbers
 from tersor.tasks.outputs import check_classes, one_class_each
 from tersor.tasks.scores import METRICS, Scores
-from tersor.tasks.source import Source
+from tersor.tasks.source import DataSource
 from tersor.tasks.split import Rows, split_rows
 from tersor.tasks.table import is_table, read_rows, read_texts
 from tersor.tasks.text import fingerprint
@@ -100,7 +100,7 @@ class Classification:
 
 
 def open_classification(
-    source: Source,
+    source: DataSource,
     *,
     batch_size: int | None = None,
     max_length: int | None = None,
@@ -141,7 +141,7 @@ def open_classification(
     return Classification(inputs, numbers, rows, description, fingerprint(data), size, augment=chosen)
 
 
-def _read_folder(data: Path, source: Source) -> tuple[list[Path], list[Label], Sizes]:
+def _read_folder(data: Path, source: DataSource) -> tuple[list[Path], list[Label], Sizes]:
     paths = find_images(data)
     labels = [Label(_class_of(path, data), str(path)) for path in paths]
     extra: list[Path] = []
@@ -165,7 +165,7 @@ def _class_of(path: Path, folder: Path) -> str:
     return parts[0]
 
 
-def _read_arrays(data: Path, source: Source) -> tuple[tuple[np.ndarray, ...], list[Label], Sizes]:
+def _read_arrays(data: Path, source: DataSource) -> tuple[tuple[np.ndarray, ...], list[Label], Sizes]:
     """Input arrays (data, then calibration, then training), and labels for all their rows."""
     arrays = read_npz(data)
     x, labels = _labelled_arrays(data, arrays, ("x_test", "x"))
@@ -215,7 +215,7 @@ def _array_labels(path: Path, y: np.ndarray, name: str, num: int) -> list[Label]
     return [Label(str(text), f"{path}, {name}[{i}]") for i, text in enumerate(texts)]
 
 
-def _read_texts(data: Path, source: Source) -> tuple[list[str], list[Label], Sizes]:
+def _read_texts(data: Path, source: DataSource) -> tuple[list[str], list[Label], Sizes]:
     source.need_tokenizer(str(data))
     texts, labels = _labelled_texts(data)
     num, extra, train = len(texts), list[str](), list[str]()

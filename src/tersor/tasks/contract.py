@@ -54,7 +54,7 @@ class Task(Protocol):
 
 
 @runtime_checkable
-class Trainable(Task, Protocol):
+class TrainableTask(Task, Protocol):
     """A task that a model can be trained on.
 
     Attributes:

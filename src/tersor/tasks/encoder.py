@@ -19,7 +19,7 @@ from tersor.tasks.contract import Output
 from tersor.tasks.inputs import Batch, consecutive, device_of
 from tersor.tasks.outputs import logits_of
 from tersor.tasks.sentence import Embedder, read_embedder
-from tersor.tasks.source import Source
+from tersor.tasks.source import DataSource
 from tersor.tasks.split import SEED, RowNumbers
 from tersor.tasks.takes import part_of
 
@@ -103,7 +103,7 @@ class Texts:
         return self.embedder(hidden_of(output), mask)
 
 
-def tokenize(texts: Sequence[str], source: Source, *, max_length: int | None = None, embedding: bool) -> Texts:
+def tokenize(texts: Sequence[str], source: DataSource, *, max_length: int | None = None, embedding: bool) -> Texts:
     """Tokenize texts once, with special tokens, cut to `max_length` tokens or to what the model can take; None is 256,
     or what a sentence encoder's folder says where that is less."""
     tokenizer = source.need_tokenizer("the data")
@@ -137,7 +137,7 @@ def tokenize(texts: Sequence[str], source: Source, *, max_length: int | None = N
     )
 
 
-def length_limit(source: Source) -> int:
+def length_limit(source: DataSource) -> int:
     """The number of positions that the model has, as far as its configuration says."""
     config = part_of(source.config, "text_config")
     limit = getattr(config, "max_position_embeddings", None)
@@ -160,7 +160,7 @@ def tokenizer_limit(tokenizer: Any) -> int:
     return int(min(limit, NO_LIMIT))
 
 
-def check_vocabulary(largest: int, source: Source) -> None:
+def check_vocabulary(largest: int, source: DataSource) -> None:
     """Raises DataError for a token that the model has no embedding for."""
     size = getattr(part_of(source.config, "text_config"), "vocab_size", None)
     if not isinstance(size, int) or largest < size:

@@ -19,7 +19,7 @@ from tersor.tasks.contract import Output
 from tersor.tasks.inputs import Batch, consecutive
 from tersor.tasks.outputs import logits_of
 from tersor.tasks.processor import Processor, read_processor
-from tersor.tasks.source import Source
+from tersor.tasks.source import DataSource
 from tersor.tasks.split import RowNumbers
 from tersor.tasks.takes import part_of
 
@@ -79,7 +79,7 @@ class ImageInputs:
 
 def open_images(
     paths: list[Path],
-    source: Source,
+    source: DataSource,
     *,
     image_size: int | None = None,
     mean: Numbers | None = None,

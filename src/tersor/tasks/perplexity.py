@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from tersor.tasks.contract import Output, Split
 from tersor.tasks.inputs import Batch, batches, epoch, scatter, scoring
 from tersor.tasks.scores import METRICS, Scores
-from tersor.tasks.source import Source
+from tersor.tasks.source import DataSource
 from tersor.tasks.split import Rows
 from tersor.tasks.takes import refuse_encoder_decoder
 from tersor.tasks.text import fingerprint, read_text
@@ -91,7 +91,7 @@ def window_nll(
 
 
 def open_perplexity(
-    source: Source,
+    source: DataSource,
     *,
     batch_size: int = 4,
     context: int | None = None,

@@ -15,7 +15,7 @@ from tersor.tasks.encoder import tokenize
 from tersor.tasks.images import find_images, open_images
 from tersor.tasks.inputs import Batch, Inputs, consecutive
 from tersor.tasks.outputs import logits_of
-from tersor.tasks.source import Source
+from tersor.tasks.source import DataSource
 from tersor.tasks.split import RowNumbers
 from tersor.tasks.table import read_texts
 from tersor.tasks.takes import PICTURES, Takes, part_of
@@ -56,7 +56,7 @@ class Together:
         return logits_of(self.call(model, batch))
 
 
-def open_named(source: Source) -> tuple[NamedArrays, Sizes]:
+def open_named(source: DataSource) -> tuple[NamedArrays, Sizes]:
     """The arrays of an `.npz` under the names of the model's arguments, and how many rows there are of each kind."""
     found: list[Arrays] = []
     for path in (source.data, source.calibration, source.train):
@@ -82,7 +82,7 @@ def named_arrays(path: Path) -> Arrays:
     return arrays
 
 
-def open_pairs(source: Source, max_length: int | None, pixels: dict[str, Any]) -> tuple[Together, str]:
+def open_pairs(source: DataSource, max_length: int | None, pixels: dict[str, Any]) -> tuple[Together, str]:
     """Pictures with texts: those of the data, and made-up ones or docstrings beside them."""
     for path in (source.calibration, source.train):
         if path is not None:
@@ -101,7 +101,7 @@ def open_pairs(source: Source, max_length: int | None, pixels: dict[str, Any]) -
     return Together((tokens, pictures)), f"{said}; {tokens.description}"
 
 
-def made_up_pictures(source: Source, num: int, pixels: dict[str, Any]) -> ArrayInputs:
+def made_up_pictures(source: DataSource, num: int, pixels: dict[str, Any]) -> ArrayInputs:
     """Made-up pictures of the size that the configuration names."""
     vision = part_of(source.config, "vision_config")
     size = pixels.get("image_size") or getattr(vision, "image_size", None) or SIDE
@@ -110,7 +110,7 @@ def made_up_pictures(source: Source, num: int, pixels: dict[str, Any]) -> ArrayI
     return open_arrays((drawn,), source, pixels.get("mean"), pixels.get("std"))
 
 
-def open_made_up(source: Source, kind: Takes, pixels: dict[str, Any]) -> tuple[ArrayInputs | NamedArrays, str]:
+def open_made_up(source: DataSource, kind: Takes, pixels: dict[str, Any]) -> tuple[ArrayInputs | NamedArrays, str]:
     """Made-up examples of what the model takes."""
     config = source.config
     if kind == "pictures":

@@ -18,7 +18,7 @@ from tersor.tasks.contract import Output, Split
 from tersor.tasks.encoder import Texts, tokenize
 from tersor.tasks.inputs import Batch, batches, consecutive, scatter, scoring
 from tersor.tasks.scores import METRICS, Scores
-from tersor.tasks.source import Source
+from tersor.tasks.source import DataSource
 from tersor.tasks.split import Rows, split_rows
 from tersor.tasks.table import is_table, read_rows, to_number
 from tersor.tasks.text import fingerprint, passages, read_text
@@ -96,7 +96,7 @@ class Similarity:
 
 
 def open_similarity(
-    source: Source,
+    source: DataSource,
     *,
     batch_size: int = 32,
     max_length: int | None = None,

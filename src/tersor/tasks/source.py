@@ -8,7 +8,7 @@ from tersor.core.errors import DataError
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """Where a task's examples come from.
 
     Attributes:

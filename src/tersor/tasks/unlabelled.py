@@ -26,7 +26,7 @@ from tersor.tasks.images import find_images, open_images
 from tersor.tasks.inputs import Inputs
 from tersor.tasks.judged import Asked, Calls, Judged
 from tersor.tasks.several import Sizes, open_made_up, open_named, open_pairs
-from tersor.tasks.source import Source
+from tersor.tasks.source import DataSource
 from tersor.tasks.split import Rows, choose, split_rows
 from tersor.tasks.table import is_table, read_texts
 from tersor.tasks.takes import architecture_of, refuse_encoder_decoder, takes
@@ -50,7 +50,7 @@ Opened = tuple[Inputs, Rows, str, int]  # inputs, split, how they are read, defa
 
 
 def open_fidelity(
-    source: Source,
+    source: DataSource,
     *,
     batch_size: int | None = None,
     max_length: int | None = None,
@@ -95,7 +95,7 @@ def open_fidelity(
     return Fidelity(inputs, rows, f"fidelity on {name}: {rows.description}; {how}", mark, batch_size or default_batch)
 
 
-def reading_mode(source: Source) -> str:
+def reading_mode(source: DataSource) -> str:
     """`windows`, `text logits`, `token logits`, `embedding` or, for heads of any other kind, `any`, from the
     configuration's architecture."""
     architecture = architecture_of(source.config)
@@ -103,7 +103,7 @@ def reading_mode(source: Source) -> str:
     return next((mode for ending, mode in MODES.items() if architecture.endswith(ending)), other)
 
 
-def fit_memory(rows: Rows, lengths: Int[np.ndarray, " example"], source: Source) -> Rows:
+def fit_memory(rows: Rows, lengths: Int[np.ndarray, " example"], source: DataSource) -> Rows:
     """A random subset for evaluation, where all token logits would not fit what `fidelity` keeps; at least one."""
     vocab = getattr(source.config, "vocab_size", None) or 1
     most = min(MAX_POSITIONS, MAX_LOGIT_BYTES // (2 * vocab))
@@ -116,7 +116,7 @@ def fit_memory(rows: Rows, lengths: Int[np.ndarray, " example"], source: Source)
 
 
 def _open_tensors(
-    source: Source, limits: dict[str, int], asked: Asked, pixels: dict[str, Any], max_length: int | None
+    source: DataSource, limits: dict[str, int], asked: Asked, pixels: dict[str, Any], max_length: int | None
 ) -> Opened:
     """Arrays, pictures, pictures with texts, or made-up examples, for a model that may return anything."""
     data, wanted = source.data, takes(source.config)
@@ -139,7 +139,7 @@ def _open_tensors(
     return Judged(inputs, asked), split(sizes, source, limits, unit), how, batch_size
 
 
-def _arrays(source: Source, pixels: dict[str, Any]) -> tuple[Calls, Sizes, str, str, int]:
+def _arrays(source: DataSource, pixels: dict[str, Any]) -> tuple[Calls, Sizes, str, str, int]:
     """The arrays of a file: `x`, or the model's inputs by name."""
     assert source.data is not None
     if not {"x", "x_test"} & read_npz(source.data).keys():
@@ -150,7 +150,7 @@ def _arrays(source: Source, pixels: dict[str, Any]) -> tuple[Calls, Sizes, str, 
     return arrays, sizes, "rows", arrays.description, 128
 
 
-def _open_windows(source: Source, limits: dict[str, int], context: int | None, max_tokens: int | None) -> Opened:
+def _open_windows(source: DataSource, limits: dict[str, int], context: int | None, max_tokens: int | None) -> Opened:
     calibration = None if source.calibration is None else _whole_text(source.calibration)
     train = None if source.train is None else _whole_text(source.train)
     inputs, rows = open_windows(
@@ -167,7 +167,7 @@ def _open_windows(source: Source, limits: dict[str, int], context: int | None, m
     return inputs, rows, f"context {width}, no special tokens", 4
 
 
-def _open_texts(source: Source, limits: dict[str, int], mode: str, max_length: int | None, asked: Asked) -> Opened:
+def _open_texts(source: DataSource, limits: dict[str, int], mode: str, max_length: int | None, asked: Asked) -> Opened:
     texts, sizes = _with_others(_texts(source.data), source, read_texts)
     inputs = tokenize(texts, source, max_length=max_length, embedding=mode == "embedding")
     rows = split(sizes, source, limits, "texts")
@@ -177,21 +177,21 @@ def _open_texts(source: Source, limits: dict[str, int], mode: str, max_length: i
     return judged, rows, inputs.description, 32
 
 
-def split(sizes: Sizes, source: Source, limits: dict[str, int], unit: str) -> Rows:
+def split(sizes: Sizes, source: DataSource, limits: dict[str, int], unit: str) -> Rows:
     """Split rows that stand in the order data, calibration, training; arrays may bring the last as `x_train`."""
     train_name = source.train_name or "x_train"
     return split_rows(*sizes, unit=unit, separate=source.calibration_name, train_name=train_name, **limits)
 
 
 def _with_others(
-    items: list[Example], source: Source, read: Callable[[Path], list[Example]]
+    items: list[Example], source: DataSource, read: Callable[[Path], list[Example]]
 ) -> tuple[list[Example], Sizes]:
     """The data's items followed by those for calibration and for training, and how many there are of each."""
     others = [read(path) if path is not None else [] for path in (source.calibration, source.train)]
     return items + others[0] + others[1], (len(items), len(others[0]), len(others[1]))
 
 
-def _read_arrays(data: Path, source: Source) -> tuple[tuple[Shaped[np.ndarray, " _ *shape"], ...], Sizes]:
+def _read_arrays(data: Path, source: DataSource) -> tuple[tuple[Shaped[np.ndarray, " _ *shape"], ...], Sizes]:
     """Inputs for evaluation, for calibration and for training, and how many there are of each."""
     arrays = read_npz(data)
     x = examples(data, arrays, find_name(data, arrays, ("x_test", "x")))

@@ -18,7 +18,7 @@ from tersor.tasks.contract import Output
 from tersor.tasks.encoder import check_vocabulary, length_limit
 from tersor.tasks.inputs import Batch, consecutive, device_of
 from tersor.tasks.outputs import logits_of
-from tersor.tasks.source import Source
+from tersor.tasks.source import DataSource
 from tersor.tasks.split import SEED, RowNumbers, Rows, choose, split_rows
 
 CONTEXT = 512
@@ -69,7 +69,7 @@ class Windows:
 
 def open_windows(
     text: str,
-    source: Source,
+    source: DataSource,
     *,
     context: int | None,
     stride: int | None = None,
@@ -115,7 +115,7 @@ def open_windows(
     return windows, hold_out(starts, context, stride, calibration_examples, max_examples)
 
 
-def check_context(context: int | None, source: Source) -> int:
+def check_context(context: int | None, source: DataSource) -> int:
     """Raises InputError for a context or stride that no window can have."""
     limit = length_limit(source)
     if context is None:
@@ -125,7 +125,7 @@ def check_context(context: int | None, source: Source) -> int:
     return context
 
 
-def token_ids(text: str, source: Source) -> Int[np.ndarray, " token"]:
+def token_ids(text: str, source: DataSource) -> Int[np.ndarray, " token"]:
     """The whole text as tokens, without special tokens."""
     tokenizer = source.need_tokenizer("the data")
     ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)

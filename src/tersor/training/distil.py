@@ -23,7 +23,7 @@ from tersor.checkpoint.open import open_model
 from tersor.core.errors import InputError, UnknownName
 from tersor.core.scratch import scratch_folder
 from tersor.tasks.classification import Classification
-from tersor.tasks.contract import Trainable
+from tersor.tasks.contract import TrainableTask
 from tersor.tasks.inputs import Batch, device_of, scoring
 from tersor.training.architectures import architecture_of
 from tersor.training.features import Seen, hidden_loss, pairs_of_blocks, pairs_of_projections, relation_loss, watching
@@ -155,7 +155,7 @@ class DistilStep(TrainingStep):
             )
 
     @contextmanager
-    def answers(self, job: Job, task: Trainable, teacher: nn.Module) -> Iterator[TeacherCache | None]:
+    def answers(self, job: Job, task: TrainableTask, teacher: nn.Module) -> Iterator[TeacherCache | None]:
         """The teacher's outputs on disk: beside the job's journal, or in a temporary folder."""
         if not self.cache:
             yield None
@@ -174,7 +174,7 @@ class DistilStep(TrainingStep):
                 cache.fill(task, teacher, self.batch_size, job.progress)
             yield cache
 
-    def key_of(self, task: Trainable, teacher: nn.Module) -> str:
+    def key_of(self, task: TrainableTask, teacher: nn.Module) -> str:
         """A hash of all that the teacher's outputs and their order depend on."""
         batch = next(iter(task.epoch(0, self.batch_size)))
         inputs = batch.inputs.items() if isinstance(batch, Batch) else ()
@@ -192,7 +192,7 @@ class Distillation(nn.Module):
         cache: what the teacher says; None: it is asked.
     """
 
-    def __init__(self, step: DistilStep, task: Trainable, student: nn.Module, teacher: nn.Module):
+    def __init__(self, step: DistilStep, task: TrainableTask, student: nn.Module, teacher: nn.Module):
         super().__init__()
         self.step, self.task = step, task
         self.cache: TeacherCache | None = None
@@ -270,7 +270,7 @@ class Distillation(nn.Module):
             yield self.step.relation / len(self.relations) * loss
 
 
-def loss_of(step: DistilStep, task: Trainable) -> str:
+def loss_of(step: DistilStep, task: TrainableTask) -> str:
     """The loss's name. Raises InputError where it does not fit what the task gives."""
     name = step.loss or USUAL[task.output]
     if name in OF_PROBABILITIES and task.output != "logits":
@@ -280,7 +280,7 @@ def loss_of(step: DistilStep, task: Trainable) -> str:
     return name
 
 
-def targets(task: Trainable, batch: Any, answer: Answer) -> Int[Tensor, " prediction"]:
+def targets(task: TrainableTask, batch: Any, answer: Answer) -> Int[Tensor, " prediction"]:
     """The class that is right, where the task has labels; else the one that the teacher finds most probable."""
     outputs = answer.outputs if answer.classes is None else answer.outputs[:, :-1]
     likely = outputs.argmax(-1)
@@ -303,7 +303,7 @@ def projection(width: int, wanted: int) -> nn.Module:
     return linear
 
 
-def check_names(student: nn.Module, teacher: nn.Module, task: Trainable) -> None:
+def check_names(student: nn.Module, teacher: nn.Module, task: TrainableTask) -> None:
     """Raises InputError where the configurations tell of unlike vocabularies or class names."""
     ours, theirs = (getattr(model, "config", None) for model in (student, teacher))
     if ours is None or theirs is None:
@@ -326,7 +326,7 @@ def check_names(student: nn.Module, teacher: nn.Module, task: Trainable) -> None
         )
 
 
-def check_outputs(student: Tensor, teacher: Tensor, task: Trainable) -> None:
+def check_outputs(student: Tensor, teacher: Tensor, task: TrainableTask) -> None:
     """Raises InputError for logits over different classes."""
     if task.output == "logits" and student.shape[-1] != teacher.shape[-1]:
         raise InputError(

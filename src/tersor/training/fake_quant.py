@@ -28,7 +28,7 @@ from tersor.nn.packed import Fold, Simulated, straight_through
 
 
 @dataclass(frozen=True)
-class Levels:
+class GridLevels:
     """Where a format's values lie: `(code - zero_point) * scale`, with a whole number of codes.
 
     Attributes:
@@ -57,7 +57,7 @@ class Snapped(torch.autograd.Function):
         log_scale: Tensor,
         zero_fraction: Tensor | None,
         fake_quantize: Callable[[Tensor], Tensor],
-        levels: Levels,
+        levels: GridLevels,
     ) -> Tensor:
         snapped = fake_quantize(x)
         ctx.save_for_backward(x, snapped)
@@ -120,7 +120,7 @@ class FakeWeight(Simulated):
                 params["zero_point"] = (self.zero_fraction * 256).round().clamp(0, 255).to(torch.uint8)
             return params
 
-    def levels(self, params: Params) -> Levels:
+    def levels(self, params: Params) -> GridLevels:
         scale = params["scale"].float()
         scale = torch.where(scale == 0, 1.0, scale)
         lowest, highest, num_steps, largest, fixed, _ = self.range
@@ -128,7 +128,7 @@ class FakeWeight(Simulated):
         ends = torch.stack([(lowest - zero) * scale, (highest - zero) * scale])
         low, high = self.spread(ends.amin(0)), self.spread(ends.amax(0))
         num_sharing = math.prod(self.shape) / scale.numel()
-        return Levels(scale, low, high, num_steps, self.gather, 1 / math.sqrt(num_sharing * largest))
+        return GridLevels(scale, low, high, num_steps, self.gather, 1 / math.sqrt(num_sharing * largest))
 
     def spread(self, by_group: Float[Tensor, "rows groups"]) -> Tensor:
         """A value for each group, repeated so that it broadcasts against the matrix."""
@@ -180,7 +180,7 @@ class FakeInput(nn.Module):
             params["zero_point"] = self.zero_point
         return Activation(self.format, params)
 
-    def levels(self, activation: Activation, x: Tensor) -> Levels:
+    def levels(self, activation: Activation, x: Tensor) -> GridLevels:
         quantizer, scale = ACTIVATIONS[self.format], activation.params["scale"]
         if isinstance(quantizer, IntStatic):
             zero = activation.params["zero_point"].float()
@@ -189,7 +189,7 @@ class FakeInput(nn.Module):
             largest = torch.full_like(scale, torch.finfo(torch.float8_e4m3fn).max)
             low, high, num_steps = -largest, largest, largest.item()
         slowdown = 1 / math.sqrt(max(1, x[:1].numel()) * num_steps)
-        return Levels(scale, low * scale, high * scale, num_steps, gather_all, slowdown)
+        return GridLevels(scale, low * scale, high * scale, num_steps, gather_all, slowdown)
 
 
 def gather_all(values: Tensor) -> Float[Tensor, " one"]:

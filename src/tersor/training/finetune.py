@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from tersor.tasks.contract import Trainable
+from tersor.tasks.contract import TrainableTask
 from tersor.training.job import Job
 from tersor.training.loop import check_trainable, train
 from tersor.training.settings import TrainingStep
@@ -35,7 +35,7 @@ class FinetuneStep(TrainingStep):
         job.curves.append(curve)
 
 
-def task_loss(task: Trainable) -> Any:
+def task_loss(task: TrainableTask) -> Any:
     """The task's loss as an objective."""
 
     def objective(model: nn.Module, batch: Any) -> Tensor:

@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tersor.tasks.contract import Trainable
+from tersor.tasks.contract import TrainableTask
 from tersor.tasks.inputs import scoring
 from tersor.training.loop import Objective
 from tersor.training.losses import kd, mse
 from tersor.training.teacher_cache import predictions
 
 
-def imitation(task: Trainable, original: nn.Module, alpha: float = 0.0, temperature: float = 1.0) -> Objective:
+def imitation(task: TrainableTask, original: nn.Module, alpha: float = 0.0, temperature: float = 1.0) -> Objective:
     """The objective. The original is moved to where the model's outputs are, and asked on every batch."""
 
     def objective(model: nn.Module, batch: Any) -> Tensor:

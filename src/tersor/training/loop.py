@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tersor.core.errors import DataError, InputError
 from tersor.core.progress import Progress, silent
 from tersor.nn.packed import Stored
-from tersor.tasks.contract import Task, Trainable
+from tersor.tasks.contract import Task, TrainableTask
 from tersor.tasks.inputs import device_of
 from tersor.training.journal import Journal, Tensors, pack_optimizer, unpack_optimizer
 from tersor.training.masks import Masks
@@ -104,7 +104,7 @@ class Run:
     def __init__(
         self,
         model: nn.Module,
-        task: Trainable,
+        task: TrainableTask,
         objective: Objective,
         settings: TrainingStep,
         name: str,
@@ -311,9 +311,9 @@ class Run:
 OWN = ("model.", "objective.", "masks.")
 
 
-def check_trainable(task: Task | None, name: str) -> Trainable:
+def check_trainable(task: Task | None, name: str) -> TrainableTask:
     """The task, if it has something to train on. Raises DataError with the way out."""
-    if task is None or not isinstance(task, Trainable):
+    if task is None or not isinstance(task, TrainableTask):
         what = "no task" if task is None else f"task '{task.name}'"
         raise DataError(f"{name}: {what} has no train split; a task that trains has num_train, epoch and loss")
     if not task.num_train:

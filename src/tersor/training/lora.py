@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tersor.calibration.blocks import find_blocks
 from tersor.calibration.plan import survey
-from tersor.calibration.walk import Observer, walk
+from tersor.calibration.walk import SiteObserver, walk
 from tersor.checkpoint.adapters import (
     ADAPTER,
     Adapted,
@@ -296,5 +296,5 @@ def second_moments(model: nn.Module, task: Task, seed: int) -> dict[str, Tensor]
         if stats.second_moment is not None:
             moments[site.name] = stats.second_moment
 
-    walk(survey(model, task, block_sites(model)), Observer(frozenset({"second_moment"}), note), seed=seed)
+    walk(survey(model, task, block_sites(model)), SiteObserver(frozenset({"second_moment"}), note), seed=seed)
     return moments

@@ -23,7 +23,7 @@ from tersor.training.finetune import task_loss
 from tersor.training.job import Job
 from tersor.training.journal import Journal
 from tersor.training.loop import check_trainable, train
-from tersor.training.masks import Choice, Scope, empty_sites
+from tersor.training.masks import MaskChoice, Scope, empty_sites
 from tersor.training.prune import check_sparsities
 from tersor.training.settings import TrainingStep
 
@@ -78,7 +78,7 @@ class LotteryStep(TrainingStep):
         weights.
         """
         task = check_trainable(job.task, self.step)
-        choice = Choice(self.sparsity, self.scope, "unstructured", self.rules, self.exclude)
+        choice = MaskChoice(self.sparsity, self.scope, "unstructured", self.rules, self.exclude)
         choice.groups(job.model)  # what is wrong with it is said before anything is done
         if self.reinit:
             check_resettable(job.model)

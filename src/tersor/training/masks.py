@@ -1,6 +1,6 @@
 """Which weights stay zero: what a pruning step found, held by every step after it.
 
-`Choice` says which weights are pruned: those of the smallest magnitude (Han et al. 2015,
+`MaskChoice` says which weights are pruned: those of the smallest magnitude (Han et al. 2015,
 https://arxiv.org/abs/1506.02626), each site by itself or all sites under one threshold.
 """
 
@@ -116,7 +116,7 @@ def fake_quantized(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[nn
 
 
 @dataclass(frozen=True)
-class Choice:
+class MaskChoice:
     """Which weights are pruned in the end.
 
     Attributes:

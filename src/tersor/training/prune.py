@@ -13,7 +13,7 @@ from tersor.schemes.assignment import Patterns
 from tersor.training.imitation import imitation
 from tersor.training.job import Job
 from tersor.training.loop import check_trainable, train
-from tersor.training.masks import N_OF_M, Choice, Pattern, Scope, empty_sites
+from tersor.training.masks import N_OF_M, MaskChoice, Pattern, Scope, empty_sites
 from tersor.training.settings import TrainingStep
 
 
@@ -69,7 +69,7 @@ class PruneStep(TrainingStep):
         Raises what `train` and `Choice.groups` raise.
         """
         task = check_trainable(job.task, self.step)
-        choice = Choice(self.sparsity, self.scope, self.pattern, self.rules, self.exclude)
+        choice = MaskChoice(self.sparsity, self.scope, self.pattern, self.rules, self.exclude)
         choice.groups(job.model)  # what is wrong with it is said before anything is done
 
         def on_step(step: int, num_steps: int) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tersor.core.errors import InputError
 from tersor.core.progress import Progress, silent
-from tersor.tasks.contract import Trainable
+from tersor.tasks.contract import TrainableTask
 from tersor.tasks.inputs import Batch, scoring
 from tersor.training.journal import write_whole
 from tersor.training.losses import top_and_tail
@@ -79,7 +79,7 @@ class TeacherCache:
     places: dict[int, tuple[Path, int, int]] = field(default_factory=dict)  # of a row: file, first prediction, how many
     files: dict[Path, Any] = field(default_factory=dict)
 
-    def fill(self, task: Trainable, teacher: nn.Module, batch_size: int, progress: Progress = silent) -> None:
+    def fill(self, task: TrainableTask, teacher: nn.Module, batch_size: int, progress: Progress = silent) -> None:
         """Run the teacher on what is not on disk yet. Raises InputError for batches that do not say their rows."""
         self.folder.mkdir(parents=True, exist_ok=True)
         batches, number, num_rows = task.epoch(0, batch_size), 0, 0
@@ -92,7 +92,7 @@ class TeacherCache:
         progress("running the teacher", task.num_train, task.num_train)
 
     def write(
-        self, path: Path, task: Trainable, teacher: nn.Module, batches: Sequence[Any], progress: Progress, done: int
+        self, path: Path, task: TrainableTask, teacher: nn.Module, batches: Sequence[Any], progress: Progress, done: int
     ) -> None:
         """Run the teacher on some batches, and keep what it says in one file."""
         rows: list[int] = []

@@ -18,7 +18,7 @@ from tersor.methods.stats import Stats
 from tersor.nn.sites import is_linear, is_plain, is_transposed_linear
 
 
-class Row(NamedTuple):
+class Feed(NamedTuple):
     """A source and the linear layers that read it, in one block.
 
     Attributes:
@@ -46,20 +46,20 @@ class Family(NamedTuple):
     """
 
     model_types: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[Feed, ...]
     norm_offset: float = 0.0
     writers: tuple[str, ...] = ()
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ATTENTION = (
-    Row("input_layernorm", QKV),
-    Row("self_attn.v_proj", ("self_attn.o_proj",), heads="num_key_value_heads"),
+    Feed("input_layernorm", QKV),
+    Feed("self_attn.v_proj", ("self_attn.o_proj",), heads="num_key_value_heads"),
 )
-UP_DOWN = Row("mlp.up_proj", ("mlp.down_proj",))
+UP_DOWN = Feed("mlp.up_proj", ("mlp.down_proj",))
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
-LLAMA = (*ATTENTION, Row("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")), UP_DOWN)
-GEMMA2 = (*ATTENTION, Row("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")), UP_DOWN)
+LLAMA = (*ATTENTION, Feed("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")), UP_DOWN)
+GEMMA2 = (*ATTENTION, Feed("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")), UP_DOWN)
 HEADS = "num_attention_heads"
 PRE_NORM = (("do_layer_norm_before", True),)
 
@@ -71,30 +71,33 @@ FAMILIES = [
     Family(
         ("phi3",),
         (
-            Row("input_layernorm", ("self_attn.qkv_proj",)),
-            Row("post_attention_layernorm", ("mlp.gate_up_proj",)),
-            Row("mlp.gate_up_proj", ("mlp.down_proj",), part=(1, 2)),
+            Feed("input_layernorm", ("self_attn.qkv_proj",)),
+            Feed("post_attention_layernorm", ("mlp.gate_up_proj",)),
+            Feed("mlp.gate_up_proj", ("mlp.down_proj",), part=(1, 2)),
         ),
     ),
     Family(
         ("gpt2",),
         (
-            Row("ln_1", ("attn.c_attn",)),
-            Row("ln_2", ("mlp.c_fc",)),
-            Row("attn.c_attn", ("attn.c_proj",), part=(2, 3), heads=HEADS),
+            Feed("ln_1", ("attn.c_attn",)),
+            Feed("ln_2", ("mlp.c_fc",)),
+            Feed("attn.c_attn", ("attn.c_proj",), part=(2, 3), heads=HEADS),
         ),
     ),
     Family(
         ("opt",),
         (
-            Row("self_attn_layer_norm", QKV, when=PRE_NORM),
-            Row("final_layer_norm", ("fc1",), when=PRE_NORM),
-            Row("self_attn.v_proj", ("self_attn.out_proj",), heads=HEADS),
-            Row("fc1", ("fc2",), when=(("activation_function", "relu"),)),
+            Feed("self_attn_layer_norm", QKV, when=PRE_NORM),
+            Feed("final_layer_norm", ("fc1",), when=PRE_NORM),
+            Feed("self_attn.v_proj", ("self_attn.out_proj",), heads=HEADS),
+            Feed("fc1", ("fc2",), when=(("activation_function", "relu"),)),
         ),
     ),
-    Family(("bert", "roberta", "electra"), (Row("attention.self.value", ("attention.output.dense",), heads=HEADS),)),
-    Family(("distilbert",), (Row("attention.v_lin", ("attention.out_lin",), heads=HEADS),)),
+    Family(
+        ("bert", "roberta", "electra"),
+        (Feed("attention.self.value", ("attention.output.dense",), heads=HEADS),),
+    ),
+    Family(("distilbert",), (Feed("attention.v_lin", ("attention.out_lin",), heads=HEADS),)),
 ]
 
 

@@ -12,7 +12,7 @@ from tersor.core.errors import DataError, InputError
 from tersor.methods.stats import Stats
 
 
-class Codes(Protocol):
+class CodeRange(Protocol):
     """The integers a range is spread over; `IntStatic` in activations/quantizers.py."""
 
     @property
@@ -37,14 +37,14 @@ class Observer(Protocol):
     name: str
     needs: frozenset[str]
 
-    def range(self, stats: Stats, codes: Codes) -> tuple[float, float]:
+    def range(self, stats: Stats, codes: CodeRange) -> tuple[float, float]:
         """The smallest and the largest input that is not clipped; `low <= 0 <= high`.
 
         Raises InputError where calibration reached no input of the site, DataError where an input is not finite.
         """
 
 
-def seen(codes: Codes, statistic: Tensor | None) -> Tensor:
+def seen(codes: CodeRange, statistic: Tensor | None) -> Tensor:
     """A statistic that an observer reads, checked."""
     if statistic is None or not statistic.numel():
         raise InputError(
@@ -56,7 +56,7 @@ def seen(codes: Codes, statistic: Tensor | None) -> Tensor:
     return statistic
 
 
-def histogram_of(codes: Codes, stats: Stats) -> Float[Tensor, "2 bin"]:
+def histogram_of(codes: CodeRange, stats: Stats) -> Float[Tensor, "2 bin"]:
     """Values in order and their counts; those of the sample where nothing else was gathered."""
     if stats.histogram is not None:
         return seen(codes, stats.histogram)
@@ -65,7 +65,7 @@ def histogram_of(codes: Codes, stats: Stats) -> Float[Tensor, "2 bin"]:
     return histogram.table()
 
 
-def ranges_of(codes: Codes, stats: Stats) -> Float[Tensor, "run 2"]:
+def ranges_of(codes: CodeRange, stats: Stats) -> Float[Tensor, "run 2"]:
     """Smallest and largest input of each run; those of the sample where nothing else was gathered."""
     if stats.ranges is not None:
         return seen(codes, stats.ranges)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.activations.observers.contract import Codes, histogram_of
+from tersor.activations.observers.contract import CodeRange, histogram_of
 from tersor.methods.stats import Stats
 
 
@@ -23,7 +23,7 @@ class Entropy:
     name = "entropy"
     needs = frozenset({"histogram"})
 
-    def range(self, stats: Stats, codes: Codes) -> tuple[float, float]:
+    def range(self, stats: Stats, codes: CodeRange) -> tuple[float, float]:
         values, counts = histogram_of(codes, stats)
         lowest, highest = min(values[0].item(), 0.0), max(values[-1].item(), 0.0)
         values, counts = values[values != 0].float(), counts[values != 0]
@@ -38,7 +38,7 @@ SHARES = [1 - step / 128 for step in range(113)]  # of the largest magnitude
 
 
 def divergence(
-    values: Float[Tensor, " bin"], counts: Float[Tensor, " bin"], codes: Codes, low: float, high: float
+    values: Float[Tensor, " bin"], counts: Float[Tensor, " bin"], codes: CodeRange, low: float, high: float
 ) -> float:
     """`KL(P || Q)` in nats; infinite where nothing lies within the range."""
     inside = (values >= low) & (values <= high)

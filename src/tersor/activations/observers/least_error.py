@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersor.activations.observers.contract import Codes, histogram_of, seen
+from tersor.activations.observers.contract import CodeRange, histogram_of, seen
 from tersor.methods.stats import Stats
 
 
@@ -25,7 +25,7 @@ class LeastSquares:
     name = "mse"
     needs = frozenset({"histogram"})
 
-    def range(self, stats: Stats, codes: Codes) -> tuple[float, float]:
+    def range(self, stats: Stats, codes: CodeRange) -> tuple[float, float]:
         values, counts = histogram_of(codes, stats).float()
         return search(values, error_of(values, counts, codes, 2))
 
@@ -37,7 +37,7 @@ class CubedError:
     name = "cubed-error"
     needs = frozenset({"sample", "largest"})
 
-    def range(self, stats: Stats, codes: Codes) -> tuple[float, float]:
+    def range(self, stats: Stats, codes: CodeRange) -> tuple[float, float]:
         x = seen(codes, stats.sample).float()
         if stats.largest is not None:
             x = torch.cat([x, extremes(x, seen(codes, stats.largest))])
@@ -50,7 +50,7 @@ NUM_OUTER = 1024  # values at either end of a sample that are kept one by one, a
 
 
 def error_of(
-    values: Float[Tensor, " n"], counts: Float[Tensor, " n"], codes: Codes, power: int
+    values: Float[Tensor, " n"], counts: Float[Tensor, " n"], codes: CodeRange, power: int
 ) -> Callable[[float, float], float]:
     """The summed error of a range."""
 

@@ -5,7 +5,7 @@ Nothing seen is clipped; one far outlier makes the steps large for all others.
 
 from dataclasses import dataclass
 
-from tersor.activations.observers.contract import Codes, ranges_of
+from tersor.activations.observers.contract import CodeRange, ranges_of
 from tersor.methods.stats import Stats
 
 
@@ -16,6 +16,6 @@ class MinMax:
     name = "min-max"
     needs = frozenset({"ranges"})
 
-    def range(self, stats: Stats, codes: Codes) -> tuple[float, float]:
+    def range(self, stats: Stats, codes: CodeRange) -> tuple[float, float]:
         ranges = ranges_of(codes, stats)
         return min(ranges[:, 0].min().item(), 0.0), max(ranges[:, 1].max().item(), 0.0)

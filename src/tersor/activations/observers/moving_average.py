@@ -5,7 +5,7 @@ What is far away in one run alone counts little, and the latest runs count most.
 
 from dataclasses import dataclass
 
-from tersor.activations.observers.contract import Codes, ranges_of
+from tersor.activations.observers.contract import CodeRange, ranges_of
 from tersor.core.errors import InputError
 from tersor.methods.stats import Stats
 
@@ -27,7 +27,7 @@ class MovingAverage:
         if not 0 <= self.momentum < 1:
             raise InputError(f"moving-average: momentum={self.momentum} is not in 0 <= momentum < 1; try 0.9")
 
-    def range(self, stats: Stats, codes: Codes) -> tuple[float, float]:
+    def range(self, stats: Stats, codes: CodeRange) -> tuple[float, float]:
         ranges = ranges_of(codes, stats).double()
         average = ranges[0]
         for run in ranges[1:]:

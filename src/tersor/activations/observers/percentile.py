@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tersor.activations.observers.contract import Codes, histogram_of
+from tersor.activations.observers.contract import CodeRange, histogram_of
 from tersor.core.errors import InputError
 from tersor.methods.stats import Stats
 
@@ -27,7 +27,7 @@ class Percentile:
         if not 50 < self.percentile <= 100:
             raise InputError(f"percentile: percentile={self.percentile} is not in 50 < percentile <= 100; try 99.99")
 
-    def range(self, stats: Stats, codes: Codes) -> tuple[float, float]:
+    def range(self, stats: Stats, codes: CodeRange) -> tuple[float, float]:
         values, counts = histogram_of(codes, stats)
         below = counts.cumsum(0)
         outside = (1 - self.percentile / 100) / 2 * below[-1]

@@ -27,11 +27,11 @@ LARGEST_BATCH, LARGEST_LENGTH = 32, 512  # rows, and tokens of a text
 def trace(model: nn.Module, examples: Examples, sites: Iterable[PackedSite], rounding: Rounding) -> GraphModule:
     """The graph. Raises ModelError for a model that cannot be followed, or whose axes are not of any size."""
     with placeholders(model, sites, rounding), plain_attention(model), slow_attention(), quiet():
-        program = exported(Called(model, examples).eval(), model, examples)
+        program = exported(TracedForExecutorch(model, examples).eval(), model, examples)
         return program.run_decompositions({}).module(check_guards=False)
 
 
-class Called(nn.Module):
+class TracedForExecutorch(nn.Module):
     """A model as a function of tensors in a fixed order."""
 
     def __init__(self, model: nn.Module, examples: Examples):

@@ -31,27 +31,27 @@ NAME = "tersor"  # of our attention in transformers' tables
 
 
 @dataclass
-class Kept:
+class AttentionCaches:
     """The cache that the layers of a trace share: the past they are given, and the present they give."""
 
     past: dict[str, Tensor] = field(default_factory=dict)
     present: dict[str, Tensor] = field(default_factory=dict)
 
 
-def traced_call(model: nn.Module, inputs: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
+def traced_call(model: nn.Module, inputs: Mapping[str, Tensor], caches: AttentionCaches) -> dict[str, Tensor]:
     """`call_cached` inside `blocks`: the cache only counts, and every attention node takes and gives its own part."""
-    kept.past, kept.present = {name: tensor for name, tensor in inputs.items() if name.startswith(PAST)}, {}
+    caches.past, caches.present = {name: tensor for name, tensor in inputs.items() if name.startswith(PAST)}, {}
     num_new = inputs["input_ids"].shape[1]
     cache = counting_cache(inputs["attention_mask"].shape[1] - num_new)
     logits, _ = call_with_cache(model, cache, **{name: inputs[name] for name in NEW})
-    missing = len(kept.past) - len(kept.present)
+    missing = len(caches.past) - len(caches.present)
     if missing:
         raise ModelError(
             f"{type(model).__name__}: {missing // 2} layers keep no keys and values of their own; "
             f"export it without a cache: --no-cache"
         )
-    names = [name.replace(PAST, PRESENT, 1) for name in kept.past]
-    return {"logits": logits, **{name: kept.present[name] for name in names}}
+    names = [name.replace(PAST, PRESENT, 1) for name in caches.past]
+    return {"logits": logits, **{name: caches.present[name] for name in names}}
 
 
 def counting_cache(num_past: Any) -> Any:
@@ -74,13 +74,13 @@ def counting_cache(num_past: Any) -> Any:
 
 
 @contextmanager
-def blocks(model: nn.Module) -> Iterator[Kept]:
+def blocks(model: nn.Module) -> Iterator[AttentionCaches]:
     """Inside this block the model leaves our nodes in a trace."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
-    kept = Kept()
-    AttentionInterface.register(NAME, partial(attention, kept))
+    caches = AttentionCaches()
+    AttentionInterface.register(NAME, partial(attention, caches))
     AttentionMaskInterface.register(NAME, eager_mask)
     config: Any = model.config
     wanted = {"_attn_implementation": NAME, "_experts_implementation": "batched_mm"}
@@ -99,7 +99,7 @@ def blocks(model: nn.Module) -> Iterator[Kept]:
             setattr(code, ROTARY, rotary)
             changed.append((code, ROTARY, rotate))
     try:
-        yield kept
+        yield caches
     finally:
         for name, value in before.items():
             setattr(config, name, value)
@@ -111,7 +111,7 @@ def blocks(model: nn.Module) -> Iterator[Kept]:
 
 
 def attention(
-    kept: Kept,
+    caches: AttentionCaches,
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -125,7 +125,7 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: query `[batch, heads, new, size]`, keys and values with fewer heads."""
     number = module.layer_idx
-    past_key, past_value = (kept.past[f"{PAST}.{number}.{kind}"] for kind in ("key", "value"))
+    past_key, past_value = (caches.past[f"{PAST}.{number}.{kind}"] for kind in ("key", "value"))
     batch, num_heads, num_new, size = query.shape
     total = attention_mask.shape[-1]
     rows = (batch, num_new, num_heads * value.shape[-1])
@@ -144,7 +144,7 @@ def attention(
         shapes=(rows, *present),
         version=1,
     )
-    kept.present[f"{PRESENT}.{number}.key"], kept.present[f"{PRESENT}.{number}.value"] = made[1], made[2]
+    caches.present[f"{PRESENT}.{number}.key"], caches.present[f"{PRESENT}.{number}.value"] = made[1], made[2]
     return made[0].view(batch, num_new, num_heads, -1), None
 
 

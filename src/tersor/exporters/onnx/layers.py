@@ -258,7 +258,7 @@ def decoded_constant(b: Builder, packed: PackedSite, dtype: torch.dtype) -> ir.V
 Product = Callable[[Builder, ir.Value, PackedSite, Lowering], ir.Value]
 
 
-class Row(NamedTuple):
+class ProductRule(NamedTuple):
     """One way to multiply a linear site: the sites it fits, and the function that writes the product."""
 
     fits: Callable[[PackedSite], bool]
@@ -293,10 +293,10 @@ def plain(packed: PackedSite) -> bool:
 
 
 ROWS = [
-    Row(static, static_product),
-    Row(dynamic, dynamic_product),
-    Row(weight_only, weight_only_product),
-    Row(plain, folded_product),
+    ProductRule(static, static_product),
+    ProductRule(dynamic, dynamic_product),
+    ProductRule(weight_only, weight_only_product),
+    ProductRule(plain, folded_product),
 ]
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tersor.core.errors import InputError, ModelError
 from tersor.exporters.contract import PackedSite
 from tersor.exporters.examples import Examples, outputs_of
-from tersor.exporters.onnx.blocks import DOMAIN, Kept, blocks, traced_call
+from tersor.exporters.onnx.blocks import DOMAIN, AttentionCaches, blocks, traced_call
 from tersor.exporters.onnx.names import name_by_layer
 from tersor.exporters.tracing import layer_of, plain_attention, slow_attention
 from tersor.nn.packed import InputQuantizer, PackedEmbedding, PackedLinear, PackedWeight, packed_weight
@@ -43,11 +43,13 @@ def trace(model: nn.Module, examples: Examples, sites: Iterable[PackedSite]) -> 
     """
     made = examples.run(model)
     names = list(examples.inputs)
-    attention: AbstractContextManager[Kept | None] = blocks(model) if examples.cached else plain_attention(model)
-    with quiet(), placeholders(model, sites), torch.no_grad(), slow_attention(), attention as kept:
+    attention: AbstractContextManager[AttentionCaches | None] = (
+        blocks(model) if examples.cached else plain_attention(model)
+    )
+    with quiet(), placeholders(model, sites), torch.no_grad(), slow_attention(), attention as caches:
         try:
             program: Any = torch.onnx.export(
-                Called(model, examples, kept).eval(),
+                TracedForOnnx(model, examples, caches).eval(),
                 tuple(examples.inputs.values()),
                 dynamo=True,
                 opset_version=OPSET,
@@ -68,17 +70,17 @@ def sites_in(model: ir.Model) -> frozenset[str]:
     return frozenset(node.attributes["site"].as_string() for node in model.graph if "site" in node.attributes)
 
 
-class Called(nn.Module):
+class TracedForOnnx(nn.Module):
     """A model as a function of tensors in a fixed order."""
 
-    def __init__(self, model: nn.Module, examples: Examples, kept: Kept | None):
+    def __init__(self, model: nn.Module, examples: Examples, caches: AttentionCaches | None):
         super().__init__()
-        self.model, self.examples, self.kept = model, examples, kept
+        self.model, self.examples, self.caches = model, examples, caches
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs = dict(zip(self.examples.inputs, tensors, strict=True))
-        if self.kept is not None:
-            return tuple(traced_call(self.model, inputs, self.kept).values())
+        if self.caches is not None:
+            return tuple(traced_call(self.model, inputs, self.caches).values())
         return tuple(outputs_of(self.examples.call(self.model, inputs)).values())
 
 
