@@ -10,6 +10,7 @@ A folder appears whole or not at all (output.py), and lists every file in it (se
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.checkpoint.container_write import holds_codes, write_coded
-from tersor.checkpoint.guards import at_most, check_config, check_links, shapes_of
+from tersor.checkpoint.guards import check_links
 from tersor.checkpoint.layout import CODED, other_tensors, packed_sites, tensors_of
 from tersor.checkpoint.lazy import LazyContainer
 from tersor.checkpoint.manifest import (
@@ -35,13 +36,12 @@ from tersor.checkpoint.output import atomic_folder, check_output
 from tersor.checkpoint.restore import read_decoded, read_tensors, restore_rest, restore_site
 from tersor.checkpoint.seal import listing
 from tersor.checkpoint.side_files import copy_side_files
-from tersor.checkpoint.source import open_transformers, quiet_transformers, read_state, transformers_class
-from tersor.codecs.integers import EXPANSION
+from tersor.checkpoint.skeleton import skeleton
+from tersor.checkpoint.source import open_transformers, read_state
 from tersor.core.errors import ArtifactError, InputError
-from tersor.core.messages import first_line
 from tersor.core.weights_file import check_finite, write_weights
 from tersor.nn.pretrained import guard
-from tersor.nn.sites import find_sites
+from tersor.nn.sites import Site, find_sites
 
 
 def save(
@@ -72,10 +72,10 @@ def save(
         raise ArtifactError(f"{folder}: cannot be created: {error.strerror}") from None
     check_output(folder, overwrite=True)
     with atomic_folder(folder, overwrite=True) as working:
-        fill(model, working, source=source, manifest=manifest, coded=coded)
+        write(model, working, source=source, manifest=manifest, coded=coded)
 
 
-def fill(
+def write(
     model: nn.Module,
     folder: Path,
     *,
@@ -176,42 +176,91 @@ def load(
         return unpacked(folder, model).to(dtype=dtype)
     manifest = read_manifest(folder)
     check_files(folder, manifest)
+    device = torch.device("cpu")
     if model is None:
         model = skeleton(folder, manifest)
-    device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
-    model.to("cpu")
+    else:
+        device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
+        model.to("cpu")
+    stored = read_stored(folder, manifest, model, packed=packed, lazy=lazy)
+    place_packed(model, manifest, stored, packed=packed)
+    fill(model, stored)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+@dataclass
+class StoredTensors:
+    """The tensors of an artifact's weights file; each is taken out when it has found its place in the model.
+
+    Attributes:
+        place: where they come from, for messages.
+        tensors: by name. Those on the meta device are there by type and shape alone.
+        matrices: float matrices that packed weights were decoded to already, by parameter.
+        lazy: the file that packed weights stay in, and are read from whenever they run.
+        decoded: the sites whose weights were placed as ordinary parameters.
+    """
+
+    place: Path
+    tensors: dict[str, Tensor]
+    matrices: dict[str, Tensor] = field(default_factory=dict)
+    lazy: LazyContainer | None = None
+    decoded: list[Site] = field(default_factory=list)
+
+
+def read_stored(
+    folder: Path, manifest: Mapping[str, Any], model: nn.Module, *, packed: bool = True, lazy: bool = False
+) -> StoredTensors:
+    """Read the weights file of an artifact of `model`; arguments as those of `load`.
+
+    Raises ArtifactError for a damaged file, InputError for a `lazy` that does not go with it.
+    """
     weights = weights_path(folder, manifest)
-    shelf: LazyContainer | None = None
     if lazy:
         if weights.name != CODED or not packed:
             raise InputError(f"{weights}: only entropy-coded weights that stay packed can be left in the file")
-        shelf = LazyContainer(weights)
+        container = LazyContainer(weights)
+        return StoredTensors(folder, container.tensors(), lazy=container)
+    if weights.name == CODED and not packed:
+        sites = find_sites(model)
+        coded = [site for site in sites if manifest["sites"].get(site.name, {}).get("format") == "coded"]
+        return StoredTensors(folder, *read_decoded(weights, {site.parameter: site.shape for site in coded}))
+    return StoredTensors(folder, read_tensors(weights))
+
+
+def place_packed(model: nn.Module, manifest: Mapping[str, Any], stored: StoredTensors, *, packed: bool = True) -> None:
+    """Put the packed weights that a manifest lists into a model, which may be a skeleton; all else stays as it is.
+
+    Args:
+        stored: loses the tensors that were placed.
+        packed: False decodes each into an ordinary parameter.
+
+    Raises ArtifactError for a site that the model does not have, or tensors that do not fit the format.
+    """
     sites = {site.name: site for site in find_sites(model)}
-    matrices: dict[str, Tensor] = {}
-    if shelf is not None:
-        tensors = shelf.tensors()
-    elif weights.name == CODED and not packed:
-        coded = [site for name, site in sites.items() if manifest["sites"].get(name, {}).get("format") == "coded"]
-        tensors, matrices = read_decoded(weights, {site.parameter: site.shape for site in coded})
-    else:
-        tensors = read_tensors(weights)
     for site in sites.values():
-        if site.name in manifest["sites"] or site.parameter in tensors:
+        if site.name in manifest["sites"] or site.parameter in stored.tensors:
             site.settle(model)
     for name, entry in manifest["sites"].items():
         if name not in sites:
             raise ArtifactError(
-                f"{folder}: the manifest names the site {name}, which {type(model).__name__} does not have"
+                f"{stored.place}: the manifest names the site {name}, which {type(model).__name__} does not have"
             )
-        restore_site(model, sites[name], entry, tensors, packed, matrices.pop(sites[name].parameter, None))
-        if shelf is not None:
-            shelf.serve(model, sites[name])
-    decoded = [] if packed else [sites[name] for name in manifest["sites"]]
-    rest = other_tensors(model, decoded)
-    restore_rest(model, tensors if shelf is None else shelf.decoded(tensors), rest, folder)
+        site = sites[name]
+        restore_site(model, site, entry, stored.tensors, packed, stored.matrices.pop(site.parameter, None))
+        if stored.lazy is not None:
+            stored.lazy.serve(model, site)
+        stored.decoded += [] if packed else [site]
     if packed:
         guard(model)
-    return model.to(device=device, dtype=dtype).eval()
+
+
+def fill(model: nn.Module, stored: StoredTensors) -> None:
+    """Fill all that is not packed, from the tensors that `place_packed` left over.
+
+    Raises ArtifactError where a tensor is missing, left over, or of another shape or kind.
+    """
+    tensors = stored.tensors if stored.lazy is None else stored.lazy.decoded(stored.tensors)
+    restore_rest(model, tensors, other_tensors(model, stored.decoded), stored.place)
 
 
 def unpacked(folder: Path, model: nn.Module | None) -> nn.Module:
@@ -229,37 +278,3 @@ def unpacked(folder: Path, model: nn.Module | None) -> nn.Module:
         reason = str(error).splitlines()[-1].strip()
         raise ArtifactError(f"{folder}: does not fit {type(model).__name__}: {reason}") from None
     return model.eval()
-
-
-def skeleton(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
-    """A Hugging Face model of the right class and shape, weights not initialized."""
-    if not (folder / "config.json").exists():
-        raise ArtifactError(
-            f"{folder}: holds a custom model ({manifest['model'].get('class')}); "
-            f"pass a fresh instance: tersor.load({str(folder)!r}, model=YourModel())"
-        )
-    import transformers
-    from transformers.initialization import no_init_weights
-
-    quiet_transformers()
-    weights = weights_path(folder, manifest)
-    try:
-        check_config(folder, shapes_of([weights]))
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if hasattr(config, KEY):
-            delattr(config, KEY)
-        config.architectures = [manifest["model"]["class"]]
-        model_class = transformers_class(config)
-        if model_class is transformers.AutoModel:
-            raise ValueError(f"it has no class {manifest['model']['class']}")
-        each, most = (EXPANSION, "can hold") if weights.name == CODED else (8, "has bits")
-        with torch.device("meta"), at_most(each * weights.stat().st_size, f"{weights.name} {most}"):
-            model_class._from_config(config)
-        with no_init_weights():
-            model = model_class._from_config(config, dtype=config.dtype)
-        model.tie_weights()
-        if (folder / "generation_config.json").exists() and model.can_generate():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever a garbled config trips over
-        raise ArtifactError(f"{folder}: transformers cannot build the model: {first_line(error)}") from None
-    return model

@@ -96,7 +96,7 @@ def restore_site(
     encoded = Encoded(format, site.shape, parts)
     check_values(site, encoded)
     if not packed:
-        site.weight(model).data = site.fold.unfold(encoded.decode() if matrix is None else matrix).to(dtype)
+        install(site.weight(model), site.fold.unfold(encoded.decode() if matrix is None else matrix).to(dtype))
         return
     activation = None
     if input_format:
@@ -135,4 +135,15 @@ def restore_rest(model: nn.Module, tensors: dict[str, Tensor], rest: dict[str, T
                 f"but the model has {tensor.dtype} {tuple(tensor.shape)}"
             )
         owner, _, attribute = name.rpartition(".")
-        getattr(model.get_submodule(owner), attribute).data = stored
+        install(getattr(model.get_submodule(owner), attribute), stored)
+
+
+def install(place: Tensor, stored: Tensor) -> None:
+    """Have a parameter or buffer hold a stored tensor, wherever the model has it. One on the meta device stays the same
+    object, which all places of a tied weight share."""
+    if not place.is_meta:
+        place.data = stored
+        return
+    is_parameter = isinstance(place, nn.Parameter)
+    made = nn.Parameter(stored, requires_grad=place.requires_grad) if is_parameter else stored.clone()
+    torch.utils.swap_tensors(place, made)

@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from tersor.calibration.blocks import find_blocks, part_of
 from tersor.checkpoint.artifact import describe
 from tersor.checkpoint.container_write import holds_codes, packing_of, write
 from tersor.checkpoint.converted import by_model_names
-from tersor.checkpoint.guards import at_most, room_for
+from tersor.checkpoint.guards import room_for
 from tersor.checkpoint.layout import CODED, stored_parts, tensors_of, unpacked_tensors
 from tersor.checkpoint.manifest import WEIGHTS
 from tersor.checkpoint.safetensors_header import OnDisk, Scratch, SpanTensors, read_extents, write_extents
 from tersor.checkpoint.side_files import copy_side_files
+from tersor.checkpoint.skeleton import without_weights
 from tersor.checkpoint.source import Source, few, from_hub, look_into
 from tersor.core.errors import InputError, ModelError
 from tersor.core.files import sha256
@@ -82,6 +82,7 @@ class StreamedModel:
         dtype = dtype or config.dtype or next(iter(types), torch.float32)
         try:
             self.model = without_weights(model_class, config, dtype, room_for([e.shape for e in stored.values()]))
+            self.model.requires_grad_(False)
         except Exception as error:  # a config whose numbers do not go together can trip over anything
             raise ModelError(f"{name}: transformers cannot build {model_class.__name__}: {first_line(error)}") from None
         check_has_sites(self.model)
@@ -202,28 +203,6 @@ def return_memory_at_once() -> None:
     every one it sees, the size up to which it keeps them, and cannot return them for what small ones lie between."""
     with suppress(AttributeError, OSError, TypeError):  # other C libraries do without
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
-
-
-def without_weights(model_class: Any, config: Any, dtype: torch.dtype, num_weights: int) -> Any:
-    """The model in eval mode: its parameters on the meta device, its buffers (rotary frequencies and the like) real.
-    Raises ValueError where it has more weights than it may."""
-    from transformers.initialization import no_init_weights
-
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta:  # a tied one stays the same
-            return None
-        return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-
-    with torch.device("meta"), at_most(num_weights, "the weights files and a new head have"):
-        model_class._from_config(config)
-    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
-    try:
-        with no_init_weights():
-            model = model_class._from_config(config, dtype=dtype)
-    finally:
-        hook.remove()
-    model.tie_weights()
-    return model.eval()
 
 
 def matched(model: Any, stored: Mapping[str, OnDisk], place: str) -> tuple[dict[str, OnDisk], set[str]]:

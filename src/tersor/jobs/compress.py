@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from tersor.calibration.curvature import estimate_fisher
-from tersor.checkpoint.artifact import fill, load
+from tersor.checkpoint.artifact import load, write
 from tersor.checkpoint.container_write import size_of
 from tersor.checkpoint.layout import tensors_of
 from tersor.checkpoint.manifest import read_manifest, weights_path
@@ -95,7 +95,7 @@ class Result(Compressed):
         check_output(output.path, output.overwrite)
         with atomic_folder(output.path, output.overwrite) as working:
             if self.verdict is None:
-                fill(self.model, working)
+                write(self.model, working)
                 return
             shutil.copytree(self.output, working, dirs_exist_ok=True)
             record(working, output.path.name, dict(self.manifest), self.verdict, self.scorecards)
@@ -231,7 +231,7 @@ def write_and_judge(
     source, task, limit, made = original.source, original.task, original.limit, found.made
     assert made is not None
     with atomic_folder(output.path, output.overwrite) as folder:
-        fill(made.model, folder, source=source.folder, manifest=about(source))
+        write(made.model, folder, source=source.folder, manifest=about(source))
         loaded = load(folder, model=source.fresh())
         known = smallest_within(found.trials)
         if known is not None and known.scores is not None and same_tensors(made.model, loaded):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tersor.checkpoint.adapters import save_adapter
-from tersor.checkpoint.artifact import WEIGHTS, fill
+from tersor.checkpoint.artifact import WEIGHTS, write
 from tersor.checkpoint.layout import packed_sites, tensors_of
 from tersor.checkpoint.open import ModelSpec, cast, open_model
 from tersor.checkpoint.output import atomic_folder, check_output
@@ -196,7 +196,7 @@ def write_base(
     for site, packed, _ in packed_sites(model):
         packed.dtype = kinds.get(site.parameter, packed.dtype)
     with atomic_folder(folder, overwrite) as place:
-        fill(model, place, source=source.folder, manifest=about(source))
+        write(model, place, source=source.folder, manifest=about(source))
 
 
 def save_plain(model: nn.Module, folder: Path, source: Source) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tersor.checkpoint.adapters import Adapter, adapted_names, load_adapter
-from tersor.checkpoint.artifact import fill
+from tersor.checkpoint.artifact import write
 from tersor.checkpoint.layout import packed_sites
 from tersor.checkpoint.open import ModelSpec
 from tersor.checkpoint.output import atomic_folder, claimed
@@ -78,7 +78,7 @@ def merge(
         num_packed = len(packed_names(source.model, given))
         with atomic_folder(output.path, output.overwrite) as place:
             if source.kind == "artifact":
-                fill(merged, place, source=source.folder, manifest=about(source) | {"adapter": adapter.resolve().name})
+                write(merged, place, source=source.folder, manifest=about(source) | {"adapter": adapter.resolve().name})
             else:
                 save_plain(merged, place, source)
             kl = measure_divergences(
