@@ -1,4 +1,4 @@
-"""The laws of laws.py over the tables. A new line in a table is covered without a change here."""
+"""The laws of tersor.testing over the tables. A new line in a table is covered without a change here."""
 
 from itertools import product
 
@@ -17,15 +17,6 @@ def by_name(law):
     return law.__name__
 
 
-def held(law, cases, *entries):
-    """The law, for every case `name: what it is tried on`; the name of the one that breaks it is said."""
-    for name, case in cases.items():
-        try:
-            law(*entries, *(case if isinstance(case, tuple) else (case,)))
-        except AssertionError as broken:
-            raise AssertionError(f"{name}: {broken}") from broken
-
-
 # The default run takes a share of the cases for each line of a table, `make test-slow` all of them.
 ALL = pytest.param(1, marks=pytest.mark.slow, id="all")
 
@@ -34,7 +25,8 @@ ALL = pytest.param(1, marks=pytest.mark.slow, id="all")
 @pytest.mark.parametrize("law", laws.FORMAT_LAWS, ids=by_name)
 @pytest.mark.parametrize("name", FORMATS)
 def test_format(name, law, of):
-    held(law, laws.share(laws.weights_for(FORMATS[name]), of, name, by_name(law)), FORMATS[name])
+    cases = laws.share(laws.weights_for(FORMATS[name]), of, name, by_name(law))
+    laws.check_cases(law, f"format {name}", cases, FORMATS[name])
 
 
 @pytest.mark.parametrize("law", laws.FORMAT_TABLE_LAWS, ids=by_name)
@@ -48,7 +40,8 @@ def test_format_in_the_table(name, law):
 @pytest.mark.parametrize(("method", "format"), list(laws.pairs()))
 def test_method(method, format, law, of):
     entries = METHODS[method](), FORMATS[format]
-    held(law, laws.share(laws.cases_for(*entries), of, method, format, by_name(law)), *entries)
+    cases = laws.share(laws.cases_for(*entries), of, method, format, by_name(law))
+    laws.check_cases(law, f"method {method} with format {format}", cases, *entries)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -65,14 +58,16 @@ def test_refusals_name_what_is_accepted(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_schemes_read_what_they_write(method):
     accepted = {format: FORMATS[format] for name, format in laws.pairs() if name == method}
-    held(laws.scheme_reads_what_it_writes, laws.share(accepted, 4, method), METHODS[method]())
+    law, cases = laws.scheme_reads_what_it_writes, laws.share(accepted, 4, method)
+    laws.check_cases(law, f"method {method}", cases, METHODS[method]())
 
 
 @pytest.mark.parametrize("law", laws.ACTIVATION_LAWS, ids=by_name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activation(name, dtype, law):
-    held(law, {label: x.to(dtype) for label, x in laws.inputs().items()}, ACTIVATIONS[name])
+    cases = {label: x.to(dtype) for label, x in laws.inputs().items()}
+    laws.check_cases(law, f"inputs in {name}", cases, ACTIVATIONS[name])
 
 
 # Every activation with the format that kernels run and some that are decoded, one with all.
@@ -85,7 +80,8 @@ RUNS = sorted({*product(ACTIVATIONS, ["int8", "int8-asym", "int4-g64", "bf16"]),
 def test_kernel(name, format, dtype, of):
     for bias in (True, False):
         cases = laws.share(laws.inputs(), of, name, format, dtype, bias)
-        held(laws.kernel_agrees_with_reference, cases, ACTIVATIONS[name], FORMATS[format], dtype, bias)
+        law, entries = laws.kernel_agrees_with_reference, (ACTIVATIONS[name], FORMATS[format], dtype, bias)
+        laws.check_cases(law, f"{format}/{name}", cases, *entries)
 
 
 @pytest.mark.parametrize("name", FORMATS)
