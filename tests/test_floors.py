@@ -31,6 +31,7 @@ FLOORS = (
     "recipe",  # the steps in order, to and from YAML
     "report",  # tables and cards
     "exporters",  # files of other programs, one file or folder a client
+    "testing",  # the laws that every entry of a table keeps
     "pipeline",  # the one loop over the steps of a recipe
     "search",  # recipes that keep within a limit
     "analysis",  # where bytes, time and loss come from

@@ -11,8 +11,8 @@ from tersor.formats import FORMATS
 from tersor.formats.contract import Encoded, Format, Grid, Sparse
 from tersor.methods import METHODS
 from tersor.methods.contract import Method
-from tersor.methods.zero_mask import ZeroMask
 from tersor.methods.stats import Stats
+from tersor.methods.zero_mask import ZeroMask
 from tersor.schemes.scheme import Scheme
 from tersor.testing.cases import cases_for
 from tersor.testing.formats import check_layout, params_of, words
