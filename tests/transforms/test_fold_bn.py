@@ -8,10 +8,10 @@ from models import model_of
 from torch import nn
 
 import tersor
+from tersor.nn.parameters import set_parameter
 from tersor.pipeline import apply_transform
 from tersor.transforms.equalize import Equalize
 from tersor.transforms.fold_bn import FoldBn, is_neutral
-from tersor.transforms.pairs import set_parameter
 
 
 def test_batch_norms_only_add_a_bias_afterwards():

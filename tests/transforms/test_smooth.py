@@ -4,7 +4,8 @@ from models import measured, model_of
 
 from tersor.core.errors import InputError
 from tersor.methods.stats import Stats
-from tersor.transforms.pairs import Pair, find_pairs, matrix
+from tersor.nn.connections.connection import Connection, find_connections
+from tersor.nn.parameters import matrix
 from tersor.transforms.smooth import Smooth, int8_error
 
 
@@ -14,7 +15,7 @@ def test_the_ranges_are_those_of_the_paper():
     stats = measured(model, "llama")
     Smooth(alpha=0.5).apply(model, stats)
     after = measured(model, "llama")
-    for pair in find_pairs(model):
+    for pair in find_connections(model):
         if pair.heads > 1:
             continue  # two heads of queries share a factor
         columns = torch.stack([matrix(model.get_submodule(path)).abs().amax(0) for path in pair.readers]).amax(0)
@@ -33,7 +34,7 @@ def outliers():
 
 def test_an_outlier_feature_no_longer_spoils_the_rest(outliers):
     stats, weight = outliers
-    pair = Pair("norm", ("linear",), 64)
+    pair = Connection("norm", ("linear",), 64)
     plain = int8_error(stats, weight, torch.ones(64))
     half = int8_error(stats, weight, Smooth(alpha=0.5).factor(pair, [weight], stats))
     searched = int8_error(stats, weight, Smooth().factor(pair, [weight], stats))
@@ -45,7 +46,7 @@ def test_the_search_is_never_worse_than_nothing():
     x = torch.randn(128, 64, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
     weight = torch.eye(64)
     weight[0, 1:] = 1e-3
-    pair, stats = Pair("norm", ("linear",), 64), Stats(sample=x, largest=x.abs().amax(0))
+    pair, stats = Connection("norm", ("linear",), 64), Stats(sample=x, largest=x.abs().amax(0))
     factor = Smooth().factor(pair, [weight], stats)
     plain = int8_error(stats, weight, torch.ones(64))
     assert int8_error(stats, weight, factor) <= plain

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tersor.nn.connections.graph import is_batch_norm
 from tersor.training.loop import Objective
 from tersor.transforms.fold_bn import is_neutral
-from tersor.transforms.graph import is_batch_norm
 
 
 class Norms:

@@ -17,7 +17,9 @@ from tersor.core.threads import total
 from tersor.formats import format_named
 from tersor.formats.contract import Format
 from tersor.methods.stats import Stats
-from tersor.transforms.pairs import Pair, matrix, require_pairs, stats_of
+from tersor.nn.connections.connection import Connection
+from tersor.nn.parameters import matrix
+from tersor.transforms.scaling import require_connections, scale, stats_of
 
 
 @dataclass(frozen=True)
@@ -42,35 +44,39 @@ class Awq:
 
     def apply(self, model: nn.Module, stats: Mapping[str, Stats]) -> None:
         format = format_named(self.format or "int4-g64")
-        for pair in require_pairs(model, self.name):
-            sample = stats_of(pair, stats).sample
+        for connection in require_connections(model, self.name):
+            sample = stats_of(connection, stats).sample
             if sample is not None:
-                readers = [matrix(model.get_submodule(path)).float() for path in pair.readers]
-                factor = self.factor(pair, readers, sample.float(), format)
+                readers = [matrix(model.get_submodule(path)).float() for path in connection.readers]
+                factor = self.factor(connection, readers, sample.float(), format)
                 if factor is not None:
-                    pair.scale(model, factor)
+                    scale(connection, model, factor)
 
     def factor(
-        self, pair: Pair, weights: Sequence[Tensor], x: Float[Tensor, "token in"], format: Format
+        self, connection: Connection, weights: Sequence[Tensor], x: Float[Tensor, "token in"], format: Format
     ) -> Float[Tensor, " features"] | None:
         """The factor that the source is divided by; None if no ratio lowers the error."""
-        size = pair.largest(x.abs().mean(0)).clamp_min(1e-8)
+        size = connection.largest(x.abs().mean(0)).clamp_min(1e-8)
         candidates: list[Tensor | None] = [None]
         for step in range(1, self.num_steps + 1):
             factor = size ** (step / self.num_steps)
             candidates.append(factor / (factor.amax() * factor.amin()).sqrt())
 
         def error(factor: Tensor | None) -> float:
-            return sum(output_error(x, w, format, factor, pair) for w in weights)
+            return sum(output_error(x, w, format, factor, connection) for w in weights)
 
         return min(candidates, key=error)
 
 
 def output_error(
-    x: Float[Tensor, "token in"], weight: Float[Tensor, "out in"], format: Format, factor: Tensor | None, pair: Pair
+    x: Float[Tensor, "token in"],
+    weight: Float[Tensor, "out in"],
+    format: Format,
+    factor: Tensor | None,
+    connection: Connection,
 ) -> float:
     """The squared error of a reader's outputs on the sample, when its scaled weight is rounded to the format."""
-    columns = torch.ones(weight.shape[1]) if factor is None else pair.spread(factor, weight.shape[1])
+    columns = torch.ones(weight.shape[1]) if factor is None else connection.spread(factor, weight.shape[1])
     scaled = weight * columns
     error = format.fake_quantize(scaled, format.fit(scaled)) / columns - weight
     return total((x @ error.t()).square()).item()

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from tersor.core.errors import InputError, ModelError
 from tersor.methods.stats import Stats
+from tersor.nn.connections.graph import LAYERS, Graph, is_batch_norm
+from tersor.nn.parameters import parameter, set_parameter
 from tersor.transforms.fold_bn import is_neutral, of_one_axis
-from tersor.transforms.graph import LAYERS, Graph, is_batch_norm
-from tersor.transforms.pairs import parameter, set_parameter
 
 EACH_NUMBER = (nn.ReLU, nn.Identity, nn.Dropout, nn.Dropout2d)
 POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d)  # channels are not the last axis, of which they take

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from tersor.core.errors import ModelError
 from tersor.methods.stats import Stats
-from tersor.transforms.graph import Graph, is_batch_norm
-from tersor.transforms.pairs import parameter, set_parameter
+from tersor.nn.connections.graph import Graph, is_batch_norm
+from tersor.nn.parameters import parameter, set_parameter
 
 AXES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: nn.BatchNorm1d,

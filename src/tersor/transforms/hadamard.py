@@ -16,16 +16,11 @@ from torch import Tensor, nn
 from tersor.core.errors import ModelError
 from tersor.core.threads import threads
 from tersor.methods.stats import Stats
+from tersor.nn.connections.connection import Connection
+from tersor.nn.connections.families import BY_TYPE
+from tersor.nn.parameters import matrix, parameter, set_matrix, set_parameter
 from tersor.nn.sites import is_linear
-from tersor.transforms.pairs import (
-    BY_TYPE,
-    Pair,
-    matrix,
-    parameter,
-    require_pairs,
-    set_matrix,
-    set_parameter,
-)
+from tersor.transforms.scaling import require_connections
 
 
 @dataclass(frozen=True)
@@ -70,16 +65,16 @@ class HadamardHeads:
     needs = frozenset[str]()
 
     def apply(self, model: nn.Module, stats: Mapping[str, Stats]) -> None:
-        pairs = [pair for pair in require_pairs(model, self.name) if pair.heads > 1]
-        if not pairs:
+        connections = [connection for connection in require_connections(model, self.name) if connection.heads > 1]
+        if not connections:
             raise ModelError(
                 f"hadamard-heads: no attention values of {type(model).__name__} can be rotated; leave it out"
             )
-        for pair in pairs:
-            rotation = random_hadamard(pair.num_features // pair.heads, self.seed)
-            first, last = pair.part * pair.num_features, (pair.part + 1) * pair.num_features
-            rotate_outputs(model.get_submodule(pair.source), rotation, slice(first, last))
-            for reader in readers_of(model, pair):
+        for connection in connections:
+            rotation = random_hadamard(connection.num_features // connection.heads, self.seed)
+            first, last = connection.part * connection.num_features, (connection.part + 1) * connection.num_features
+            rotate_outputs(model.get_submodule(connection.source), rotation, slice(first, last))
+            for reader in readers_of(model, connection):
                 rotate_inputs(reader, rotation)
 
 
@@ -117,22 +112,24 @@ class Stream:
                 f"hadamard: {type(model).__name__} ties lm_head to embed_tokens, and the final norm's gain can be "
                 f"folded into the head alone; use hadamard-heads, or save the model untied first"
             )
-        pairs = [p for p in require_pairs(model, "hadamard") if not is_linear(model.get_submodule(p.source))]
+        connections = [
+            p for p in require_connections(model, "hadamard") if not is_linear(model.get_submodule(p.source))
+        ]
         layers = config.num_hidden_layers  # type: ignore[union-attr]
         writers = [m for path, m in model.named_modules() if path.endswith(tuple("." + w for w in family.writers))]
-        if (len(pairs), len(writers)) != (2 * layers, len(family.writers) * layers):
+        if (len(connections), len(writers)) != (2 * layers, len(family.writers) * layers):
             raise ModelError(
-                f"hadamard: found {len(pairs)} norms and {len(writers)} writers of the residual stream in {layers} "
-                f"layers of {type(model).__name__}, 2 of each expected; are some already compressed?"
+                f"hadamard: found {len(connections)} norms and {len(writers)} writers of the residual stream in "
+                f"{layers} layers of {type(model).__name__}, 2 of each expected; are some already compressed?"
             )
-        norms = [(model.get_submodule(p.source), p.norm_offset, readers_of(model, p)) for p in pairs]
+        norms = [(model.get_submodule(p.source), p.norm_offset, readers_of(model, p)) for p in connections]
         norms.append((base.get_submodule("norm"), family.norm_offset, [head]))
         return cls(parameter(embedding, "weight").shape[1], embedding, norms, writers)
 
 
-def readers_of(model: nn.Module, pair: Pair) -> list[nn.Module]:
-    """The modules that read a pair's source."""
-    return [model.get_submodule(path) for path in pair.readers]
+def readers_of(model: nn.Module, connection: Connection) -> list[nn.Module]:
+    """The modules that read a connection's source."""
+    return [model.get_submodule(path) for path in connection.readers]
 
 
 def fold_gain(norm: nn.Module, offset: float, readers: list[nn.Module]) -> None:

@@ -17,7 +17,9 @@ from tersor.activations.quantizers import IntStatic
 from tersor.core.errors import InputError
 from tersor.formats.int_group import IntGroup
 from tersor.methods.stats import Stats
-from tersor.transforms.pairs import Pair, matrix, require_pairs, stats_of
+from tersor.nn.connections.connection import Connection
+from tersor.nn.parameters import matrix
+from tersor.transforms.scaling import require_connections, scale, stats_of
 
 ALPHAS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 NUM_TOKENS = 256  # of the sample that the search runs on
@@ -42,24 +44,26 @@ class Smooth:
             raise InputError(f"smooth: alpha={self.alpha} is not in [0, 1]; give for example 0.5, or none to search it")
 
     def apply(self, model: nn.Module, stats: Mapping[str, Stats]) -> None:
-        for pair in require_pairs(model, self.name):
-            readers = [matrix(model.get_submodule(path)).float() for path in pair.readers]
-            factor = self.factor(pair, readers, stats_of(pair, stats))
+        for connection in require_connections(model, self.name):
+            readers = [matrix(model.get_submodule(path)).float() for path in connection.readers]
+            factor = self.factor(connection, readers, stats_of(connection, stats))
             if factor is not None:
-                pair.scale(model, factor)
+                scale(connection, model, factor)
 
-    def factor(self, pair: Pair, weights: Sequence[Tensor], stats: Stats) -> Float[Tensor, " features"] | None:
+    def factor(
+        self, connection: Connection, weights: Sequence[Tensor], stats: Stats
+    ) -> Float[Tensor, " features"] | None:
         """The factor that the source is divided by; None if nothing is known of the inputs."""
         if stats.largest is None:
             return None
-        inputs = pair.largest(stats.largest.float())
-        columns = pair.largest(torch.stack([weight.abs().amax(0) for weight in weights]).amax(0))
+        inputs = connection.largest(stats.largest.float())
+        columns = connection.largest(torch.stack([weight.abs().amax(0) for weight in weights]).amax(0))
         if self.alpha is not None or stats.sample is None:
             return smoothing(inputs, columns, 0.5 if self.alpha is None else self.alpha)
         seen = replace(stats, sample=stats.sample[:NUM_TOKENS].float())
         weight = torch.cat(list(weights))
         candidates = [torch.ones_like(inputs), *(smoothing(inputs, columns, alpha) for alpha in ALPHAS)]
-        return min(candidates, key=lambda factor: int8_error(seen, weight, pair.spread(factor, weight.shape[1])))
+        return min(candidates, key=lambda factor: int8_error(seen, weight, connection.spread(factor, weight.shape[1])))
 
 
 def smoothing(inputs: Tensor, columns: Tensor, alpha: float) -> Float[Tensor, " features"]:
