@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from tersor.core.errors import InputError
 from tersor.core.messages import first_mistake
 from tersor.formats.contract import Grid
-from tersor.schemes.assignment import Assignment, as_message, one_or_more
+from tersor.schemes.assignment import Assignment, Cpu, as_message, one_or_more
 from tersor.schemes.scheme import KEEP, parse_options, parse_rule, spell_options
 from tersor.steps.weights import WeightsStep
 from tersor.training import TRAINING_STEPS, StudentStep, TrainingStep
@@ -101,6 +101,11 @@ class Recipe(BaseModel):
         weights |= {"bias_correction": bias_correction, "keep_float": keep_float}
         steps = [*({"step": "transform", "transform": text} for text in one_or_more(transforms)), weights]
         return cls.validated({"seed": seed, "steps": steps}, "the recipe")
+
+    def for_cpu(self, cpu: Cpu) -> "Recipe":
+        """The recipe with int8 products that are exact on these processors: `any`, or those with `vnni` alone."""
+        steps = (s.model_copy(update={"cpu": cpu}) if isinstance(s, Assignment) else s for s in self.steps)
+        return self.model_copy(update={"steps": tuple(steps)})
 
     @property
     def trains(self) -> bool:

@@ -43,22 +43,3 @@ def expected(folder: Path) -> torch.Tensor:
 def weights(folder: Path) -> Mapping[str, torch.Tensor]:
     """Every packed weight of an artifact, decoded, by the name of its module."""
     return {site.owners[0].module: packed.encoded.decode() for site, packed, _ in packed_sites(tersor.load(folder))}
-
-
-@torch.no_grad()
-def exact_anywhere(model: nn.Module) -> nn.Module:
-    """The model with int8 weights that every processor multiplies exactly.
-
-    Without VNNI instructions, kernels add the products of two neighbouring weights in 16 bits, which saturate. Here
-    each row has one code of 127, beside a zero, and no other beyond 60: twice 60 times 255 stays within 16 bits.
-    Neighbours are those of the order (height, width, channel).
-    """
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            last = layer.weight.movedim(1, -1)
-            rows = last.flatten(1)
-            largest = rows.abs().amax(1, keepdim=True)
-            codes = (60 * rows / largest).round()
-            codes[:, 0], codes[:, 1] = 127.0, 0.0
-            layer.weight.copy_((codes * largest / 127).view(last.shape).movedim(-1, 1))
-    return model

@@ -11,7 +11,6 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from exported import exact_anywhere
 from onnx import numpy_helper
 from torch import nn
 
@@ -27,6 +26,8 @@ from tersor.exporters.check import difference
 from tersor.exporters.examples import Examples, outputs_of
 from tersor.exporters.onnx import Onnx, file, layers
 from tersor.exporters.onnx.blocks import rotary_tables
+from tersor.exporters.rescaled import for_any_processor
+from tersor.formats.overflow import keeps_pair_rule
 from tersor.jobs.export import checkpoint_of
 from tersor.runtimes import runtime_named
 from zoo import GQA, ZOO, pretrained
@@ -50,7 +51,7 @@ SHAPES = {"linear": (40,), "lstm": (7, 12), "depthwise": (4, 9, 9)}
 def packed(name: str, scheme: str) -> tuple[nn.Module, Examples]:
     """A small model under a scheme, with its inputs; the axes of any size are those of a batch and of texts."""
     if name in LAYERS:
-        model, inputs, keywords = exact_anywhere(LAYERS[name]().eval()), {"x": torch.randn(3, *SHAPES[name])}, False
+        model, inputs, keywords = LAYERS[name]().eval(), {"x": torch.randn(3, *SHAPES[name])}, False
     else:
         model, arguments = ZOO[name].model(), ZOO[name].arguments(ZOO[name].model())
         keywords = isinstance(arguments, dict)
@@ -216,9 +217,7 @@ def convolutions(path: Path) -> list[tuple[bool, bool]]:
 def test_int8_convolutions_of_residual_blocks(tmp_path):
     x = torch.randn(4, 8, 9, 9)
     examples = Examples({"x": x}, {"x": {0: "batch"}}, keywords=False)
-    model = tersor.compress(
-        exact_anywhere(Residual().eval()), Recipe.of("int8/int8-static"), Calibration(examples)
-    ).model
+    model = tersor.compress(Residual().eval(), Recipe.of("int8/int8-static"), Calibration(examples)).model
     as_it_is, _ = write(model, examples, tmp_path)
     assert difference(run(as_it_is, examples), examples.run(model)) < 0.02
     # Both results that go into the sum are float: one of them meets a quantizer, too.
@@ -250,9 +249,7 @@ class Shrinking(Residual):
 def test_the_whole_residual_chain_runs_on_codes(tmp_path):
     x = torch.randn(4, 8, 9, 9)
     examples = Examples({"x": x}, {"x": {0: "batch"}}, keywords=False, calibration=({"x": x},))
-    model = tersor.compress(
-        exact_anywhere(Shrinking().eval()), Recipe.of("int8/int8-static"), Calibration(examples)
-    ).model
+    model = tersor.compress(Shrinking().eval(), Recipe.of("int8/int8-static"), Calibration(examples)).model
     written, _ = write(model, examples, tmp_path)
     assert difference(run(written, examples), examples.run(model)) < 0.05
     options = onnxruntime.SessionOptions()
@@ -329,7 +326,7 @@ class Padded(nn.Module):
 def test_padding_is_the_convolutions_and_a_head_on_floats_runs_in_integers(scheme, tmp_path):
     x = torch.randn(4, 3, 12, 12)
     examples = Examples({"x": x}, {"x": {0: "batch"}}, keywords=False, calibration=({"x": x},))
-    model = tersor.compress(exact_anywhere(Padded().eval()), Recipe.of(scheme), Calibration(examples)).model
+    model = tersor.compress(Padded().eval(), Recipe.of(scheme), Calibration(examples)).model
     written, exact = write(model, examples, tmp_path)
     assert difference(run(exact, examples), examples.run(model)) < (5e-3 if "static" in scheme else 1e-5)
     graph = onnx.load(written).graph
@@ -418,7 +415,7 @@ def test_the_command_line(custom, tmp_path, capsys):
     assert made.status == 0, made.stdout
     assert made.json["check"]["difference"] < 1e-3
     assert made.json["check"]["latency"]["p50"] > 0
-    assert "not a list of sizes" in command(capsys, "export", *given, "--shape", "4x9").stderr
+    assert "not a list of whole numbers" in command(capsys, "export", *given, "--shape", "4x9").stderr
     shown = command(capsys, "export", *given, "--shape", "4,9,9", "--overwrite")
     assert "outputs differ from the model's by" in shown.stdout
     assert (
@@ -501,3 +498,64 @@ def test_rotary_embeddings_that_differ_between_layers_have_no_one_table():
     assert rotary_tables(transformers.Gemma3ForCausalLM(gemma3)) is None
     llama = transformers.LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=64)
     assert rotary_tables(transformers.LlamaForCausalLM(llama))[0].shape == (64, 8)
+
+
+class Overflowing(nn.Module):
+    """Layers whose weights are large, and of one sign."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.middle, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(4, 3)
+        for layer in (self.conv, self.middle, self.head):
+            nn.init.uniform_(layer.weight, 0.5, 1)
+
+    def forward(self, x):
+        return self.head(self.middle(self.conv(x).relu().mean((2, 3))))
+
+
+def overflowing(folder: Path) -> tuple[nn.Module, Examples]:
+    """An artifact whose weights were left free, as those written before tersor knew of the difference."""
+    x = torch.rand(4, 3, 8, 8)
+    examples = Examples({"x": x}, {"x": {0: "batch"}}, keywords=False, calibration=({"x": x},))
+    free = Recipe.of("nearest:int8/int8-static").for_cpu("vnni")
+    return tersor.compress(Overflowing().eval(), free, Calibration(examples)).model, examples
+
+
+def test_weights_that_overflow_are_scaled_and_rounded_again(tmp_path):
+    model, examples = overflowing(tmp_path)
+    before = examples.run(model)["output"]
+    checkpoint, (note,) = for_any_processor(checkpoint_of(tmp_path, model, examples))
+    assert note.startswith("the int8 weights of conv and 2 more sites overflow on processors without VNNI")
+    for packed in checkpoint.sites:
+        assert keeps_pair_rule(packed.encoded.parts["codes"], packed.site.neighbours(model))
+    change = (examples.run(model)["output"] - before).norm() / before.norm()
+    assert 0 < change < 0.01
+    assert f"by {change:.2%} " in note
+    assert for_any_processor(checkpoint) == (checkpoint, ())
+
+
+def test_what_was_left_free_stays_as_it_is_where_that_is_said(tmp_path):
+    model, examples = overflowing(tmp_path)
+    codes = packed_sites(model)[0][1].encoded.parts["codes"]
+    Onnx(cpu="vnni").write(checkpoint_of(tmp_path, model, examples), tmp_path / "out.onnx", tmp_path)
+    held = {each.name: numpy_helper.to_array(each) for each in onnx.load(tmp_path / "out.onnx").graph.initializer}
+    assert np.array_equal(held["conv.codes"], codes.view(4, 3, 3, 3).numpy())
+
+
+def test_an_unknown_cpu_is_refused(tmp_path):
+    model, examples = overflowing(tmp_path)
+    with pytest.raises(InputError, match="--cpu amx is not one of any, vnni"):
+        Onnx(cpu="amx").check(checkpoint_of(tmp_path, model, examples))
+
+
+@pytest.mark.parametrize("name", ["linear", "two of one size"])
+def test_files_open_where_weights_are_made_unsigned(name, tmp_path):
+    """ONNX Runtime's own way to exact products, on processors without VNNI instructions."""
+    model, examples = packed("linear", "int8/int8-static") if name == "linear" else overflowing(tmp_path)
+    file, _ = write(model, examples, tmp_path)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    inputs = {name: tensor.numpy() for name, tensor in examples.inputs.items()}
+    (found,) = session.run(None, inputs)
+    assert np.array_equal(found, next(iter(run(file, examples).values())))

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported import exact_anywhere
 from torch import nn
 
 import tersor
@@ -67,7 +66,7 @@ def written(build, scheme: str, folder: Path, **options):
     """The model, its examples, and what the client wrote and found."""
     x = torch.randint(50, (3, 7)) if INPUTS[build] is None else torch.randn(INPUTS[build])
     examples = Examples({"x": x}, {"x": {0: "batch"}}, keywords=False)
-    model = tersor.compress(exact_anywhere(build().eval()), Recipe.of(scheme), Calibration(examples)).model
+    model = tersor.compress(build().eval(), Recipe.of(scheme), Calibration(examples)).model
     checkpoint, export = checkpoint_of(folder, model, examples), OpenVinoIr(**options)
     export.check(checkpoint)
     made = export.write(checkpoint, folder / "out.xml", folder)

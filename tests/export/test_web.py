@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from exported import exact_anywhere
 from torch import nn
 
 import tersor
@@ -71,7 +70,7 @@ class Calibration:
 
 def exported(build, scheme: str, **options):
     """The page of a small model, in the folder `page`."""
-    model = tersor.compress(exact_anywhere(build()), Recipe.of(scheme), Calibration(SHAPES[build])).model
+    model = tersor.compress(build(), Recipe.of(scheme), Calibration(SHAPES[build])).model
     tersor.save(model, Path("artifact"))
     return export(
         f"test_web:{build.__name__}", "page", to="web", weights="artifact", shape=SHAPES[build], options=options

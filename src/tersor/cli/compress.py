@@ -18,6 +18,7 @@ from tersor.jobs.stream import stream as compress_streamed
 from tersor.recipe import Recipe
 from tersor.report.card import comparison, megabytes
 from tersor.report.hints import hints
+from tersor.schemes.assignment import Cpu
 from tersor.schemes.scheme import KEEP
 from tersor.search.choices import Budget, Choices
 from tersor.search.trials import Trial
@@ -83,6 +84,13 @@ def compress(
             help="auto: the sites that cost most by measured loss stay float; a number: that many of them; or none."
         ),
     ] = "none",
+    cpu: Annotated[
+        Cpu,
+        typer.Option(
+            help="Where int8 weights with int8 inputs multiply exactly: on any processor, or on those with vnni "
+            "instructions or ARM's alone, which leaves 8 bits to every weight."
+        ),
+    ] = "any",
     recipe: Annotated[Path | None, typer.Option(help="Recipe file; the one used is saved in the artifact.")] = None,
     weights: options.Weights = None,
     task: options.TaskName = None,
@@ -122,6 +130,7 @@ def compress(
         bias_correction=bias_correction,
         float_layers=parse_keep_float(keep_float),
         seed=seed,
+        cpu=cpu,
     )
     if stream:
         with events(json, on_step=show_block) as told:

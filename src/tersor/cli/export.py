@@ -53,6 +53,13 @@ def export(
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="onnx, openvino: a language model reads whole texts, and keeps nothing.")
     ] = False,
+    cpu: Annotated[
+        str | None,
+        typer.Option(
+            help="onnx, openvino, web: any (the default): int8 products are exact on every processor; vnni: on those "
+            "with VNNI instructions or ARM's alone, with weights as they are."
+        ),
+    ] = None,
     runtime_path: Annotated[
         Path | None,
         typer.Option(help="web: folder of the npm package onnxruntime-web; default: of ./node_modules."),
@@ -64,13 +71,14 @@ def export(
 
     Runtimes that run here load the result at once; it is compared with the model and timed before it is kept.
     """
-    flags = {"per_token": per_token, "float_outputs": float_outputs, "decode": decode, "runtime_path": runtime_path}
+    given: dict[str, bool | str | Path | None] = {"runtime_path": runtime_path, "cpu": cpu, "per_token": per_token}
+    given |= {"float_outputs": float_outputs, "decode": decode}
     with events(json) as told:
         made = export_model(
             ModelSpec(model, weights, options.dtype_named(SHORT.get(dtype or "", dtype))),
             Output(output, overwrite),
             to,
-            {name: value for name, value in flags.items() if value} | ({"cache": False} if no_cache else {}),
+            {name: value for name, value in given.items() if value} | ({"cache": False} if no_cache else {}),
             ExampleInputs(options.task_data(task, data, None, task_option), options.shape_of(shape), fixed or ()),
             threads,
             told,

@@ -22,6 +22,7 @@ from tersor.exporters.contract import UNMARKED, Checkpoint, Misfit, PackedSite, 
 from tersor.exporters.decoder import PAST
 from tersor.exporters.onnx import nearby, require
 from tersor.exporters.openvino_language import extensions, make_stateful, name_of
+from tersor.exporters.rescaled import check_cpu
 
 SETTING = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 WRITER, UNKNOWN = "tersor", "0" * 64  # where the file says who wrote it: the hash of its weights
@@ -37,11 +38,14 @@ class OpenVinoIr:
         decode: write weights in formats that it has no operators for as fp16, instead of refusing them.
         cache: let a language model keep its keys and values inside, where it keeps such; without it, the file reads
             whole texts.
+        cpu: where the file shall compute the same: on `any` processor, for which weights that overflow are scaled and
+            rounded again (rescaled.py), or on those with `vnni` instructions alone, which takes them as they are.
     """
 
     float_outputs: bool = False
     decode: bool = False
     cache: bool = True
+    cpu: str = "any"
     name = "openvino"
     suffix = ".xml"
     readers = "OpenVINO"
@@ -71,7 +75,8 @@ class OpenVinoIr:
         return None if self.decode or holds(packed) else Misfit(self.holds, nearby(packed))
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Raises MissingExtra if openvino is not installed."""
+        """Raises InputError for an unknown cpu, MissingExtra if openvino is not installed."""
+        check_cpu(self.cpu)
         library()
         require()
 

@@ -44,7 +44,7 @@ class Web:
     """A folder with a static page.
 
     Attributes:
-        dtype, per_token, float_outputs, decode: of the ONNX file (`Onnx`).
+        dtype, per_token, float_outputs, decode, cpu: of the ONNX file (`Onnx`).
         runtime_path: folder of the npm package onnxruntime-web; None takes `node_modules/onnxruntime-web` where it is
             there, and else leaves `ort` out of the page, which then says what to install.
     """
@@ -54,6 +54,7 @@ class Web:
     float_outputs: bool = False
     decode: bool = False
     runtime_path: str | Path | None = None
+    cpu: str = "any"
     name = "web"
     suffix = ""
     readers = "browsers, by onnxruntime-web; checked in ONNX Runtime"
@@ -64,7 +65,7 @@ class Web:
     @property
     def onnx(self) -> Onnx:
         """The exporter that writes the ONNX file."""
-        return Onnx(self.dtype, self.per_token, self.float_outputs, self.decode, cache=False)
+        return Onnx(self.dtype, self.per_token, self.float_outputs, self.decode, cache=False, cpu=self.cpu)
 
     def why_not(self, packed: PackedSite) -> Misfit | None:
         return self.onnx.why_not(packed)

@@ -28,6 +28,7 @@ from tersor.exporters.contract import Checkpoint, Filed, PackedSite, Runnable, W
 from tersor.exporters.decoder import has_cache
 from tersor.exporters.examples import Examples, examples_of, with_cache
 from tersor.exporters.reopen import reopen
+from tersor.exporters.rescaled import for_any_processor
 from tersor.jobs.settings import Output
 from tersor.tasks.data import Data
 
@@ -104,13 +105,16 @@ def export(
     with claimed(output.path, output.overwrite, *standing(client, output.path)):
         checkpoint = open_for(client, model, examples)
         check_sites(checkpoint, client)
+        rescaled: tuple[str, ...] = ()
+        if getattr(client, "cpu", None) == "any":
+            checkpoint, rescaled = for_any_processor(checkpoint)
         checked, opened = None, None
         with place_for(output.path, client, output.overwrite) as working:
             if isinstance(client, Runnable):
                 with scratch_folder() as scratch:
                     written = client.write(checkpoint, working, scratch)
                     checked = check(client, checkpoint, working, written, num_threads)
-                notes = written.notes
+                notes = (*rescaled, *written.notes)
             else:
                 notes = tuple(client.write(checkpoint, working))
                 opened = reopen(client, checkpoint, working)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from tersor.core.errors import InputError
 from tersor.formats.trellis import POLYNOMIALS
 from tersor.recipe import Recipe
+from tersor.schemes.assignment import Cpu
 from tersor.schemes.scheme import KEEP
 
 NUM_STATES = 64  # of a trellis: more take longer to choose, and gain a hundredth of a bit
@@ -49,6 +50,7 @@ class Choices:
         bias_correction: whether biases take back what new weights do to the mean of each output.
         float_layers: `auto`, `none`, or how many of the sites that cost most stay float.
         seed: of everything random.
+        cpu: where int8 products are exact: on `any` processor, or on those with `vnni` instructions alone.
     """
 
     budget: Budget = Budget()
@@ -60,6 +62,7 @@ class Choices:
     bias_correction: bool = False
     float_layers: str | int = "none"
     seed: int = 0
+    cpu: Cpu = "any"
 
     @property
     def spelled_out(self) -> Recipe | None:
@@ -72,10 +75,10 @@ def check_recipe_alone(choices: Choices) -> Recipe | None:
     budget = choices.budget
     trellis = budget.num_states is not None
     flags = (choices.formats, choices.rules, choices.exclude, choices.transforms, choices.bias_correction)
-    if any((budget.is_size, budget.coded, trellis, *flags)) or choices.float_layers != "none":
+    if any((budget.is_size, budget.coded, trellis, *flags)) or choices.float_layers != "none" or choices.cpu != "any":
         raise InputError(
             "--recipe says everything already; leave out the budget, --format, --rule, --exclude, --transform, "
-            "--bias-correction and --keep-float"
+            "--bias-correction, --keep-float and --cpu"
         )
     return choices.recipe
 
@@ -93,10 +96,10 @@ def check_choices(choices: Choices) -> Recipe | None:
     if budget.trellis not in (0, *POLYNOMIALS):
         raise InputError(f"--num-states {budget.num_states}: it can be 0, {', '.join(map(str, POLYNOMIALS))}")
     if budget.is_size or (budget.drop and len(formats) != 1):
-        if choices.transforms or choices.bias_correction or choices.float_layers != "none":
+        if choices.transforms or choices.bias_correction or choices.float_layers != "none" or choices.cpu != "any":
             raise InputError(
-                "--transform, --bias-correction and --keep-float go with one --format; a search measures the model as "
-                "it is"
+                "--transform, --bias-correction, --keep-float and --cpu go with one --format; a search measures the "
+                "model as it is"
             )
         return None
     if len(formats) > 1:
@@ -108,6 +111,7 @@ def check_choices(choices: Choices) -> Recipe | None:
             "say what you want: --size 8MB, --ratio 4x, --bits 4.2, --drop 1%, --format int4-g64 or --recipe FILE"
         )
     scheme, transforms = (formats[0] if formats else KEEP), choices.transforms
-    return Recipe.of(
+    recipe = Recipe.of(
         scheme, rules, choices.exclude, choices.seed, transforms, choices.bias_correction, choices.float_layers
     )
+    return recipe.for_cpu(choices.cpu)

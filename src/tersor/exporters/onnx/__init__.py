@@ -11,6 +11,7 @@ from tersor.core.errors import FormatError, InputError, MissingExtra
 from tersor.exporters.check import DTYPES
 from tersor.exporters.contract import Checkpoint, Misfit, PackedSite, Written
 from tersor.exporters.onnx.mark import beside, foreign
+from tersor.exporters.rescaled import check_cpu
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Onnx:
         decode: write weights in formats that ONNX has no operators for as fp16, instead of refusing them.
         cache: give a language model its cache of keys and values as inputs and outputs, where it keeps such a one;
             without it, the graph reads whole texts.
+        cpu: where the file shall compute the same: on `any` processor, for which weights that overflow are scaled and
+            rounded again (rescaled.py), or on those with `vnni` instructions alone, which takes them as they are.
     """
 
     dtype: str = "fp32"
@@ -33,6 +36,7 @@ class Onnx:
     float_outputs: bool = False
     decode: bool = False
     cache: bool = True
+    cpu: str = "any"
     name = "onnx"
     suffix = ".onnx"
     readers = "ONNX Runtime, OpenVINO"
@@ -57,7 +61,8 @@ class Onnx:
         return None if self.decode or holds(packed) else Misfit(self.holds, nearby(packed))
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Raises InputError for an unknown dtype, FormatError where fp16 meets int8 inputs, MissingExtra."""
+        """Raises InputError for an unknown dtype or cpu, FormatError where fp16 meets int8 inputs, MissingExtra."""
+        check_cpu(self.cpu)
         if self.dtype not in DTYPES:
             raise InputError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}")
         quantized = next((p for p in checkpoint.sites if p.activation is not None and not self.decode), None)
