@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tersor.tasks.contract import Output, Split, Task, Trainable
+from tersor.tasks.contract import Output, Split, Task, TrainableTask
 from tersor.tasks.scores import Scores
 from tersor.testing.law import hold, hold_same, speaking_of
 
@@ -28,7 +28,7 @@ def check_task(task: Task, model: nn.Module) -> None:
         task.prepare(model)
         for law in TASK_LAWS:
             law(task, model)
-        if isinstance(task, Trainable) and task.num_train:
+        if isinstance(task, TrainableTask) and task.num_train:
             for training_law in TRAINING_LAWS:
                 training_law(task, model)
 
@@ -113,7 +113,7 @@ TASK_LAWS = [
 ]
 
 
-def epochs_depend_on_the_seed_alone(task: Trainable, model: nn.Module) -> None:
+def epochs_depend_on_the_seed_alone(task: TrainableTask, model: nn.Module) -> None:
     """So that a run that was killed goes on as if it had not been."""
     first, second = (list(islice(task.epoch(seed=0), FEW)) for _ in range(2))
     hold(bool(first), f"epoch gives no batch, and num_train is {task.num_train}")
@@ -121,7 +121,7 @@ def epochs_depend_on_the_seed_alone(task: Trainable, model: nn.Module) -> None:
         hold_same(after, before, "epoch gives other data for the same seed")
 
 
-def loss_is_a_number_with_gradients(task: Trainable, model: nn.Module) -> None:
+def loss_is_a_number_with_gradients(task: TrainableTask, model: nn.Module) -> None:
     """A finite scalar that every training step can follow downhill."""
     batch = next(iter(task.epoch(seed=0)))
     loss = task.loss(task.forward(model, batch), batch)
