@@ -10,9 +10,9 @@ from tersor.testing.cases import random as random
 from tersor.testing.cases import stats_for as stats_for
 from tersor.testing.cases import weights_for as weights_for
 from tersor.testing.cases import widened as widened
-from tersor.testing.formats import FORMAT_LAWS as FORMAT_LAWS
 from tersor.testing.formats import FORMAT_TABLE_LAWS as FORMAT_TABLE_LAWS
 from tersor.testing.formats import check_layout as check_layout
+from tersor.testing.formats import laws_of as laws_of
 from tersor.testing.formats import params_of as params_of
 from tersor.testing.law import check_cases as check_cases
 from tersor.testing.law import same_bits as same_bits

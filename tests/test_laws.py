@@ -13,8 +13,8 @@ from tersor.formats.contract import Encoded
 from tersor.methods import METHODS
 
 
-def by_name(law):
-    return law.__name__
+def by_name(entry):
+    return getattr(entry, "__name__", entry)
 
 
 # The default run takes a share of the cases for each line of a table, `make test-slow` all of them.
@@ -22,8 +22,9 @@ ALL = pytest.param(1, marks=pytest.mark.slow, id="all")
 
 
 @pytest.mark.parametrize("of", [pytest.param(3, id="a third"), ALL])
-@pytest.mark.parametrize("law", laws.FORMAT_LAWS, ids=by_name)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("name", "law"), [(n, law) for n, f in FORMATS.items() for law in laws.laws_of(f)], ids=by_name
+)
 def test_format(name, law, of):
     cases = laws.share(laws.weights_for(FORMATS[name]), of, name, by_name(law))
     laws.check_cases(law, f"format {name}", cases, FORMATS[name])

@@ -213,6 +213,10 @@ class Grid(Format):
         now; the very `params` where the format has no such scales."""
         return params
 
+    def rescaled(self, params: Params, factor: Float[Tensor, "rows groups"]) -> Params:
+        """Parameters whose scales are `factor` times as large; the very `params` where there are no such scales."""
+        return params
+
     def chosen(self, first: Bool[Tensor, "rows groups"], ours: Params, others: Params) -> Params:
         """Parameters that are `ours` for the groups that `first` marks, and the others' elsewhere."""
         return {name: torch.where(first, part, others[name]) for name, part in ours.items()}

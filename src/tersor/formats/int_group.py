@@ -138,6 +138,9 @@ class IntGroup(Grid):
     def integer_bits(self) -> int:
         return self.bits
 
+    def rescaled(self, params: Params, factor: Float[Tensor, "out groups"]) -> Params:
+        return {**params, "scale": self.storable(params["scale"].float() * factor)}
+
     def refit(self, weight: Weight, params: Params, importance: Float[Tensor, " in"]) -> Params:
         """The scale that fits the weights best to the codes they have now: `<w, q> / <q, q>` per group."""
         q_ogk = self.grouped(self.quantize(weight, params)) - self.zero_point(params)

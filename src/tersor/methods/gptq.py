@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from tersor.core.errors import InputError
 from tersor.formats.contract import Encoded, Grid, Params, Weight
-from tersor.formats.int_group import IntGroup
 from tersor.methods.contract import MethodFor
 from tersor.methods.mse import searched
 from tersor.methods.solver import Problem, polish, pose, rescaling, sweep
@@ -67,7 +66,7 @@ class Gptq(MethodFor[Grid]):
 
 def rescaled(problem: Problem, values: Weight, format: Grid, params: Params) -> Params:
     """Integer scales moved to the least-squares fit of the codes they have; other grids stay."""
-    if not isinstance(format, IntGroup):
+    if format.integer_bits is None:
         return params
-    factor = rescaling(problem, values, format.group_size or values.shape[1])
-    return {**params, "scale": format.storable(params["scale"].float() * factor)}
+    factor = rescaling(problem, values, format.grouped(values).shape[-1])
+    return format.rescaled(params, factor)

@@ -18,7 +18,7 @@ from tersor.formats.contract import Encoded, Format, Grid, Params
 from tersor.formats.packing import packed_width
 from tersor.methods import METHODS
 from tersor.testing.cases import random, weights_for, widened
-from tersor.testing.law import check_cases, hold, hold_same, hold_same_parts, listed, speaking_of
+from tersor.testing.law import Law, check_cases, hold, hold_same, hold_same_parts, listed, speaking_of
 
 
 def check_format(format: Format) -> None:
@@ -31,7 +31,7 @@ def check_format(format: Format) -> None:
     for law in FORMAT_TABLE_LAWS:
         with speaking_of(subject):
             law(format)
-    for case_law in FORMAT_LAWS:
+    for case_law in laws_of(format):
         check_cases(case_law, subject, weights_for(format), format)
 
 
@@ -139,11 +139,9 @@ def same_input_same_bytes(format: Format, weight: Tensor) -> None:
     hold_same_parts(format.encode(strided, format.fit(strided)).parts, parts, sentence)
 
 
-def projector_is_fake_quantize(format: Format, weight: Tensor) -> None:
+def projector_is_fake_quantize(format: Grid, weight: Tensor) -> None:
     """What a solver rounds column by column is what `fake_quantize` and `encode` make of the whole, to the last bit; so
     also halfway between two representable weights, at zero of either sign, and on what was rounded already."""
-    if not isinstance(format, Grid):
-        return
     params, reach = format.fit(weight), weight.abs().amax(dim=1, keepdim=True)
     snapped = format.fake_quantize(weight, params)
     tries = [weight, 1.5 * weight, snapped, 0 * weight]
@@ -160,10 +158,8 @@ def projector_is_fake_quantize(format: Format, weight: Tensor) -> None:
         hold_same(columns, stored, f"encode stores other values than projector gives, from column {picked.start} on")
 
 
-def shrink_is_by_group(format: Format, weight: Tensor) -> None:
+def shrink_is_by_group(format: Grid, weight: Tensor) -> None:
     """`grouped` holds every weight once, in order, and zeros at a ragged end; `fit` takes a number for each group."""
-    if not isinstance(format, Grid):
-        return
     w_ogk = format.grouped(weight)
     whole = torch.equal(w_ogk[w_ogk != 0], weight[weight != 0])
     hold(whole, "grouped does not hold every weight once, in order, with zeros after the last")
@@ -224,12 +220,18 @@ FORMAT_LAWS = [
     parts_survive_a_file,
     inputs_are_left_alone,
     same_input_same_bytes,
-    projector_is_fake_quantize,
-    shrink_is_by_group,
     trainable_parts_are_stored_exactly,
     views_are_the_weight,
     packing_fits_the_parts,
 ]
+
+GRID_LAWS = [projector_is_fake_quantize, shrink_is_by_group]
+
+
+def laws_of(format: Format) -> list[Law]:
+    """The laws that a format keeps for any weight: those of every format, and those of grids where it is one."""
+    return [*FORMAT_LAWS, *(GRID_LAWS if isinstance(format, Grid) else [])]
+
 
 # Laws of the format as such.
 

@@ -74,11 +74,12 @@ def lands_on_the_format(method: Method, format: Format, weight: Tensor, stats: S
     decoded = encoded.decode()
     hold(decoded.dtype is torch.float32, f"the result decodes to {decoded.dtype}, not to float32")
     hold(bool(torch.isfinite(decoded).all()), "the result decodes to NaN or infinity")
-    again = format.fake_quantize(decoded, params_of(encoded))
+    params = params_of(encoded)
+    again = format.fake_quantize(decoded, params)
     hold(torch.equal(again, decoded), "the result is no point of the format: fake_quantize with its own parts moves it")
     if "second_moment" in method.needs and stats.second_moment is not None:
         return  # a weight may go further, to make up for the errors of others
-    one_for_all = isinstance(format, Grid) and len(format.grouped(weight)) == 1
+    one_for_all = bool(params) and all(len(param) == 1 for param in params.values())
     reach = weight.abs().max() if one_for_all else weight.abs().amax(dim=1, keepdim=True)
     near = bool(((decoded - weight).abs() <= 2 * reach).all())
     hold(near, "a weight went further than the range of its row")
