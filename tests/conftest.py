@@ -19,7 +19,7 @@ import torch
 CHECKED = [
     *("activations.quantizers", "methods.nearest"),
     *("formats.contract", "tasks.scores", "methods.stats"),
-    *("kernels.bf16", "kernels.choice", "kernels.decode", "kernels.dot", "kernels.int8"),
+    *("kernels.bf16", "kernels.choice", "kernels.decode", "kernels.dot", "kernels.int8", "kernels.unpack"),
     *("formats.bitmask", "formats.float_cast", "formats.int_group", "formats.packing"),
     *("formats.lowrank", "formats.semi_structured", "formats.sparse_int"),
 ]

@@ -47,7 +47,9 @@ def shares(count: int, work: int) -> list[Share]:
     ...     shares(5, 2**30), shares(5, 100)
     ([(0, 3), (3, 5)], [(0, 5)])
     """
-    num = max(1, min(torch.get_num_threads(), count, work // LEAST_WORK))
+    if work < 2 * LEAST_WORK or torch.get_num_threads() == 1:
+        return [(0, count)]
+    num = min(torch.get_num_threads(), count, work // LEAST_WORK)
     each = -(-count // num)
     return [(first, min(first + each, count)) for first in range(0, count, each)]
 

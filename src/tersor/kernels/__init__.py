@@ -1,9 +1,9 @@
 """Fast paths for running an encoded weight without decoding it: the table `ROWS` of choice.py, chosen by measuring.
 
 A kernel is only used where it computes what the reference computes, `F.linear(activation.fake_quantize(x),
-weight.decode())`, up to float rounding in the last step. The weight-only kernels multiply in bfloat16, so only a model
-that runs in bfloat16 gets them: `tersor.load(folder, dtype=torch.bfloat16)`. With float32 inputs they are many times
-slower.
+weight.decode())`, up to float rounding in the last step; those for integer inputs (dot.py, int8.py) give the same bits.
+Float inputs meet weights that are unpacked in registers (unpack.py); only a model that runs in bfloat16 gets the
+kernels that multiply in it (bf16.py): `tersor.load(folder, dtype=torch.bfloat16)`.
 
 Where several fit, each runs a few times on the first input of its shape, and the fastest is kept for all sites of that
 shape; numbers of tokens are taken together up to the next power of two. One whose result strays from the reference
@@ -16,6 +16,7 @@ others are decoded, by code that the compiler fuses.
 
 from tersor.kernels.choice import KernelTiming as KernelTiming
 from tersor.kernels.choice import WeightKernels as WeightKernels
+from tersor.kernels.choice import again as again
 from tersor.kernels.choice import choices as choices
 from tersor.kernels.choice import fast as fast
 from tersor.kernels.choice import kernel_of as kernel_of

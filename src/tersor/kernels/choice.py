@@ -1,7 +1,7 @@
 """Which kernel runs a site: the table `ROWS`, and the choice by measurement."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +18,9 @@ from tersor.kernels.contract import Kernel, Layout
 from tersor.kernels.decode import DECODE, run_decoded
 from tersor.kernels.dot import DOT
 from tersor.kernels.int8 import FLOAT, INT_MM, ONEDNN
+from tersor.kernels.unpack import KEPT, UNPACK
 
-ROWS = [*DOT, INT_MM, FLOAT, ONEDNN, INT8_PACK, INT4_PACK, DECODE]
+ROWS = [*DOT, INT_MM, FLOAT, ONEDNN, INT8_PACK, INT4_PACK, UNPACK, KEPT, DECODE]
 
 
 @contextmanager
@@ -53,8 +54,15 @@ class KernelTiming:
 
 @dataclass
 class WeightKernels:
-    """The kernels of one packed weight: those that fit an input type, those chosen, and their layouts."""
+    """The kernels of one packed weight: those that fit an input type, those chosen, and their layouts.
 
+    Attributes:
+        keeps: False for a weight that is fetched whenever it is needed, of which no copy may stay.
+        ready: what `again` calls, by number of tokens, type and threads.
+    """
+
+    keeps: bool = True
+    ready: dict[tuple[int, torch.dtype, int], Callable[[Tensor, Tensor | None], Tensor]] = field(default_factory=dict)
     fitting: dict[torch.dtype, list[Kernel]] = field(default_factory=dict)
     chosen: dict[tuple[int, torch.dtype, int], Kernel] = field(default_factory=dict)
     layouts: dict[str, Layout] = field(default_factory=dict)
@@ -70,7 +78,8 @@ class WeightKernels:
         if not all(map(is_aligned, encoded.parts.values())):
             return [DECODE]
         if dtype not in self.fitting:
-            self.fitting[dtype] = [kernel for kernel in ROWS if kernel.fits(encoded, activation, dtype)]
+            rows = ROWS if self.keeps else [INT_MM, DECODE]
+            self.fitting[dtype] = [kernel for kernel in rows if kernel.fits(encoded, activation, dtype)] or [DECODE]
         return self.fitting[dtype]
 
     def layout(self, kernel: Kernel, encoded: Encoded, activation: Activation | None) -> Layout:
@@ -80,7 +89,7 @@ class WeightKernels:
         return self.layouts[kernel.name]
 
 
-MOST_TOKENS = 2**12  # more than this are taken together
+MOST_BITS = 12  # of a number of tokens: more are taken together
 NUM_RUNS = 5
 LONG = 0.02  # seconds of a run, where two will do
 CLEAR = 0.9  # of the time that the first kernel in the table takes: what another must need at most
@@ -115,27 +124,48 @@ def linear(
     bias: Float[Tensor, " out"] | None,
     memory: WeightKernels,
 ) -> Float[Tensor, "*batch out"] | None:
-    """Run a site by the fastest kernel. None where only decoding fits: on other devices than the CPU, where gradients
-    flow, or inside `reference()`."""
+    """Run a site by the fastest kernel. None where that is decoding: on other devices than the CPU, where gradients
+    flow, inside `reference()`, and where nothing else fits or is faster."""
     if torch.is_grad_enabled() and any(part.requires_grad for part in encoded.parts.values()):
         memory.layouts.clear()  # the weight is on its way to change
+        memory.ready.clear()
         return None
     if not fast(x, compiling=True) or not x.numel() or encoded.shape[0] == 0:
         return None
-    tokens = x.reshape(-1, x.shape[-1])
+    tokens = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
     if torch.compiler.is_compiling():
         kernel = INT_MM
         if not kernel.fits(encoded, activation, x.dtype):
             return None
         layout = kernel.lay_out(encoded, activation)
     else:
-        fitting = memory.kernels(encoded, activation, x.dtype)
-        if fitting == [DECODE]:
-            return None
         tokens = aligned(tokens)
         kernel = CHOICE.choose(tokens, encoded, activation, bias, memory)
+        if kernel is DECODE:
+            return None
         layout = memory.layout(kernel, encoded, activation)
-    return kernel.run(tokens, encoded, activation, layout, bias).view(*x.shape[:-1], -1)
+        if memory.keeps:
+            memory.ready[key_of(tokens)] = lambda x, bias: kernel.run(x, encoded, activation, layout, bias)
+    y = kernel.run(tokens, encoded, activation, layout, bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+
+
+def again(x: Tensor, bias: Tensor | None, memory: WeightKernels) -> Tensor | None:
+    """As `linear`, by what it chose for inputs like these: the short way of a layer that is called a thousand times a
+    second. None where nothing is chosen, or gradients may flow."""
+    if torch.is_grad_enabled() or not memory.ready or not fast(x):
+        return None
+    tokens = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    run = memory.ready.get(key_of(tokens)) if tokens.shape[0] else None
+    if run is None:
+        return None
+    y = run(aligned(tokens), bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+
+
+def key_of(tokens: Tensor) -> tuple[int, torch.dtype, int]:
+    """Inputs that run by one choice: their number up to the next power of two, their type, and the threads."""
+    return min((tokens.shape[0] - 1).bit_length(), MOST_BITS), tokens.dtype, torch.get_num_threads()
 
 
 @dataclass
@@ -159,8 +189,7 @@ class KernelChoice:
         memory: WeightKernels,
     ) -> Kernel:
         """The fastest kernel for this many tokens, measured where it is not known yet."""
-        bucket = min((len(tokens) - 1).bit_length(), MOST_TOKENS.bit_length() - 1)
-        key = (bucket, tokens.dtype, torch.get_num_threads())
+        key = key_of(tokens)
         if key in memory.chosen:
             return memory.chosen[key]
         fitting = memory.kernels(encoded, activation, tokens.dtype)
@@ -173,7 +202,7 @@ class KernelChoice:
                 format=encoded.format.name,
                 activation=activation.format if activation else None,
                 shape=encoded.shape,
-                num_tokens=2**bucket,
+                num_tokens=2 ** key[0],
                 dtype=str(tokens.dtype).removeprefix("torch."),
                 num_threads=key[2],
                 microseconds={name: round(1e6 * seconds, 1) for name, seconds in times.items()},

@@ -7,6 +7,7 @@ numba compiles them at the first use on a machine, which takes seconds, and keep
 few to repay that have other kernels (int8.py).
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -81,25 +82,32 @@ def lay_out(name: str, encoded: Encoded, activation: Activation | None) -> Layou
 
 def run(x: Tensor, encoded: Encoded, activation: Activation | None, layout: Layout, bias: Tensor | None) -> Tensor:
     """Quantize, multiply and scale, on as many threads as PyTorch has."""
-    from tersor.kernels.loops import Span, dense
+    from tersor.kernels.loops import dense
+
+    return split_work(dense, x, layout, bias)
+
+
+def split_work(loops: Callable[..., None], x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
+    """Run loops on float tokens: each thread takes some tokens, or some panels where tokens are few."""
+    from tersor.kernels.loops import Span
 
     weight, dtype = layout["weight"], x.dtype
     x = x if dtype is torch.float32 and x.stride(1) == 1 else x.float().contiguous()
     addend = layout["nothing"] if bias is None else bias.float().contiguous()
-    num_tokens, stride, out_stride = len(x), 4 * x.stride(0), 4 * weight.num_rows
-    y = torch.empty(num_tokens, weight.num_rows)
-    num_panels = -(-weight.num_rows // PANEL)
+    num_tokens, num_rows, stride = x.shape[0], weight.num_rows, 4 * x.stride(0)
+    y = torch.empty(num_tokens, num_rows)
+    at, to, from_bias, num_panels = x.data_ptr(), y.data_ptr(), addend.data_ptr(), -(-num_rows // PANEL)
     by_token = num_tokens >= num_panels
+    parts = shares(num_tokens if by_token else num_panels, num_tokens * num_rows * weight.num_columns)
 
     def part(first: int, last: int) -> None:
         if by_token:
-            span = Span(addend.data_ptr(), 0, y.data_ptr() + first * out_stride, out_stride, 0, num_panels)
-            dense(weight, x.data_ptr() + first * stride, stride, last - first, span)
+            span = Span(from_bias, 0, to + 4 * num_rows * first, 4 * num_rows, 0, num_panels)
+            loops(weight, at + first * stride, stride, last - first, span)
         else:
-            span = Span(addend.data_ptr(), 0, y.data_ptr(), out_stride, first, last)
-            dense(weight, x.data_ptr(), stride, num_tokens, span)
+            loops(weight, at, stride, num_tokens, Span(from_bias, 0, to, 4 * num_rows, first, last))
 
-    spread(part, shares(num_tokens if by_token else num_panels, num_tokens * weight.num_rows * weight.num_columns))
+    spread(part, parts)
     return y if dtype is torch.float32 else y.to(dtype)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tersor.activations.quantizers import Activation
 from tersor.core.memory import aligned
 from tersor.formats.contract import Encoded
-from tersor.kernels import WeightKernels, linear, transformed
+from tersor.kernels import WeightKernels, again, linear, transformed
 from tersor.nn.in_place import Packed, PackedModule, turn
 
 
@@ -121,6 +121,7 @@ class PackedWeight(Stored):
         self._buffers.clear()
         self.become_like(torch.empty(0, dtype=self.dtype, device=self.fetched_to))
         self.fetch = fetch
+        self.memory = WeightKernels(keeps=False)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -129,7 +130,7 @@ class PackedWeight(Stored):
         return {name: part.to(self.fetched_to) for name, part in self.fetch().items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
-        self.memory = WeightKernels()
+        self.memory = WeightKernels(keeps=self.fetch is None)
         if self.fetch is not None:
             self.become_like(fn(self._parameters[LIKE].detach()))  # type: ignore[union-attr]
             self.fetched_to = self._parameters[LIKE].device  # type: ignore[union-attr]
@@ -140,6 +141,10 @@ class PackedWeight(Stored):
     @property
     def encoded(self) -> Encoded:
         return Encoded(self.format, self.shape, self.tensors)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.memory = WeightKernels()  # it was laid out for other parts
 
     def forward(self) -> Tensor:
         return self.fold.unfold(self.encoded.decode(self.dtype))
@@ -215,10 +220,13 @@ class PackedLinear(Packed):
     out_features: int
 
     def forward(self, input: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        x = input
+        x, packed = input, self.packed
+        y = again(x, self.bias, packed.memory)
+        if y is not None:
+            return y
         trained = is_trained(x)
         activation = self.input_quantizer.activation if self.input_quantizer is not None else None
-        y = linear(x, self.packed.encoded, activation, self.bias, self.packed.memory)
+        y = linear(x, packed.encoded, activation, self.bias, packed.memory)
         if y is not None:
             return y
         if activation is not None:
