@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from tersor.core.errors import ModelError
-from tersor.measure.scorecard import processor
+from tersor.core.processor import processor
 from tersor.runtimes.contract import run_clock
 
 SIZE = 512  # of the square matrices that are multiplied

@@ -1,6 +1,6 @@
 """Opens the model that the user named: a Hugging Face model, a tersor artifact, or a model of their own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,9 +21,12 @@ from tersor.checkpoint.source import (
 )
 from tersor.core.errors import InputError, ModelError, UnknownName
 from tersor.core.files import sha256
+from tersor.core.memory import available_memory
 from tersor.core.pickled import without_prefix
+from tersor.core.processor import computes
 from tersor.core.weights_file import check_finite, finite_range
 from tersor.nn.copies import copy_but_sites, own_shared_weights
+from tersor.nn.dtypes import types_of
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,36 @@ class ModelSpec:
             raise InputError(f"{self.name} is in memory, and weights and lazy are for models in files; leave them out")
         source = open_module(self.model)
         return source if self.dtype is None else cast(source, self.dtype)
+
+    def open_to_run(self) -> Source:
+        """As `open`, for work that runs the model often: in float32 where the processor computes the model's own type
+        slowly, unless a `dtype` was asked for."""
+        source = self.open()
+        return source if self.dtype is not None else in_fast_type(source)
+
+
+def in_fast_type(source: Source) -> Source:
+    """A model in float16 or bfloat16 on a processor without instructions for it, to be computed in float32, if there is
+    memory for two of it; what it was is kept in `dtypes`, and said in a note."""
+    kinds = types_of(source.model)
+    slow = {kind for kind in kinds.values() if not computes(kind)}
+    if not slow:
+        return source
+    names = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in slow))
+    num_bytes = sum(4 * parameter.numel() for parameter in source.model.parameters())
+    free = available_memory()
+    if free is not None and 2 * num_bytes > free:
+        note = (
+            f"{source.name} is in {names}, which this processor computes slowly, and there is no memory for it in "
+            f"float32: two models of {num_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        )
+        return replace(source, notes=(*source.notes, note))
+    source.model.float()
+    note = (
+        f"{source.name} is in {names}, for which this processor has no instructions: computed in float32, which takes "
+        f"{num_bytes / 1e6:.0f} MB of memory, and stored as it came; --dtype {names.split(' ')[0]} computes in that"
+    )
+    return replace(source, notes=(*source.notes, note), dtypes=kinds)
 
 
 def open_module(model: nn.Module) -> Source:

@@ -30,6 +30,7 @@ from tersor.core.messages import first_line
 from tersor.core.pickled import is_pickle, without_prefix
 from tersor.core.weights_file import check_file, check_finite, check_numbers, read_weights
 from tersor.nn.copies import copy_but_sites, own_shared_weights
+from tersor.nn.dtypes import Dtypes
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "1_Pooling/*"]
 PICKLED_HUB_FILES = ["pytorch_model*.bin"]  # where a model has no others
@@ -50,6 +51,8 @@ class Source:
         num_bytes: of the weight files.
         hashes: sha256 of each weight file.
         notes: what the user should know, such as weights the checkpoint lacks.
+        dtypes: of parameters and buffers as they came, where the model computes in another type than it was saved in
+            and what is written is to have them; else None.
     """
 
     model: nn.Module
@@ -60,6 +63,7 @@ class Source:
     num_bytes: int = 0
     hashes: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    dtypes: Dtypes | None = None
 
     @property
     def title(self) -> str:

@@ -18,6 +18,15 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if is_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
+def available_memory() -> int | None:
+    """Bytes that programs may still take without swapping; None where the system does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """True if an error of Python, NumPy, torch or a runtime means that memory ran out."""
     words = ("allocate memory", "out of memory", "bad_alloc", "bad allocation", "not enough memory")

@@ -52,7 +52,9 @@ def compare(
     began = time.perf_counter()
     tolerance = Tolerance.parse(drop)
     torch.manual_seed(seed)
-    sources = [model.open() for model in models]
+    sources = [model.open_to_run() for model in models]
+    for note in dict.fromkeys(note for source in sources if source.dtypes for note in source.notes[-1:]):
+        events.on_note(note)
     task = data.open(sources[0])
     task.prepare(sources[0].model)
     scores = [score(task, source.model, events.on_progress, f"evaluating {source.name}") for source in sources]

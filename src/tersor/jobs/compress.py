@@ -19,7 +19,7 @@ from torch import nn
 from tersor.calibration.curvature import estimate_fisher
 from tersor.checkpoint.artifact import load, write
 from tersor.checkpoint.container_write import size_of
-from tersor.checkpoint.layout import tensors_of
+from tersor.checkpoint.layout import packed_sites, tensors_of
 from tersor.checkpoint.manifest import read_manifest, weights_path
 from tersor.checkpoint.open import ModelSpec
 from tersor.checkpoint.output import atomic_folder, check_output, claimed
@@ -33,6 +33,8 @@ from tersor.measure.latency import TimeLimit
 from tersor.measure.scorecard import Scorecard, Subject, machine, measure
 from tersor.measure.verdict import Tolerance, Verdict, judge
 from tersor.methods.stats import Stats
+from tersor.nn.copies import own_shared_weights
+from tersor.nn.dtypes import computing_in, set_types
 from tersor.nn.sites import check_has_sites
 from tersor.pipeline import Compressed, preflight_all, run
 from tersor.recipe import Recipe
@@ -164,7 +166,7 @@ def open_original(model: ModelSpec, data: Data, choices: Choices, events: Events
     """Open the model and its data, score it, and refuse before long work what cannot come out well."""
     began, budget, recipe = time.perf_counter(), choices.budget, choices.spelled_out
     events.on_progress("opening the model", 0, 1)
-    source = model.open()
+    source = model.open_to_run()
     check_has_sites(source.model)
     if source.kind == "artifact":
         raise InputError(f"{model.name} is a tersor artifact already; compress the original model instead")
@@ -231,29 +233,28 @@ def write_and_judge(
     source, task, limit, made = original.source, original.task, original.limit, found.made
     assert made is not None
     with atomic_folder(output.path, output.overwrite) as folder:
-        write(made.model, folder, source=source.folder, manifest=about(source))
+        write(as_it_came(made.model, source), folder, source=source.folder, manifest=about(source))
         loaded = load(folder, model=source.fresh())
-        known = smallest_within(found.trials)
-        if known is not None and known.scores is not None and same_tensors(made.model, loaded):
-            scores = known.scores  # the file holds what the trial measured
-        else:
-            scores = score(task, loaded, events.on_progress, "evaluating the compressed model")
         file_bytes = weights_path(folder, read_manifest(folder)).stat().st_size
         if limit is not None and file_bytes > limit.num_bytes:
             raise BudgetError(f"{limit.text} is {limit.num_bytes:,} bytes, and the file came out at {file_bytes:,}")
-        subjects = [
-            Subject("original", source.model, original.num_bytes),
-            Subject("compressed", loaded, file_bytes),
-        ]
-        cards = measure(
-            subjects,
-            [original.scores, scores],
-            task,
-            batch_sizes=timing.batch_sizes,
-            num_threads=timing.threads[0],
-            limit=TimeLimit(timing.timing_seconds, time.perf_counter() - original.began),
-            progress=events.on_progress,
-        )
+        known = smallest_within(found.trials)
+        # The file may hold what a trial measured.
+        measured = known.scores if known is not None and same_tensors(made.model, loaded) else None
+        with computing_in(loaded, torch.float32 if source.dtypes else None):
+            scores = measured or score(task, loaded, events.on_progress, "evaluating the compressed model")
+            cards = measure(
+                [
+                    Subject("original", source.model, original.num_bytes),
+                    Subject("compressed", loaded, file_bytes),
+                ],
+                [original.scores, scores],
+                task,
+                batch_sizes=timing.batch_sizes,
+                num_threads=timing.threads[0],
+                limit=TimeLimit(timing.timing_seconds, time.perf_counter() - original.began),
+                progress=events.on_progress,
+            )
         # After a search the chosen trial is held to the search's stricter level, on the scores of the loaded file.
         alpha = found.trials[0].verdict.alpha if found.trials else ALPHA
         verdict = judge(original.scores, scores, original.tolerance, alpha, seed)
@@ -276,6 +277,17 @@ def write_and_judge(
         task=task.description,
         manifest=manifest,
     )
+
+
+def as_it_came(model: nn.Module, source: Source) -> nn.Module:
+    """The model that was made, to be stored in the types that the original came in. It may be computed in others; the
+    original is left as it is."""
+    if source.dtypes is not None:
+        own_shared_weights(model, source.model)
+        set_types(model, source.dtypes)
+        for site, packed, _ in packed_sites(model):
+            packed.dtype = source.dtypes.get(site.parameter, packed.dtype)
+    return model
 
 
 def described(original: Original, found: Found, made: Compressed, verdict: Verdict, seed: int) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from tersor.jobs.compress import DEFAULT_DROP, about
 from tersor.jobs.settings import Output
 from tersor.measure.scorecard import machine
 from tersor.measure.verdict import Tolerance, Verdict, judge
+from tersor.nn.dtypes import set_types, types_of
 from tersor.pipeline import key_of
 from tersor.recipe import Recipe
 from tersor.search.trials import ALPHA
@@ -207,16 +208,3 @@ def save_plain(model: nn.Module, folder: Path, source: Source) -> None:
     model.save_pretrained(folder)  # type: ignore[operator]
     if source.folder is not None:
         copy_side_files(source.folder, folder)
-
-
-def types_of(model: nn.Module) -> dict[str, torch.dtype]:
-    """The dtype of every float parameter and buffer."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point()}
-
-
-def set_types(model: nn.Module, kinds: Mapping[str, torch.dtype]) -> None:
-    """Give parameters and buffers these dtypes."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name in kinds:
-            tensor.data = tensor.data.to(kinds[name])

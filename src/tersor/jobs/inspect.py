@@ -142,7 +142,7 @@ def sensitivity(
         raise InputError(
             f"--measure {num_measured} is not a number of predictions; write for example 10, or 0 for none"
         )
-    source = model.open()
+    source = model.open_to_run()
     if source.kind == "artifact":
         raise InputError(f"{model.name} is a tersor artifact already; inspect the original model instead")
     task = data.open(source)

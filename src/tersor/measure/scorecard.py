@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 
+from tersor.core.processor import instruction_sets, processor
 from tersor.core.progress import Progress, silent
 from tersor.core.threads import threads
 from tersor.measure.decoding import measure_decoding
@@ -242,16 +243,8 @@ def machine() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "numpy": np.__version__,
         "processor": processor(),
+        "instruction_sets": list(instruction_sets()),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "num_threads": torch.get_num_threads(),
         "system": platform.platform(),
     }
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
