@@ -357,9 +357,9 @@ model has at most 64 sites; SmolLM2 has more. All weights of ResNet-20; the line
 SmolLM2-135M-Instruct, embeddings and head kept.
 
 Bits are bytes of `model.tersor`, less what the kept tensors take; tables, scales and headers are inside. The loss is
-the divergence from the original's outputs on data that calibration did not see: 2,048 test pictures (KL, nats), the
+the divergence from the original's outputs on data that calibration did not see: 2,048 test images (KL, nats), the
 sentences of STS-B dev (1 - cosine), four windows of 512 tokens of WikiText-2 test (KL, nats per token). Calibration:
-512 training pictures; 128 pairs of sentences; 32 windows of 512 tokens of WikiText-2 valid.
+512 training images; 128 pairs of sentences; 32 windows of 512 tokens of WikiText-2 valid.
 
 ## Loss at equal bits
 

@@ -13,7 +13,7 @@ teacher beside the labels, then coded. A setting is
 `gptq:int4`: any other scheme, in `model.safetensors`;
 `nncodec(-24)`: NNCodec at this qp (all else as it comes), in an environment of its own: `pip install nncodec`.
 
-ResNet-20 comes as it was trained by others. Every file is loaded back and tested on all 10,000 test pictures; the
+ResNet-20 comes as it was trained by others. Every file is loaded back and tested on all 10,000 test images; the
 LeNets' also on 10,000 training digits, by which a level may be chosen without a look at the test. Results are appended
 to FILE (JSON lines), so that a run that was stopped goes on where it was; models that rows share are kept beside it.
 `--write` puts everything in FILE into coded_vision.md.
@@ -275,7 +275,7 @@ tersor {about["tersor"]}, torch {about["torch"]}, NNCodec {", ".join(versions)},
 {about["processor"]} ({about["cpu_capability"]}), one thread.
 
 kB are of the whole file: header, biases, norms and tables are inside. `smaller` is against the original's float32 file,
-bits are over all parameters. Accuracy is on all 10,000 test pictures, of the file loaded back; its drop against the
+bits are over all parameters. Accuracy is on all 10,000 test images, of the file loaded back; its drop against the
 original is in points, with the 90 % interval judged at a tolerance of 0.3 points.
 
 ## LeNets on MNIST

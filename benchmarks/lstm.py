@@ -32,7 +32,7 @@ ROWS = ("MNIST rows", *SPEEDS)
 
 
 class RowReader(nn.Module):
-    """Pictures `[row, 1, 28, 28]`, read from the top, to logits `[row, 10]`."""
+    """Images `[row, 1, 28, 28]`, read from the top, to logits `[row, 10]`."""
 
     def __init__(self, hidden: int = HIDDEN):
         super().__init__()
@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--assets", type=Path, default=os.environ.get("TERSOR_ASSETS", "."), metavar="FOLDER")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW", help="default: all")
     parser.add_argument("--results", type=Path, default=Path(tempfile.gettempdir()) / "tersor-lstm.jsonl")
-    parser.add_argument("--share", type=float, default=1.0, help="of the training pictures")
+    parser.add_argument("--share", type=float, default=1.0, help="of the training images")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--run", metavar="ROW", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -88,7 +88,7 @@ def measure_digits(assets: Path, share: float) -> dict[str, Any]:
 
 
 def trained(assets: Path, share: float) -> RowReader:
-    """Adam with a cosine from its rate to zero, on the first pictures of the train split."""
+    """Adam with a cosine from its rate to zero, on the first images of the train split."""
     from models import existing
 
     data = np.load(existing(assets / "vision" / "mnist.npz"))
@@ -169,8 +169,8 @@ def page(done: dict[str, dict[str, Any]]) -> str:
         low, high = verdict["drop_interval"]
         story = f"""## MNIST, row by row
 
-{HIDDEN} hidden units, {NUM_EPOCHS} epochs of {NUM_TRAIN:,} pictures, {digits["training_cpu"]:.0f} CPU seconds; judged
-on all 10,000 test pictures after saving and reading back.
+{HIDDEN} hidden units, {NUM_EPOCHS} epochs of {NUM_TRAIN:,} images, {digits["training_cpu"]:.0f} CPU seconds; judged
+on all 10,000 test images after saving and reading back.
 
 | | float | int8-dynamic |
 |---|---|---|

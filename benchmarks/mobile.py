@@ -3,7 +3,7 @@
     python benchmarks/mobile.py --assets FOLDER [--rows ROW ...] [--results FILE] [--write]
 
 ResNet-20 is scored on the whole CIFAR-10 test set, EfficientNet-Lite0 by its agreement with the fp32 file on enlarged
-pictures of CIFAR-10 (static_int8.py makes them). Each row is compressed and exported as fp32 and as int8 into a folder
+images of CIFAR-10 (static_int8.py makes them). Each row is compressed and exported as fp32 and as int8 into a folder
 beside FILE, where the files are found again; they are scored and timed in a process of its own, in turn, beside
 PyTorch. A row is appended to FILE (JSON lines), so that a run that was stopped goes on where it was. `--write` puts
 everything in FILE into mobile.md. FOLDER (or TERSOR_ASSETS) holds what models.py names.
@@ -21,7 +21,7 @@ from typing import Any
 
 from models import open_cifar, open_efficientnet, open_resnet
 from rows import Results, in_turn, run_rows
-from static_int8 import NUM_CALIBRATION, large_pictures
+from static_int8 import NUM_CALIBRATION, large_images
 
 ROWS = ("ResNet-20", "EfficientNet-Lite0")
 RECIPE: dict[str, Any] = {"scheme": "int8/int8-static", "transforms": ["fold-bn"]}
@@ -33,13 +33,13 @@ def main() -> int:
     parser.add_argument("--assets", type=Path, default=os.environ.get("TERSOR_ASSETS", "."), metavar="FOLDER")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW", help="default: all")
     parser.add_argument("--results", type=Path, default=Path(tempfile.gettempdir()) / "tersor-mobile.jsonl")
-    parser.add_argument("--pictures", type=int, default=10_000, help="of the test set that are judged")
+    parser.add_argument("--images", type=int, default=10_000, help="of the test set that are judged")
     parser.add_argument("--seconds", type=float, default=6.0, help="of timing at each batch size, at least 15 rounds")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--run", metavar="ROW", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        print(json.dumps(measure(args.run, args.assets, args.results, args.pictures, args.seconds)))
+        print(json.dumps(measure(args.run, args.assets, args.results, args.images, args.seconds)))
         return 0
     results = Results(args.results)
     options = [
@@ -47,8 +47,8 @@ def main() -> int:
         args.assets,
         "--results",
         args.results,
-        "--pictures",
-        args.pictures,
+        "--images",
+        args.images,
         "--seconds",
         args.seconds,
     ]
@@ -58,7 +58,7 @@ def main() -> int:
     return int(not complete)
 
 
-def measure(row: str, assets: Path, results: Path, num_pictures: int, seconds: float) -> dict[str, Any]:
+def measure(row: str, assets: Path, results: Path, num_images: int, seconds: float) -> dict[str, Any]:
     """Compress and export one row where that was not done before; score and time it."""
     import torch
 
@@ -66,7 +66,7 @@ def measure(row: str, assets: Path, results: Path, num_pictures: int, seconds: f
     from tersor.runtimes import runtime_named
 
     torch.set_num_threads(1)
-    model, task = opened(row, assets, results, num_pictures)
+    model, task = opened(row, assets, results, num_images)
     folder = results.with_name(f"{results.stem}-{row}")
     if not (folder / "notes.json").exists():
         folder.mkdir(exist_ok=True)
@@ -87,15 +87,15 @@ def measure(row: str, assets: Path, results: Path, num_pictures: int, seconds: f
     }
 
 
-def opened(row: str, assets: Path, results: Path, num_pictures: int) -> tuple[Any, Any]:
+def opened(row: str, assets: Path, results: Path, num_images: int) -> tuple[Any, Any]:
     """The float model, and the task that calibrates and judges."""
     import tersor
 
     if row == "ResNet-20":
-        return open_resnet(assets), open_cifar(assets, max_examples=num_pictures)
+        return open_resnet(assets), open_cifar(assets, max_examples=num_images)
     model = open_efficientnet(assets)
     options = {"mean": 127 / 255, "std": 128 / 255, "calibration_examples": NUM_CALIBRATION}
-    task = tersor.open_task("fidelity", large_pictures(assets, results), options=options)
+    task = tersor.open_task("fidelity", large_images(assets, results), options=options)
     task.prepare(model)
     return model, task
 
@@ -108,9 +108,9 @@ def written(model: Any, task: Any, folder: Path) -> list[str]:
     from tersor.exporters.executorch import ExecuTorch
     from tersor.jobs.export import checkpoint_of
 
-    pictures = [next(iter(batch.inputs.values())) for batch in task.batches("calibration", 16)]
-    calibration = tuple({"x": x} for x in pictures[:8])
-    examples = Examples({"x": pictures[0][:4]}, {"x": {0: "batch"}}, keywords=False, calibration=calibration)
+    images = [next(iter(batch.inputs.values())) for batch in task.batches("calibration", 16)]
+    calibration = tuple({"x": x} for x in images[:8])
+    examples = Examples({"x": images[0][:4]}, {"x": {0: "batch"}}, keywords=False, calibration=calibration)
     made, export, notes = tersor.compress(model, tersor.Recipe.of(**RECIPE), task).model, ExecuTorch(), ()
     for kind, each in (("fp32", model), ("int8", made)):
         with tempfile.TemporaryDirectory() as scratch:
@@ -122,7 +122,7 @@ def written(model: Any, task: Any, folder: Path) -> list[str]:
 
 
 def scores(session: Any, task: Any) -> Any:
-    """What the file itself gets right, picture by picture."""
+    """What the file itself gets right, image by image."""
     import torch
     from torch import nn
 
@@ -197,7 +197,7 @@ tersor {about["tersor"]}, torch {about["torch"]}, {results[0]["version"]}, Pytho
 
 `int8/int8-static` after `fold-bn`, exported by `--to executorch` and run by XNNPACK on this machine's x86 cores: a
 phone has other ones, with kernels of their own. Scores are those of the files: accuracy on the
-{results[0]["num_examples"]:,} test pictures of CIFAR-10, and agreement with the float model on enlarged ones; the drop
+{results[0]["num_examples"]:,} test images of CIFAR-10, and agreement with the float model on enlarged ones; the drop
 from the fp32 file is in points, with its 90 % interval. Milliseconds are medians of process CPU time per call,
 everything in a row timed in turn in one process: fp32 to int8 in ExecuTorch and how many times faster that is (median
 of all rounds, quartiles); then how many times faster than eager PyTorch both are. The machine had other work.

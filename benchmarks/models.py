@@ -1,4 +1,4 @@
-"""The small picture models that benchmarks train and compress, and the data they are measured on.
+"""The small image models that benchmarks train and compress, and the data they are measured on.
 
 ResNet-20 and ResNet-56 for CIFAR-10 (He et al. 2015, https://arxiv.org/abs/1512.03385), LeNet-300-100 and LeNet-5 in
 the sizes of Han et al. 2015 (https://arxiv.org/abs/1506.02626).
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class ResNetCifar(nn.Module):
-    """`depth` 20 has 269,722 parameters, 56 has 853,018; pictures `[row, 3, 32, 32]` to logits `[row, 10]`."""
+    """`depth` 20 has 269,722 parameters, 56 has 853,018; images `[row, 3, 32, 32]` to logits `[row, 10]`."""
 
     def __init__(self, depth: int = 20):
         super().__init__()
@@ -70,7 +70,7 @@ class ResNetCifar(nn.Module):
 
 
 def padded(x: Tensor, size: int, stride: int) -> Tensor:
-    """For pictures whose sides the stride divides."""
+    """For images whose sides the stride divides."""
     total = max(size - stride, 0)
     return pad(x, (total // 2, total - total // 2) * 2)
 
@@ -99,7 +99,7 @@ class Inverted(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """4,652,008 parameters; pictures `[row, 3, 224, 224]` as `(x - 127) / 128` to logits `[row, 1000]`."""
+    """4,652,008 parameters; images `[row, 3, 224, 224]` as `(x - 127) / 128` to logits `[row, 1000]`."""
 
     STAGES = (  # channels, expansion, kernel, stride, number of blocks
         *((16, 1, 3, 1, 1), (24, 6, 3, 2, 2), (40, 6, 5, 2, 2), (80, 6, 3, 2, 3)),
@@ -188,7 +188,7 @@ def fresh(kind: type[nn.Module], seed: int) -> nn.Module:
 
 
 def open_cifar(assets: Path, **options: Any) -> Task:
-    """CIFAR-10 as `classification`: all 10,000 test pictures are judged; training pictures are flipped and shifted."""
+    """CIFAR-10 as `classification`: all 10,000 test images are judged; training images are flipped and shifted."""
     usual = {"mean": list(MEAN), "std": list(STD), "augment": ("flip", "shift")}
     return tersor.open_task("classification", existing(assets / "cifar10.npz"), options=usual | options)
 

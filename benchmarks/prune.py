@@ -40,14 +40,14 @@ ROWS = [
 ]
 KINDS: dict[str, type[nn.Module]] = {"lenet-300-100": LeNet300100, "lenet-5": LeNet5, "resnet-20": ResNetCifar}
 DIGITS = {"batch_size": 128, "learning_rate": 1e-3, "num_evaluations": 0}
-PICTURES = {"batch_size": 128, "learning_rate": 0.02, "optimizer": "sgd", "weight_decay": 1e-4, "precision": "bf16"}
+IMAGES = {"batch_size": 128, "learning_rate": 0.02, "optimizer": "sgd", "weight_decay": 1e-4, "precision": "bf16"}
 TRAINING = {"lenet-300-100": {**DIGITS, "epochs": 12}, "lenet-5": {**DIGITS, "epochs": 8}}
 TUNING = {"epochs": 1, "batch_size": 128, "learning_rate": 1e-3, "precision": "bf16", "num_evaluations": 0}
 RECOVERY: dict[str, dict[str, Any]] = {
     "lenet-300-100": {**DIGITS, "epochs": 6},
     "lenet-5": {**DIGITS, "epochs": 4},
     # The original teaches beside the labels.
-    "resnet-20": {**PICTURES, "num_evaluations": 0, "epochs": 4, "alpha": 0.3, "temperature": 4.0},
+    "resnet-20": {**IMAGES, "num_evaluations": 0, "epochs": 4, "alpha": 0.3, "temperature": 4.0},
 }
 
 
@@ -186,7 +186,7 @@ tersor {about["tersor"]}, torch {about["torch"]}, Python {about["python"]}; {abo
 
 The file is the whole weights file: header, biases, and for ResNet-20 11 kB of batch norms in float32 are inside. `bits`
 are per weight, with the mask and the scales; `smaller` is against the original's file. Accuracy is on all 10,000 test
-pictures, of the file loaded back; its drop against the original is in points, with the 90 % interval judged at a
+images, of the file loaded back; its drop against the original is in points, with the 90 % interval judged at a
 tolerance of 0.5 points. All weights of the model are pruned, first and last layer too, under one threshold. What is
 left is stored by `zero-mask`; after `tune-scales`, scales, biases and norms were trained once more, for one epoch.
 

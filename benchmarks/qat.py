@@ -233,9 +233,9 @@ together, on a machine that others used too. Every compressed model was saved an
 
 W4A4: 4-bit weights per output channel, 4-bit static inputs; first convolution and last linear layer at 8 bits (0.4 % of
 the weights); W3A3 the same with 3 bits. Batch norms stay in float. `mse` and `gptq` pack alone, calibrated on 256
-training pictures; `qat` starts from `gptq` and trains with the float model as its teacher: temperature 4, no labels,
+training images; `qat` starts from `gptq` and trains with the float model as its teacher: temperature 4, no labels,
 AdamW, rate {IMAGES["learning_rate"]}, batch {IMAGES["batch_size"]}, forward pass in bf16, which took two thirds of
-float32's time. Accuracy on all 10,000 test pictures; drop with the 90 % interval, judged at 1 %.
+float32's time. Accuracy on all 10,000 test images; drop with the 90 % interval, judged at 1 %.
 
 | row | MB | accuracy | drop, verdict | steps | CPU s |
 |---|---|---|---|---|---|

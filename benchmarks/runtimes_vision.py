@@ -3,7 +3,7 @@
     python benchmarks/runtimes_vision.py --assets FOLDER [--rows ROW ...] [--results FILE] [--write]
 
 ResNet-20 and ResNet-56 on the whole CIFAR-10 test set; EfficientNet-Lite0 by its agreement with the float model on
-pictures of CIFAR-10 enlarged to 224 x 224. Each row is compressed, exported for both runtimes and scored in them in a
+images of CIFAR-10 enlarged to 224 x 224. Each row is compressed, exported for both runtimes and scored in them in a
 process of its own, and timed in another, in turn with fp32 in the same runtime and in PyTorch; both are appended to
 FILE (JSON lines), so that a run that was stopped goes on where it was. `--write` puts everything in FILE into
 runtimes_vision.md. FOLDER (or TERSOR_ASSETS) holds what models.py names.
@@ -27,7 +27,7 @@ RESNET, LARGE = (3, 32, 32), (3, 224, 224)
 
 
 class Row(NamedTuple):
-    """A factory of models.py, a recipe, the pictures it is timed on, and how it is exported."""
+    """A factory of models.py, a recipe, the images it is timed on, and how it is exported."""
 
     factory: str
     recipe: dict[str, Any]
@@ -57,7 +57,7 @@ def main() -> int:
     parser.add_argument(
         "--parts", nargs="+", default=[*PARTS], choices=PARTS, help="times may wait for a quiet machine"
     )
-    parser.add_argument("--pictures", type=int, default=10_000, help="of the test set that are judged")
+    parser.add_argument("--images", type=int, default=10_000, help="of the test set that are judged")
     parser.add_argument("--seconds", type=float, default=6.0, help="of timing at each batch size, at least 15 rounds")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--run", metavar="ROW", help=argparse.SUPPRESS)
@@ -68,38 +68,38 @@ def main() -> int:
         folder = work / row.replace(" ", "").replace(",", "")
         folder.mkdir(parents=True, exist_ok=True)
         if part == "scores":
-            print(json.dumps(measure(row, args.assets, folder, args.pictures)))
+            print(json.dumps(measure(row, args.assets, folder, args.images)))
         else:
             print(json.dumps(latencies(row, args.assets, folder, args.seconds)))
         return 0
     results = Results(args.results)
-    options = ["--assets", args.assets, "--pictures", args.pictures, "--seconds", args.seconds, "--work", work]
+    options = ["--assets", args.assets, "--images", args.images, "--seconds", args.seconds, "--work", work]
     complete = run_rows([f"{row}: {part}" for row in args.rows for part in args.parts], results, options)
     if args.write:
         Path(__file__).with_suffix(".md").write_text(page(results.joined(ROWS, PARTS)))
     return int(not complete)
 
 
-def opened(row: str, assets: Path, folder: Path, num_pictures: int) -> tuple[Any, Any, Any]:
-    """The float model, the task that judges and calibrates, and what the exporter takes calibration pictures from."""
+def opened(row: str, assets: Path, folder: Path, num_images: int) -> tuple[Any, Any, Any]:
+    """The float model, the task that judges and calibrates, and what the exporter takes calibration images from."""
     from models import MEAN, STD, open_cifar, open_efficientnet, open_resnet
-    from static_int8 import NUM_CALIBRATION, large_pictures
+    from static_int8 import NUM_CALIBRATION, large_images
 
     import tersor
     from tersor.tasks.data import Data
 
     if ROWS[row].shape == LARGE:
         options = {"mean": 127 / 255, "std": 128 / 255, "calibration_examples": NUM_CALIBRATION}
-        file = large_pictures(assets, folder)
+        file = large_images(assets, folder)
         choice = Data("fidelity", file, options=options)
         return open_efficientnet(assets), tersor.open_task("fidelity", file, options=options), choice
-    pictures = {"mean": list(MEAN), "std": list(STD), "max_examples": 64}
+    images = {"mean": list(MEAN), "std": list(STD), "max_examples": 64}
     model = open_resnet(assets, int(ROWS[row].factory.removeprefix("resnet")))
-    choice = Data("classification", assets / "cifar10.npz", options=pictures)
-    return model, open_cifar(assets, max_examples=num_pictures), choice
+    choice = Data("classification", assets / "cifar10.npz", options=images)
+    return model, open_cifar(assets, max_examples=num_images), choice
 
 
-def measure(row: str, assets: Path, folder: Path, num_pictures: int) -> dict[str, Any]:
+def measure(row: str, assets: Path, folder: Path, num_images: int) -> dict[str, Any]:
     """Compress, export and score one row; the exported files stay."""
     import torch
 
@@ -109,7 +109,7 @@ def measure(row: str, assets: Path, folder: Path, num_pictures: int) -> dict[str
     from tersor.runtimes import runtime_named
 
     torch.set_num_threads(1)
-    model, task, choice = opened(row, assets, folder, num_pictures)
+    model, task, choice = opened(row, assets, folder, num_images)
     task.prepare(model)
     result: dict[str, Any] = {"runtimes": {}}
     if ROWS[row].peer:
@@ -123,7 +123,7 @@ def measure(row: str, assets: Path, folder: Path, num_pictures: int) -> dict[str
         export(factory, fp32, to=to, weights=folder / "float", data=choice, overwrite=True)
         exported = export(factory, output, to=to, weights=artifact, data=choice, options=options, overwrite=True)
         before, after = (scores(runtime_named(to).open(file), task) for file in (fp32, output))
-        result["num_pictures"] = len(after.examples)
+        result["num_images"] = len(after.examples)
         result["runtimes"][to] = {
             "bytes": exported.num_bytes,
             "fp32_bytes": sum(file.stat().st_size for file in folder.glob("fp32.*") if of(file, to)),
@@ -173,7 +173,7 @@ def peer(row: str, folder: Path, model: Any, task: Any, choice: Any) -> dict[str
     result: dict[str, Any] = {"runtimes": {}}
     for to, suffix in SUFFIXES.items():
         before, after = (scores(runtime_named(to).open(folder / f"{file}{suffix}"), task) for file in ("fp32", "int8"))
-        result["num_pictures"] = len(after.examples)
+        result["num_images"] = len(after.examples)
         result["runtimes"][to] = {
             "bytes": sum(file.stat().st_size for file in folder.glob("int8.*") if of(file, to)),
             "fp32_bytes": sum(file.stat().st_size for file in folder.glob("fp32.*") if of(file, to)),
@@ -206,7 +206,7 @@ def of(file: Path, to: str) -> bool:
 
 
 def scores(session: Any, task: Any) -> Any:
-    """What the file itself gets right, picture by picture."""
+    """What the file itself gets right, image by image."""
     import torch
     from torch import nn
 
@@ -271,7 +271,7 @@ def page(results: list[dict[str, Any]]) -> str:
     about = machine()
     versions = ", ".join(each["version"] for each in results[0]["runtimes"].values())
     listing = "\n".join(line for result in results for line in lines(result))
-    counts = ", ".join(f"{result['row']}: {result['num_pictures']:,}" for result in results)
+    counts = ", ".join(f"{result['row']}: {result['num_images']:,}" for result in results)
     return f"""# CNNs with static int8 in ONNX Runtime and OpenVINO
 
 Command: `PYTHONPATH=benchmarks python benchmarks/runtimes_vision.py --assets FOLDER --write`
@@ -279,13 +279,13 @@ Command: `PYTHONPATH=benchmarks python benchmarks/runtimes_vision.py --assets FO
 tersor {about["tersor"]}, torch {about["torch"]}, {versions}, Python {about["python"]};
 {about["processor"]} ({about["cpu_capability"]}), one thread.
 
-`int8/int8-static` after `fold-bn`, calibrated on 128 training pictures of CIFAR-10 and exported by `tersor export`;
-EfficientNet-Lite0 with weights by `gptq` and bias correction, calibrated on 32 pictures. Accuracy is that of the
-exported files, run by their runtimes on test pictures ({counts}); the drop
+`int8/int8-static` after `fold-bn`, calibrated on 128 training images of CIFAR-10 and exported by `tersor export`;
+EfficientNet-Lite0 with weights by `gptq` and bias correction, calibrated on 32 images. Accuracy is that of the
+exported files, run by their runtimes on test images ({counts}); the drop
 from fp32 in the same runtime is in points, with its 90 % interval. For EfficientNet-Lite0 it is agreement with the
-float model: there are no ImageNet pictures here, so they are enlarged ones of CIFAR-10, unlike those it was trained on.
+float model: there are no ImageNet images here, so they are enlarged ones of CIFAR-10, unlike those it was trained on.
 `quantize_static` is the plain way: onnxruntime's own quantizer (QDQ, unsigned inputs, a scale per channel, its default
-range from 128 pictures) on the fp32 file, read by both runtimes.
+range from 128 images) on the fp32 file, read by both runtimes.
 Milliseconds are medians of process CPU time per call at batch 1 and 32 (EfficientNet-Lite0: 8), everything in a row
 timed in turn in one process: fp32 to int8 in the same runtime, how many times faster that is (median of all rounds,
 quartiles), and how many times faster than fp32 in eager PyTorch. The machine had other work: differences of less than a

@@ -3,7 +3,7 @@
     python benchmarks/static_int8.py --assets FOLDER [--rows ROW ...] [--results FILE] [--write]
 
 ResNet-20 and ResNet-56 on the whole CIFAR-10 test set; ResNet-20 with 4-bit inputs, where observers differ, on 1,000 of
-its pictures; EfficientNet-Lite0, whose depthwise convolutions are the hard case, by its agreement with the float model;
+its images; EfficientNet-Lite0, whose depthwise convolutions are the hard case, by its agreement with the float model;
 all-MiniLM-L6-v2 on STS-B dev.
 
 Each row runs in a process of its own and is appended to FILE (JSON lines), so that a run that was stopped goes on where
@@ -28,7 +28,7 @@ OBSERVERS = ("cubed-error", "mse", "min-max", "moving-average", "percentile", "e
 ENDS = {"conv1": "int8/int8-static", "linear": "int8/int8-static"}  # first and last layer of the ResNets
 FOLD = {"transforms": ["fold-bn"]}
 EQUAL = {"transforms": ["fold-bn", "equalize"]}
-NUM_PICTURES = 1000  # judged with 4-bit inputs
+NUM_IMAGES = 1000  # judged with 4-bit inputs
 NUM_PASSAGES = 128  # that calibrate all-MiniLM-L6-v2
 NUM_AGREEING, NUM_CALIBRATION, SIDE = 288, 32, 224  # of EfficientNet-Lite0
 
@@ -118,11 +118,11 @@ def opened(row: str, assets: Path, results: Path) -> tuple[Any, Any, Any, str]:
 
     if row in LITE:
         options = {"mean": 127 / 255, "std": 128 / 255, "calibration_examples": NUM_CALIBRATION}
-        task = tersor.open_task("fidelity", large_pictures(assets, results), options=options)
+        task = tersor.open_task("fidelity", large_images(assets, results), options=options)
         return open_efficientnet(assets), task, task, "lite0"
     if row in MINILM:
         return open_minilm(assets)
-    depth, some = (56 if "56" in row else 20), ({"max_examples": NUM_PICTURES} if row in FOUR else {})
+    depth, some = (56 if "56" in row else 20), ({"max_examples": NUM_IMAGES} if row in FOUR else {})
     name = f"resnet{depth}-{'some' if some else 'all'}"
     task = open_cifar(assets, **some)
     return open_resnet(assets, depth), task, task, name
@@ -139,13 +139,13 @@ def open_minilm(assets: Path) -> tuple[Any, Any, Any, str]:
     return source.model, Data("similarity", text / "stsb-dev.csv").open(source), data, "minilm"
 
 
-def large_pictures(assets: Path, results: Path) -> Path:
-    """Pictures of CIFAR-10, enlarged to what an ImageNet model is used to, beside the results."""
+def large_images(assets: Path, results: Path) -> Path:
+    """Images of CIFAR-10, enlarged to what an ImageNet model is used to, beside the results."""
     import numpy as np
     import torch
     from models import existing
 
-    file = results.with_name(f"{results.stem}-pictures.npz")
+    file = results.with_name(f"{results.stem}-images.npz")
     if not file.exists():
         x = np.load(existing(assets / "cifar10.npz"))["x_test"][: NUM_AGREEING + NUM_CALIBRATION]
         small = torch.from_numpy(x).permute(0, 3, 1, 2).float()
@@ -197,16 +197,16 @@ tersor {about["tersor"]}, torch {about["torch"]}, Python {about["python"]};
 convolution and linear layer with one scale and zero point. Batch norms are folded unless a row says otherwise. Every
 model was saved and read back before it was judged; drops with their 90 % interval.
 
-## CIFAR-10, all 10,000 test pictures
+## CIFAR-10, all 10,000 test images
 
-Calibrated on 128 training pictures. `moving-average` takes runs of 4,096 inputs, a length chosen after 256 had
+Calibrated on 128 training images. `moving-average` takes runs of 4,096 inputs, a length chosen after 256 had
 scored 0.8964 here.
 
 | row | MB | accuracy | drop |
 |---|---|---|---|
 {tables[0]}
 
-## 4-bit inputs, {NUM_PICTURES:,} test pictures
+## 4-bit inputs, {NUM_IMAGES:,} test images
 
 ResNet-20; int8 weights, first and last layer with 8-bit inputs: few codes, so that the observers differ.
 
@@ -216,9 +216,9 @@ ResNet-20; int8 weights, first and last layer with 8-bit inputs: few codes, so t
 
 ## EfficientNet-Lite0
 
-Agreement with the float model on {num_agreeing} pictures of CIFAR-10 enlarged to {SIDE} x {SIDE}, calibrated on
+Agreement with the float model on {num_agreeing} images of CIFAR-10 enlarged to {SIDE} x {SIDE}, calibrated on
 {NUM_AGREEING + NUM_CALIBRATION - num_agreeing} others: there are no ImageNet
-pictures here, so this is fidelity, not accuracy, on pictures unlike those it was trained on.
+images here, so this is fidelity, not accuracy, on images unlike those it was trained on.
 
 | row | MB | {lite["metric"]} |{more} drop |
 |---|---|---|{"---|" * len(lite["extras"])}---|

@@ -165,9 +165,9 @@ def test_members_of_an_archive_that_are_no_arrays(tmp_path):
         read_npz(tmp_path / "bytes.npz")
 
 
-def test_a_picture_of_too_many_pixels(tmp_path, monkeypatch):
+def test_a_image_of_too_many_pixels(tmp_path, monkeypatch):
     pil = pytest.importorskip("PIL.Image")
     pil.new("L", (40, 40)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(pil, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(DataError, match=r"bomb\.png: not a readable picture .*decompression bomb"):
+    with pytest.raises(DataError, match=r"bomb\.png: not a readable image .*decompression bomb"):
         open_images([tmp_path / "bomb.png"], DataSource())

@@ -40,7 +40,7 @@ def tokens() -> nn.Module:
 
 class Residual(nn.Module):
     """What ResNets and MobileNets are made of: batch norms of either sign, padding, a depthwise convolution, a shortcut
-    that drops pixels, a mean of pictures, a head."""
+    that drops pixels, a mean of images, a head."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -309,7 +309,7 @@ def test_norms_and_small_tables_run_on_their_fast_kernels(tmp_path):
 
 
 class Padded(nn.Module):
-    """Zeros on two sides of a picture, then of what a convolution gives; a head on the average."""
+    """Zeros on two sides of an image, then of what a convolution gives; a head on the average."""
 
     def __init__(self):
         super().__init__()

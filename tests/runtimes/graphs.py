@@ -44,7 +44,7 @@ def integer_mlp(path: Path) -> Path:
 
 
 def convolution(path: Path) -> Path:
-    """3x3, 16 to 32 channels in 2 groups, on 3-D pictures of any size."""
+    """3x3, 16 to 32 channels in 2 groups, on 3-D images of any size."""
     weight = np.random.default_rng(0).standard_normal((32, 8, 3, 3)).astype(np.float32)
     nodes = [helper.make_node("Conv", ["x", "w"], ["y"], name="conv", group=2, pads=[1, 1, 1, 1])]
     sizes = ["batch", 16, "height", "width"]

@@ -1,4 +1,4 @@
-"""Classification of arrays, pictures and texts."""
+"""Classification of arrays, images and texts."""
 
 import sys
 
@@ -128,8 +128,8 @@ def test_nan_logits_are_wrong_and_half_precision_and_bare_models_run(tmp_path):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    folder = tmp_path / "images"
     for name, colour in {"blue": (0, 0, 255), "red": (255, 0, 0)}.items():
         (folder / name).mkdir(parents=True)
         for i in range(6):
@@ -143,14 +143,14 @@ class Reddest(nn.Module):
         return x.mean((2, 3))[:, [2, 0]]
 
 
-def test_pictures_are_resized_cropped_and_labelled_by_their_folder(pictures):
-    task = open_task("classification", pictures, options={"image_size": 8})
+def test_images_are_resized_cropped_and_labelled_by_their_folder(images):
+    task = open_task("classification", images, options={"image_size": 8})
     assert task.score(Reddest()).value == 1.0
     assert task.labels.tolist() == [0] * 6 + [1] * 6
-    assert "11 pictures for evaluation, 1 held out" in task.description
+    assert "11 images for evaluation, 1 held out" in task.description
     assert "blue=0, red=1" in task.description
     assert next(task.batches("eval")).inputs["x"].max() == 1.0
-    grey = pictures.parent / "grey" / "one"
+    grey = images.parent / "grey" / "one"
     grey.mkdir(parents=True)
     for i in range(2):
         Image.new("L", (8, 8), 51).save(grey / f"{i}.png")
@@ -159,28 +159,28 @@ def test_pictures_are_resized_cropped_and_labelled_by_their_folder(pictures):
     assert x.unique().item() == pytest.approx(0.2)
 
 
-def test_a_picture_folder_can_calibrate(pictures):
-    task = open_task("classification", pictures, calibration=pictures / "red", options={"image_size": 8})
+def test_a_image_folder_can_calibrate(images):
+    task = open_task("classification", images, calibration=images / "red", options={"image_size": 8})
     assert (len(task.rows.eval), len(task.rows.calibration)) == (12, 6)
     with pytest.raises(InputError, match="without labels"):
         task.score(Reddest(), "calibration")
 
 
-def test_bad_pictures(pictures, monkeypatch):
-    task = open_task("classification", pictures)
+def test_bad_images(images, monkeypatch):
+    task = open_task("classification", images)
     with pytest.raises(DataError, match="image_size=224"):
         list(task.batches("eval"))
-    (pictures / "blue" / "0.png").write_bytes(b"not a picture")
-    with pytest.raises(DataError, match=r"0\.png: not a readable picture"):
-        open_task("classification", pictures)
-    Image.new("RGB", (4, 4)).save(pictures / "loose.png")
+    (images / "blue" / "0.png").write_bytes(b"not an image")
+    with pytest.raises(DataError, match=r"0\.png: not a readable image"):
+        open_task("classification", images)
+    Image.new("RGB", (4, 4)).save(images / "loose.png")
     with pytest.raises(DataError, match="lies in no class folder"):
-        open_task("classification", pictures)
+        open_task("classification", images)
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    (pictures / "loose.png").unlink()
+    (images / "loose.png").unlink()
     with pytest.raises(MissingExtra, match=r"tersor\[vision\]"):
-        open_task("classification", pictures)
+        open_task("classification", images)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Models of pictures, of sound, and of several inputs are fed what they take, whatever they return."""
+"""Models of images, of sound, and of several inputs are fed what they take, whatever they return."""
 
 import copy
 
@@ -26,18 +26,18 @@ BOTH = {"text_config": TEXT, "vision_config": VISION}
 SPECTRUM = {**BLOCKS, "intermediate_size": 16, "max_length": 32, "num_mel_bins": 32}
 
 KINDS = {  # architecture: configuration, its sizes, what it is fed, how its output is judged
-    "CLIPModel": ("CLIPConfig", {**BOTH, "projection_dim": 8}, "pictures and text", "embedding"),
-    "SiglipModel": ("SiglipConfig", BOTH, "pictures and text", "embedding"),
-    "BlipModel": ("BlipConfig", {**BOTH, "projection_dim": 8}, "pictures and text", "embedding"),
-    "BlipForConditionalGeneration": ("BlipConfig", BOTH, "pictures and text", "logits"),
-    "BlipForImageTextRetrieval": ("BlipConfig", BOTH, "pictures and text", "values"),
-    "CLIPVisionModel": ("CLIPVisionConfig", VISION, "pictures", "embedding"),
-    "Dinov2Model": ("Dinov2Config", {**BLOCKS, "image_size": 16, "patch_size": 8}, "pictures", "embedding"),
-    "ViTForImageClassification": ("ViTConfig", VISION, "pictures", "logits"),
+    "CLIPModel": ("CLIPConfig", {**BOTH, "projection_dim": 8}, "images and text", "embedding"),
+    "SiglipModel": ("SiglipConfig", BOTH, "images and text", "embedding"),
+    "BlipModel": ("BlipConfig", {**BOTH, "projection_dim": 8}, "images and text", "embedding"),
+    "BlipForConditionalGeneration": ("BlipConfig", BOTH, "images and text", "logits"),
+    "BlipForImageTextRetrieval": ("BlipConfig", BOTH, "images and text", "values"),
+    "CLIPVisionModel": ("CLIPVisionConfig", VISION, "images", "embedding"),
+    "Dinov2Model": ("Dinov2Config", {**BLOCKS, "image_size": 16, "patch_size": 8}, "images", "embedding"),
+    "ViTForImageClassification": ("ViTConfig", VISION, "images", "logits"),
     "SegformerForSemanticSegmentation": (
         "SegformerConfig",
         {**SEGMENT, "num_labels": 7, "image_size": 32},
-        "pictures",
+        "images",
         "logits",
     ),
     "HubertModel": ("HubertConfig", SOUND, "waves", "embedding"),
@@ -97,7 +97,7 @@ def test_without_data(architecture, padded):
     assert any(each.row_weight.any() for each in stats.values())
 
 
-def test_an_npz_by_name_and_the_users_own_pictures_and_texts(tmp_path, padded):
+def test_an_npz_by_name_and_the_users_own_images_and_texts(tmp_path, padded):
     model = make("CLIPModel")
     generator = np.random.default_rng(0)
     arrays = {
@@ -106,14 +106,14 @@ def test_an_npz_by_name_and_the_users_own_pictures_and_texts(tmp_path, padded):
         "attention_mask": np.ones((20, 8), np.int64),
     }
     np.savez(tmp_path / "pairs.npz", **arrays)
-    (tmp_path / "texts.txt").write_text("\n".join(f"a picture of {i} things" for i in range(20)))
-    (tmp_path / "pictures").mkdir()
-    for number, picture in enumerate(made_up.pictures(20, 16, 16)):
-        Image.fromarray(picture).save(tmp_path / "pictures" / f"{number}.png")
+    (tmp_path / "texts.txt").write_text("\n".join(f"an image of {i} things" for i in range(20)))
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(made_up.images(20, 16, 16)):
+        Image.fromarray(image).save(tmp_path / "images" / f"{number}.png")
     for name, said in [
         ("pairs.npz", "inputs input_ids, pixel"),
-        ("texts.txt", "made-up pictures"),
-        ("pictures", "texts"),
+        ("texts.txt", "made-up images"),
+        ("images", "texts"),
     ]:
         task = open_task(None, tmp_path / name, tokenizer=padded, config=model.config)
         task.prepare(model)
@@ -137,9 +137,9 @@ def test_what_a_model_cannot_be_fed_is_said(tmp_path, padded):
 
 
 def test_made_up_examples_are_the_same_each_time_and_of_natural_spread():
-    pictures, sound = made_up.pictures(3, 16, 24), made_up.waves(2, 1600)
-    assert np.array_equal(pictures, made_up.pictures(3, 16, 24))
-    assert (pictures.shape, pictures.min(), pictures.max()) == ((3, 16, 24, 3), 0, 255)
+    images, sound = made_up.images(3, 16, 24), made_up.waves(2, 1600)
+    assert np.array_equal(images, made_up.images(3, 16, 24))
+    assert (images.shape, images.min(), images.max()) == ((3, 16, 24, 3), 0, 255)
     assert np.allclose([sound.mean(), sound.std()], [0, 1], atol=1e-3)
-    large = made_up.pictures(2, 64, 64).astype(float)
+    large = made_up.images(2, 64, 64).astype(float)
     assert np.abs(np.diff(large, axis=1)).mean() < 0.75 * np.abs(large[:, :32] - large[:, 32:]).mean()  # neighbours

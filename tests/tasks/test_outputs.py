@@ -17,7 +17,7 @@ from tersor.tasks.outputs import tensors_of
 from tersor.training.imitation import imitation
 from tersor.training.merge import divergences
 
-NUM = 8  # classes, and the side of the pictures
+NUM = 8  # classes, and the side of the images
 
 
 class Net(nn.Module):
@@ -180,7 +180,7 @@ def test_a_compressed_model_that_gives_nan_scores_nothing(tmp_path):
 SEVERAL = {
     "tuple": lambda y: (y, y.mean((2, 3))),
     "nested": lambda y: {"a": {"b": y}, "c": [y.sum(1)], "number": 3},
-    "picture": None,
+    "image": None,
     "one channel": lambda y: y[:, :1],
     "regression": lambda y: y.mean((1, 2, 3), keepdim=True).flatten(1),
     "a number each": lambda y: y.mean((1, 2, 3)),
@@ -189,7 +189,7 @@ SEVERAL = {
 
 @pytest.mark.parametrize("what", SEVERAL)
 def test_everything_else_is_values(tmp_path, what):
-    model = Net(conv(num_out=3) if what == "picture" else conv(), SEVERAL[what] or (lambda y: y)).eval()
+    model = Net(conv(num_out=3) if what == "image" else conv(), SEVERAL[what] or (lambda y: y)).eval()
     task = open_task(None, data(tmp_path))
     task.prepare(model)
     itself, near, far = (task.score(each) for each in (model, damaged(model, 0.02), damaged(model, 1.0)))
@@ -305,20 +305,20 @@ class Pair(nn.Module):
         super().__init__()
         self.words, self.see = nn.Embedding(50, 8), nn.Linear(4, 8)
 
-    def forward(self, ids, picture):
-        return {"a": self.words(ids).mean(1), "b": self.see(picture)}
+    def forward(self, ids, image):
+        return {"a": self.words(ids).mean(1), "b": self.see(image)}
 
 
 def test_arrays_by_name(tmp_path):
-    ids, picture = np.arange(60).reshape(20, 3) % 50, np.random.default_rng(0).normal(size=(20, 4))
-    task = open_task(None, data(tmp_path, ids=ids, picture=picture))
+    ids, image = np.arange(60).reshape(20, 3) % 50, np.random.default_rng(0).normal(size=(20, 4))
+    task = open_task(None, data(tmp_path, ids=ids, image=image))
     model = Pair().eval()
     task.prepare(model)
     assert task.score(model).value == 1.0
     assert task.score(damaged(model)).value < 1.0
     assert set(estimate_fisher(model, task)) == {"words", "see"}
-    with pytest.raises(DataError, match="unlike numbers of examples: ids 20, picture 19"):
-        open_task(None, data(tmp_path, ids=ids, picture=picture[:19]))
-    wrong = open_task(None, data(tmp_path, ids=ids, other=picture))
+    with pytest.raises(DataError, match="unlike numbers of examples: ids 20, image 19"):
+        open_task(None, data(tmp_path, ids=ids, image=image[:19]))
+    wrong = open_task(None, data(tmp_path, ids=ids, other=image))
     with pytest.raises(DataError, match="Pair cannot take ids of shape"):
         wrong.prepare(model)

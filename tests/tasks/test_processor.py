@@ -1,4 +1,4 @@
-"""Pictures reach a Hugging Face model as its own image processor makes them."""
+"""Images reach a Hugging Face model as its own image processor makes them."""
 
 import json
 
@@ -68,13 +68,13 @@ def model_folder(tmp_path, settings, channels=3):
     return tmp_path / "vit"
 
 
-def pictures(tmp_path, height=40, width=50, channels=3):
-    drawn = made_up.pictures(12, height, width, channels)
-    for number, picture in enumerate(drawn):
-        place = tmp_path / "pictures" / "ab"[number % 2] / f"{number:02}.png"
+def images(tmp_path, height=40, width=50, channels=3):
+    drawn = made_up.images(12, height, width, channels)
+    for number, image in enumerate(drawn):
+        place = tmp_path / "images" / "ab"[number % 2] / f"{number:02}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture if channels == 3 else picture[..., 0]).save(place)
-    return tmp_path / "pictures"
+        Image.fromarray(image if channels == 3 else image[..., 0]).save(place)
+    return tmp_path / "images"
 
 
 def fed(folder, data, **options):
@@ -85,7 +85,7 @@ def fed(folder, data, **options):
 
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_pixels_are_those_of_the_processor(tmp_path, kind):
-    folder, data = model_folder(tmp_path, SETTINGS[kind]), pictures(tmp_path)
+    folder, data = model_folder(tmp_path, SETTINGS[kind]), images(tmp_path)
     task, batch, found = fed(folder, data)
     own = AutoImageProcessor.from_pretrained(folder)
     stored = [Image.open(task.inputs.paths[row]) for row in batch.rows]
@@ -96,7 +96,7 @@ def test_pixels_are_those_of_the_processor(tmp_path, kind):
 
 
 def test_pixels_reach_from_minus_one_to_one(tmp_path):
-    _, _, found = fed(model_folder(tmp_path, SETTINGS["mean and std"]), pictures(tmp_path))
+    _, _, found = fed(model_folder(tmp_path, SETTINGS["mean and std"]), images(tmp_path))
     assert found.min() < -0.5
     assert found.max() > 0.5
 
@@ -105,14 +105,14 @@ def test_one_channel(tmp_path):
     settings = SETTINGS["mean and std"] | {"image_mean": [0.5], "image_std": [0.5]}
     folder = model_folder(tmp_path, settings, channels=1)
     for channels in (1, 3):
-        task, _, found = fed(folder, pictures(tmp_path, channels=channels))
+        task, _, found = fed(folder, images(tmp_path, channels=channels))
         assert found.shape[1:] == (1, 16, 16)
         assert task.score(open_model(str(folder)).model).num_examples == 11
 
 
-def test_uint8_arrays_are_pictures_and_floats_are_not(tmp_path):
+def test_uint8_arrays_are_images_and_floats_are_not(tmp_path):
     folder = model_folder(tmp_path, SETTINGS["imagenet"])
-    x = made_up.pictures(12, 20, 24)
+    x = made_up.images(12, 20, 24)
     own = AutoImageProcessor.from_pretrained(folder)
     for stored in (x, x.transpose(0, 3, 1, 2)):
         np.savez(tmp_path / "data.npz", x=stored, y=np.arange(12) % 2)
@@ -126,7 +126,7 @@ def test_uint8_arrays_are_pictures_and_floats_are_not(tmp_path):
 
 
 def test_the_users_options_take_its_place(tmp_path):
-    folder, data = model_folder(tmp_path, SETTINGS["mean and std"]), pictures(tmp_path)
+    folder, data = model_folder(tmp_path, SETTINGS["mean and std"]), images(tmp_path)
     _, _, usual = fed(folder, data)
     _, _, found = fed(folder, data, mean=0.0, std=1.0)
     torch.testing.assert_close(found, (usual + 1) / 2)
@@ -136,18 +136,18 @@ def test_the_users_options_take_its_place(tmp_path):
 
 
 def test_a_folder_without_a_processor_stays_as_it_was(tmp_path):
-    _, batch, found = fed(model_folder(tmp_path, None), pictures(tmp_path), image_size=16)
+    _, batch, found = fed(model_folder(tmp_path, None), images(tmp_path), image_size=16)
     assert list(batch.inputs) == ["x"]
     assert 0 <= found.min() <= found.max() <= 1
 
 
 def test_a_damaged_processor_is_said(tmp_path):
-    folder, data = model_folder(tmp_path, SETTINGS["imagenet"]), pictures(tmp_path)
+    folder, data = model_folder(tmp_path, SETTINGS["imagenet"]), images(tmp_path)
     source = open_model(str(folder))
     (folder / "preprocessor_config.json").write_text("{")
     with pytest.raises(DataError, match="the image processor cannot be read"):
         Data("classification", data).open(source)
     (folder / "preprocessor_config.json").write_text(json.dumps(SETTINGS["imagenet"] | {"image_mean": [1.0]}))
     task = Data("classification", data).open(source)
-    with pytest.raises(DataError, match="image processor cannot take pictures of"):
+    with pytest.raises(DataError, match="image processor cannot take images of"):
         next(task.batches("eval"))

@@ -131,11 +131,11 @@ def test_what_cannot_be_trained_on_is_refused(arrays, texts, tmp_path, tokenizer
         open_task("classification", arrays, train=tmp_path / "wide.npz")
     with pytest.raises(InputError, match="augment is 'spin'"):
         open_task("classification", arrays, options={"augment": "spin"})
-    with pytest.raises(InputError, match="augment is for pictures"):
+    with pytest.raises(InputError, match="augment is for images"):
         open_task("classification", texts[0], tokenizer=tokenizer, options={"augment": "flip"})
 
 
-def test_pictures_are_flipped_and_shifted_in_training_alone(arrays):
+def test_images_are_flipped_and_shifted_in_training_alone(arrays):
     plain = open_task("classification", arrays)
     task = open_task("classification", arrays, options={"augment": ("flip", "shift")})
     one, again = next(task.epoch(5, 8)), next(task.epoch(5, 8))
@@ -147,7 +147,7 @@ def test_pictures_are_flipped_and_shifted_in_training_alone(arrays):
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_every_augmented_picture_is_one_that_the_rule_allows(name):
+def test_every_augmented_image_is_one_that_the_rule_allows(name):
     x = torch.rand(64, 3, 16, 16) + 1
     changed = augmented(Batch(np.arange(64), {"x": x}), (name,), (0, 0)).inputs["x"]
     allowed = [x, x.flip(-1)]

@@ -315,7 +315,7 @@ def test_a_language_model_learns_what_the_teacher_predicts(text):
     assert np.mean(job.curves[0].losses[-5:]) < 0.5 * np.mean(job.curves[0].losses[:3])
 
 
-def test_pictures_and_custom_models_too(tmp_path):
+def test_images_and_custom_models_too(tmp_path):
     rng = np.random.default_rng(0)
     x, x_train = (rng.normal(size=(number, 1, 6, 6)).astype(np.float32) for number in (30, 64))
     np.savez(tmp_path / "data.npz", x=x, y=np.arange(30) % 3, x_train=x_train, y_train=np.arange(64) % 3)
@@ -595,7 +595,7 @@ def test_data_that_cannot_teach_is_refused(data, tokenizer, unlabelled, tmp_path
     np.savez(tmp_path / "d.npz", x=x, y=y, x_train=x, y_train=y)
     task = open_task("classification", tmp_path / "d.npz", options={"augment": "flip", "calibration_examples": 2})
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
-    with pytest.raises(InputError, match="cache: the task augments its pictures"):
+    with pytest.raises(InputError, match="cache: the task augments its images"):
         DistilStep(cache=True).run(Job(net, copy.deepcopy(net), task))
 
 

@@ -57,9 +57,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Three classes of small pictures, by where the bright stripe is."""
-    tmp_path = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    """Three classes of small images, by where the bright stripe is."""
+    tmp_path = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
 
     def draw(num):
@@ -74,10 +74,10 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def net(pictures):
+def net(images):
     """Trained in float; nobody may change it."""
     torch.manual_seed(0)
-    made = tersor.compress(Net(), recipe("finetune", epochs=6, batch_size=32, learning_rate=0.02), pictures)
+    made = tersor.compress(Net(), recipe("finetune", epochs=6, batch_size=32, learning_rate=0.02), images)
     return made.model.eval()
 
 
@@ -163,8 +163,8 @@ def test_so_does_every_kind_of_site(name, format):
 
 
 @pytest.mark.parametrize("scheme", ["int4/int4-static", "int3-g32-asym/int8-static", "fp8-e4m3/fp8-e4m3-static"])
-def test_so_does_the_artifact_of_a_training(scheme, pictures, net, tmp_path):
-    made = tersor.compress(net, qat(scheme=scheme, num_steps=4), pictures)
+def test_so_does_the_artifact_of_a_training(scheme, images, net, tmp_path):
+    made = tersor.compress(net, qat(scheme=scheme, num_steps=4), images)
     save(made.model, tmp_path / "out")
     loaded = load(tmp_path / "out", model=Net())
     assert isinstance(loaded.deep, PackedConv)
@@ -177,23 +177,23 @@ def test_so_does_the_artifact_of_a_training(scheme, pictures, net, tmp_path):
     )
 
 
-def test_products_never_overflow(pictures, net):
+def test_products_never_overflow(images, net):
     """Nor do they on the way there: the weights of training are those of packing."""
     options = {"scheme": "int8/int8-static", "num_steps": 8, "learning_rate": 1e-2}
-    made = tersor.compress(net, qat(**options), pictures).model
+    made = tersor.compress(net, qat(**options), images).model
     for site, packed, _ in packed_sites(made):
         assert keeps_pair_rule(packed.encoded.parts["codes"], site.neighbours(made)), site.name
-    free = tersor.compress(net, qat(cpu="vnni", **options), pictures).model
+    free = tersor.compress(net, qat(cpu="vnni", **options), images).model
     assert not all(
         keeps_pair_rule(packed.encoded.parts["codes"], site.neighbours(free)) for site, packed, _ in packed_sites(free)
     )
 
 
 @pytest.mark.parametrize("scheme", ["mse:int4/int4-static", "gptq:int3/int8-static", "nearest:fp8-e4m3"])
-def test_before_the_first_step_it_is_the_weights_step(scheme, pictures, net):
+def test_before_the_first_step_it_is_the_weights_step(scheme, images, net):
     """Scales, ranges of inputs, and the weights of a method that moves them."""
-    packed = tersor.compress(net, Recipe.of(scheme), pictures).model
-    begun = tersor.compress(net, qat(scheme=scheme, num_steps=1, learning_rate=1e-12, freeze_norms=0), pictures).model
+    packed = tersor.compress(net, Recipe.of(scheme), images).model
+    begun = tersor.compress(net, qat(scheme=scheme, num_steps=1, learning_rate=1e-12, freeze_norms=0), images).model
     for site in find_sites(net):
         assert torch.equal(site.matrix(begun), site.matrix(packed))
     x = torch.randn(5, 2, 6, 6)
@@ -275,25 +275,25 @@ def divergence(model, original, task):
     return total / count
 
 
-def test_it_comes_closer_to_the_original_than_rounding_alone(pictures, net):
+def test_it_comes_closer_to_the_original_than_rounding_alone(images, net):
     """With every scheme, and by more than half over all of them: how much each gains depends on the processor."""
     trained, rounded = [], []
     for scheme in ("int2", "int2/int6-static", "int2-g32-asym/int8-static"):
-        rounded.append(divergence(tersor.compress(net, Recipe.of(f"mse:{scheme}"), pictures).model, net, pictures))
-        made = tersor.compress(net, qat(scheme=scheme, epochs=5), pictures)
-        trained.append(divergence(made.model, net, pictures))
+        rounded.append(divergence(tersor.compress(net, Recipe.of(f"mse:{scheme}"), images).model, net, images))
+        made = tersor.compress(net, qat(scheme=scheme, epochs=5), images)
+        trained.append(divergence(made.model, net, images))
         assert made.curves[0].name == "qat"
     assert all(after < before for after, before in zip(trained, rounded, strict=True)), (trained, rounded)
     assert sum(trained) < 0.5 * sum(rounded), (trained, rounded)
 
 
-def test_scales_are_learned_and_the_original_is_left_alone(pictures, net):
+def test_scales_are_learned_and_the_original_is_left_alone(images, net):
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     still, learned = (
-        tersor.compress(net, qat(scheme="int4/int4-static", scale_learning_rate=rate), pictures).model
+        tersor.compress(net, qat(scheme="int4/int4-static", scale_learning_rate=rate), images).model
         for rate in (1e-12, 0.01)
     )
-    begun = tersor.compress(net, qat(scheme="int4/int4-static", num_steps=1, learning_rate=1e-12), pictures).model
+    begun = tersor.compress(net, qat(scheme="int4/int4-static", num_steps=1, learning_rate=1e-12), images).model
     scales = [(model.deep.packed.scale, model.deep.input_quantizer.scale) for model in (begun, still, learned)]
     assert torch.equal(scales[0][0], scales[1][0])
     assert torch.allclose(scales[0][1], scales[1][1])
@@ -315,15 +315,15 @@ def test_scales_have_no_weight_decay_and_their_own_rate(net):
 
 
 @pytest.mark.parametrize("patience", [None, 2])
-def test_a_killed_run_packs_what_one_that_was_not_does(patience, pictures, net, tmp_path, monkeypatch):
+def test_a_killed_run_packs_what_one_that_was_not_does(patience, images, net, tmp_path, monkeypatch):
     step = QatStep(scheme="int4/int4-static", num_steps=12, batch_size=16, learning_rate=0.01, patience=patience)
 
     def run():
-        job = Job(copy.deepcopy(net), net, pictures, journal=Journal(tmp_path / "journal", "key", seconds=0))
+        job = Job(copy.deepcopy(net), net, images, journal=Journal(tmp_path / "journal", "key", seconds=0))
         step.run(job)
         return job.model.state_dict()
 
-    straight = Job(copy.deepcopy(net), net, pictures)
+    straight = Job(copy.deepcopy(net), net, images)
     step.run(straight)
     watch = Norms.on_step
 
@@ -341,12 +341,12 @@ def test_a_killed_run_packs_what_one_that_was_not_does(patience, pictures, net, 
 
 
 @pytest.mark.parametrize("scheme", ["int4", "int3-g32/int8-static", "fp8-e4m3"])
-def test_pruned_weights_stay_zero(scheme, pictures, net):
+def test_pruned_weights_stay_zero(scheme, images, net):
     model = copy.deepcopy(net)
     masks = Masks(
         {site.name: site.matrix(model).abs() > site.matrix(model).abs().median() for site in find_sites(model)}
     )
-    job = Job(model, net, pictures, masks=masks)
+    job = Job(model, net, images, masks=masks)
     QatStep(scheme=scheme, num_steps=8, batch_size=32, learning_rate=0.01).run(job)
     for site in find_sites(job.model):
         assert not site.matrix(job.model)[~masks.masks[site.name]].any()
@@ -356,10 +356,10 @@ def test_pruned_weights_stay_zero(scheme, pictures, net):
 # Batch norms.
 
 
-def test_batch_norms_keep_their_statistics_after_a_share_of_the_steps(pictures, net):
+def test_batch_norms_keep_their_statistics_after_a_share_of_the_steps(images, net):
     means = {}
     for share in (0.0, 0.5, 1.0):
-        made = tersor.compress(net, qat(scheme="int4", freeze_norms=share, num_steps=8, learning_rate=1e-9), pictures)
+        made = tersor.compress(net, qat(scheme="int4", freeze_norms=share, num_steps=8, learning_rate=1e-9), images)
         means[share] = (made.model.norm.running_mean, int(made.model.norm.num_batches_tracked))
     before = int(net.norm.num_batches_tracked)
     assert torch.equal(means[0.0][0], net.norm.running_mean)
@@ -367,22 +367,22 @@ def test_batch_norms_keep_their_statistics_after_a_share_of_the_steps(pictures, 
     assert [count - before for _, count in means.values()] == [0, 4, 8]
 
 
-def test_a_folded_norm_stays_folded(pictures, net):
+def test_a_folded_norm_stays_folded(images, net):
     steps = [
         {"step": "transform", "transform": "fold-bn"},
         *qat(scheme="int4/int8-static", freeze_norms=1).model_dump()["steps"],
     ]
-    made = tersor.compress(net, Recipe.validated({"steps": steps}, "the test"), pictures).model
+    made = tersor.compress(net, Recipe.validated({"steps": steps}, "the test"), images).model
     assert torch.equal(made.norm.weight, torch.ones(8))
     assert not made.norm.running_mean.any()
     assert made.norm.weight.requires_grad
-    assert pictures.score(made).value > 0.9 * pictures.score(net).value
+    assert images.score(made).value > 0.9 * images.score(net).value
 
 
-def test_the_model_imitates_without_dropout(pictures):
+def test_the_model_imitates_without_dropout(images):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(72, 16), nn.Dropout(0.5), nn.Linear(16, 3))
-    curve = tersor.compress(model, qat(scheme="fp8-e4m3", num_steps=3, learning_rate=1e-9), pictures).curves[0]
+    curve = tersor.compress(model, qat(scheme="fp8-e4m3", num_steps=3, learning_rate=1e-9), images).curves[0]
     assert max(curve.losses) < 1e-3
     assert model.training
 
@@ -446,9 +446,9 @@ def test_fields_that_cannot_be(fields, message):
         qat(**fields)
 
 
-def test_models_that_cannot_be(pictures, net):
+def test_models_that_cannot_be(images, net):
     def run(model, masks=None, **fields):
-        QatStep(**{"scheme": "int4", "num_steps": 1, **fields}).run(Job(model, net, pictures, masks=masks or Masks()))
+        QatStep(**{"scheme": "int4", "num_steps": 1, **fields}).run(Job(model, net, images, masks=masks or Masks()))
 
     packed = tersor.compress(net, Recipe.of("int8", exclude=["head"])).model
     with pytest.raises(FormatError, match=r"stem: is packed already.*exclude: \['stem'\]"):
@@ -464,8 +464,8 @@ def test_models_that_cannot_be(pictures, net):
         QatStep(scheme="int4").run(Job(copy.deepcopy(net), net, None))
 
 
-def test_sites_that_are_kept_are_trained_in_float(pictures, net):
-    made = tersor.compress(net, qat(scheme="int4", exclude=["head"], num_steps=4), pictures).model
+def test_sites_that_are_kept_are_trained_in_float(images, net):
+    made = tersor.compress(net, qat(scheme="int4", exclude=["head"], num_steps=4), images).model
     assert type(made.head) is nn.Linear
     assert not torch.equal(made.head.weight, net.head.weight)
-    assert isinstance(pictures.score(made), Scores)
+    assert isinstance(images.score(made), Scores)

@@ -120,9 +120,9 @@ class Net(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Three classes of small pictures, by where the bright stripe is."""
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+def images(tmp_path_factory):
+    """Three classes of small images, by where the bright stripe is."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
 
     def draw(num):
         y = rng.integers(0, 3, num)
@@ -136,12 +136,10 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def net(pictures):
+def net(images):
     """Trained in float; nobody may change it."""
     torch.manual_seed(0)
-    return tersor.compress(
-        Net(), recipe({"step": "finetune", "epochs": 4, "learning_rate": 0.02}), pictures
-    ).model.eval()
+    return tersor.compress(Net(), recipe({"step": "finetune", "epochs": 4, "learning_rate": 0.02}), images).model.eval()
 
 
 def recipe(*steps):
@@ -164,10 +162,10 @@ def divergence(model, original, task):
 
 
 @pytest.mark.parametrize("scheme", ["nearest:int3", "nearest:int2-g32-asym/int8-static", "codebook4"])
-def test_the_model_comes_closer_to_the_original(scheme, pictures, net, tmp_path):
-    packed = tersor.compress(net, Recipe.of(scheme), pictures).model
-    made = tersor.compress(net, tuned(scheme), pictures)
-    assert divergence(made.model, net, pictures) < 0.9 * divergence(packed, net, pictures)
+def test_the_model_comes_closer_to_the_original(scheme, images, net, tmp_path):
+    packed = tersor.compress(net, Recipe.of(scheme), images).model
+    made = tersor.compress(net, tuned(scheme), images)
+    assert divergence(made.model, net, images) < 0.9 * divergence(packed, net, images)
     assert made.curves[0].name == "tune-scales"
     for site in find_sites(net):
         ours, theirs = (model.get_submodule(site.name).packed.tensors for model in (made.model, packed))
@@ -182,12 +180,12 @@ def test_the_model_comes_closer_to_the_original(scheme, pictures, net, tmp_path)
         assert torch.equal(load(tmp_path / "out", model=Net())(x), made.model.eval()(x))
 
 
-def test_scales_of_codes_take_fine_steps(pictures, net, tmp_path):
+def test_scales_of_codes_take_fine_steps(images, net, tmp_path):
     """Exponents are trained in steps that are fine enough, and cost no more than a few bits for each row and column."""
     scheme = "waterfill(level=0.02):coded"
-    packed = tersor.compress(net, Recipe.of(scheme), pictures).model
-    made = tersor.compress(net, tuned(scheme), pictures)
-    assert divergence(made.model, net, pictures) < 0.9 * divergence(packed, net, pictures)
+    packed = tersor.compress(net, Recipe.of(scheme), images).model
+    made = tersor.compress(net, tuned(scheme), images)
+    assert divergence(made.model, net, images) < 0.9 * divergence(packed, net, images)
     for site in find_sites(net):
         ours, theirs = (model.get_submodule(site.name).packed.tensors for model in (made.model, packed))
         assert torch.equal(ours["codes"], theirs["codes"])
@@ -199,12 +197,12 @@ def test_scales_of_codes_take_fine_steps(pictures, net, tmp_path):
         assert torch.equal(load(tmp_path / "out", model=Net())(x), made.model.eval()(x))
 
 
-def test_what_is_trained_and_what_is_not(pictures, net):
+def test_what_is_trained_and_what_is_not(images, net):
     """Scales, biases and the norm's gain and offset; not the weights that were kept, nor the norm's statistics."""
     steps = tuned("int4", num_steps=3).model_dump()["steps"]
     steps[0]["exclude"] = ["head"]
-    packed = tersor.compress(net, recipe(steps[0]), pictures).model
-    made = tersor.compress(net, recipe(*steps), pictures).model
+    packed = tersor.compress(net, recipe(steps[0]), images).model
+    made = tersor.compress(net, recipe(*steps), images).model
     before, after = packed.state_dict(), made.state_dict()
     assert before.keys() == after.keys()
     changed = {name for name in after if not torch.equal(before[name], after[name])}
@@ -213,8 +211,8 @@ def test_what_is_trained_and_what_is_not(pictures, net):
     assert not made._forward_pre_hooks
 
 
-def test_gradients_reach_the_first_layer_through_quantized_inputs(pictures, net):
-    model = tersor.compress(net, Recipe.of("int8/int4-static"), pictures).model
+def test_gradients_reach_the_first_layer_through_quantized_inputs(images, net):
+    model = tersor.compress(net, Recipe.of("int8/int4-static"), images).model
     leftovers = RemainderTensors(parts_of(model))
     with in_training(model, leftovers):
         model(torch.randn(4, 2, 6, 6)).square().sum().backward()
@@ -222,7 +220,7 @@ def test_gradients_reach_the_first_layer_through_quantized_inputs(pictures, net)
         assert all(shift.grad is not None and shift.grad.any() for shift in leftovers.shifts)
 
 
-def test_tied_weights_are_trained_once(pictures):
+def test_tied_weights_are_trained_once(images):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -241,12 +239,12 @@ def test_tied_weights_are_trained_once(pictures):
     assert model.embed.packed is model.head.packed
 
 
-def test_a_killed_run_ends_like_one_that_was_not(pictures, net, tmp_path, monkeypatch):
-    packed = tersor.compress(net, Recipe.of("int3"), pictures).model
+def test_a_killed_run_ends_like_one_that_was_not(images, net, tmp_path, monkeypatch):
+    packed = tersor.compress(net, Recipe.of("int3"), images).model
     step = TuneScalesStep(num_steps=10, batch_size=16, learning_rate=0.01)
 
     def run(journal=None):
-        job = Job(copy.deepcopy(packed), net, pictures, journal=journal)
+        job = Job(copy.deepcopy(packed), net, images, journal=journal)
         step.run(job)
         return job.model.state_dict()
 
@@ -271,11 +269,11 @@ def test_a_killed_run_ends_like_one_that_was_not(pictures, net, tmp_path, monkey
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
 
 
-def test_what_is_refused(pictures, net):
+def test_what_is_refused(images, net):
     with pytest.raises(InputError, match=r"no site is packed in a format with scales.*weights step"):
-        tersor.compress(net, recipe({"step": "tune-scales"}), pictures)
+        tersor.compress(net, recipe({"step": "tune-scales"}), images)
     with pytest.raises(InputError, match="no site is packed"):
-        tersor.compress(net, tuned("bf16"), pictures)
+        tersor.compress(net, tuned("bf16"), images)
     with pytest.raises(DataError, match="no train split"):
         tersor.compress(net, tuned("int4"), None)
     with pytest.raises(InputError, match="alpha"):

@@ -115,7 +115,7 @@ def examples_of(source: Source, task: Task | None, shape: Sequence[int] | None) 
 
 
 def from_config(model: nn.Module, longest: int = 16) -> Examples | None:
-    """Random texts, of `longest` tokens at most, or pictures of the size that the model's config says; None where it
+    """Random texts, of `longest` tokens at most, or images of the size that the model's config says; None where it
     says none."""
     config: Any = getattr(model, "config", None)
     generator = torch.Generator().manual_seed(0)

@@ -72,7 +72,7 @@ class ArrayInputs:
             start += len(part)
         stored = np.concatenate(pieces)
         if self.processor is not None:
-            return Batch(rows, self.processor(list(as_pictures(stored))))
+            return Batch(rows, self.processor(list(as_images(stored))))
         return Batch(rows, {"x": normalise(to_model_layout(stored), self.mean, self.std)})
 
     def call(self, model: nn.Module, batch: Batch) -> Any:
@@ -87,15 +87,15 @@ class ArrayInputs:
 def open_arrays(
     parts: tuple[np.ndarray, ...], source: DataSource, mean: Numbers | None = None, std: Numbers | None = None
 ) -> ArrayInputs:
-    """Arrays as a model takes them. uint8 pictures go through the model's own image processor where it has one; other
+    """Arrays as a model takes them. uint8 images go through the model's own image processor where it has one; other
     numbers are taken to be what the model wants already."""
-    pictures = parts[0].dtype == np.uint8 and parts[0].ndim in (3, 4)
-    processor = read_processor(source.model_folder, mean=mean, std=std) if pictures else None
+    images = parts[0].dtype == np.uint8 and parts[0].ndim in (3, 4)
+    processor = read_processor(source.model_folder, mean=mean, std=std) if images else None
     return ArrayInputs(parts, 0.0 if mean is None else mean, 1.0 if std is None else std, processor)
 
 
-def as_pictures(x: np.ndarray) -> Shaped[np.ndarray, "row height width channel"]:
-    """uint8 pictures with their channels last."""
+def as_images(x: np.ndarray) -> Shaped[np.ndarray, "row height width channel"]:
+    """uint8 images with their channels last."""
     if x.ndim == 3:
         return x[..., None]
     return x if x.shape[-1] in (1, 3) else x.transpose(0, 2, 3, 1)

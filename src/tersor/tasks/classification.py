@@ -33,7 +33,7 @@ from tersor.tasks.text import fingerprint
 
 COLUMNS = {"text": ("text", "sentence"), "label": ("label",)}
 Sizes = tuple[int, int, int]  # examples of the data, for calibration, for training
-EXPECTED = ".npz arrays, a folder of class_name/picture.png, or a csv, tsv or jsonl file with text,label"
+EXPECTED = ".npz arrays, a folder of class_name/image.png, or a csv, tsv or jsonl file with text,label"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class Classification:
 
     Attributes:
         labels: class numbers, -1 for calibration examples without one, `[example]`.
-        augment: what is done to pictures in training: `flip`, `shift` (augment.py).
+        augment: what is done to images in training: `flip`, `shift` (augment.py).
     """
 
     inputs: Inputs
@@ -63,7 +63,7 @@ class Classification:
         """Nothing: the labels come with the data."""
 
     def epoch(self, seed: int, batch_size: int | None = None) -> Iterator[Batch]:
-        """The train split in an order drawn from `seed`, pictures augmented."""
+        """The train split in an order drawn from `seed`, images augmented."""
         size = self.batch_size if batch_size is None else batch_size
         for number, batch in enumerate(epoch(self.inputs, self.rows.train, size, seed)):
             yield augmented(batch, self.augment, (seed, number)) if self.augment else batch
@@ -111,13 +111,13 @@ def open_classification(
     max_examples: int | None = None,
     calibration_examples: int = 128,
 ) -> Classification:
-    """Read labelled arrays, pictures or texts; `mean` and `std` are on the [0, 1] scale."""
+    """Read labelled arrays, images or texts; `mean` and `std` are on the [0, 1] scale."""
     data = source.need_data("classification", EXPECTED)
     inputs: Inputs
     if data.is_dir():
         paths, labels, sizes = _read_folder(data, source)
-        inputs = pictures = open_images(paths, source, image_size=image_size, mean=mean, std=std)
-        unit, how, default_batch = "pictures", pictures.description, 128
+        inputs = images = open_images(paths, source, image_size=image_size, mean=mean, std=std)
+        unit, how, default_batch = "images", images.description, 128
     elif data.suffix.lower() == ".npz":
         parts, labels, sizes = _read_arrays(data, source)
         inputs = arrays = open_arrays(parts, source, mean, std)
@@ -148,7 +148,7 @@ def _read_folder(data: Path, source: DataSource) -> tuple[list[Path], list[Label
     train: list[Path] = []
     for folder in filter(None, (source.calibration, source.train)):
         if not folder.is_dir():
-            raise DataError(f"{folder}: expected a folder of pictures, as the data is one")
+            raise DataError(f"{folder}: expected a folder of images, as the data is one")
     if source.calibration is not None:
         extra = find_images(source.calibration)
         labels += [Label(None, str(path)) for path in extra]

@@ -3,7 +3,7 @@
 For logits: how often both rank the same class first (`agreement`; for token logits, the fraction of a window's
 positions), and the mean KL divergence from the original to the compressed model, in nats per prediction. For
 embeddings: their cosine, and how many of an example's 10 nearest neighbours among the others stay the same. For any
-other values (several outputs, pictures, regressions): how much of the original's variance each example explains
+other values (several outputs, images, regressions): how much of the original's variance each example explains
 (`explained`: 1 minus its squared distance over the mean squared distance of the original's outputs from their mean; at
 least 0), and the relative error.
 

@@ -1,7 +1,7 @@
-"""Image folders: `class_name/picture.png`, opened when they are needed.
+"""Image folders: `class_name/image.png`, opened when they are needed.
 
 The shorter side is resized to `image_size` (bilinear), the centre square is cropped, and values are scaled to [0, 1],
-then `(x - mean) / std`. The first picture decides between grey and RGB for all. Where the model's folder has an image
+then `(x - mean) / std`. The first image decides between grey and RGB for all. Where the model's folder has an image
 processor, that one does it all instead, but for what the user's options say (processor.py).
 """
 
@@ -30,7 +30,7 @@ DEEP = ("I", "I;16", "I;16B", "F")  # more than 8 bits: a conversion would clip 
 
 @dataclass(frozen=True, eq=False)
 class ImageInputs:
-    """Picture files and how they become `x [row, channel, height, width]`."""
+    """Image files and how they become `x [row, channel, height, width]`."""
 
     paths: tuple[Path, ...]
     mode: str
@@ -57,16 +57,16 @@ class ImageInputs:
 
     def batch(self, rows: RowNumbers) -> Batch:
         """`x [row, channel, height, width]`, float32; or what the model's processor makes, by name."""
-        pictures = [read_picture(self.paths[row], self.mode, self.image_size) for row in rows]
+        images = [read_image(self.paths[row], self.mode, self.image_size) for row in rows]
         if self.processor is not None:
-            return Batch(rows, self.processor(pictures))
-        for row, picture in zip(rows, pictures, strict=True):
-            if picture.shape != pictures[0].shape:
+            return Batch(rows, self.processor(images))
+        for row, image in zip(rows, images, strict=True):
+            if image.shape != images[0].shape:
                 raise DataError(
-                    f"{self.paths[row]}: {picture.shape[0]} x {picture.shape[1]} pixels, others have "
-                    f"{pictures[0].shape[0]} x {pictures[0].shape[1]}; give one size to all (option image_size=224)"
+                    f"{self.paths[row]}: {image.shape[0]} x {image.shape[1]} pixels, others have "
+                    f"{images[0].shape[0]} x {images[0].shape[1]}; give one size to all (option image_size=224)"
                 )
-        return Batch(rows, {"x": normalise(to_model_layout(np.stack(pictures)), self.mean, self.std)})
+        return Batch(rows, {"x": normalise(to_model_layout(np.stack(images)), self.mean, self.std)})
 
     def call(self, model: nn.Module, batch: Batch) -> Any:
         """The model's output for a batch."""
@@ -85,15 +85,15 @@ def open_images(
     mean: Numbers | None = None,
     std: Numbers | None = None,
 ) -> ImageInputs:
-    """Pictures by path, as the model's own processor wants them; without one the first says whether they are grey."""
+    """Images by path, as the model's own processor wants them; without one the first says whether they are grey."""
     pil = import_pil()
     try:
-        with pil.open(paths[0]) as picture:
-            stored = picture.mode
+        with pil.open(paths[0]) as image:
+            stored = image.mode
     except (*UNREADABLE, pil.DecompressionBombError) as error:
-        raise DataError(f"{paths[0]}: not a readable picture ({error})") from None
+        raise DataError(f"{paths[0]}: not a readable image ({error})") from None
     if stored in DEEP:
-        raise DataError(f"{paths[0]}: more than 8 bits a channel (mode {stored}); use 8-bit pictures or .npz arrays")
+        raise DataError(f"{paths[0]}: more than 8 bits a channel (mode {stored}); use 8-bit images or .npz arrays")
     processor = read_processor(source.model_folder, image_size, mean, std)
     mode = "L" if stored in GREY else "RGB"
     if processor is not None:
@@ -103,27 +103,27 @@ def open_images(
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Pictures anywhere under a folder, sorted."""
+    """Images anywhere under a folder, sorted."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not paths:
-        raise DataError(f"{folder}: no pictures ({', '.join(SUFFIXES)}) in it; expected class_name/picture.png")
+        raise DataError(f"{folder}: no images ({', '.join(SUFFIXES)}) in it; expected class_name/image.png")
     return paths
 
 
-def read_picture(path: Path, mode: str, size: int | None) -> np.ndarray:
-    """One picture as uint8 `[height, width, channel]`."""
+def read_image(path: Path, mode: str, size: int | None) -> np.ndarray:
+    """One image as uint8 `[height, width, channel]`."""
     pil = import_pil()
     try:
         with pil.open(path) as opened:
-            picture = opened.convert(mode)
+            image = opened.convert(mode)
     except (*UNREADABLE, pil.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable picture ({error})") from None
+        raise DataError(f"{path}: not a readable image ({error})") from None
     if size is not None:
-        scale = size / min(picture.size)
-        width, height = (max(size, round(side * scale)) for side in picture.size)
+        scale = size / min(image.size)
+        width, height = (max(size, round(side * scale)) for side in image.size)
         left, top = (width - size) // 2, (height - size) // 2
-        picture = picture.resize((width, height), pil.Resampling.BILINEAR).crop((left, top, left + size, top + size))
-    pixels = np.asarray(picture, dtype=np.uint8)
+        image = image.resize((width, height), pil.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    pixels = np.asarray(image, dtype=np.uint8)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 

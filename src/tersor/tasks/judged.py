@@ -1,4 +1,4 @@
-"""Arrays, pictures and waves through any model, whatever it returns.
+"""Arrays, images and waves through any model, whatever it returns.
 
 How the output is read (outputs.py) is settled on the first batch that a model is run on, which is the original's.
 """
@@ -159,8 +159,8 @@ def not_classes(batch: Batch, output: Tensor, axis: int | None) -> str:
         return "no axis of classes was found"
     given = list(batch.inputs.values())
     alike = len(given) == 1 and given[0].ndim == output.ndim and given[0].shape[axis] == output.shape[axis]
-    picture = output.ndim > 3 and axis == 1
-    return "it has the channels of the input" if alike and (picture or given[0].shape == output.shape) else ""
+    image = output.ndim > 3 and axis == 1
+    return "it has the channels of the input" if alike and (image or given[0].shape == output.shape) else ""
 
 
 def as_logits(name: str, output: Tensor, axis: int, why: str) -> Reading:

@@ -1,6 +1,6 @@
-"""Examples made up for models whose inputs no text gives: pictures and sound, drawn with a fixed seed.
+"""Examples made up for models whose inputs no text gives: images and sound, drawn with a fixed seed.
 
-Pictures have the spectrum of photographs (amplitude 1 / frequency; Field 1987, https://doi.org/10.1364/JOSAA.4.002379)
+Images have the spectrum of photographs (amplitude 1 / frequency; Field 1987, https://doi.org/10.1364/JOSAA.4.002379)
 and are stretched to all of 0 to 255. Waves are voices of a few harmonics that rise and fall, with a little noise, at
 zero mean and unit variance, as feature extractors give them. They show whether two models do the same, not how well.
 """
@@ -14,10 +14,10 @@ RATE = 16_000  # samples a second
 SECONDS = 1.0
 
 
-def pictures(num: int, height: int, width: int, channels: int = 3) -> UInt8[np.ndarray, "row height width channel"]:
-    """Pictures as uint8, channels last.
+def images(num: int, height: int, width: int, channels: int = 3) -> UInt8[np.ndarray, "row height width channel"]:
+    """Images as uint8, channels last.
 
-    >>> pictures(2, 8, 8).shape
+    >>> images(2, 8, 8).shape
     (2, 8, 8, 3)
     """
     generator = np.random.default_rng(SEED)
@@ -27,9 +27,9 @@ def pictures(num: int, height: int, width: int, channels: int = 3) -> UInt8[np.n
     for row in range(num):
         noise = generator.standard_normal((2, channels + 1, *frequency.shape))
         spectrum = (0.8 * noise[:, :1] + 0.4 * noise[:, 1:]) / frequency  # channels of a photograph are alike
-        picture = np.fft.irfft2(spectrum[0] + 1j * spectrum[1], s=(height, width))
-        low, high = picture.min(), picture.max()
-        drawn[row] = np.rint(255 * (picture - low) / max(high - low, 1e-12)).transpose(1, 2, 0)
+        image = np.fft.irfft2(spectrum[0] + 1j * spectrum[1], s=(height, width))
+        low, high = image.min(), image.max()
+        drawn[row] = np.rint(255 * (image - low) / max(high - low, 1e-12)).transpose(1, 2, 0)
     return drawn
 
 
@@ -50,6 +50,6 @@ def waves(num: int, samples: int = int(RATE * SECONDS)) -> Float[np.ndarray, "ro
 
 def spectrograms(num: int, frames: int, bands: int) -> Float[np.ndarray, "row frame band"]:
     """Log spectra of zero mean and unit variance that change slowly, float32."""
-    drawn = pictures(num, frames, bands, 1)[..., 0].astype(np.float32)
+    drawn = images(num, frames, bands, 1)[..., 0].astype(np.float32)
     drawn -= drawn.mean((1, 2), keepdims=True)
     return drawn / np.maximum(drawn.std((1, 2), keepdims=True), 1e-6)

@@ -2,7 +2,7 @@
 
 logits     one tensor whose classes are put last: agreement and KL
 embedding  one vector of unit length an example: cosine
-values     everything else (several outputs, pictures, regressions): how much of the original's variance is explained
+values     everything else (several outputs, images, regressions): how much of the original's variance is explained
 
 A model's `logits` are judged where it has them; of several outputs all are, as values. Hidden states count only where
 there is nothing else, and are then averaged over positions to an embedding.

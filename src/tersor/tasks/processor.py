@@ -1,4 +1,4 @@
-"""How a Hugging Face model wants its pictures: the folder's own image processor.
+"""How a Hugging Face model wants its images: the folder's own image processor.
 
 Size, crop, resampling, order of channels, scale, mean and standard deviation are all in `preprocessor_config.json` (or
 `processor_config.json`), and transformers' processor does what they say.
@@ -37,17 +37,17 @@ class Processor:
         crop = "crop_size" if getattr(self.own, "do_center_crop", None) else "size"
         sides = [side for side in dict(given[crop] or given["size"] or {}).values() if side]
         size = " x ".join(map(str, dict.fromkeys(sides)))
-        return f"pictures as the model's own processor makes them ({type(self.own).__name__}, size {size})"
+        return f"images as the model's own processor makes them ({type(self.own).__name__}, size {size})"
 
-    def __call__(self, pictures: Sequence[np.ndarray]) -> dict[str, Tensor]:
-        """The model's inputs of uint8 pictures `[height, width, channel]`."""
+    def __call__(self, images: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        """The model's inputs of uint8 images `[height, width, channel]`."""
         options = {"return_tensors": "pt", "input_data_format": "channels_last", **self.changes}
         try:
-            made = dict(self.own(images=list(pictures), **options))
+            made = dict(self.own(images=list(images), **options))
         except Exception as error:  # a processor's settings may trip over anything
-            sizes = list(pictures[0].shape)
+            sizes = list(images[0].shape)
             raise DataError(
-                f"the model's image processor cannot take pictures of {sizes}: {first_line(error)}; give others, or "
+                f"the model's image processor cannot take images of {sizes}: {first_line(error)}; give others, or "
                 f"arrays (.npz) that the model takes as they are"
             ) from None
         return {name: each for name, each in made.items() if isinstance(each, Tensor)}
@@ -58,7 +58,7 @@ def read_processor(
 ) -> Processor | None:
     """The image processor of a model folder; None where there is none.
 
-    `image_size`, `mean` and `std` take the place of what it says: pictures then come in that size.
+    `image_size`, `mean` and `std` take the place of what it says: images then come in that size.
     """
     if folder is None or not any((Path(folder) / name).is_file() for name in FILES):
         return None
@@ -67,7 +67,7 @@ def read_processor(
     try:
         own = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except ImportError:
-        raise MissingExtra("vision", "preparing pictures") from None
+        raise MissingExtra("vision", "preparing images") from None
     except Exception as error:  # whatever a damaged file trips over
         raise DataError(f"{folder}: the image processor cannot be read ({first_line(error)})") from None
     changes: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Models of several inputs, or of inputs that no text gives: arrays by name, pictures with texts, made-up examples."""
+"""Models of several inputs, or of inputs that no text gives: arrays by name, images with texts, made-up examples."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,11 @@ from tersor.tasks.outputs import logits_of
 from tersor.tasks.source import DataSource
 from tersor.tasks.split import RowNumbers
 from tersor.tasks.table import read_texts
-from tersor.tasks.takes import PICTURES, Takes, part_of
+from tersor.tasks.takes import IMAGES, Takes, part_of
 from tersor.tasks.text import standard_library_docstrings
 
 NUM_MADE_UP = 256
-SIDE = 224  # of made-up pictures where the configuration says nothing
+SIDE = 224  # of made-up images where the configuration says nothing
 Sizes = tuple[int, int, int]  # examples of the data, for calibration, for training
 
 
@@ -45,7 +45,7 @@ class Together:
     def batch(self, rows: RowNumbers) -> Batch:
         """Every part's arguments."""
         inputs = {name: each for part in self.parts for name, each in part.batch(rows).inputs.items()}
-        return Batch(rows, {PICTURES if name == "x" else name: each for name, each in inputs.items()})
+        return Batch(rows, {IMAGES if name == "x" else name: each for name, each in inputs.items()})
 
     def call(self, model: nn.Module, batch: Batch) -> Any:
         """The model's output for a batch."""
@@ -83,38 +83,38 @@ def named_arrays(path: Path) -> Arrays:
 
 
 def open_pairs(source: DataSource, max_length: int | None, pixels: dict[str, Any]) -> tuple[Together, str]:
-    """Pictures with texts: those of the data, and made-up ones or docstrings beside them."""
+    """Images with texts: those of the data, and made-up ones or docstrings beside them."""
     for path in (source.calibration, source.train):
         if path is not None:
-            raise DataError(f"{path}: a model of pictures and texts reads both from --data; leave it out")
+            raise DataError(f"{path}: a model of images and texts reads both from --data; leave it out")
     texts = list(standard_library_docstrings())
-    pictures: Inputs
+    images: Inputs
     if source.data is not None and source.data.is_dir():
-        pictures = open_images(find_images(source.data), source, **pixels)
-        said = f"pictures of {source.data.name}, texts from the Python standard library"
+        images = open_images(find_images(source.data), source, **pixels)
+        said = f"images of {source.data.name}, texts from the Python standard library"
     else:
         texts = texts if source.data is None else read_texts(source.data)
-        pictures = made_up_pictures(source, min(len(texts), NUM_MADE_UP), pixels)
-        said = "made-up pictures"
-    num = min(len(texts), len(pictures))
+        images = made_up_images(source, min(len(texts), NUM_MADE_UP), pixels)
+        said = "made-up images"
+    num = min(len(texts), len(images))
     tokens = tokenize(texts[:num], source, max_length=max_length, embedding=False)
-    return Together((tokens, pictures)), f"{said}; {tokens.description}"
+    return Together((tokens, images)), f"{said}; {tokens.description}"
 
 
-def made_up_pictures(source: DataSource, num: int, pixels: dict[str, Any]) -> ArrayInputs:
-    """Made-up pictures of the size that the configuration names."""
+def made_up_images(source: DataSource, num: int, pixels: dict[str, Any]) -> ArrayInputs:
+    """Made-up images of the size that the configuration names."""
     vision = part_of(source.config, "vision_config")
     size = pixels.get("image_size") or getattr(vision, "image_size", None) or SIDE
     height, width = size if isinstance(size, tuple | list) else (size, size)
-    drawn = made_up.pictures(num, height, width, getattr(vision, "num_channels", None) or 3)
+    drawn = made_up.images(num, height, width, getattr(vision, "num_channels", None) or 3)
     return open_arrays((drawn,), source, pixels.get("mean"), pixels.get("std"))
 
 
 def open_made_up(source: DataSource, kind: Takes, pixels: dict[str, Any]) -> tuple[ArrayInputs | NamedArrays, str]:
     """Made-up examples of what the model takes."""
     config = source.config
-    if kind == "pictures":
-        return made_up_pictures(source, NUM_MADE_UP, pixels), "made-up pictures"
+    if kind == "images":
+        return made_up_images(source, NUM_MADE_UP, pixels), "made-up images"
     bands = getattr(config, "num_mel_bins", None) or getattr(config, "feature_projection_input_dim", None)
     if bands is not None:
         frames = getattr(config, "max_length", None) or 256

@@ -5,19 +5,19 @@ from typing import Any, Literal
 
 from tersor.core.errors import InputError
 
-Takes = Literal["text", "pictures", "pictures and text", "waves", "features"]
-PICTURES, TEXT = "pixel_values", "input_ids"
-NAMES: dict[str, Takes] = {PICTURES: "pictures", "input_values": "waves", "input_features": "features", TEXT: "text"}
-WRITES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # they read text alone, too
+Takes = Literal["text", "images", "images and text", "waves", "features"]
+IMAGES, TEXT = "pixel_values", "input_ids"
+NAMES: dict[str, Takes] = {IMAGES: "images", "input_values": "waves", "input_features": "features", TEXT: "text"}
+GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # they read text alone, too
 
 
 def takes(config: Any) -> Takes:
     """The kind of input that an architecture takes; `text` if nothing says otherwise."""
     parameters, main = signature_of(config)
     needed = [name for name, each in parameters.items() if each.default is each.empty]
-    if PICTURES in parameters and TEXT in parameters:
-        reads_alone = architecture_of(config).endswith(WRITES) and PICTURES not in needed
-        return "text" if reads_alone else "pictures and text"
+    if IMAGES in parameters and TEXT in parameters:
+        reads_alone = architecture_of(config).endswith(GENERATES) and IMAGES not in needed
+        return "text" if reads_alone else "images and text"
     return NAMES.get(main, "text")
 
 
@@ -47,7 +47,7 @@ def refuse_encoder_decoder(config: Any, task: str) -> None:
         name = architecture_of(config) or type(config).__name__
         raise InputError(
             f"{name} is an encoder-decoder model, which also needs decoder inputs: task {task} feeds language models, "
-            f"encoders, classifiers, and models of pictures and sound; write your own task and name it "
+            f"encoders, classifiers, and models of images and sound; write your own task and name it "
             f"package.module:factory, or load the encoder alone"
         )
 

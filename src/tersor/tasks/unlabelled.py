@@ -2,11 +2,11 @@
 
 .npz                        x (or x_test; x_train calibrates) for a model that takes one array; without x, the model's
                             inputs by name (input_ids, pixel_values, ...), one row an example
-folder of pictures          for a model that takes images
+folder of images            for a model that takes images
 text (.txt, .csv, .jsonl)   windows for a language model, texts for a classifier or an encoder
-nothing                     the docstrings of the Python standard library; pictures and sound are made up
+nothing                     the docstrings of the Python standard library; images and sound are made up
 
-A model of pictures and texts gets both: what is not given is made up.
+A model of images and texts gets both: what is not given is made up.
 """
 
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def open_fidelity(
     max_examples: int = MAX_EXAMPLES,
     calibration_examples: int = 128,
 ) -> Fidelity:
-    """Read unlabelled arrays, pictures or texts, or fall back to standard-library docstrings and made-up inputs."""
+    """Read unlabelled arrays, images or texts, or fall back to standard-library docstrings and made-up inputs."""
     data = source.data
     limits = {"max_examples": max_examples, "calibration_examples": calibration_examples}
     asked = Asked(output, None if field is None else str(field), class_axis)
@@ -80,7 +80,7 @@ def open_fidelity(
     elif source.tokenizer is None and data is None:
         raise DataError(
             "no data, and this model has no tokenizer for the fallback text; give data: .npz with x, a folder of "
-            "pictures, or your own task as package.module:factory"
+            "images, or your own task as package.module:factory"
         )
     elif reading_mode(source) == "windows":
         opened = _open_windows(source, limits, context, max_tokens)
@@ -118,21 +118,21 @@ def fit_memory(rows: Rows, lengths: Int[np.ndarray, " example"], source: DataSou
 def _open_tensors(
     source: DataSource, limits: dict[str, int], asked: Asked, pixels: dict[str, Any], max_length: int | None
 ) -> Opened:
-    """Arrays, pictures, pictures with texts, or made-up examples, for a model that may return anything."""
+    """Arrays, images, images with texts, or made-up examples, for a model that may return anything."""
     data, wanted = source.data, takes(source.config)
     inputs: Calls
     how: str
     if data is not None and data.suffix.lower() == ".npz":
         inputs, sizes, unit, how, batch_size = _arrays(source, pixels)
-    elif wanted == "pictures and text":
+    elif wanted == "images and text":
         inputs, how = open_pairs(source, max_length, pixels)
         sizes, unit, batch_size = (len(inputs), 0, 0), "pairs", 32
     elif data is not None and data.is_dir():
         paths, sizes = _with_others(find_images(data), source, find_images)
-        inputs = pictures = open_images(paths, source, **pixels)
-        unit, how, batch_size = "pictures", pictures.description, 128
+        inputs = images = open_images(paths, source, **pixels)
+        unit, how, batch_size = "images", images.description, 128
     elif data is not None:
-        raise DataError(f"{data}: this model takes {wanted}, and the data is text; give a folder of pictures or .npz")
+        raise DataError(f"{data}: this model takes {wanted}, and the data is text; give a folder of images or .npz")
     else:
         inputs, how = open_made_up(source, wanted, pixels)
         sizes, unit, batch_size = (len(inputs), 0, 0), "examples", 32

@@ -162,7 +162,7 @@ class DistilStep(TrainingStep):
             return
         if getattr(task, "augment", ()):
             raise InputError(
-                "cache: the task augments its pictures, and the teacher must see what the student sees; use cache: "
+                "cache: the task augments its images, and the teacher must see what the student sees; use cache: "
                 "false, or the task without augment"
             )
         with scratch_folder() as temporary:

@@ -30,7 +30,7 @@ def suit_images(model: GraphModule) -> None:
 
 
 def suit_pools(model: GraphModule) -> None:
-    """Means over whole pictures in the one form that XNNPACK has: with both axes kept, dropped afterwards."""
+    """Means over whole images in the one form that XNNPACK has: with both axes kept, dropped afterwards."""
     for node in nodes_of(model):
         size = node.meta["val"].shape if isinstance(node.meta.get("val"), Tensor) else ()
         read: Any = node.args[0] if node.args else None
@@ -62,7 +62,7 @@ def suit_views(model: GraphModule) -> None:
 
 
 def pixels_by_convolution(model: GraphModule) -> None:
-    """Every n-th row and column of pictures, as the shortcut of a ResNet takes them, by a convolution of one pixel for
+    """Every n-th row and column of images, as the shortcut of a ResNet takes them, by a convolution of one pixel for
     each channel, whose weight is 1: XNNPACK has no slices with steps. Codes stay the same codes."""
     for node in nodes_of(model):
         steps = pixel_steps(node)
@@ -100,7 +100,7 @@ def int8_pixels(model: GraphModule) -> None:
 
 
 def pixel_steps(node: Any) -> list[int] | None:
-    """`[row, column]` steps of a slice over whole pictures `[row, channel, y, x]`; None for any other node."""
+    """`[row, column]` steps of a slice over whole images `[row, channel, y, x]`; None for any other node."""
     if not is_node(node) or node.target != aten.slice.Tensor or len(node.args) < 5:
         return None
     _, axis, start, end, step = node.args

@@ -151,7 +151,7 @@ def read_codes(graph: ir.Graph, value: ir.Value, codes: ir.Value, quantize: ir.N
 
 
 def slices_as_pools(model: ir.Model) -> None:
-    """Every n-th row and column of pictures in codes, as the shortcut of a ResNet takes them, by pools of one pixel.
+    """Every n-th row and column of images in codes, as the shortcut of a ResNet takes them, by pools of one pixel.
 
     They give the same codes and have a kernel for int8, where strided slices copy value by value.
     """
@@ -177,7 +177,7 @@ def slices_as_pools(model: ir.Model) -> None:
 
 
 def pixel_strides(slices: ir.Node) -> list[int] | None:
-    """`[row, column]` strides of a slice over whole pictures `[row, channel, y, x]`; None for any other slice."""
+    """`[row, column]` strides of a slice over whole images `[row, channel, y, x]`; None for any other slice."""
     shape, givens = slices.outputs[0].shape, slices.inputs[1:5]
     if shape is None or len(shape) != 4 or len(givens) < 4:
         return None

@@ -50,7 +50,7 @@ def as_sum(added: ir.Node) -> None:
 
 
 def pads_into_convolutions(model: ir.Model) -> None:
-    """Zeros around a picture that only a convolution reads, perhaps behind its quantizer, become its own padding."""
+    """Zeros around an image that only a convolution reads, perhaps behind its quantizer, become its own padding."""
     for conv in list(model.graph):
         if conv.op_type != "Conv" or conv.inputs[0] is None:
             continue
@@ -77,7 +77,7 @@ def pads_into_convolutions(model: ir.Model) -> None:
 
 
 def amounts(pad: ir.Node) -> list[int] | None:
-    """The zeros that are added before and after each axis of a picture `[row, channel, ...]`, as a convolution notes
+    """The zeros that are added before and after each axis of an image `[row, channel, ...]`, as a convolution notes
     them; None where something else than zeros is added, or elsewhere."""
     if not moves(pad) or (len(pad.inputs) > 3 and pad.inputs[3] is not None):
         return None
