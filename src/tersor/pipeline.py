@@ -18,20 +18,20 @@ from tersor.methods.stats import Stats
 from tersor.nn.copies import copy_but_sites, own_shared_weights
 from tersor.nn.packed import packed_weight
 from tersor.nn.pretrained import guard
-from tersor.nn.sites import Site, check_finite, check_patterns, find_sites
+from tersor.nn.sites import Site, check_finite, find_sites
 from tersor.recipe import Recipe, Step, TransformStep
 from tersor.schemes.assignment import Assignment
-from tersor.steps.keep_float import KeptFloat, check_number, check_task, choose, spared
+from tersor.steps.keep_float import KeptFloat, choose, spared
 from tersor.steps.loss_predictor import LossPredictor
+from tersor.steps.preview import Preview, refilled
 from tersor.steps.site_report import SiteReport
 from tersor.steps.step_visitor import Calibration
-from tersor.steps.weights import WeightsStep, preflight
+from tersor.steps.weights import WeightsStep, check_number, check_task
 from tersor.steps.weights_run import WeightsRun
 from tersor.tasks.contract import Task
 from tersor.tasks.inputs import scoring
-from tersor.training import Curve, DistilStep, Job, StudentStep, TrainingStep
+from tersor.training import Curve, Job, StudentStep, TrainingStep
 from tersor.training.journal import Journal
-from tersor.training.student import make_student
 from tersor.transforms.contract import Transform
 from tersor.transforms.unchanged import apply_unchanged
 
@@ -69,11 +69,10 @@ def run(
         stats: statistics already gathered for this model and task.
         journal: folder for the checkpoints of steps that train; a run that was killed goes on from there.
         events: `on_progress` and `on_step` are called.
-    Raises FormatError where a scheme does not fit a site's shape (before any work), ModelError for a weight that is not
-    finite.
+    Raises what `check_steps` raises, before any work, and ModelError for a weight that is not finite.
     """
     recipe, progress = Recipe.of(recipe) if isinstance(recipe, str) else recipe, events.on_progress
-    preflight_all(model, recipe)
+    check_steps(recipe, model, task)
     for site in find_sites(model) if task is not None else ():
         check_finite(site, site.matrix(model))
     notes: dict[str, str] = {}
@@ -159,11 +158,7 @@ def check_masks(job: Job, reports: Mapping[str, SiteReport]) -> None:
         mask = job.masks.masks.get(site.name)
         if mask is not None and site.matrix(job.model)[~mask].any():
             scheme = reports[site.name].scheme if site.name in reports else "a step"
-            raise FormatError(
-                f"{site.name}: {scheme} fills weights that an earlier step pruned; use a method that leaves zeros as "
-                f"they are (mse, nearest, or zero-mask for formats with a mask), or exclude it with "
-                f"--exclude '{site.name}'"
-            )
+            raise FormatError(refilled(site, scheme))
 
 
 def apply_transform(
@@ -201,16 +196,15 @@ def apply_transform(
     apply_unchanged(model, transform.name, lambda: transform.apply(model, stats), outputs)
 
 
-def preflight_all(model: nn.Module, recipe: Recipe | None) -> None:
-    """Before anything is measured: every pattern matches a site, and every scheme fits its shape."""
+def check_steps(recipe: Recipe | None, model: nn.Module, task: Task | None = None, *, is_whole: bool = True) -> None:
+    """Before any work: every step of a recipe can do what it says to what the steps before it will have made.
+
+    Args:
+        is_whole: False where the task is not opened yet, and all else is checked.
+
+    Raises UnknownName for a pattern without a site, FormatError for a scheme that does not fit, DataError for a task
+    that cannot be trained on, and what else the steps' `check` raise.
+    """
+    preview = Preview(model, task, is_whole)
     for step in recipe.steps if recipe else ():
-        if isinstance(step, StudentStep):
-            model = make_student(model, step, weights=False)
-        if isinstance(step, DistilStep):
-            step.check_teacher()
-        if isinstance(step, TrainingStep):
-            check_patterns(step.patterns, find_sites(model))
-        if isinstance(step, Assignment):
-            work = [(site, scheme) for site, scheme in step.assign(find_sites(model)) if scheme is not None]
-            preflight(work)
-            check_number(getattr(step, "keep_float", "none"), len(work))
+        step.check(preview)

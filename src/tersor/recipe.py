@@ -29,6 +29,7 @@ from tersor.core.messages import first_mistake
 from tersor.formats.contract import Grid
 from tersor.schemes.assignment import Assignment, Cpu, as_message, one_or_more
 from tersor.schemes.scheme import KEEP, parse_options, parse_rule, spell_options
+from tersor.steps.preview import Preview
 from tersor.steps.weights import WeightsStep
 from tersor.training import TRAINING_STEPS, StudentStep, TrainingStep
 from tersor.transforms import TRANSFORMS
@@ -44,6 +45,9 @@ class TransformStep(BaseModel):
 
     step: Literal["transform"] = "transform"
     transform: str
+
+    def check(self, preview: Preview) -> None:
+        """Nothing can be said before the statistics are there that a transform reads."""
 
     @field_validator("transform")
     @classmethod

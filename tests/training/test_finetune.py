@@ -136,7 +136,7 @@ def test_a_method_that_refills_pruned_weights_is_refused(folder):
 def test_a_recipe_that_trains_needs_training_data_before_anything_else(folder, monkeypatch):
     monkeypatch.syspath_prepend(str(folder))
     np.savez(folder / "data.npz", x=np.zeros((30, 8), np.float32), y=np.arange(30) % 2)
-    with pytest.raises(DataError, match="the recipe: classification was given no training data; add --train FILE"):
+    with pytest.raises(DataError, match="finetune: classification was given no training data; add --train FILE"):
         compress(
             "toy:make", Recipe.from_yaml(RECIPE), "classification", data=folder / "data.npz",
             weights=folder / "toy.safetensors", output=folder / "out",

@@ -221,7 +221,7 @@ def test_a_killed_run_ends_in_the_weights_of_one_that_was_not(task, model, tmp_p
 
 
 def test_training_is_not_lost_when_a_later_step_fails(task, model, tmp_path, monkeypatch):
-    """kept refuses a pattern that does not fit; with another format the checkpoint is taken up."""
+    """With another format the checkpoint is taken up; what can be known beforehand is refused before it."""
     prune = {"step": "prune", "sparsity": 0.4, "num_steps": 20, "learning_rate": 0.01}
 
     def made(scheme, **more):
@@ -230,6 +230,11 @@ def test_training_is_not_lost_when_a_later_step_fails(task, model, tmp_path, mon
 
     with pytest.raises(FormatError, match="keeps more than 2 of 4 columns; use bitmask"):
         made("zero-mask:2:4")
+    assert not (tmp_path / "journal").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("tersor.pipeline.check_masks", lambda *_: (_ for _ in ()).throw(FormatError("later")))
+        with pytest.raises(FormatError, match="later"):
+            made("mse:int8")
     with monkeypatch.context() as patch:
         patch.setattr("tersor.training.prune.imitation", lambda *_: lambda *_: pytest.fail("trained again"))
         assert num_zeros(made("zero-mask:bitmask")) == round(0.4 * NUM_WEIGHTS)

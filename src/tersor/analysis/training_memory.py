@@ -37,9 +37,8 @@ from tersor.tasks.contract import Output, Split, Task, TrainableTask
 from tersor.tasks.inputs import Batch, device_of
 from tersor.tasks.scores import Scores
 from tersor.training.finetune import task_loss
-from tersor.training.loop import check_trainable
 from tersor.training.lora import LoraStep, adapt, block_sites
-from tersor.training.settings import TrainingStep
+from tersor.training.settings import TrainingStep, check_trainable
 from tersor.training.setup import checkpoint_activations
 
 STATE_BYTES = {"adamw": 8.0, "adamw-8bit": 2 + 2 * 4 / 256, "sgd": 4.0}  # per parameter; of 8 bits a scale for 256

@@ -36,7 +36,7 @@ from tersor.methods.stats import Stats
 from tersor.nn.copies import own_shared_weights
 from tersor.nn.dtypes import computing_in, set_types
 from tersor.nn.sites import check_has_sites
-from tersor.pipeline import Compressed, preflight_all, run
+from tersor.pipeline import Compressed, check_steps, run
 from tersor.recipe import Recipe
 from tersor.report.card import model_card
 from tersor.schemes.scheme import KEEP, parse_rule
@@ -52,7 +52,6 @@ from tersor.tasks.data import Data
 from tersor.tasks.progress import score
 from tersor.tasks.scores import Scores
 from tersor.training.journal import journal_for
-from tersor.training.loop import check_trainable
 
 DEFAULT_DROP = "1%"
 
@@ -180,14 +179,13 @@ def open_original(model: ModelSpec, data: Data, choices: Choices, events: Events
         ratio=budget.ratio,
         bits=budget.bits,
     )
-    preflight_all(source.model, recipe)
+    check_steps(recipe, source.model, is_whole=False)
     if recipe is None and not budget.coded:
         check_reachable(source.model, fixed_sites(choices), choices.formats or CANDIDATES, limit)
     if budget.coded and limit is not None:
         check_codable(source.model, fixed_sites(choices), limit)
     task = data.open(source)
-    if recipe is not None and recipe.trains:
-        check_trainable(task, "the recipe")
+    check_steps(recipe, source.model, task)
     task.prepare(source.model)
     scores = score(task, source.model, events.on_progress, "evaluating the original")
     return Original(source, num_bytes, task, scores, limit, Tolerance.parse(budget.drop or DEFAULT_DROP), began)

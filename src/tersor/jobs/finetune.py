@@ -37,8 +37,9 @@ from tersor.tasks.progress import score
 from tersor.tasks.scores import Scores
 from tersor.training import FinetuneStep, Job, LoraStep
 from tersor.training.journal import Journal, journal_for
-from tersor.training.loop import Curve, check_trainable
+from tersor.training.loop import Curve
 from tersor.training.lora import check_lora, train_adapter
+from tersor.training.settings import check_trainable
 
 TRAINING = "training.json"
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from tersor.activations.quantizers import Activation, IntStatic, activation_named
 from tersor.calibration.curvature import batch_size
 from tersor.calibration.divergence import UNITS, divergence, outputs
-from tersor.core.errors import InputError
 from tersor.core.progress import Progress
 from tersor.core.threads import total
 from tersor.formats.contract import Encoded
@@ -88,13 +87,6 @@ class KeptFloat:
         return vars(self) | {"sites": [vars(site) for site in self.sites]}
 
 
-def check_task(asked: str | int, task: Task | None) -> Task:
-    """The task. Raises InputError without one."""
-    if task is None:
-        raise InputError(f"keep_float: {asked} measures the loss on calibration data; give a task, or leave it")
-    return task
-
-
 def choose(
     model: nn.Module,
     asked: str | int,
@@ -143,12 +135,6 @@ def choose(
         reason = f"{asked} were asked for: {left:.3g} of {whole:.3g} {unit} are left"
         return KeptFloat(unit, whole, left, kept, losses, reason)
     return automatic(packed, schemes, worst, losses, loss_of, whole, negligible(original, task), unit)
-
-
-def check_number(asked: str | int, num_sites: int) -> None:
-    """Raises InputError where more sites are to be kept than there are."""
-    if isinstance(asked, int) and asked > num_sites:
-        raise InputError(f"keep_float: {asked} of {num_sites} sites cannot be kept; give a smaller number, or auto")
 
 
 def automatic(

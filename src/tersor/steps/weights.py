@@ -4,11 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from tersor.core.errors import FormatError
+from tersor.core.errors import FormatError, InputError
 from tersor.formats.contract import Format
-from tersor.nn.sites import Site
+from tersor.nn.sites import Site, find_sites
 from tersor.schemes.assignment import Assignment
 from tersor.schemes.scheme import Scheme
+from tersor.steps.preview import Preview
+from tersor.tasks.contract import Task
 
 
 class WeightsStep(Assignment):
@@ -28,6 +30,33 @@ class WeightsStep(Assignment):
     step: Literal["weights"] = "weights"
     bias_correction: bool = False
     keep_float: Literal["auto", "none"] | Annotated[int, Field(ge=0, strict=True)] = "none"
+
+    def check(self, preview: Preview) -> None:
+        """Before any work: every pattern matches a site, every scheme fits its shape, and leaves pruned weights alone.
+
+        Raises UnknownName, FormatError, and InputError for more float sites than there are, or none without data.
+        """
+        work = [(site, scheme) for site, scheme in self.assign(find_sites(preview.model)) if scheme is not None]
+        preflight(work)
+        check_number(self.keep_float, len(work))
+        if preview.is_whole and self.keep_float not in ("none", 0):
+            check_task(self.keep_float, preview.task)
+        for site, scheme in work:
+            preview.check_zeros(site, scheme)
+        preview.packed |= {site.name for site, _ in work}
+
+
+def check_task(asked: str | int, task: Task | None) -> Task:
+    """The task. Raises InputError without one."""
+    if task is None:
+        raise InputError(f"keep_float: {asked} measures the loss on calibration data; give a task, or leave it")
+    return task
+
+
+def check_number(asked: str | int, num_sites: int) -> None:
+    """Raises InputError where more sites are to be kept than there are."""
+    if isinstance(asked, int) and asked > num_sites:
+        raise InputError(f"keep_float: {asked} of {num_sites} sites cannot be kept; give a smaller number, or auto")
 
 
 def preflight(work: list[tuple[Site, Scheme]]) -> None:

@@ -22,15 +22,16 @@ from tersor.checkpoint.manifest import MANIFEST, read_manifest
 from tersor.checkpoint.open import open_model
 from tersor.core.errors import InputError, UnknownName
 from tersor.core.scratch import scratch_folder
+from tersor.steps.preview import Preview
 from tersor.tasks.classification import Classification
 from tersor.tasks.contract import TrainableTask
 from tersor.tasks.inputs import Batch, device_of, scoring
 from tersor.training.architectures import architecture_of
 from tersor.training.features import Seen, hidden_loss, pairs_of_blocks, pairs_of_projections, relation_loss, watching
 from tersor.training.job import Job
-from tersor.training.loop import check_trainable, start, train
+from tersor.training.loop import start, train
 from tersor.training.losses import cosine, dkd, kd, mse, skew_kl, skew_reverse_kl, top_and_tail
-from tersor.training.settings import TrainingStep
+from tersor.training.settings import TrainingStep, check_trainable
 from tersor.training.teacher_cache import Answer, TeacherCache, padding_mask, predictions
 
 Loss = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # student, teacher, target classes, the step: one per prediction
@@ -122,6 +123,10 @@ class DistilStep(TrainingStep):
             )
         teacher.to(came_from)
         job.curves.append(curve)
+
+    def check(self, preview: Preview) -> None:
+        super().check(preview)
+        self.check_teacher()
 
     def teacher_of(self, job: Job) -> nn.Module:
         """Opened from its folder, or the job's."""

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from tersor.tasks.contract import TrainableTask
 from tersor.training.job import Job
-from tersor.training.loop import check_trainable, train
-from tersor.training.settings import TrainingStep
+from tersor.training.loop import train
+from tersor.training.settings import TrainingStep, check_trainable
 
 
 class FinetuneStep(TrainingStep):

@@ -22,7 +22,7 @@ from tersor.tasks.contract import Task, TrainableTask
 from tersor.tasks.inputs import device_of
 from tersor.training.journal import Journal, Tensors, pack_optimizer, unpack_optimizer
 from tersor.training.masks import Masks
-from tersor.training.settings import TrainingStep
+from tersor.training.settings import TrainingStep, check_trainable
 from tersor.training.setup import checkpoint_activations, make_optimizer, make_scheduler, start, usual_groups
 
 Objective = Callable[[nn.Module, Any], Tensor]  # model and batch to a scalar loss; an nn.Module if it is trained, too
@@ -309,16 +309,6 @@ class Run:
 
 
 OWN = ("model.", "objective.", "masks.")
-
-
-def check_trainable(task: Task | None, name: str) -> TrainableTask:
-    """The task, if it has something to train on. Raises DataError with the way out."""
-    if task is None or not isinstance(task, TrainableTask):
-        what = "no task" if task is None else f"task '{task.name}'"
-        raise DataError(f"{name}: {what} has no train split; a task that trains has num_train, epoch and loss")
-    if not task.num_train:
-        raise DataError(f"{name}: {task.name} was given no training data; add --train FILE")
-    return task
 
 
 def held_out_scores(task: Task, model: nn.Module) -> Any:

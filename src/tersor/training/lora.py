@@ -42,15 +42,16 @@ from tersor.nn.packed import PackedLinear
 from tersor.nn.sites import Site, find_sites, is_linear, is_transposed_linear
 from tersor.schemes.assignment import canonical_name
 from tersor.schemes.scheme import KEEP, parse_rule
+from tersor.steps.preview import Preview
 from tersor.steps.step_visitor import CURVATURE, Calibration
 from tersor.steps.weights import WeightsStep
 from tersor.steps.weights_run import WeightsRun
 from tersor.tasks.contract import Task
 from tersor.training.finetune import task_loss
 from tersor.training.job import Job
-from tersor.training.loop import Curve, check_trainable, train
+from tersor.training.loop import Curve, train
 from tersor.training.merge import merge
-from tersor.training.settings import TrainingStep
+from tersor.training.settings import TrainingStep, check_trainable
 
 DAMPING = 0.01  # of the second moment of a site's inputs, where EoRA weighs what packing lost by it
 
@@ -90,6 +91,10 @@ class LoraStep(TrainingStep):
     @classmethod
     def base_exists(cls, text: str) -> str:
         return canonical_name(text)
+
+    def check(self, preview: Preview) -> None:
+        super().check(preview)
+        check_lora(preview.model, self)
 
     def run(self, job: Job) -> None:
         """Train adapters and merge them. Raises what `train_adapter` and `merge` raise."""

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from tersor.core.errors import InputError
 from tersor.schemes.assignment import Patterns
+from tersor.steps.preview import Preview
 from tersor.training.finetune import task_loss
 from tersor.training.job import Job
 from tersor.training.journal import Journal
-from tersor.training.loop import check_trainable, train
+from tersor.training.loop import train
 from tersor.training.masks import MaskChoice, Scope, empty_sites
 from tersor.training.prune import check_sparsities
-from tersor.training.settings import TrainingStep
+from tersor.training.settings import TrainingStep, check_trainable
 
 OTHER_SEED = 1_000_003  # added to the seed where new weights are drawn
 
@@ -71,6 +72,17 @@ class LotteryStep(TrainingStep):
         left = 1 - max(self.sparsity, *self.rules.values(), 0.0)
         return math.ceil(math.log(left) / math.log(1 - self.fraction) - 1e-9)
 
+    @property
+    def choice(self) -> MaskChoice:
+        """The weights that go in the end."""
+        return MaskChoice(self.sparsity, self.scope, "unstructured", self.rules, self.exclude)
+
+    def check(self, preview: Preview) -> None:
+        super().check(preview)
+        self.choice.check(preview)
+        if self.reinit:
+            check_resettable(preview.model)
+
     def run(self, job: Job) -> None:
         """Find the ticket and train it; every later step holds its mask.
 
@@ -78,7 +90,7 @@ class LotteryStep(TrainingStep):
         weights.
         """
         task = check_trainable(job.task, self.step)
-        choice = MaskChoice(self.sparsity, self.scope, "unstructured", self.rules, self.exclude)
+        choice = self.choice
         choice.groups(job.model)  # what is wrong with it is said before anything is done
         if self.reinit:
             check_resettable(job.model)

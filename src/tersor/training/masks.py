@@ -17,10 +17,12 @@ from tersor.core.errors import InputError
 from tersor.formats.semi_structured import SemiStructured
 from tersor.nn.packed import Fold
 from tersor.nn.sites import WEIGHTS, Site, check_patterns, find_sites, matches, simulated_parameters
+from tersor.steps.preview import Preview, Pruning
 
 Scope = Literal["global", "site"]
 Pattern = Literal["unstructured", "2:4", "4:8"]
 N_OF_M = {"2:4": SemiStructured(2, 4), "4:8": SemiStructured(4, 8)}
+NONE_LEFT = "nothing to prune: exclude matches every site of the model; leave some of them in"
 Mask = Bool[Tensor, "out in"]
 
 
@@ -133,6 +135,19 @@ class MaskChoice:
     rules: Mapping[str, float] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
 
+    def check(self, preview: Preview) -> None:
+        """Note the zeros to come. Raises InputError for a site that will be packed, or where none is left to prune."""
+        left = {}
+        for site in find_sites(preview.model):
+            if any(matches(pattern, site.name) for pattern in self.exclude):
+                continue
+            preview.check_float(site, "prune before the weights step")
+            own = [sparsity for pattern, sparsity in self.rules.items() if matches(pattern, site.name)]
+            left[site.name] = Pruning([self.sparsity, *own][-1], N_OF_M.get(self.pattern))
+        if not left:
+            raise InputError(NONE_LEFT)
+        preview.pruned |= left
+
     def groups(self, model: nn.Module) -> list[tuple[list[Site], float]]:
         """Sites that are ranked together, and the fraction they drop together.
 
@@ -160,7 +175,7 @@ class MaskChoice:
                 together.append(site)
         groups = [*([(together, self.sparsity)] if together else []), *alone]
         if not groups:
-            raise InputError("nothing to prune: exclude matches every site of the model; leave some of them in")
+            raise InputError(NONE_LEFT)
         return groups
 
     @torch.no_grad()

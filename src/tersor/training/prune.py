@@ -10,11 +10,12 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from tersor.schemes.assignment import Patterns
+from tersor.steps.preview import Preview
 from tersor.training.imitation import imitation
 from tersor.training.job import Job
-from tersor.training.loop import check_trainable, train
+from tersor.training.loop import train
 from tersor.training.masks import N_OF_M, MaskChoice, Pattern, Scope, empty_sites
-from tersor.training.settings import TrainingStep
+from tersor.training.settings import TrainingStep, check_trainable
 
 
 class PruneStep(TrainingStep):
@@ -63,13 +64,22 @@ class PruneStep(TrainingStep):
     def patterns(self) -> tuple[str, ...]:
         return (*self.rules, *self.exclude)
 
+    @property
+    def choice(self) -> MaskChoice:
+        """The weights that go."""
+        return MaskChoice(self.sparsity, self.scope, self.pattern, self.rules, self.exclude)
+
+    def check(self, preview: Preview) -> None:
+        super().check(preview)
+        self.choice.check(preview)
+
     def run(self, job: Job) -> None:
         """Prune and train the job's model; every later step holds its masks.
 
         Raises what `train` and `Choice.groups` raise.
         """
         task = check_trainable(job.task, self.step)
-        choice = MaskChoice(self.sparsity, self.scope, self.pattern, self.rules, self.exclude)
+        choice = self.choice
         choice.groups(job.model)  # what is wrong with it is said before anything is done
 
         def on_step(step: int, num_steps: int) -> None:

@@ -9,7 +9,7 @@ The model runs without dropout. Batch norms take statistics from what is trained
 folded one (transform fold-bn) is frozen from the first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +27,7 @@ from tersor.nn.packed import input_of, packed_weight, with_input
 from tersor.nn.sites import Site, find_sites, leave_fused_path
 from tersor.schemes.assignment import Assignment
 from tersor.schemes.scheme import Scheme, parse_rule
+from tersor.steps.preview import Preview
 from tersor.steps.site_report import SiteReport
 from tersor.steps.step_visitor import Calibration
 from tersor.steps.weights import WeightsStep
@@ -35,10 +36,10 @@ from tersor.tasks.inputs import device_of
 from tersor.training.fake_quant import FakeInput, FakeWeight
 from tersor.training.imitation import imitation
 from tersor.training.job import Job
-from tersor.training.loop import check_trainable, train
+from tersor.training.loop import train
 from tersor.training.masks import Masks
 from tersor.training.norms import Norms
-from tersor.training.settings import TrainingStep
+from tersor.training.settings import TrainingStep, check_trainable
 
 INPUT = "input_quantizer"  # as a packed module has it
 
@@ -77,6 +78,12 @@ class QatStep(TrainingStep, Assignment):
             raise ValueError("no scheme: say what the model shall be packed in, such as scheme: int4/int8-static")
         return self
 
+    def check(self, preview: Preview) -> None:
+        super().check(preview)
+        work = {site: scheme for site, scheme in self.assign(find_sites(preview.model)) if scheme is not None}
+        check_schemes(work, preview.packed, preview.pruned)
+        preview.packed |= {site.name for site in work}
+
     def run(self, job: Job) -> None:
         """Train the job's model and pack it. Raises FormatError for a site that cannot be trained in its scheme, and
         what `train` raises."""
@@ -110,17 +117,23 @@ class QatStep(TrainingStep, Assignment):
 
 def check_sites(model: nn.Module, work: dict[Site, Scheme], masks: Masks) -> None:
     """Raises FormatError for a site that is packed already, or pruned where its format has no exact zero."""
+    owners = {site: (model.get_submodule(site.owners[0].module), site.owners[0].parameter) for site in work}
+    check_schemes(work, [site.name for site in work if packed_weight(*owners[site]) is not None], masks.masks)
+
+
+def check_schemes(work: dict[Site, Scheme], packed: Collection[str], pruned: Collection[str]) -> None:
+    """Raises FormatError for a site of these that are packed already, or pruned where its format has no exact zero."""
     if not work:
         raise InputError("qat: every site is kept; give a scheme or rules, or use step finetune")
     for site, scheme in work.items():
         levels = scheme.format.learnable_range
         assert levels is not None
-        if packed_weight(model.get_submodule(site.owners[0].module), site.owners[0].parameter) is not None:
+        if site.name in packed:
             raise FormatError(
                 f"{site.name}: is packed already, and qat trains float weights; let qat come before the weights step, "
                 f"or exclude it with exclude: ['{site.name}']"
             )
-        if site.name in masks.masks and levels.zero_point is None:
+        if site.name in pruned and levels.zero_point is None:
             plain = scheme.format.name.removesuffix("-asym")
             raise FormatError(
                 f"{site.name}: an earlier step pruned it, and {scheme.format.name} has no exact zero; use {plain}"

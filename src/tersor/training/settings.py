@@ -4,6 +4,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tersor.core.errors import DataError
+from tersor.nn.sites import check_patterns, find_sites
+from tersor.steps.preview import Preview
+from tersor.tasks.contract import Task, TrainableTask
+
 
 class TrainingStep(BaseModel):
     """The fields that all training steps share; field = recipe key.
@@ -47,7 +52,23 @@ class TrainingStep(BaseModel):
         """Train the model of a `Job` (job.py)."""
         raise NotImplementedError
 
+    def check(self, preview: Preview) -> None:
+        """Before any work: the patterns match sites, and the task can be trained on. Raises UnknownName, DataError."""
+        check_patterns(self.patterns, find_sites(preview.model))
+        if preview.is_whole:
+            check_trainable(preview.task, self.step)  # type: ignore[attr-defined]
+
     @property
     def patterns(self) -> tuple[str, ...]:
         """The site patterns that the step names; they are checked before anything runs."""
         return ()
+
+
+def check_trainable(task: Task | None, name: str) -> TrainableTask:
+    """The task, if it has something to train on. Raises DataError with the way out."""
+    if task is None or not isinstance(task, TrainableTask):
+        what = "no task" if task is None else f"task '{task.name}'"
+        raise DataError(f"{name}: {what} has no train split; a task that trains has num_train, epoch and loss")
+    if not task.num_train:
+        raise DataError(f"{name}: {task.name} was given no training data; add --train FILE")
+    return task

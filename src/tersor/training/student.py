@@ -21,8 +21,11 @@ from transformers.initialization import no_init_weights
 from tersor.calibration.blocks import find_blocks
 from tersor.core.errors import InputError
 from tersor.nn.packed import Stored
+from tersor.steps.preview import Preview
 from tersor.training.architectures import PER_LAYER, Architecture, architecture_of
 from tersor.training.job import Job
+
+PACKED = "step student stands after a weights step, whose packed weights cannot be cut; put it before"
 
 
 class StudentStep(BaseModel):
@@ -57,10 +60,17 @@ class StudentStep(BaseModel):
             raise ValueError("a student is smaller: give layers, width, hidden, intermediate or num_heads")
         return self
 
-    def run(self, job: Job) -> None:
-        """Put the student in the teacher's place. Raises what `make_student` raises, and InputError after pruning."""
-        if job.masks.masks:
+    def check(self, preview: Preview) -> None:
+        """Go on with the shapes of the student. Raises what `make_student` raises, and InputError after a step that
+        prunes or packs."""
+        if preview.pruned:
             raise InputError("step student stands after a step that prunes, whose masks fit the teacher; put it before")
+        if preview.packed:
+            raise InputError(PACKED)
+        preview.model = make_student(preview.model, self, weights=False)
+
+    def run(self, job: Job) -> None:
+        """Put the student in the teacher's place. Raises what `make_student` raises."""
         job.teacher, job.model = job.model, make_student(job.model, self)
 
 
@@ -77,7 +87,7 @@ def make_student(teacher: nn.Module, step: StudentStep, *, weights: bool = True)
     if not isinstance(teacher, PreTrainedModel):
         raise InputError(f"student knows Hugging Face models, and {type(teacher).__name__} is none")
     if any(isinstance(module, Stored) for module in teacher.modules()):
-        raise InputError("step student stands after a weights step, whose packed weights cannot be cut; put it before")
+        raise InputError(PACKED)
     blocks = find_blocks(teacher)
     num_layers = getattr(teacher.config, names.num_layers)
     layers = chosen_layers(step.layers, num_layers)

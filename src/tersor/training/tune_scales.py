@@ -20,9 +20,9 @@ from tersor.nn.sites import find_sites
 from tersor.tasks.inputs import device_of
 from tersor.training.imitation import imitation
 from tersor.training.job import Job
-from tersor.training.loop import check_trainable, train
+from tersor.training.loop import train
 from tersor.training.norms import Norms
-from tersor.training.settings import TrainingStep
+from tersor.training.settings import TrainingStep, check_trainable
 
 LEFTOVERS = "leftovers"  # the module that holds what is trained, in the model
 
