@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 import tersor
-from tersor.nn.copies import settled
+from tersor.nn.copies import materialized
 from tersor.nn.sites import find_sites
 from tersor.recipe import Recipe
 
@@ -112,7 +112,7 @@ def test_excluded_layers_stay_as_they_are(way, tmp_path):
 def test_a_float_file_with_the_computed_weight_is_loaded(way, tmp_path):
     """What a step leaves that trained or pruned the weight and did not pack it."""
     model, x = built(way, "linear")
-    tersor.save(settled(model), tmp_path)
+    tersor.save(materialized(model), tmp_path)
     torch.testing.assert_close(tersor.load(tmp_path, model=built(way, "linear")[0])(x), model(x))
 
 

@@ -81,7 +81,7 @@ def run(
     done: list[Step] = []
     for number, step in enumerate(recipe.steps):
         if isinstance(step, Assignment):
-            settle_assigned(job.model, step)
+            materialize_assigned(job.model, step)
             step = step.with_methods(find_sites(job.model), partial(sees_inputs, job, step))
         done.append(step)
         if isinstance(step, TransformStep):
@@ -112,11 +112,11 @@ def run(
     return Compressed(job.model, recipe, list(job.reports.values()), job.curves, choices, list(notes.values()))
 
 
-def settle_assigned(model: nn.Module, step: Assignment) -> None:
+def materialize_assigned(model: nn.Module, step: Assignment) -> None:
     """Have the weights that a step is to compress be parameters, where their modules compute them from others."""
     for site, scheme in step.assign(find_sites(model)):
         if scheme is not None:
-            site.settle(model)
+            site.materialize(model)
 
 
 def sees_inputs(job: Job, step: Assignment, site: Site) -> bool:

@@ -24,7 +24,7 @@ from tersor.core.errors import DataError
 from tersor.core.threads import mean
 from tersor.kernels import reference
 from tersor.methods.stats import Stats
-from tersor.nn.copies import settled
+from tersor.nn.copies import materialized
 from tersor.nn.sites import check_finite, check_has_sites, find_sites
 from tersor.tasks.contract import Output, Task
 from tersor.tasks.inputs import scoring
@@ -42,7 +42,7 @@ def estimate_fisher(
     The model is run in eval mode and left as it was. Sites the data never reaches get zero curvature.
     """
     check_has_sites(model)
-    model = settled(model)
+    model = materialized(model)
     sites = find_sites(model)
     for site in sites:
         check_finite(site, site.matrix(model))

@@ -239,7 +239,7 @@ def place_packed(model: nn.Module, manifest: Mapping[str, Any], stored: StoredTe
     sites = {site.name: site for site in find_sites(model)}
     for site in sites.values():
         if site.name in manifest["sites"] or site.parameter in stored.tensors:
-            site.settle(model)
+            site.materialize(model)
     for name, entry in manifest["sites"].items():
         if name not in sites:
             raise ArtifactError(

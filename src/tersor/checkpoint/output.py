@@ -97,7 +97,7 @@ def atomic_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         working.mkdir()
         yield working
         seal(working)
-        settle([working])
+        flush_to_disk([working])
         replace(place, target, [working], overwrite, first_foreign)
 
 
@@ -114,7 +114,7 @@ def atomic_file(output: Path, overwrite: bool, foreign: Foreign, beside: Sequenc
     with workplace(output, target) as place:
         yield place / NEW / target.name
         made = sorted((place / NEW).iterdir(), key=lambda path: path.name == target.name)  # what names the others: last
-        settle(made)
+        flush_to_disk(made)
         replace(place, target, made, overwrite, foreign, beside)
 
 
@@ -204,7 +204,7 @@ class Taken(Exception):
     """Something stands at the output that the run must not replace."""
 
 
-def settle(paths: Sequence[Path]) -> None:
+def flush_to_disk(paths: Sequence[Path]) -> None:
     """Give files and folders the usual permissions, and have the disk hold all of their bytes."""
     mask = umask()
     for path in [each for made in paths for each in (made, *made.rglob("*"))]:

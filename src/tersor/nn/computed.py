@@ -2,7 +2,7 @@
 
 PyTorch has two ways to do so. `torch.nn.utils.parametrize` keeps the originals in a ParametrizationList; the older
 functions (`weight_norm`, `spectral_norm`, `prune`) keep them beside the weight and compute it in a hook. What a layer
-runs on is the computed weight, and that is what is compressed: `settle` makes it a parameter like any other. The
+runs on is the computed weight, and that is what is compressed: `materialize` makes it a parameter like any other. The
 originals mean something to their function alone, and are never compressed.
 """
 
@@ -79,7 +79,7 @@ def computed(module: nn.Module, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def settle(module: nn.Module, name: str) -> None:
+def materialize(module: nn.Module, name: str) -> None:
     """Make a computed weight a parameter of its own; any other stays what it is."""
     if name not in computed_weights(module):
         return

@@ -32,13 +32,13 @@ def copy_but_sites(model: nn.Module) -> nn.Module:
     return Copying(model, {id(weight): weight for weight in weights if isinstance(weight, nn.Parameter)}).run()
 
 
-def settled(model: nn.Module) -> nn.Module:
+def materialized(model: nn.Module) -> nn.Module:
     """The model, or a copy, in which no site's weight is computed from others."""
     if not any(computed_weights(module) for module in model.modules()):
         return model
     made = copy_but_sites(model)
     for site in find_sites(made):
-        site.settle(made)
+        site.materialize(made)
     return made
 
 

@@ -19,7 +19,7 @@ from tersor.activations.quantizers import ACTIVATIONS, Activation
 from tersor.core.errors import FormatError, ModelError, UnknownName
 from tersor.formats.contract import Encoded
 from tersor.formats.overflow import Neighbours
-from tersor.nn.computed import computed, computed_weights, inside, names_beside, originals, settle
+from tersor.nn.computed import computed, computed_weights, inside, materialize, names_beside, originals
 from tersor.nn.fused import leave_fused_path
 from tersor.nn.in_place import Packed, own_class
 from tersor.nn.packed import (
@@ -121,10 +121,10 @@ class Site:
         """The tensors that the weight is computed from; none if it is a parameter of its own."""
         return [each for place in self.owners for each in originals(model.get_submodule(place.module), place.parameter)]
 
-    def settle(self, model: nn.Module) -> None:
+    def materialize(self, model: nn.Module) -> None:
         """Make the weight a parameter of its own if it is computed from others (weight norm and its like)."""
         for place in self.owners:
-            settle(model.get_submodule(place.module), place.parameter)
+            materialize(model.get_submodule(place.module), place.parameter)
 
     def takes_activation(self, model: nn.Module, activation: str) -> bool:
         """Whether an input quantizer of this format can run here: everywhere the weight is used, it is a plain linear
@@ -321,7 +321,7 @@ def simulated_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 def put(model: nn.Module, place: Place, packed: PackedWeight, activation: Activation | None) -> None:
     """Make the module at `place` run on `packed`, as its class allows."""
     module = model.get_submodule(place.module)
-    settle(module, place.parameter)
+    materialize(module, place.parameter)
     kind = layer_kind(module)
     if kind is not None:
         pack_layer(module, kind, packed, activation)

@@ -34,7 +34,7 @@ def measured_factors(
     model = copy_but_sites(original)
     sites = {site.name: site for site in find_sites(model)}
     for site in sites.values():
-        site.settle(model)
+        site.materialize(model)
     own_shared_weights(model, original)
     before = list(outputs(original, task, "calibration", NUM_EXAMPLES))
     ratios, weights = {}, {}

@@ -73,7 +73,7 @@ class StepVisitor(ABC):
         self.cpu, self.num_visited = step.cpu, 0
         preflight(list(self.schemes.items()))
         for site in self.schemes if calibration.original is None else ():  # else the weights are not there yet
-            site.settle(model)
+            site.materialize(model)
             check_finite(site, site.matrix(model))
 
     @property

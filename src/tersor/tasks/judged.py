@@ -89,12 +89,12 @@ class Judged:
         """Logits `[row, ..., class]`, or rows `[row, value]`."""
         output = self.call(model, batch)
         if self.reading is None:
-            self.reading = settle(model, batch, self.call, self.asked)
+            self.reading = choose_reading(model, batch, self.call, self.asked)
         return self.reading(output, batch.inputs.get("attention_mask"))
 
 
 @torch.no_grad()
-def settle(model: nn.Module, batch: Batch, call: Callable[[nn.Module, Batch], Any], asked: Asked) -> Reading:
+def choose_reading(model: nn.Module, batch: Batch, call: Callable[[nn.Module, Batch], Any], asked: Asked) -> Reading:
     """How this model's outputs are to be read. Raises InputError for a field that is not there, or classes on an axis
     that holds none."""
     with scoring(model):

@@ -160,7 +160,7 @@ class MaskChoice:
         for site in sites:
             if any(matches(pattern, site.name) for pattern in self.exclude):
                 continue
-            site.settle(model)
+            site.materialize(model)
             if trained(model, site) is None:
                 raise InputError(
                     f"{site.name} is packed already: prune before the weights step, or leave it out with exclude: "
