@@ -293,9 +293,9 @@ def spread(weight: Tensor) -> float:
 def repaired(weight: Tensor, stats: Stats) -> Tensor:
     """What is rounded: the weight that makes up for a part of the error before it."""
     from tersor.methods.solver import pose
-    from tersor.methods.waterfill import DRIFT_DAMPING, Waterfill, damping_of
+    from tersor.methods.waterfill import UPSTREAM_DAMPING, Waterfill, damping_of
 
-    return pose(weight, stats, damping_of(weight, stats, DRIFT_DAMPING), Waterfill().upstream_correction).target
+    return pose(weight, stats, damping_of(weight, stats, UPSTREAM_DAMPING), Waterfill().upstream_correction).target
 
 
 def quadratic_loss(error: Tensor, stats: Stats) -> float:

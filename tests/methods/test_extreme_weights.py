@@ -49,7 +49,7 @@ X = {
     "dead": INPUTS * 0,
     "half dead": INPUTS * (COLUMNS % 2),
     "singular": RANK_ONE,
-    "one loud": INPUTS * torch.where(COLUMNS == 3, 1e5, 1.0),
+    "one large": INPUTS * torch.where(COLUMNS == 3, 1e5, 1.0),
 }
 
 

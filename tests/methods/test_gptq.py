@@ -19,12 +19,10 @@ GRIDS = [name for name, format in FORMATS.items() if isinstance(format, Grid) an
 
 
 def inputs(num_tokens=400, num_columns=96, seed=1):
-    """Correlated features of different loudness."""
+    """Correlated features of different energy."""
     mixing = random(num_columns, num_columns, seed=seed) / num_columns**0.5 + 0.5 * torch.eye(num_columns)
-    loudness = torch.logspace(-1, 1, num_columns)[
-        torch.randperm(num_columns, generator=torch.Generator().manual_seed(3))
-    ]
-    return (random(num_tokens, num_columns, seed=seed + 1) @ mixing) * loudness
+    energy = torch.logspace(-1, 1, num_columns)[torch.randperm(num_columns, generator=torch.Generator().manual_seed(3))]
+    return (random(num_tokens, num_columns, seed=seed + 1) @ mixing) * energy
 
 
 def stats_of(x, original=None):

@@ -16,10 +16,10 @@ GRIDS = ["int4-g64", "int3-g32-asym", "int2", "nf4", "nvfp4", "mxfp4", "fp8-e4m3
 
 
 def inputs(num_tokens, num_columns, seed=1):
-    """Correlated features, some loud and some all but silent, with a mean."""
+    """Correlated features, some of much energy and some of next to none, with a mean."""
     mixing = random(num_columns, num_columns, seed=seed) / num_columns**0.5 + torch.eye(num_columns)
-    loudness = torch.logspace(-1.5, 1, num_columns)[torch.randperm(num_columns, generator=generator(seed))]
-    return (random(num_tokens, num_columns, seed=seed + 1) @ mixing + 0.3) * loudness
+    energy = torch.logspace(-1.5, 1, num_columns)[torch.randperm(num_columns, generator=generator(seed))]
+    return (random(num_tokens, num_columns, seed=seed + 1) @ mixing + 0.3) * energy
 
 
 def generator(seed):
@@ -65,11 +65,11 @@ def test_the_sweep_is_textbook_gptq(name, num_columns):
     assert output_error(weight, ours, x) == pytest.approx(output_error(weight, theirs, x), rel=0.05)
 
 
-def test_loud_inputs_come_first_and_without_reordering_the_last_column():
+def test_activation_order_and_without_reordering_the_last_column():
     x = inputs(300, 40)
     problem = pose(random(4, 40), stats_of(x), 0.01, 0)
-    loudness = x.square().mean(0)[problem.order.flip(0)]
-    assert (loudness[1:] <= loudness[:-1] * 1.0001).all()
+    energy = x.square().mean(0)[problem.order.flip(0)]
+    assert (energy[1:] <= energy[:-1] * 1.0001).all()
     assert pose(random(4, 40), stats_of(x), 0.01, 0, reorder=False).order.tolist() == list(range(40))
 
 

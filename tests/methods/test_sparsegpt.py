@@ -16,10 +16,10 @@ from tersor.methods.wanda import Wanda
 
 def inputs(num_tokens=500, num_columns=128):
     mixing = random(num_columns, num_columns, seed=1) / num_columns**0.5 + 0.5 * torch.eye(num_columns)
-    loudness = torch.logspace(-1, 0.5, num_columns)[
+    energy = torch.logspace(-1, 0.5, num_columns)[
         torch.randperm(num_columns, generator=torch.Generator().manual_seed(3))
     ]
-    return (random(num_tokens, num_columns, seed=2) @ mixing) * loudness
+    return (random(num_tokens, num_columns, seed=2) @ mixing) * energy
 
 
 def stats_of(x):

@@ -14,7 +14,7 @@ from tersor.methods.wanda import Wanda
 
 
 def inputs(num_columns):
-    """Some features are loud, some all but silent, one dead."""
+    """Some features have much energy, some next to none, one dead."""
     x = random(200, num_columns, seed=1) * torch.logspace(-2, 1, num_columns)[torch.randperm(num_columns)]
     x[:, 3] = 0
     return x

@@ -17,7 +17,7 @@ from tersor.methods.waterfill import UNREACHED, Waterfill, unseen
 
 
 def inputs(num_tokens, num_columns, seed=1):
-    """Correlated features, some loud and some all but silent."""
+    """Correlated features, some of much energy and some of next to none."""
     mixing = random(num_columns, num_columns, seed=seed) / num_columns**0.5 + torch.eye(num_columns)
     order = torch.randperm(num_columns, generator=torch.Generator().manual_seed(3))
     return (random(num_tokens, num_columns, seed=seed + 1) @ mixing) * torch.logspace(-1, 1, num_columns)[order]
@@ -91,7 +91,7 @@ def test_every_row_and_column_adds_the_same():
 
 def textbook(weight, stats, level, damping):
     """Round to nearest with error feedback, as GPTQ's paper spreads it: a row of the inverse Hessian's factor at a
-    time, float64. Steps from the conditional deviations of the inputs, loudest first, and a scale for each column."""
+    time, float64. Steps from the conditional deviations of the inputs, in activation order, and a scale for each column."""
     second = stats.second_moment.double()
     h = second + damping * second.diagonal().mean() * torch.eye(len(second), dtype=torch.float64)
     order = h.diagonal().argsort(descending=True, stable=True)

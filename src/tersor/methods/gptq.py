@@ -1,6 +1,7 @@
 """GPTQ: second-order rounding (Frantar et al. 2022, https://arxiv.org/abs/2210.17323), with what was learned since.
 
-Columns are rounded one after another, the loudest inputs first, and the rest makes up for each error (solver.py).
+Columns are rounded one after another in activation order (by falling diagonal of the Hessian), and the columns that
+are not rounded yet make up for each error (solver.py).
 Scales are searched beforehand (static groups: files stay kernel friendly whatever the order), weighted by the inputs'
 energy; `upstream_correction` lets every site also repair the error its inputs already carry (Qronos, Zhang et al. 2025,
 https://arxiv.org/abs/2505.11695). Then codes and scales take turns: coordinate descent on the codes, least squares on

@@ -64,13 +64,14 @@ def pose(
     damping: float,
     upstream_correction: float,
     reorder: bool = True,
-    quiet_first: bool = False,
+    ascending: bool = False,
 ) -> Problem:
     """The problem of one site. Without moments, S is the columns' curvature, or the identity.
 
     Args:
-        reorder: solve the loudest inputs first, while all others can still adapt; else the last column first.
-        quiet_first: with `reorder`, the loudest last: then the others have made up for most of what is lost in them.
+        reorder: activation order: solve columns by falling energy of their inputs (the diagonal of S), so that the
+            errors that weigh most can still be made up for by all others; else the last column comes first.
+        ascending: with `reorder`, by rising energy: the others have then made up for most of what is lost in the last.
         damping: what is added to the diagonal of S, as a fraction of its mean; more where that is not enough for S to
             be positive definite.
         upstream_correction: how much of the error made before this site is repaired here, 0 to 1.
@@ -87,7 +88,7 @@ def pose(
     scale = diagonal.mean().item() or 1.0
     # Columns are solved from the end.
     places = torch.arange(num_columns, device=weight.device)
-    order = diagonal.argsort(stable=True, descending=quiet_first) if reorder else places
+    order = diagonal.argsort(stable=True, descending=ascending) if reorder else places
     for _ in range(12):
         permuted = moment[order.unsqueeze(1), order].double()
         permuted.diagonal().add_(damping * scale)

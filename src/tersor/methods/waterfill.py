@@ -41,10 +41,10 @@ from tersor.methods.stats import Stats
 
 ROW_DAMPING = 0.02  # of the rows' mean curvature, added to each: calibration shows it with much noise
 RARE = 8  # what a rare word counts: it says more than a common one, and a row of zeros costs more than it bends
-LEAST_DAMPING, STEPS_DAMPING, DRIFT_DAMPING = 0.01, 0.25, 1.0  # of the inputs' mean energy (see `damping_of`)
+LEAST_DAMPING, STEPS_DAMPING, UPSTREAM_DAMPING = 0.01, 0.25, 1.0  # of the inputs' mean energy (see `damping_of`)
 SPARSE = 0.01  # of the weights being zero, a site has no trellis, which takes odd codes as readily as even ones
 UNREACHED = 0.01  # a site that the data never reaches counts as if its output were this share of the loss
-FEW_BITS = 2.2  # a weight; below it the loudest inputs are solved last
+FEW_BITS = 2.2  # a weight; below it the columns of most input energy are solved last
 GAP = log(pi * e / 6, 2) / 2  # bits a weight that steps alone take above the bound where many are spent
 MOST_LOST = 0.9  # of the energy of a site's output
 REACH = 60  # octaves around 1 in which rows and columns deviate
@@ -94,14 +94,14 @@ class Waterfill(MethodFor[Coded]):
         damping = damping_of(weight, stats, STEPS_DAMPING) if self.damping is None else self.damping
         target, alone = weight, replace(stats, cross_moment=None)
         if self.upstream_correction and stats.cross_moment is not None:
-            repair = damping_of(weight, stats, DRIFT_DAMPING) if self.damping is None else self.damping
+            repair = damping_of(weight, stats, UPSTREAM_DAMPING) if self.damping is None else self.damping
             target = pose(weight, stats, repair, self.upstream_correction).target
         problem = pose(target, alone, damping, upstream_correction=0.0)
         rows = row_curvature(weight, problem, stats).rsqrt()
         level, kept = self.level, weight != 0
         num_states = self.num_states if len(weight) > 1 and kept.double().mean() >= 1 - SPARSE else 0
         if bits_at(deviations(problem, rows), level) < FEW_BITS * weight.numel():
-            problem = pose(target, alone, damping, upstream_correction=0.0, quiet_first=True)
+            problem = pose(target, alone, damping, upstream_correction=0.0, ascending=True)
         energy, before = problem.loss(torch.zeros_like(target)), float("nan")
         while True:
             filling = filling_of(problem, rows, level, self.rate, kept, num_states)

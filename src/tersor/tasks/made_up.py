@@ -42,8 +42,8 @@ def waves(num: int, samples: int = int(RATE * SECONDS)) -> Float[np.ndarray, "ro
     )
     phase = 2 * np.pi * np.cumsum(pitch, 1) / RATE
     sound = sum(generator.uniform(0, 1, (num, 1)) / k * np.sin(k * phase) for k in range(1, 9))
-    loudness = np.abs(np.sin(np.pi * generator.uniform(1, 4, (num, 1)) * time + generator.uniform(0, 3, (num, 1))))
-    sound = sound * loudness + 0.02 * generator.standard_normal((num, samples))
+    envelope = np.abs(np.sin(np.pi * generator.uniform(1, 4, (num, 1)) * time + generator.uniform(0, 3, (num, 1))))
+    sound = sound * envelope + 0.02 * generator.standard_normal((num, samples))
     sound -= sound.mean(1, keepdims=True)
     return (sound / sound.std(1, keepdims=True)).astype(np.float32)
 
