@@ -91,7 +91,7 @@ def test_every_row_and_column_adds_the_same():
 
 def textbook(weight, stats, level, damping):
     """Round to nearest with error feedback, as GPTQ's paper spreads it: a row of the inverse Hessian's factor at a
-    time, float64. Steps from the conditional deviations of the inputs, in activation order, and a scale for each column."""
+    time, float64. Steps from the conditional deviations of the inputs in activation order; a scale for each column."""
     second = stats.second_moment.double()
     h = second + damping * second.diagonal().mean() * torch.eye(len(second), dtype=torch.float64)
     order = h.diagonal().argsort(descending=True, stable=True)

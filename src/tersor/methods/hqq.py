@@ -56,16 +56,16 @@ class Hqq(MethodFor[IntGroup]):
         best = format.fit(weight)
         scale = format.divisor(best["scale"]).unsqueeze(-1)
         w_ogk = format.grouped(weight) / scale  # in steps of the grid, so that beta has no units
-        there = format.grouped(torch.ones_like(weight))  # the last group of a row may be shorter
+        present = format.grouped(torch.ones_like(weight))  # the last group of a row may be shorter
         params, lowest, beta = best, None, self.beta
         for _ in range(self.num_iterations):
             q_ogk = format.grouped(format.quantize(weight, params))
-            error_ogk = (w_ogk - (q_ogk - format.zero_point(params))) * there
+            error_ogk = (w_ogk - (q_ogk - format.zero_point(params))) * present
             loss = error_ogk.abs().pow(self.p).sum(-1)
             better = loss < lowest if lowest is not None else torch.ones_like(loss, dtype=torch.bool)
             lowest = torch.where(better, loss, lowest) if lowest is not None else loss
             best = {**best, "zero_point": torch.where(better, params["zero_point"], best["zero_point"])}
-            zero_point = (q_ogk - w_ogk + shrink(error_ogk, beta, self.p)).sum(-1) / there.sum(-1)
+            zero_point = (q_ogk - w_ogk + shrink(error_ogk, beta, self.p)).sum(-1) / present.sum(-1)
             params = {**params, "zero_point": format.zero_point_code(zero_point)}
             beta *= self.kappa
         return best

@@ -105,16 +105,16 @@ def choose(
     """
     size = batch_size(model, task)
 
-    def said(model: nn.Module) -> list[Tensor]:
+    def outputs_of(model: nn.Module) -> list[Tensor]:
         return list(outputs(model, task, "calibration", NUM_EXAMPLES, size))
 
-    original = said(model)
+    original = outputs_of(model)
 
     def loss_of(sites: Packed) -> float:
         made = copy_but_sites(model)
         for site, (encoded, activation) in sites.items():
             site.replace(made, encoded, activation)
-        return divergence(original, said(made), task.output)
+        return divergence(original, outputs_of(made), task.output)
 
     ranked = sorted(packed, key=lambda site: predicted[site.name], reverse=True)
     num_measured = max(NUM_MEASURED, asked if isinstance(asked, int) else 0)

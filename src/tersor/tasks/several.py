@@ -91,14 +91,14 @@ def open_pairs(source: DataSource, max_length: int | None, pixels: dict[str, Any
     images: Inputs
     if source.data is not None and source.data.is_dir():
         images = open_images(find_images(source.data), source, **pixels)
-        said = f"images of {source.data.name}, texts from the Python standard library"
+        description = f"images of {source.data.name}, texts from the Python standard library"
     else:
         texts = texts if source.data is None else read_texts(source.data)
         images = made_up_images(source, min(len(texts), NUM_MADE_UP), pixels)
-        said = "made-up images"
+        description = "made-up images"
     num = min(len(texts), len(images))
     tokens = tokenize(texts[:num], source, max_length=max_length, embedding=False)
-    return Together((tokens, images)), f"{said}; {tokens.description}"
+    return Together((tokens, images)), f"{description}; {tokens.description}"
 
 
 def made_up_images(source: DataSource, num: int, pixels: dict[str, Any]) -> ArrayInputs:

@@ -27,8 +27,8 @@ def imitation(task: TrainableTask, original: nn.Module, alpha: float = 0.0, temp
             return labelled
         original.to(output.device)
         with scoring(original):
-            said = task.forward(original, batch)
-        pair = predictions(output, batch), predictions(said, batch)
+            original_output = task.forward(original, batch)
+        pair = predictions(output, batch), predictions(original_output, batch)
         distances = kd(*pair, temperature) if task.output == "logits" else mse(*pair)
         return labelled + (1 - alpha) * distances.mean()
 
