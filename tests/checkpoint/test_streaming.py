@@ -14,7 +14,7 @@ import tersor
 from cli_runner import tersor as run
 from tersor import compress
 from tersor.checkpoint.open import ModelSpec
-from tersor.checkpoint.safetensors_header import read_extents, write_extents
+from tersor.checkpoint.safetensors_header import read_spans, write_spans
 from tersor.checkpoint.streaming import StreamedModel
 from tersor.core.errors import ModelError, TersorError
 from tersor.core.weights_file import write_weights
@@ -279,16 +279,16 @@ def test_extents_are_safetensors(tmp_path):
         "small": torch.ones(3).to(torch.float8_e4m3fn),
     }
     write_weights(tensors, tmp_path / "one")
-    extents = read_extents(tmp_path / "one")
+    spans = read_spans(tmp_path / "one")
     for name, tensor in tensors.items():
-        assert torch.equal(extents[name].read().float(), tensor.float())
-    write_extents(extents, tmp_path / "two")
+        assert torch.equal(spans[name].read().float(), tensor.float())
+    write_spans(spans, tmp_path / "two")
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     whole = (tmp_path / "one").read_bytes()
     for broken in (whole[:-1], whole[:20], b"", b"\xff" * 16, whole.replace(b"I16", b"I61")):
         (tmp_path / "broken").write_bytes(broken)
         with pytest.raises(ModelError, match="not a whole safetensors file"):
-            read_extents(tmp_path / "broken")
+            read_spans(tmp_path / "broken")
 
 
 @pytest.mark.parametrize("tied", [True, False])

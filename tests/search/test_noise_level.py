@@ -18,8 +18,8 @@ from tersor.search.choices import Budget, Choices
 from tersor.search.correct import measured_factors
 from tersor.search.limit import Limit
 from tersor.search.noise_level import (
-    COARSEST,
-    FINEST,
+    FEWEST_BITS,
+    MOST_BITS,
     NEAR,
     NUM_MODELS,
     Forecast,
@@ -82,7 +82,7 @@ def test_a_limit_is_met_in_a_few_models(bits, off):
 def test_a_limit_beyond_the_finest_level_gives_the_finest():
     fake = Fake(forecast())
     found = fit(Limit(10**9, "size"), forecast(), fake)
-    assert fake.levels == [pytest.approx(forecast().level_of(FINEST), rel=1e-3)]
+    assert fake.levels == [pytest.approx(forecast().level_of(MOST_BITS), rel=1e-3)]
     assert found.num_bytes < 10**9
 
 
@@ -117,7 +117,7 @@ def test_a_drop_is_bisected(worst):
 
     defend(forecast(), judged)
     found = min(size for size in sizes if size >= least_within)
-    assert found <= 1.12 * fake(forecast().level_of(max(worst, COARSEST))).num_bytes or worst < 0.5
+    assert found <= 1.12 * fake(forecast().level_of(max(worst, FEWEST_BITS))).num_bytes or worst < 0.5
     assert len(sizes) <= NUM_TRIALS
 
 

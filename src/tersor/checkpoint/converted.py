@@ -26,7 +26,7 @@ class StoredTensor:
 
     name: str
     pattern: str
-    extent: TensorSpan
+    span: TensorSpan
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ class Converted:
     @property
     def path(self) -> Path:
         """A file that it comes from."""
-        return self.sources[0].extent.path
+        return self.sources[0].span.path
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.sources[0].extent.dtype
+        return self.sources[0].span.dtype
 
     def read(self) -> Tensor:
         """The tensor. Raises ModelError where the parts do not make what the model has."""
         converter = deepcopy(self.converter)
         for source in self.sources:
-            converter.add_tensor(self.first, source.name, source.pattern, source.extent.read())
+            converter.add_tensor(self.first, source.name, source.pattern, source.span.read())
         try:
             made = converter.convert(self.first, model=self.model, config=self.model.config)
             tensor: Any = made[self.name]
@@ -115,9 +115,9 @@ MOVES = {"MergeModulelist", "Concatenate", "Chunk", "Transpose"}  # operations t
 
 def check_whole(name: str, sources: Sequence[StoredTensor], converter: Any, num_values: int) -> None:
     """Before anything is read: no part is missing. Raises ModelError."""
-    stored = sum(torch.Size(source.extent.shape).numel() for source in sources)
+    stored = sum(torch.Size(source.span.shape).numel() for source in sources)
     if stored != num_values and {type(operation).__name__ for operation in converter.operations} <= MOVES:
         raise ModelError(
-            f"{sources[0].extent.path.parent}: {sources[0].name} and the others that make up {name} hold {stored} "
+            f"{sources[0].span.path.parent}: {sources[0].name} and the others that make up {name} hold {stored} "
             f"values, and the model has {num_values} there; download the checkpoint again"
         )

@@ -76,20 +76,20 @@ class TensorSpan:
 class SpanTensors(Mapping[str, Tensor]):
     """Tensors by name, each read when it is asked for."""
 
-    def __init__(self, extents: Mapping[str, OnDisk]):
-        self.extents = extents
+    def __init__(self, spans: Mapping[str, OnDisk]):
+        self.spans = spans
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.extents[name].read()
+        return self.spans[name].read()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.extents)
+        return iter(self.spans)
 
     def __len__(self) -> int:
-        return len(self.extents)
+        return len(self.spans)
 
 
-def read_extents(path: Path) -> dict[str, TensorSpan]:
+def read_spans(path: Path) -> dict[str, TensorSpan]:
     """The place of each tensor in a safetensors file. Raises ModelError for a damaged file."""
     try:
         num_bytes = path.stat().st_size
@@ -102,10 +102,10 @@ def read_extents(path: Path) -> dict[str, TensorSpan]:
         for name, entry in entries.items():
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
-                extent = TensorSpan(path, 8 + length + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-                if begin < 0 or end - begin != extent.num_bytes or 8 + length + end > num_bytes:
+                span = TensorSpan(path, 8 + length + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+                if begin < 0 or end - begin != span.num_bytes or 8 + length + end > num_bytes:
                     raise ValueError(f"{name} does not fit its place")
-                found[name] = extent
+                found[name] = span
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problem = first_line(error)
@@ -121,23 +121,23 @@ class Scratch:
 
     def append(self, tensor: Tensor) -> TensorSpan:
         """Raises ArtifactError when the disk refuses."""
-        extent = TensorSpan(self.path, self.num_bytes, tensor.dtype, tuple(tensor.shape))
+        span = TensorSpan(self.path, self.num_bytes, tensor.dtype, tuple(tensor.shape))
         try:
             with self.path.open("ab") as file:
                 file.write(bytes_of(tensor.detach().contiguous()))
         except OSError as error:
             raise ArtifactError(f"{self.path.parent}: cannot write the weights: {error.strerror}") from None
-        self.num_bytes += extent.num_bytes
-        return extent
+        self.num_bytes += span.num_bytes
+        return span
 
 
-def write_extents(extents: Mapping[str, OnDisk], path: Path) -> None:
+def write_spans(spans: Mapping[str, OnDisk], path: Path) -> None:
     """One safetensors file of tensors that lie elsewhere, the same bytes as `write_weights` writes from memory."""
-    described = [(name, extent.dtype, extent.shape) for name, extent in extents.items()]
+    described = [(name, span.dtype, span.shape) for name, span in spans.items()]
     try:
         with path.open("wb") as file:
             file.write(header(described, METADATA))
             for name, _, _ in in_file_order(described):
-                extents[name].copy_to(file)
+                spans[name].copy_to(file)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot write the weights: {error.strerror}") from None

@@ -23,7 +23,7 @@ from tersor.checkpoint.converted import by_model_names
 from tersor.checkpoint.guards import room_for
 from tersor.checkpoint.layout import CODED, stored_parts, tensors_of, unpacked_tensors
 from tersor.checkpoint.manifest import WEIGHTS
-from tersor.checkpoint.safetensors_header import OnDisk, Scratch, SpanTensors, read_extents, write_extents
+from tersor.checkpoint.safetensors_header import OnDisk, Scratch, SpanTensors, read_spans, write_spans
 from tersor.checkpoint.side_files import copy_side_files
 from tersor.checkpoint.skeleton import without_weights
 from tersor.checkpoint.source import Source, few, from_hub, look_into
@@ -77,8 +77,8 @@ class StreamedModel:
                 f"{name}: --stream reads safetensors, of which it takes a part at a time, and this is {files[0].name}; "
                 f'write them: cd {folder}; python -c "{line}"; or leave out --stream'
             )
-        stored = {tensor: extent for file in files for tensor, extent in read_extents(file).items()}
-        types = [extent.dtype for extent in stored.values() if extent.dtype.is_floating_point]
+        stored = {tensor: span for file in files for tensor, span in read_spans(file).items()}
+        types = [span.dtype for span in stored.values() if span.dtype.is_floating_point]
         dtype = dtype or config.dtype or next(iter(types), torch.float32)
         try:
             self.model = without_weights(model_class, config, dtype, room_for([e.shape for e in stored.values()]))
@@ -91,8 +91,8 @@ class StreamedModel:
             raise InputError(f"{name}: {model_class.__name__} is no stack of blocks; compress it without --stream")
         if self.model._get_dtype_plan(dtype):
             raise InputError(f"{name}: keeps some weights in float32 beside {dtype}; compress it without --stream")
-        self.extents, unused = matched(self.model, by_model_names(self.model, stored), name)
-        fill_buffers(self.model, self.extents)
+        self.spans, unused = matched(self.model, by_model_names(self.model, stored), name)
+        fill_buffers(self.model, self.spans)
         self.original = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
         self.names = {
             id(tensor): tensor_name for tensor_name, tensor in unpacked_tensors(self.model, detach=False).items()
@@ -133,13 +133,13 @@ class StreamedModel:
         for prefix, stored in self.packed(part):
             for name, tensor in stored.tensors.items():
                 if tensor.is_meta:
-                    stored._buffers[name] = self.extents[f"{prefix}.{name}"].read()
+                    stored._buffers[name] = self.spans[f"{prefix}.{name}"].read()
 
     def unload(self, part: str) -> None:
         for prefix, stored in self.packed(part):
             for name, tensor in stored.tensors.items():
-                if f"{prefix}.{name}" not in self.extents:
-                    self.extents[f"{prefix}.{name}"] = self.scratch.append(tensor)
+                if f"{prefix}.{name}" not in self.spans:
+                    self.spans[f"{prefix}.{name}"] = self.scratch.append(tensor)
             stored.to("meta")
         unloaded: dict[int, nn.Parameter] = {}
         for module in self.modules(part):
@@ -166,8 +166,8 @@ class StreamedModel:
     def read(self, parameter: nn.Parameter) -> Tensor:
         """The weight that a parameter stands for, in the model's precision."""
         name = self.names[id(parameter)]
-        tensor = self.extents[name].read()
-        check_finite({name: tensor}, str(self.extents[name].path))
+        tensor = self.spans[name].read()
+        check_finite({name: tensor}, str(self.spans[name].path))
         return tensor.to(parameter.dtype)
 
     def save(self, manifest: Mapping[str, Any]) -> None:
@@ -176,14 +176,14 @@ class StreamedModel:
         copy_side_files(self.source.folder, self.output)
         content: dict[str, OnDisk] = {}
         for name, tensor in tensors_of(self.model).items():
-            content[name] = self.extents.get(name) or self.scratch.append(tensor)
+            content[name] = self.spans.get(name) or self.scratch.append(tensor)
             if content[name].dtype != tensor.dtype:
                 content[name] = self.scratch.append(content[name].read().to(tensor.dtype))
         if holds_codes(self.model):
             tensors = SpanTensors(content)
             write(tensors, self.output / CODED, packing_of(self.model, tensors))
         else:
-            write_extents(content, self.output / WEIGHTS)
+            write_spans(content, self.output / WEIGHTS)
         self.scratch.path.unlink(missing_ok=True)
         describe(self.model, self.output, manifest)
 
@@ -245,8 +245,8 @@ def check_tied(keys: list[str], stored: Mapping[str, OnDisk], place: str) -> Non
             )
 
 
-def fill_buffers(model: nn.Module, extents: Mapping[str, OnDisk]) -> None:
+def fill_buffers(model: nn.Module, spans: Mapping[str, OnDisk]) -> None:
     """Read the buffers that the checkpoint holds; they stay in memory."""
     for name, buffer in unpacked_tensors(model, detach=False).items():
-        if not isinstance(buffer, nn.Parameter) and name in extents:
-            buffer.copy_(extents[name].read())
+        if not isinstance(buffer, nn.Parameter) and name in spans:
+            buffer.copy_(spans[name].read())

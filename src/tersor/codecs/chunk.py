@@ -80,8 +80,8 @@ def decode_chunk(
     low, words = data[place : place + num_packed], data[place + num_packed :]
     if len(low) < num_packed or len(words) % 2:
         raise ArtifactError(f"{len(data)} bytes, cut in the middle of a value")
-    shift, reach = head.num_low_bits, np.iinfo(kind)
-    least, most = int(reach.min) >> shift, int(reach.max) >> shift
+    shift, limits = head.num_low_bits, np.iinfo(kind)
+    least, most = int(limits.min) >> shift, int(limits.max) >> shift
     sure = head.tables.within(least, most)  # shared tables may hold values that this type does not
     high = values if not shift and sure else np.empty(values.shape, np.int32)
     places = np.empty(num_escapes, np.int64)
@@ -104,14 +104,14 @@ def decode_chunk(
     )
     if found != num_escapes:
         raise ArtifactError("the coded values do not end where they should")
-    check_reach(written, least, most, kind)
+    check_range(written, least, most, kind)
     if factors is None:
         high.reshape(-1)[places] = written
     elif num_escapes:
         row, column = np.divmod(places, values.shape[1])
         values[row, column] = np.array(written, np.float32) * (factors[0][row] * factors[1][column])
     if not sure and high.size:
-        check_reach([int(high.min()), int(high.max())], least, most, kind)
+        check_range([int(high.min()), int(high.max())], least, most, kind)
     if high is not values:
         bits = unpack_low_bits(low, values.size, num_stored).reshape(values.shape)
         whole = (high << num_stored) | bits
@@ -120,7 +120,7 @@ def decode_chunk(
         values[:] = whole if scales is None else whole.astype(np.float32) * np.multiply.outer(*scales)
 
 
-def check_reach(found: Sequence[int], least: int, most: int, kind: type[np.integer]) -> None:
+def check_range(found: Sequence[int], least: int, most: int, kind: type[np.integer]) -> None:
     """Raises ArtifactError for a value, without its low bits, that the type does not hold."""
     if found and not least <= min(found) <= max(found) <= most:
         raise ArtifactError(f"a value between {min(found)} and {max(found)} is too large for {np.dtype(kind)}")

@@ -104,8 +104,8 @@ def read_head(
 
 def check_symbols(tables: TableSet, dtype: torch.dtype, num_low_bits: int) -> None:
     """Raises ArtifactError if a table holds a value that the type does not."""
-    reach, span = torch.iinfo(dtype), tables.span
-    if span and not tables.within(reach.min >> num_low_bits, reach.max >> num_low_bits):
+    limits, span = torch.iinfo(dtype), tables.span
+    if span and not tables.within(limits.min >> num_low_bits, limits.max >> num_low_bits):
         raise ArtifactError(f"tables of the values {span[0]} to {span[1]} for {dtype}")
 
 

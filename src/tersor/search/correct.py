@@ -61,5 +61,5 @@ def factors(ratios: dict[str, float], weights: dict[str, int]) -> dict[str, floa
     logs = {name: log(ratio) if ratio > 0 else -inf for name, ratio in ratios.items()}
     used = [name for name in logs if logs[name] > -inf]
     middle = sum(weights[name] * logs[name] for name in used) / max(1, sum(weights[name] for name in used))
-    reach = log(WIDEST)
-    return {name: float(f"{exp(-max(-reach, min(reach, value - middle)) / 2):.3g}") for name, value in logs.items()}
+    most = log(WIDEST)
+    return {name: float(f"{exp(-max(-most, min(most, value - middle)) / 2):.3g}") for name, value in logs.items()}

@@ -38,7 +38,7 @@ from tersor.tasks.contract import Task
 AIM = 0.9975  # of the limit
 NEAR = 0.995  # of the limit, from where on a file is as good as it gets
 NUM_MODELS = 8  # made at most; two or three do but for the smallest files
-FINEST, COARSEST = 13.0, 0.02  # bits a weight, between which levels are sought
+MOST_BITS, FEWEST_BITS = 13.0, 0.02  # bits a weight, between which levels are sought
 FEW_BITS = 3.0  # a weight, below which the loss is no longer what its curvature says
 MOST_SITES = 64  # whose loss is measured one by one
 WIDEST = 8.0  # bits a weight, where the search for a drop begins
@@ -219,7 +219,7 @@ def fit(limit: Limit, forecast: Forecast, make: Make) -> LevelFound:
 
     Raises BudgetError where the coarsest level is still too large.
     """
-    finest, coarsest = forecast.level_of(FINEST), forecast.level_of(COARSEST)
+    finest, coarsest = forecast.level_of(MOST_BITS), forecast.level_of(FEWEST_BITS)
     level = min(max(forecast.level(AIM * limit.num_bytes), finest), coarsest)
     best: LevelFound | None = None
     over, under = finest, coarsest  # the levels between which the answer lies
@@ -267,7 +267,7 @@ def why_too_small(limit: Limit, num_bytes: int) -> str:
 
 def defend(forecast: Forecast, judged: Callable[[float], Trial]) -> None:
     """Bisect the logarithm of the level: the smallest file whose verdict is `within`."""
-    fine, coarse = forecast.level_of(WIDEST), forecast.level_of(COARSEST)
+    fine, coarse = forecast.level_of(WIDEST), forecast.level_of(FEWEST_BITS)
     level = forecast.level_of(2.5)
     for number in range(NUM_TRIALS):
         if judged(level).verdict.outcome == "within":

@@ -66,9 +66,9 @@ class Link:
     def equalize(self) -> None:
         weight, columns = parameter(self.source, "weight"), by_channel(self.reader)
         rows = weight.abs().flatten(1).amax(1).double()
-        reach = columns.abs().flatten(1).amax(1).double()
-        dead = (rows == 0) | (reach == 0)
-        factor = torch.where(dead, 1.0, (rows / reach).sqrt())
+        columns_max = columns.abs().flatten(1).amax(1).double()
+        dead = (rows == 0) | (columns_max == 0)
+        factor = torch.where(dead, 1.0, (rows / columns_max).sqrt())
         for module in (self.source, *self.norms):
             if module.bias is not None:
                 set_parameter(module, "bias", parameter(module, "bias") / factor)
