@@ -32,12 +32,12 @@ def textbook_group(weights, format):
     else:
         scale = f16(f32(high if high > -low else low) / f32(-levels / 2))
         zero_point, lowest = f32(levels / 2), 0
-    snapped = []
+    quantized = []
     for weight in weights:
         steps = f32(f32(weight) / (f32(scale) or f32(1))) + zero_point
         nearest = min(max(round(float(steps)), lowest), levels - 1)
-        snapped.append(f32(f32(nearest) - zero_point) * f32(scale))
-    return scale, code, snapped
+        quantized.append(f32(f32(nearest) - zero_point) * f32(scale))
+    return scale, code, quantized
 
 
 @pytest.mark.parametrize("format", SMALL_GRIDS, ids=named)
@@ -47,14 +47,14 @@ def textbook_group(weights, format):
 def test_agrees_with_the_textbook(format, label):
     weight = odd_weights()[label]
     weight = weight[:: max(1, weight.shape[0] // 8)]
-    params, snapped = format.fit(weight), format.fake_quantize(weight, format.fit(weight))
+    params, quantized = format.fit(weight), format.fake_quantize(weight, format.fit(weight))
     for row in range(weight.shape[0]):
         for group, start in enumerate(range(0, weight.shape[1], 32)):
             scale, code, expected = textbook_group(weight[row, start : start + 32].numpy(), format)
             assert params["scale"][row, group].numpy() == scale
             if code is not None:
                 assert params["zero_point"][row, group] == code
-            assert snapped[row, start : start + 32].tolist() == expected
+            assert quantized[row, start : start + 32].tolist() == expected
 
 
 @pytest.mark.parametrize("format", GRIDS, ids=named)

@@ -48,8 +48,8 @@ def textbook(format, weight):
 @pytest.mark.parametrize("format", K_QUANTS, ids=lambda format: format.name)
 def test_agrees_with_a_slow_version(format):
     weight = random(1, 256, seed=3)
-    snapped = format.fake_quantize(weight, format.fit(weight)).numpy().flatten()
-    np.testing.assert_allclose(snapped, textbook(format, weight), rtol=1e-5, atol=1e-6)
+    quantized = format.fake_quantize(weight, format.fit(weight)).numpy().flatten()
+    np.testing.assert_allclose(quantized, textbook(format, weight), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("format", K_QUANTS, ids=lambda format: format.name)

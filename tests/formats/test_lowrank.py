@@ -69,9 +69,9 @@ def test_snap_looks_for_the_nearest_codes_under_the_correction():
     format, weight = Corrected(IntGroup(3, 64)), random(8, 64)
     params = format.base.fit(weight)
     params |= LowRank().fit(random(8, 64, seed=3), 1)
-    snapped = format.fake_quantize(weight, params)
+    quantized = format.fake_quantize(weight, params)
     shift = LowRank().fake_quantize(weight, {"left": params["left"], "right": params["right"]})
     step = params["scale"].float().abs()
     inside = ((weight - shift).abs() <= 3 * step).float()
     assert inside.mean() > 0.5
-    assert ((snapped - weight).abs() * inside <= 0.501 * step).all()
+    assert ((quantized - weight).abs() * inside <= 0.501 * step).all()

@@ -127,9 +127,9 @@ def test_a_shorter_last_group_is_a_group_of_its_own(name):
     whole = searched(weight, format, columns)
     end = torch.cat([weight[:, :size], weight[:, 4 * size :]], dim=1)
     alone = searched(end, format, torch.cat([columns[:size], columns[4 * size :]]))
-    snapped = format.fake_quantize(weight, whole)
-    assert torch.equal(snapped[:, 4 * size :], format.fake_quantize(end, alone)[:, size:])
-    assert torch.equal(format.encode(weight, whole).decode(), snapped)
+    quantized = format.fake_quantize(weight, whole)
+    assert torch.equal(quantized[:, 4 * size :], format.fake_quantize(end, alone)[:, size:])
+    assert torch.equal(format.encode(weight, whole).decode(), quantized)
 
 
 def test_the_inputs_energy_is_preferred_to_the_curvature():

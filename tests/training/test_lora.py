@@ -114,8 +114,8 @@ def test_quantized_inputs_let_the_gradient_straight_through():
     made = compress(model, Recipe.of("int8-dynamic")).model
     x = torch.randn(5, 64, requires_grad=True)
     y = made(x)
-    snapped = made[0].input_quantizer.activation.fake_quantize(x.detach())
-    torch.testing.assert_close(y, F.linear(snapped, made[0].weight), rtol=1e-5, atol=1e-6)
+    quantized = made[0].input_quantizer.activation.fake_quantize(x.detach())
+    torch.testing.assert_close(y, F.linear(quantized, made[0].weight), rtol=1e-5, atol=1e-6)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(gradient, made[0].weight.sum(0).expand(5, 64))
     assert site.name == "0"

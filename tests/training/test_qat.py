@@ -246,9 +246,9 @@ def test_so_are_those_of_inputs():
     fast, slow = x.clone().requires_grad_(), x.clone().requires_grad_()
     (fake(fast) * pull).sum().backward()
     step, zero = params["scale"].clone().requires_grad_(), params["zero_point"].float()
-    snapped = (rounded((slow / step + zero).clamp(-8, 7)) - zero) * step
-    (snapped * pull).sum().backward()
-    torch.testing.assert_close(fake(fast), snapped)
+    quantized = (rounded((slow / step + zero).clamp(-8, 7)) - zero) * step
+    (quantized * pull).sum().backward()
+    torch.testing.assert_close(fake(fast), quantized)
     torch.testing.assert_close(fast.grad, slow.grad)
     torch.testing.assert_close(fake.log_scale.grad, (12 * 15) ** -0.5 * step.grad / step.detach(), rtol=1e-3, atol=1e-4)
     assert (fast.grad == 0).any(), "what is cut off has no gradient"
@@ -415,8 +415,8 @@ def test_a_convolution_takes_quantized_inputs_before_it_pads(mode):
     encoded = format.encode(weight, format.fit(weight))
     bias = model[0].bias
     site.replace(model, encoded, Activation("int4-static", params))
-    snapped = IntStatic(4).fake_quantize(x, params)
-    padded = nn.functional.pad(snapped, (1, 1, 1, 1), mode="constant" if mode == "zeros" else mode)
+    quantized = IntStatic(4).fake_quantize(x, params)
+    padded = nn.functional.pad(quantized, (1, 1, 1, 1), mode="constant" if mode == "zeros" else mode)
     torch.testing.assert_close(model(x), conv2d(padded, site.fold.unfold(encoded.decode()), bias))
     assert not torch.allclose(model(x), conv2d(padded, model[0].weight, None))
 

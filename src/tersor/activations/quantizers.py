@@ -152,7 +152,7 @@ class Fp8Dynamic:
 
     def fake_quantize(self, x: Float[Tensor, "*batch in"], params: Mapping[str, Tensor]) -> Float[Tensor, "*batch in"]:
         scale = x.float().abs().amax(dim=-1, keepdim=True).clamp_min_(1e-12).div_(LARGEST_FP8)
-        return snap_fp8(x, scale)
+        return fake_quantize_fp8(x, scale)
 
 
 @dataclass(frozen=True)
@@ -177,13 +177,13 @@ class Fp8Static:
         return {"scale": largest.float().clamp_min(1e-12).div(LARGEST_FP8).view(1)}
 
     def fake_quantize(self, x: Float[Tensor, "*batch in"], params: Mapping[str, Tensor]) -> Float[Tensor, "*batch in"]:
-        return snap_fp8(x, params["scale"])
+        return fake_quantize_fp8(x, params["scale"])
 
 
 LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
 
 
-def snap_fp8(x: Tensor, scale: Tensor) -> Tensor:
+def fake_quantize_fp8(x: Tensor, scale: Tensor) -> Tensor:
     """Through FP8 E4M3 and back; values beyond its range saturate."""
     codes = (x.float() / scale).clamp_(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn)
     return (codes.float() * scale).to(x.dtype)

@@ -47,7 +47,7 @@ UNREACHED = 0.01  # a site that the data never reaches counts as if its output w
 FEW_BITS = 2.2  # a weight; below it the columns of most input energy are solved last
 GAP = log(pi * e / 6, 2) / 2  # bits a weight that steps alone take above the bound where many are spent
 MOST_LOST = 0.9  # of the energy of a site's output
-REACH = 60  # octaves around 1 in which rows and columns deviate
+NUM_OCTAVES = 60  # octaves around 1 in which rows and columns deviate
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,10 @@ def deviations(problem: Problem, rows: Float[Tensor, " out"]) -> Float[Tensor, "
 
 
 def histogram(values: Float[Tensor, " n"]) -> np.ndarray:
-    """Counts of values by the eighth of an octave they lie in, from `2^-REACH` to `2^REACH`."""
-    octaves = values.clamp_min(1e-30).log2().clamp(-REACH, REACH) + REACH
+    """Counts of values by the eighth of an octave they lie in, from `2^-NUM_OCTAVES` to `2^NUM_OCTAVES`."""
+    octaves = values.clamp_min(1e-30).log2().clamp(-NUM_OCTAVES, NUM_OCTAVES) + NUM_OCTAVES
     bins = (octaves * PER_OCTAVE).round().long().cpu()
-    return np.bincount(bins.numpy(), minlength=2 * REACH * PER_OCTAVE + 1).astype(np.float64)
+    return np.bincount(bins.numpy(), minlength=2 * NUM_OCTAVES * PER_OCTAVE + 1).astype(np.float64)
 
 
 def bits_at(counts: Float[Tensor, " bin"], level: float, num_states: int = 0) -> float:
@@ -171,7 +171,7 @@ def bounds_at(counts: Float[Tensor, " bin"], level: float) -> Float[Tensor, " bi
 
 def deviations_at(counts: Float[Tensor, " bin"], level: float) -> Float[Tensor, " bin"]:
     """Standard deviations of the bins in units of the step at this level, as log2."""
-    return torch.arange(len(counts), dtype=torch.float64) / PER_OCTAVE - 2 * REACH - log(level, 2)
+    return torch.arange(len(counts), dtype=torch.float64) / PER_OCTAVE - 2 * NUM_OCTAVES - log(level, 2)
 
 
 def entropy(deviation: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

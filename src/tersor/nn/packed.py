@@ -173,8 +173,8 @@ class InputQuantizer(Stored):
 
     def forward(self, x: Tensor) -> Tensor:
         """The input as its format holds it; gradients pass straight through."""
-        snapped = self.activation.fake_quantize(x)
-        return straight_through(x, snapped) if is_trained(x) else snapped
+        quantized = self.activation.fake_quantize(x)
+        return straight_through(x, quantized) if is_trained(x) else quantized
 
     def extra_repr(self) -> str:
         return self.format
@@ -189,9 +189,9 @@ def is_trained(x: Tensor) -> bool:
     return not torch.jit.is_tracing() and (transformed() or (torch.is_grad_enabled() and x.requires_grad))
 
 
-def straight_through(x: Tensor, snapped: Tensor) -> Tensor:
-    """`snapped`, with the gradient of `x` (Bengio et al. 2013, https://arxiv.org/abs/1308.3432)."""
-    return snapped.detach() + (x - x.detach())  # exactly `snapped`
+def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
+    """`quantized`, with the gradient of `x` (Bengio et al. 2013, https://arxiv.org/abs/1308.3432)."""
+    return quantized.detach() + (x - x.detach())  # exactly `quantized`
 
 
 class DecodedLinear(torch.autograd.Function):

@@ -1,11 +1,11 @@
 """Fake quantization with a learned step size (Esser et al. 2019, LSQ, https://arxiv.org/abs/1902.08153).
 
-Forward, a tensor takes the very values that its format will store: snapped with scales as they are stored, fp16 or
+Forward, a tensor takes the very values that its format will store: quantized with scales as they are stored, fp16 or
 bfloat16, so that nothing changes when the model is packed. Backward, rounding is passed straight through, and
 
-    d snapped / d x      1 where x lies within the range of levels, else 0
-    d snapped / d scale  snapped / scale, and -x / scale besides within the range
-    d snapped / d zero   -scale outside the range, else 0            (zero points: LSQ+, https://arxiv.org/abs/2004.09576)
+    d quantized / d x      1 where x lies within the range of levels, else 0
+    d quantized / d scale  quantized / scale, and -x / scale besides within the range
+    d quantized / d zero   -scale outside the range, else 0            (zero points: LSQ+, https://arxiv.org/abs/2004.09576)
 
 Gradients of scales are made smaller by sqrt(n Q), n numbers that share the scale and Q the highest level, which gives
 scales and weights relative steps of one size. What is trained is the logarithm of a scale, which keeps its sign, and a
@@ -35,7 +35,7 @@ class GridLevels:
         scale: one number for each group of those that share it; never zero.
         low, high: the ends of the range, as they broadcast against the tensor.
         num_steps: between the ends.
-        gather: sums a tensor like the snapped one over those that share a scale.
+        gather: sums a tensor like the quantized one over those that share a scale.
         slowdown: LSQ's factor of the scales' gradients, 1 / sqrt(n Q).
     """
 
@@ -47,7 +47,7 @@ class GridLevels:
     slowdown: float
 
 
-class Snapped(torch.autograd.Function):
+class FakeQuantized(torch.autograd.Function):
     """A tensor as its format holds it, with LSQ's gradients for it, the logarithm of its scale, and its zero point."""
 
     @staticmethod
@@ -59,17 +59,17 @@ class Snapped(torch.autograd.Function):
         fake_quantize: Callable[[Tensor], Tensor],
         levels: GridLevels,
     ) -> Tensor:
-        snapped = fake_quantize(x)
-        ctx.save_for_backward(x, snapped)
+        quantized = fake_quantize(x)
+        ctx.save_for_backward(x, quantized)
         ctx.levels = levels
-        return snapped
+        return quantized
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (x, snapped), (gradient,), levels = ctx.saved_tensors, gradients, ctx.levels
+        (x, quantized), (gradient,), levels = ctx.saved_tensors, gradients, ctx.levels
         passed = gradient * (x >= levels.low).logical_and_(x <= levels.high)
-        # Times the scale: snapped - x within the range, snapped outside.
-        by_group = levels.gather((gradient * snapped).addcmul_(passed, x, value=-1))
+        # Times the scale: quantized - x within the range, quantized outside.
+        by_group = levels.gather((gradient * quantized).addcmul_(passed, x, value=-1))
         of_scale = by_group * levels.slowdown / levels.scale.square()
         of_zero = None
         if ctx.needs_input_grad[2]:
@@ -102,14 +102,14 @@ class FakeWeight(Simulated):
     def forward(self, weight: Tensor) -> Tensor:
         """The weight in its own shape and type, as it will be decoded."""
         matrix, params = self.fold.matrix(weight).float(), self.params()
-        snapped = Snapped.apply(
+        quantized = FakeQuantized.apply(
             matrix,
             self.log_scale,
             self.zero_fraction,
             lambda x: self.format.fake_quantize(x, params),
             self.levels(params),
         )
-        return self.fold.unfold(snapped).to(weight.dtype)
+        return self.fold.unfold(quantized).to(weight.dtype)
 
     def params(self) -> Params:
         """Scales and zero points as they would be stored now."""
@@ -168,7 +168,7 @@ class FakeInput(nn.Module):
         activation = self.activation()
         if self.log_scale is None:
             return straight_through(x, activation.fake_quantize(x))
-        return Snapped.apply(x, self.log_scale, None, activation.fake_quantize, self.levels(activation, x))
+        return FakeQuantized.apply(x, self.log_scale, None, activation.fake_quantize, self.levels(activation, x))
 
     @torch.no_grad()
     def activation(self) -> Activation:
