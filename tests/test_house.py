@@ -159,6 +159,7 @@ LAZY = {
     "tersor.exporters.onnx": "onnx is optional",
     "tersor.exporters.openvino": "openvino and onnx are optional",
     "tersor.kernels.dot": "numba takes half a second to import, and only packed layers need it",
+    "tersor.kernels.recurrence": "numba takes half a second to import, and only packed layers need it",
     "tersor.kernels.unpack": "numba takes half a second to import, and only packed layers need it",
     "tersor.methods.waterfill": "the loops of viterbi.py are compiled when it is imported",
 }

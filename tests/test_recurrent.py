@@ -14,9 +14,17 @@ from laws import random
 from tersor.activations.quantizers import ACTIVATIONS
 from tersor.core.errors import InputError
 from tersor.kernels import kernel_of, reference
+from tersor.kernels.dot import fastest_exact
 from tersor.nn.in_place import turn
 from tersor.nn.recurrent import PackedRecurrent
 from tersor.nn.sites import find_sites
+
+
+@pytest.fixture(autouse=True)
+def small_layers_too(monkeypatch):
+    """Layers of tests are smaller than those that repay compiling."""
+    monkeypatch.setattr("tersor.nn.recurrent.SMALLEST", 0)
+
 
 KINDS = {"LSTM": nn.LSTM, "GRU": nn.GRU}
 EACH = pytest.mark.parametrize("kind", KINDS)
@@ -123,7 +131,7 @@ def test_integers_give_what_the_textbook_gives(kind, num_steps):
     """A rounding that falls the other way, once in a while, is a hundredth of one state's step."""
     small = packed(kind)[1].layer
     assert isinstance(small, PackedRecurrent)
-    assert kernel_of(small) == "int_mm"
+    assert kernel_of(small) == fastest_exact(small.packed_weight_hh_l0.encoded)
     x, first = random(num_steps, 5, 12), (random(1, 5, 16), random(1, 5, 16, seed=1))
     expected, last = textbook(small, x, (first[0][0], first[1][0]))
     y, states = small(x, first if kind == "LSTM" else first[0])

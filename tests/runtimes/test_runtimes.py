@@ -15,6 +15,7 @@ from torch import nn
 import tersor
 from tersor.core.errors import InputError, MissingExtra, ModelError, UnknownName
 from tersor.formats.contract import Encoded
+from tersor.kernels import kernel_of
 from tersor.runtimes import RUNTIMES, open_session, runtime_for
 from tersor.runtimes.feeds import feeds_from, synthetic_feeds
 from tersor.runtimes.torch import TorchSession
@@ -246,9 +247,35 @@ def test_torch_finds_the_planted_share(one_thread):
 KERNELS = {  # layer, shape of its input, scheme, type, the product that runs
     "int8pack": (lambda: nn.Linear(1024, 2048), (1, 1024), "int8", torch.bfloat16, "_weight_int8pack_mm"),
     "int4pack": (lambda: nn.Linear(1024, 2048), (1, 1024), "int4-g32", torch.bfloat16, "_weight_int4pack_mm_for_cpu"),
-    "LSTM": (lambda: nn.LSTM(320, 320), (9, 8, 320), "int8-dynamic", torch.float32, "_int_mm"),
-    "GRU": (lambda: nn.GRU(320, 320), (9, 8, 320), "int8-dynamic", torch.float32, "_int_mm"),
 }
+LOOPS = {  # whose work PyTorch's own profiler does not see
+    "linear": (lambda: nn.Linear(1024, 256), (40, 1024), "int8-dynamic"),
+    "weights alone": (lambda: nn.Linear(1024, 256), (40, 1024), "int4-g64"),
+    "LSTM": (lambda: nn.LSTM(320, 320), (9, 8, 320), "int8-dynamic"),
+    "GRU": (lambda: nn.GRU(320, 320), (9, 8, 320), "int8-dynamic"),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_torch_sees_the_work_of_compiled_loops(name, one_thread, monkeypatch):
+    """It is one product of the layer, and most of what the layer does."""
+    monkeypatch.setattr(
+        "tersor.kernels.choice.fastest", lambda times: "unpack" if "unpack" in times else next(iter(times))
+    )
+    layer, shape, scheme = LOOPS[name]
+    model = tersor.compress(nn.Sequential(layer()).eval(), tersor.Recipe.of(scheme)).model
+    x = torch.from_numpy(numbers(*shape))
+
+    def run():
+        with torch.inference_mode():
+            model(x)
+
+    layers = stopwatch(model, run, 9).layers
+    (product,) = [layer for layer in layers if layer.part == "product"]
+    assert (product.name, product.weights) == ("0", "packed")
+    assert product.kernel == ("unpack" if name == "weights alone" else kernel_of(model[0], 40))
+    assert product.precision == ("fp32" if name == "weights alone" else "int8")
+    assert product.seconds > 0.3 * sum(layer.seconds for layer in layers)
 
 
 @pytest.mark.parametrize("name", KERNELS)

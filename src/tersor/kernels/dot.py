@@ -8,7 +8,8 @@ few to repay that have other kernels (int8.py).
 """
 
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -80,46 +81,58 @@ def lay_out(name: str, encoded: Encoded, activation: Activation | None) -> Layou
     return {**tensors, "weight": weight}
 
 
-def run(x: Tensor, encoded: Encoded, activation: Activation | None, layout: Layout, bias: Tensor | None) -> Tensor:
+@dataclass(frozen=True)
+class Loops:
+    """The compiled loops of one kernel: where all work beside PyTorch's own operators is done, and is timed.
+
+    Attributes:
+        name: of the kernel.
+        precision: of what is multiplied, `int8` or `fp32`.
+    """
+
+    name: str
+    precision: str
+
+    def multiply(self, loops: Callable[..., None], x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
+        """Run loops on float tokens: each thread takes some tokens, or some panels where tokens are few."""
+        from tersor.kernels.loops import Span
+
+        weight, dtype = layout["weight"], x.dtype
+        x = x if dtype is torch.float32 and x.stride(1) == 1 else x.float().contiguous()
+        addend = layout["nothing"] if bias is None else bias.float().contiguous()
+        num_tokens, num_rows, stride = x.shape[0], weight.num_rows, 4 * x.stride(0)
+        y = torch.empty(num_tokens, num_rows)
+        at, to, from_bias, num_panels = x.data_ptr(), y.data_ptr(), addend.data_ptr(), -(-num_rows // PANEL)
+        by_token = num_tokens >= num_panels
+        parts = shares(num_tokens if by_token else num_panels, num_tokens * num_rows * weight.num_columns)
+
+        def part(first: int, last: int) -> None:
+            if by_token:
+                span = Span(from_bias, 0, to + 4 * num_rows * first, 4 * num_rows, 0, num_panels)
+                loops(weight, at + first * stride, stride, last - first, span)
+            else:
+                loops(weight, at, stride, num_tokens, Span(from_bias, 0, to, 4 * num_rows, first, last))
+
+        spread(part, parts)
+        return y if dtype is torch.float32 else y.to(dtype)
+
+    def over_time(self, loops: Callable[[int, int], None], batch: int, work: int) -> None:
+        """Run loops over all steps of a batch: each thread takes some examples."""
+        spread(loops, shares(batch, work))
+
+
+def run(
+    name: str, x: Tensor, encoded: Encoded, activation: Activation | None, layout: Layout, bias: Tensor | None
+) -> Tensor:
     """Quantize, multiply and scale, on as many threads as PyTorch has."""
     from tersor.kernels.loops import dense
 
-    return split_work(dense, x, layout, bias)
-
-
-def split_work(loops: Callable[..., None], x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
-    """Run loops on float tokens: each thread takes some tokens, or some panels where tokens are few."""
-    from tersor.kernels.loops import Span
-
-    weight, dtype = layout["weight"], x.dtype
-    x = x if dtype is torch.float32 and x.stride(1) == 1 else x.float().contiguous()
-    addend = layout["nothing"] if bias is None else bias.float().contiguous()
-    num_tokens, num_rows, stride = x.shape[0], weight.num_rows, 4 * x.stride(0)
-    y = torch.empty(num_tokens, num_rows)
-    at, to, from_bias, num_panels = x.data_ptr(), y.data_ptr(), addend.data_ptr(), -(-num_rows // PANEL)
-    by_token = num_tokens >= num_panels
-    parts = shares(num_tokens if by_token else num_panels, num_tokens * num_rows * weight.num_columns)
-
-    def part(first: int, last: int) -> None:
-        if by_token:
-            span = Span(from_bias, 0, to + 4 * num_rows * first, 4 * num_rows, 0, num_panels)
-            loops(weight, at + first * stride, stride, last - first, span)
-        else:
-            loops(weight, at, stride, num_tokens, Span(from_bias, 0, to, 4 * num_rows, first, last))
-
-    spread(part, parts)
-    return y if dtype is torch.float32 else y.to(dtype)
+    return Loops(name, "int8").multiply(dense, x, layout, bias)
 
 
 def row(name: str) -> Kernel:
     """The kernel of one instruction."""
-    return Kernel(
-        name,
-        lambda encoded, activation, dtype: fits(name, encoded, activation, dtype),
-        lambda encoded, activation: lay_out(name, encoded, activation),
-        run,
-        1e-4,
-    )
+    return Kernel(name, partial(fits, name), partial(lay_out, name), partial(run, name), 1e-4)
 
 
 DOT = [row(name) for name in NAMES]

@@ -14,7 +14,7 @@ from torch import Tensor
 from tersor.activations.quantizers import Activation
 from tersor.formats.contract import Encoded
 from tersor.kernels.contract import Kernel, Layout, grid_of
-from tersor.kernels.dot import PANEL, split_work
+from tersor.kernels.dot import PANEL, Loops
 from tersor.kernels.int8 import SMALL
 
 
@@ -56,7 +56,7 @@ def run(x: Tensor, encoded: Encoded, activation: Activation | None, layout: Layo
     """Multiply, on as many threads as PyTorch has."""
     from tersor.kernels.float_loops import unpacked
 
-    return split_work(unpacked, x, layout, bias)
+    return Loops("unpack", "fp32").multiply(unpacked, x, layout, bias)
 
 
 def always_small(encoded: Encoded, activation: Activation | None, dtype: torch.dtype) -> bool:

@@ -1,15 +1,14 @@
 """LSTM and GRU layers that run on packed weights, with inputs quantized as they come.
 
 The matrix of the inputs is multiplied with all steps at once, that of the hidden state once per step, all gates
-together. In int8 both are products of integers (kernels/), and a step writes into memory that is allocated once: at
-batch 1 a step is so little work that allocating would take most of its time. Elsewhere (on other devices, where
+together. In int8 both are products of integers (kernels/), and all steps are one compiled loop: at batch 1 a step is so
+little work that calls of PyTorch would take most of its time. Elsewhere (on other devices, where
 gradients flow, inside `reference()`, under `torch.compile`) the weights are decoded once per call.
 
 The layers are those of PyTorch (Hochreiter and Schmidhuber 1997, https://doi.org/10.1162/neco.1997.9.8.1735; Cho et al.
 2014, https://arxiv.org/abs/1406.1078) with their order of gates and two biases.
 """
 
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,12 +21,14 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from tersor.activations.quantizers import Activation
 from tersor.core.errors import InputError
 from tersor.kernels import fast, linear
-from tersor.kernels.int8 import INT_MM
+from tersor.kernels.int8 import is_int8
+from tersor.kernels.recurrence import dot_kernel, recurrent_steps
 from tersor.nn.in_place import Packed
 from tersor.nn.packed import PREFIX, InputQuantizer, PackedWeight, pack_parameter
 
 State = tuple[Tensor, ...]  # h, and c for an LSTM; `[batch, hidden]`
 QUANTIZER = "quantizer_"
+SMALLEST = 2**14  # weights of a hidden state, from which on a loop of our own pays compiling it
 
 
 class PackedRecurrent(Packed):
@@ -48,8 +49,9 @@ class PackedRecurrent(Packed):
 
     @property
     def kernel(self) -> str:
-        """The kernel that runs a step: `int_mm`, or `decode`."""
-        return INT_MM.name if self.map_of("weight_hh_l0", None).is_int8 else "decode"
+        """The kernel that runs a step: the instruction that its loop is made of, or `decode`."""
+        recur = self.map_of("weight_hh_l0", None)
+        return dot_kernel(recur.weight.encoded).name if recur.is_int8 else "decode"  # type: ignore[union-attr]
 
     def map_of(self, name: str, bias: Tensor | None) -> "Map":
         """One of the weights, as the linear map it stands for."""
@@ -125,7 +127,7 @@ class PackedRecurrent(Packed):
         gates = self.map_of(f"weight_ih_{suffix}", of_x)(x)
         recur = self.map_of(f"weight_hh_{suffix}", of_h)
         if recur.is_int8 and fast(gates) and lengths is None and gates.dtype is torch.float32 and gates.numel():
-            return (int8_lstm if self.mode == "LSTM" else int8_gru)(gates, recur, first, reverse)
+            return run_int8(self.mode, gates, recur, first, reverse)
         step = lstm_step if self.mode == "LSTM" else gru_step
         product, state, outputs = recur.decoded(), first, [gates[0]] * len(gates)
         for t in reversed(range(len(gates))) if reverse else range(len(gates)):
@@ -156,8 +158,9 @@ class Map(NamedTuple):
         """True if it can run on integers."""
         if not isinstance(self.weight, PackedWeight) or self.quantizer is None:
             return False
-        activation = self.quantizer.activation
-        return activation.format == "int8-dynamic" and INT_MM.fits(self.weight.encoded, activation, torch.float32)
+        activation, encoded = self.quantizer.activation, self.weight.encoded
+        large = encoded.shape[0] * encoded.shape[1] >= SMALLEST
+        return activation.format == "int8-dynamic" and large and is_int8(encoded, activation, torch.float32)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Matrix product for all time steps at once."""
@@ -189,88 +192,12 @@ def gru_step(of_x: Tensor, of_h: Tensor, state: State) -> State:
     return (torch.lerp(n, state[0], (z_x + z_h).sigmoid()),)
 
 
-MAGIC = 1.5 * 2**23  # the last bits of a float32 that this was added to are its value, rounded to a whole number
-
-
-class Int8Product:
-    """A hidden state in int8 times a matrix in int8, into memory that is allocated once."""
-
-    def __init__(self, recur: Map, h: Float[Tensor, "batch hidden"]):
-        assert isinstance(recur.weight, PackedWeight)
-        grid = recur.weight.encoded.integers
-        assert grid is not None
-        self.matrix, self.weight_scale = grid.stored.t(), grid.scale.float().view(1, -1) / 127
-        # One more column holds the least of what is the largest.
-        self.magnitude = h.new_full((len(h), h.shape[1] + 1), 127e-12)
-        self.absolute, self.largest = self.magnitude[:, :-1], h.new_empty(len(h), 1)
-        self.magic, self.rounded = torch.full_like(h, MAGIC), torch.empty_like(h)
-        first_bytes = slice(None, None, 4) if sys.byteorder == "little" else slice(3, None, 4)
-        self.last_bits, self.codes = (
-            self.rounded.view(torch.int8)[:, first_bytes],
-            torch.empty_like(h, dtype=torch.int8),
-        )
-        self.sums = torch.empty(len(h), self.matrix.shape[1], dtype=torch.int32)
-        self.product = torch.empty(self.sums.shape)
-
-    def add(self, h: Tensor, to: Tensor, out: Tensor) -> None:
-        """`out = to + product`."""
-        self.quantize(h)
-        torch._int_mm(self.codes, self.matrix, out=self.sums)
-        self.scale(to, out)
-
-    def quantize(self, h: Tensor) -> None:
-        """The codes of `Int8Dynamic`: `round(127 h / largest)`, halves to the even number."""
-        torch.abs(h, out=self.absolute)
-        torch.amax(self.magnitude, -1, True, out=self.largest)
-        torch.addcdiv(self.magic, h, self.largest, value=127, out=self.rounded)
-        self.codes.copy_(self.last_bits)
-
-    def scale(self, to: Tensor, out: Tensor) -> None:
-        """The sums as floats, added to `to`."""
-        self.product.copy_(self.sums).mul_(self.largest)
-        torch.addcmul(to, self.product, self.weight_scale, out=out)
-
-
 @torch.no_grad()
-def int8_lstm(of_x: Tensor, recur: Map, first: State, reverse: bool) -> tuple[Tensor, State]:
-    """All steps of an LSTM layer; its biases are in `of_x`. PyTorch's tanh is several times slower than its sigmoid, so
-    the cell's gate is doubled, and the cell is kept times -2: tanh(x) = 2 sigmoid(2 x) - 1 = 1 - 2 sigmoid(-2 x)."""
-    h, c = first[0].contiguous(), first[1] * -2
-    outputs = of_x.new_empty(*of_x.shape[:2], h.shape[-1])
-    product, gates, squashed = Int8Product(recur, h), torch.empty_like(of_x[0]), torch.empty_like(h)
-    i, f, g, o = gates.chunk(4, -1)
-    cell = slice(2 * h.shape[-1], 3 * h.shape[-1])
-    doubled = torch.ones_like(product.weight_scale)
-    doubled[:, cell] = 2
-    product.weight_scale, of_x = product.weight_scale * doubled, of_x * doubled
-    steps = list(zip(of_x.unbind(0), outputs.unbind(0), strict=True))
-    for x, y in reversed(steps) if reverse else steps:
-        product.add(h, x, gates)
-        gates.sigmoid_()
-        c.mul_(f).addcmul_(i, g, value=-4).add_(i, alpha=2)
-        torch.sigmoid(c, out=squashed)
-        torch.addcmul(o, o, squashed, value=-2, out=y)
-        h = y
-    return outputs, (h, c * -0.5)
-
-
-@torch.no_grad()
-def int8_gru(of_x: Tensor, recur: Map, first: State, reverse: bool) -> tuple[Tensor, State]:
-    """All steps of a GRU layer."""
-    h = first[0].contiguous()
-    outputs = of_x.new_empty(*of_x.shape[:2], h.shape[-1])
-    product, of_h, new = Int8Product(recur, h), torch.empty_like(of_x[0]), torch.empty_like(h)
-    bias = recur.bias if recur.bias is not None else torch.zeros(of_h.shape[-1])
-    hidden = h.shape[-1]
-    both_h, n_h = of_h[:, : 2 * hidden], of_h[:, 2 * hidden :]
-    r, z = both_h.chunk(2, -1)
-    both_x, n_x = of_x[..., : 2 * hidden].unbind(0), of_x[..., 2 * hidden :].unbind(0)
-    steps = list(zip(both_x, n_x, outputs.unbind(0), strict=True))
-    for rz, n, y in reversed(steps) if reverse else steps:
-        product.add(h, bias, of_h)
-        both_h.add_(rz).sigmoid_()
-        torch.addcmul(n, r, n_h, out=new)
-        new.tanh_()
-        torch.lerp(new, h, z, out=y)
-        h = y
-    return outputs, (h,)
+def run_int8(mode: str, of_x: Tensor, recur: Map, first: State, reverse: bool) -> tuple[Tensor, State]:
+    """All steps of a layer on integers; an LSTM's biases are in `of_x`."""
+    assert isinstance(recur.weight, PackedWeight)
+    of_x, h = of_x.contiguous(), first[0].contiguous()
+    c = first[1].clone(memory_format=torch.contiguous_format) if mode == "LSTM" else None
+    outputs = recurrent_steps(recur.weight.encoded, recur.weight.memory, of_x, recur.bias, (h, c), reverse)
+    last = outputs[0 if reverse else -1].clone()
+    return outputs, (last,) if c is None else (last, c)

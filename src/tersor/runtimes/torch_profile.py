@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tersor.activations.quantizers import ACTIVATIONS
 from tersor.formats.contract import Encoded
 from tersor.kernels import reference
+from tersor.kernels.dot import Loops
 from tersor.nn.macs import operation_counter
 from tersor.nn.packed import PackedConv, PackedLinear, packed_parameters, packed_weight
-from tersor.nn.recurrent import Int8Product
 from tersor.runtimes.contract import LayerTime, Profile, run_clock
 
 PRODUCTS = {
@@ -190,7 +190,9 @@ class Stopwatch(TorchFunctionMode):
             finally:
                 self.inside, seconds = False, time.perf_counter() - started
                 self.in_pieces += seconds
-            self.calls.append(OperatorCall(self.path[-1], part, name, seconds, bytes_of((args, result))))
+            of_loops = args and isinstance(args[0], Loops)
+            kernel, precision = (args[0].name, args[0].precision) if of_loops else (name, "")
+            self.calls.append(OperatorCall(self.path[-1], part, kernel, seconds, bytes_of((args, result)), precision))
             return result
 
         return piece
@@ -207,7 +209,8 @@ PIECES = [
         for name in ("quantize", "fake_quantize")
         if hasattr(owner, name)
     ),
-    *((Int8Product, name, "quantize") for name in ("quantize", "scale")),
+    (Loops, "multiply", "product"),
+    (Loops, "over_time", "product"),
 ]
 
 
