@@ -1,5 +1,6 @@
 """`tersor verify ARTIFACT`: read all of it, and say whether it is what was written."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -8,14 +9,29 @@ import typer
 from tersor.cli import options
 from tersor.cli.console import events, out, print_json
 from tersor.jobs.pack import verify as verify_folder
+from tersor.jobs.pack import verify_file
 from tersor.report.card import megabytes
+
+RUNTIME_FILES = (".onnx", ".xml", ".pte")
 
 
 def verify(
-    artifact: Annotated[Path, typer.Argument(help="Artifact, packed folder, or model.tersor.")],
+    artifact: Annotated[Path, typer.Argument(help="Artifact, packed folder, model.tersor, or a file for a runtime.")],
     json: options.Json = False,
 ) -> None:
-    """Check the hash of every file, and of a model.tersor every checksum and every value."""
+    """Check the hash of every file, and of a model.tersor every checksum and every value; of a file for a runtime also
+    whether this processor computes its int8 products exactly."""
+    if artifact.suffix in RUNTIME_FILES:
+        with events(json) as told:
+            made = verify_file(artifact, told)
+        if json:
+            print_json(asdict(made) | {"file": str(made.file)})
+        else:
+            whole = "whole; " if made.marked is None else ""
+            out.print(
+                f"{made.file}: {whole}{megabytes(made.num_bytes)}; {made.products}", markup=False, highlight=False
+            )
+        return
     with events(json) as told:
         found = verify_folder(artifact, told)
     if json:

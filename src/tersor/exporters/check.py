@@ -21,6 +21,7 @@ from tersor.exporters.decoder import NUM_NEW
 from tersor.exporters.examples import Examples
 from tersor.measure.latency import Latency, measure_calls
 from tersor.runtimes import Decoder, Decodes, Session, runtime_named
+from tersor.runtimes.exactness import exactness
 from tersor.runtimes.torch_decoder import TorchDecoder
 from tersor.tasks.inputs import scoring
 
@@ -88,10 +89,11 @@ def run_and_compare(
     limit = limit_of(dtype, input_rounding)
     if written.exact is not None:
         exact = differs(runtime.open(written.exact, num_threads=num_threads))
-        hold(exact, limit, f"{export.name}, with inputs rounded as in the artifact", input_rounding)
+        hold(exact, limit, f"{export.name}, with inputs rounded as in the artifact", input_rounding, file=written.exact)
         limit = ROUNDED
     found = differs(session)
-    hold(found, limit, export.name, input_rounding, per_token=shares_a_scale(export, checkpoint))
+    per_token = shares_a_scale(export, checkpoint)
+    hold(found, limit, export.name, input_rounding, file=files[0], per_token=per_token)
     one = one_row(examples, feeds[0])
     tensors = {name: torch.from_numpy(array) for name, array in one.items()}
 
@@ -132,10 +134,10 @@ def decode_and_compare(
     limit = limit_of(dtype, input_rounding)
     if written.exact is not None:
         exact = found_by(written.exact)[1]
-        hold(exact, limit, f"{export.name}, with inputs rounded as in the artifact", input_rounding)
+        hold(exact, limit, f"{export.name}, with inputs rounded as in the artifact", input_rounding, file=written.exact)
         limit = ROUNDED
     decoder, found = found_by(file)
-    hold(found, limit, export.name, input_rounding)
+    hold(found, limit, export.name, input_rounding, file=file)
     in_torch: Decoder = TorchDecoder(checkpoint.model.to(DTYPES[dtype]), "model", num_threads)
     as_it_was, against = (as_float, "decoded to float") if checkpoint.sites else (in_torch, "in PyTorch")
     longest = ids[mask.sum(1).argmax()][None]
@@ -183,11 +185,24 @@ def shares_a_scale(export: Runnable, checkpoint: Checkpoint) -> bool:
     return dynamic and getattr(export, "per_token", None) is False
 
 
-def hold(found: float, limit: float, what: str, input_rounding: float, *, per_token: bool = False) -> None:
-    """Raises ModelError where outputs differ by more than `limit`; `per_token`: a scale for each token may help."""
+def hold(
+    found: float,
+    limit: float,
+    what: str,
+    input_rounding: float,
+    *,
+    file: Path | None = None,
+    per_token: bool = False,
+) -> None:
+    """Raises ModelError where the outputs of `file` differ by more than `limit`, with the reason: products that
+    overflow on this processor, inputs that rounding does not suit, or layers that it does not; `per_token`: a scale for
+    each token may help."""
     if found <= limit:
         return
     told = f"{what}: the file's outputs differ from the model's by {found:.2%} where at most {limit:.2%} is explained "
+    known = exactness(file) if file is not None else None
+    if known is not None and not known.is_exact:
+        raise ModelError(f"{told}by rounding; nothing was written. {known}")
     if CHAOS * input_rounding > ROUNDED:
         raise ModelError(
             f"{told}by rounding; nothing was written. On these inputs rounding alone moves the model's own outputs by "

@@ -22,6 +22,7 @@ from tersor.measure.latency import USUAL, Latency, TimeLimit, expected, measure_
 from tersor.measure.memory import Memory, measure_opened
 from tersor.measure.scorecard import BATCH_SIZES
 from tersor.runtimes import Feeds, Session, open_session, runtime_for
+from tersor.runtimes.exactness import exactness
 from tersor.runtimes.feeds import LENGTH, feeds_from, synthetic_feeds
 from tersor.runtimes.torch import TorchSession
 from tersor.tasks import Batch
@@ -100,6 +101,7 @@ class Bench:
         memory: of each candidate, at the largest batch; None where it was not asked for or the kernel does not tell.
         inputs: where they came from, and their shapes at each batch size.
         untimed: a sentence for each batch size that there was no time for.
+        exactness: for each file of int8 products, a sentence on whether this processor computes them exactly.
     """
 
     timings: tuple[Timed, ...]
@@ -108,6 +110,7 @@ class Bench:
     inputs: str
     versions: tuple[str, ...]
     untimed: tuple[str, ...] = ()
+    exactness: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         found = asdict(self)
@@ -175,7 +178,11 @@ def bench(
     of = f"{description}: {shapes}"
     for sentence in found.untimed:
         events.on_note(sentence)
-    return Bench(tuple(found.timings), tuple(found.noises), tuple(opened), of, tuple(versions), tuple(found.untimed))
+    exact = tuple(f"{c.model}: {known}" for c in candidates if (known := exactness(Path(c.model))) is not None)
+    for sentence in exact:
+        events.on_note(sentence)
+    measured = tuple(found.timings), tuple(found.noises), tuple(opened)
+    return Bench(*measured, of, tuple(versions), tuple(found.untimed), exact)
 
 
 class Times:

@@ -30,6 +30,7 @@ from tersor.exporters.examples import Examples, examples_of, with_cache
 from tersor.exporters.reopen import reopen
 from tersor.exporters.rescaled import for_any_processor
 from tersor.jobs.settings import Output
+from tersor.runtimes.exactness import exactness
 from tersor.tasks.data import Data
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}  # as clients name them
@@ -114,7 +115,9 @@ def export(
                 with scratch_folder() as scratch:
                     written = client.write(checkpoint, working, scratch)
                     checked = check(client, checkpoint, working, written, num_threads)
-                notes = (*rescaled, *written.notes)
+                known = exactness(written.file or working)
+                overflowing = (str(known),) if known is not None and known.overflowing else ()
+                notes = (*rescaled, *written.notes, *overflowing)
             else:
                 notes = tuple(client.write(checkpoint, working))
                 opened = reopen(client, checkpoint, working)

@@ -1,5 +1,6 @@
 """The jobs of `tersor pack`, `unpack` and `verify`: files made smaller without loss, back, and checked."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from tersor.analysis.coding import Verified
@@ -7,8 +8,12 @@ from tersor.analysis.coding import verify as verify_folder
 from tersor.checkpoint.pack import PackedFolder
 from tersor.checkpoint.pack import pack as pack_folder
 from tersor.checkpoint.pack import unpack as unpack_folder
+from tersor.core.errors import InputError
 from tersor.core.progress import Events
+from tersor.exporters import EXPORTS
+from tersor.exporters.contract import Filed
 from tersor.jobs.settings import Output
+from tersor.runtimes.exactness import exactness
 
 
 def pack(model: Path, output: Output) -> PackedFolder:
@@ -19,6 +24,33 @@ def pack(model: Path, output: Output) -> PackedFolder:
 def unpack(packed: Path, output: Output) -> PackedFolder:
     """Write plain safetensors; the packed weights of an artifact are decoded."""
     return unpack_folder(packed, output.path, overwrite=output.overwrite)
+
+
+@dataclass(frozen=True)
+class VerifiedFile:
+    """A file of a runtime: `marked` is what tells that it is as tersor wrote it (None) or why that is not known;
+    `products` whether this processor computes it exactly."""
+
+    file: Path
+    num_bytes: int
+    marked: str | None
+    products: str
+
+
+def verify_file(file: Path, events: Events = Events()) -> VerifiedFile:
+    """Check what a runtime's file says of itself, and try whether this processor multiplies its int8 weights exactly.
+    Raises InputError for a file that tersor does not write."""
+    client = next((each for each in EXPORTS.values() if each.suffix == file.suffix and isinstance(each, Filed)), None)
+    if client is None:
+        raise InputError(f"{file}: not an artifact, and not a file that tersor writes for a runtime")
+    marked, known = client.foreign(file), exactness(file)
+    if marked is not None:
+        events.on_note(f"{file}: {marked}, so nothing is known of its bytes")
+    products = str(known) if known is not None else NO_PRODUCTS
+    return VerifiedFile(file, file.stat().st_size, marked, products)
+
+
+NO_PRODUCTS = "none of its products overflows: it adds int8 products in 32 bits, or multiplies floats"
 
 
 def verify(artifact: Path, events: Events = Events()) -> Verified:
