@@ -1,5 +1,7 @@
 """Masks hold what was pruned wherever a weight lives, and a choice drops exactly the smallest."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -168,6 +170,37 @@ def test_masks_are_held_under_a_parametrization(module, name):
     masks.apply(model)
     assert torch.equal(original != 0, mask)
     assert torch.equal(getattr(module, name), 2.0 * mask)
+
+
+class Tripled(nn.Module):
+    """A parametrization of somebody else's."""
+
+    def forward(self, weight):
+        return 3 * weight
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(nn.Linear(6, 4), "weight"), (nn.ConvTranspose1d(3, 4, 2), "weight"), (nn.LSTM(6, 4), "weight_hh_l0")],
+)
+@pytest.mark.parametrize("chosen", ["before", "after"])
+def test_masks_are_held_where_others_compute_the_weight(module, name, chosen):
+    """What runs is masked, whether the masks or the parametrization were there first."""
+    module = copy.deepcopy(module)
+    model, masks = nn.Sequential(module), Masks()
+    site = next(site for site in find_sites(model) if site.parameter == f"0.{name}")
+    if chosen == "before":
+        MaskChoice(0.5).tighten(model, masks)
+    parametrize.register_parametrization(module, name, Tripled())
+    computed = getattr(module, name).detach().clone()
+    if chosen == "after":
+        MaskChoice(0.5).tighten(model, masks)
+    masks.apply(model)
+    mask = site.fold.unfold(masks.masks[site.name])
+    assert not mask.all()
+    assert torch.equal(getattr(module, name).detach(), computed * mask)
+    held = {id(each.parameter) for each in masks.held(model)}
+    assert id(getattr(module, name)) in held, "it is what an optimizer sees"
 
 
 def test_packed_sites_are_refused_unless_they_are_excluded():

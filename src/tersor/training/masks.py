@@ -4,19 +4,17 @@
 https://arxiv.org/abs/1506.02626), each site by itself or all sites under one threshold.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from tersor.core.errors import InputError
 from tersor.formats.semi_structured import SemiStructured
-from tersor.nn.packed import Fold
-from tersor.nn.sites import WEIGHTS, Site, check_patterns, find_sites, matches, simulated_parameters
+from tersor.nn.sites import Site, check_patterns, find_sites, matches, simulated_parameters
 from tersor.steps.preview import Preview, Pruning
 
 Scope = Literal["global", "site"]
@@ -49,7 +47,6 @@ class Masks:
     def held(self, model: nn.Module) -> list[Held]:
         """The trained parameters behind the masks; those of packed sites are not trained."""
         places = {site.name: (trained(model, site), site.fold) for site in find_sites(model)}
-        places |= fake_quantized(model, self.masks.keys() - places.keys())
         found = []
         for name, mask in self.masks.items():
             parameter, fold = places.get(name, (None, None))
@@ -96,25 +93,15 @@ class Masks:
 
 
 def trained(model: nn.Module, site: Site) -> nn.Parameter | None:
-    """The parameter whose numbers are trained where a site runs; None where it is packed."""
+    """The parameter whose numbers are trained where a site runs; None where it is packed.
+
+    A weight that is computed from other tensors (weight norm, any parametrization) becomes a parameter here.
+    """
+    site.materialize(model)
     place = site.owners[0]
     module = model.get_submodule(place.module)
     parameter = {**module._parameters, **simulated_parameters(module)}.get(place.parameter)
     return parameter if isinstance(parameter, nn.Parameter) else None
-
-
-def fake_quantized(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[nn.Parameter, Fold]]:
-    """The parameters behind parametrizations (torch.nn.utils.parametrize), which are no sites while they last."""
-    modules, found = dict(model.named_modules()), {}
-    for name in names:
-        path, parameter = (name, "weight") if name in modules else name.rpartition(".")[::2]
-        module: Any = modules.get(path)
-        if module is not None and is_parametrized(module, parameter):
-            original = module.parametrizations[parameter].original
-            views = (row.view for row in WEIGHTS if isinstance(module, row.classes))
-            view = next(views, "transposed")  # what no row names is Hugging Face's Conv1D
-            found[name] = (original, Fold(tuple(original.shape), view))
-    return found
 
 
 @dataclass(frozen=True)
@@ -160,7 +147,6 @@ class MaskChoice:
         for site in sites:
             if any(matches(pattern, site.name) for pattern in self.exclude):
                 continue
-            site.materialize(model)
             if trained(model, site) is None:
                 raise InputError(
                     f"{site.name} is packed already: prune before the weights step, or leave it out with exclude: "
