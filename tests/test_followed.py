@@ -66,7 +66,7 @@ for scheme in ["int4-g32", "int8", "int8/int8-dynamic"]:
 
 @pytest.mark.slow  # a process of its own: shapes are tensors in a trace, which the checks of types here do not take
 def test_traces_compute_what_the_model_computes():
-    subprocess.run([sys.executable, "-W", "ignore", "-c", TRACED], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", TRACED], check=True, timeout=900)
 
 
 MASKS = {

@@ -99,7 +99,7 @@ def test_a_new_process_computes_the_same(tmp_path):
     torch.save((case.arguments(small), case.run(small)[0]), tmp_path / "io.pt")
     torch.save(case.generate(small), tmp_path / "tokens.pt")
     arguments = [tmp_path / "small", tmp_path / "io.pt", tmp_path / "tokens.pt"]
-    done = subprocess.run([sys.executable, "-c", NEW_PROCESS, *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", NEW_PROCESS, *arguments], capture_output=True, text=True, timeout=900)
     assert done.stdout.strip() == "same", done.stderr
 
 
