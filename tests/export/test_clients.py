@@ -114,7 +114,7 @@ def test_gptqmodel(to, scheme, dtype, run, artifact, tmp_path):
     export(folder, tmp_path / "out", to=to)
     found, _ = run("GPTQ", tmp_path / "out")
     exact, rounded = expected(folder), logits(tersor.load(folder, packed=False).to(dtype))
-    assert distance(found, exact) < 2 * distance(rounded, exact)
+    assert distance(found, exact) < 1.25 * distance(rounded, exact)
 
 
 # The CPU build of vLLM has no kernel for 8-bit weights with float inputs.
