@@ -41,7 +41,7 @@ from tersor.checkpoint.open import open_model
 from tersor.measure.scorecard import machine
 from tersor.measure.verdict import Tolerance, judge
 from tersor.methods.stats import Stats
-from tersor.methods.waterfill import bound_at
+from tersor.methods.waterfill import bounds_at
 from tersor.recipe import Recipe
 from tersor.schemes.scheme import KEEP, Scheme
 from tersor.search.choices import NUM_STATES
@@ -146,6 +146,12 @@ def at_forecast(model: nn.Module, folder: Path, task: Task, stats: dict[str, Sta
         "predicted": forecast.num_weights * level**2 / 24,
         "seconds": seconds,
     }
+
+
+def bound_at(counts: torch.Tensor, level: float) -> float:
+    """Bits that no code can do without, at the error of this level, were the weights normal numbers: their
+    rate-distortion function (Shannon 1959)."""
+    return counts.dot(bounds_at(counts, level)).item()
 
 
 def by_tersor(model: nn.Module, folder: Path, task: Task, stats: dict[str, Stats], kind: str, setting: str) -> Made:

@@ -35,8 +35,6 @@ from tersor.training import TRAINING_STEPS, StudentStep, TrainingStep
 from tersor.transforms import TRANSFORMS
 from tersor.transforms.contract import Transform
 
-VERSION = 1
-
 
 class TransformStep(BaseModel):
     """Rewrite the model without changing what it computes, so that the steps that follow cost less."""

@@ -4,13 +4,14 @@ import math
 
 import numpy as np
 import pytest
+import rans_numpy
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import Tensor
 
-from tersor.codecs import integers, rans, rans_numba, rans_numpy
+from tersor.codecs import integers, rans, rans_numba
 from tersor.codecs.integers import as_matrix, decode, encode, estimate_bits, pieces_of
 from tersor.codecs.plan import make_plan
 from tersor.core.errors import ArtifactError
@@ -133,19 +134,6 @@ def test_scaled_on_the_way(shape, sigma, loops, monkeypatch):
     for task in decoding.tasks:
         task()
     assert same(decoding.tensor, codes * (rows[:, None] * columns))
-
-
-def test_without_numba(monkeypatch):
-    """Where numba cannot be imported numpy takes over."""
-    import sys
-
-    monkeypatch.setitem(sys.modules, "tersor.codecs.rans_numba", None)
-    monkeypatch.delattr("tersor.codecs.rans_numba")
-    rans.loops.cache_clear()
-    try:
-        assert rans.loops() is rans_numpy
-    finally:
-        rans.loops.cache_clear()
 
 
 def test_the_coder_step_by_step():

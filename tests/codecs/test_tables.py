@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import rans_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from tersor.codecs import rans_numba, rans_numpy
+from tersor.codecs import rans_numba
 from tersor.codecs.bits import BitReader, BitWriter, unzigzag, zigzag
 from tersor.codecs.counts import LARGEST, TOTAL
 from tersor.codecs.tables import MOST, make_tables, normalized, read_tables, write_tables

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+import rans_numpy
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from golden.container.write_container import bell, on_paths
-from tersor.codecs import integers, rans, rans_numba, rans_numpy
+from tersor.codecs import integers, rans, rans_numba
 from tersor.codecs.bits import write_varint, zigzag
 from tersor.codecs.integers import EXPANSION, Integers, as_matrix, estimate_bits
 from tersor.codecs.plan import best_plan, make_plan, plan_bits

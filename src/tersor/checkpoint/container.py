@@ -154,16 +154,6 @@ class Container:
                 list(pool.map(lambda task: task(), large))
         return {name: self.finished(name, decoding) for name, decoding in decodings.items()}
 
-    def rows(self, name: str, first: int, end: int) -> Tensor:
-        """Some rows of a tensor; only the chunks that hold them are read and checked."""
-        decoding, entry = self.decoding(name), self.entries[name]
-        if entry.packed is None and decoding.num_rows == entry.shape[0]:
-            for task, rows in zip(decoding.tasks, decoding.rows, strict=True):
-                if rows.start < end and rows.stop > first:
-                    task()
-            return decoding.tensor[first:end].clone()
-        return self.tensor(name)[first:end]
-
     def check(self, num_threads: int | None = None) -> None:
         """Read everything: the hash, every chunk's checksum, and every value."""
         for name in self.entries:

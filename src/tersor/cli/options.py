@@ -10,7 +10,9 @@ from tersor.checkpoint.open import ModelSpec
 from tersor.checkpoint.open import dtype_named as dtype_named
 from tersor.core.errors import InputError
 from tersor.jobs.settings import Timing
+from tersor.tasks import TASKS
 from tersor.tasks.data import Data as TaskData
+from tersor.tasks.options import HELP
 
 Weights = Annotated[
     Path | None,
@@ -21,8 +23,8 @@ Weights = Annotated[
 TaskName = Annotated[
     str | None,
     typer.Option(
-        help="classification, similarity, perplexity, fidelity (the default: agreement with the original), "
-        "or your own as package.module:factory."
+        help=f"{', '.join(TASKS)}, or your own as package.module:factory. Without it: fidelity, the agreement with the "
+        "original."
     ),
 ]
 Data = Annotated[
@@ -36,9 +38,7 @@ Train = Annotated[
 ]
 TaskOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--task-option", help="KEY=VALUE for the task: batch_size, max_length, context, stride, ... Repeatable."
-    ),
+    typer.Option("--task-option", help=f"KEY=VALUE for the task: {', '.join(list(HELP)[:4])}, ... Repeatable."),
 ]
 Batch = Annotated[
     str | None,

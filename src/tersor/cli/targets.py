@@ -1,6 +1,7 @@
 """`tersor targets`: the table of clients that `tersor export --to` writes for."""
 
-import importlib.util
+import re
+from importlib.metadata import PackageNotFoundError, distribution, requires
 
 from tersor.cli import options
 from tersor.cli.console import out, print_json, print_table
@@ -8,9 +9,7 @@ from tersor.exporters import ROWS
 from tersor.exporters.contract import Runnable
 from tersor.runtimes import RUNTIMES, Decodes
 
-PACKAGES = {"gguf": ["gguf"], "onnx": ["onnx", "onnxruntime", "onnxscript"]}
-PACKAGES["executorch"] = ["executorch"]
-PACKAGES["openvino"] = ["openvino", *PACKAGES["onnx"]]
+OF_EXTRA = re.compile(r"""([\w.-]+).*;\s*extra\s*==\s*['"](.+?)['"]""")  # a requirement, as the package declares it
 
 
 def targets(json: options.Json = False) -> None:
@@ -45,8 +44,14 @@ def targets(json: options.Json = False) -> None:
 
 
 def installed(extra: str | None) -> bool:
-    """True if the packages that writing needs are there."""
-    return all(importlib.util.find_spec(package) is not None for package in PACKAGES.get(extra or "", []))
+    """True if the packages that an extra of tersor names are there."""
+    named = [match.groups() for text in requires("tersor") or [] if (match := OF_EXTRA.match(text))]
+    try:
+        for package in (package for package, of in named if of == extra):
+            distribution(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def needed(extra: object, is_installed: object) -> str:

@@ -39,11 +39,6 @@ class PendingTensor:
     tasks: Sequence[CodecJob]
     rows: Sequence[slice]
 
-    @property
-    def num_rows(self) -> int:
-        """Number of rows after reshaping the tensor to 2-D for coding."""
-        return max((rows.stop for rows in self.rows), default=0)
-
 
 class Codec(Protocol):
     """A way to write tensors. What is decoded has the very bits of what was encoded."""

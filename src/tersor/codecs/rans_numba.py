@@ -1,4 +1,4 @@
-"""The loops of the entropy coder, compiled by numba: the same bytes as `rans_numpy.py`, a hundred times faster.
+"""The loops of the entropy coder, compiled by numba.
 
 Imported only where coding happens.
 """

@@ -9,14 +9,12 @@ less, since the weights as they came are known there.
 from dataclasses import replace
 from typing import Literal
 
-import torch
-
 from tersor.activations.quantizers import INT8
 from tersor.core.errors import InputError
 from tersor.exporters.contract import Checkpoint, PackedSite
-from tersor.formats.contract import Grid
 from tersor.formats.overflow import num_overflowing, without_overflow
 from tersor.methods.mse import Mse
+from tersor.methods.stats import Stats
 
 Cpu = Literal["any", "vnni"]
 
@@ -60,8 +58,6 @@ def rescaled(checkpoint: Checkpoint, packed: PackedSite) -> PackedSite:
     weight, neighbours = packed.encoded.decode(), packed.site.neighbours(checkpoint.model)
     assert neighbours is not None
     format = without_overflow(packed.encoded.format, neighbours)
-    assert isinstance(format, Grid)
-    params = Mse().search(weight, format, torch.ones(weight.shape[1]))
-    rows = format.encode(weight, params)
+    rows = Mse().compress(weight, format, Stats())
     packed.site.replace(checkpoint.model, rows, packed.activation)
     return packed._replace(encoded=rows)

@@ -158,12 +158,6 @@ def bits_at(counts: Float[Tensor, " bin"], level: float, num_states: int = 0) ->
     return counts.dot(bits).item()
 
 
-def bound_at(counts: Float[Tensor, " bin"], level: float) -> float:
-    """Bits that no code can do without, at the error of this level, were the weights normal numbers: their
-    rate-distortion function (Shannon 1959)."""
-    return counts.dot(bounds_at(counts, level)).item()
-
-
 def bounds_at(counts: Float[Tensor, " bin"], level: float) -> Float[Tensor, " bin"]:
     """The bound for a weight of each deviation."""
     return (deviations_at(counts, level) + log(12, 2) / 2).clamp_min(0)

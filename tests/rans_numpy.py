@@ -1,7 +1,6 @@
-"""The loops of the entropy coder in numpy, for places without numba: one step for all lanes at a time.
+"""The loops of the entropy coder in numpy, one step for all lanes at a time: what the compiled ones are judged by.
 
-About a hundred times slower than `rans_numba.py`, with the same bytes in and out, so that a file can be read wherever
-numpy runs.
+About a hundred times slower than `tersor.codecs.rans_numba`, with the same bytes in and out.
 """
 
 import numpy as np
