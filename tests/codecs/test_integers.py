@@ -4,13 +4,13 @@ import math
 
 import numpy as np
 import pytest
-import rans_numpy
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import Tensor
 
+import rans_numpy
 from tersor.codecs import integers, rans, rans_numba
 from tersor.codecs.integers import as_matrix, decode, encode, estimate_bits, pieces_of
 from tersor.codecs.plan import make_plan

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-import rans_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+import rans_numpy
 from tersor.codecs import rans_numba
 from tersor.codecs.bits import BitReader, BitWriter, unzigzag, zigzag
 from tersor.codecs.counts import LARGEST, TOTAL

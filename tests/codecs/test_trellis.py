@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-import rans_numpy
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import rans_numpy
 from golden.container.write_container import bell, on_paths
 from tersor.codecs import integers, rans, rans_numba
 from tersor.codecs.bits import write_varint, zigzag

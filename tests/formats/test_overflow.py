@@ -166,7 +166,7 @@ def test_a_solver_makes_up_for_what_a_pair_cannot_hold():
     weight, x = torch.randn(16, 32), torch.randn(200, 8) @ torch.randn(8, 32)
     stats, safe = Stats(second_moment=x.t() @ x / 200), SafeInt8(8, neighbours=Neighbours(32))
     nearest = safe.fake_quantize(weight, safe.fit(weight))
-    solved = Gptq(drift=0).compress(weight, safe, stats)
+    solved = Gptq(upstream_correction=0).compress(weight, safe, stats)
     assert keeps_pair_rule(solved.parts["codes"])
     assert ((solved.decode() - weight) @ x.t()).square().sum() < 0.5 * ((nearest - weight) @ x.t()).square().sum()
 
