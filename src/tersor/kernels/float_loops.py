@@ -12,7 +12,7 @@ from tersor.kernels.loops import floats
 PANEL, BYTES = np.int64(16), np.int64(64)
 
 
-class Packed(NamedTuple):
+class PackedPanels(NamedTuple):
     """Addresses of a weight in panels.
 
     Attributes:
@@ -30,7 +30,7 @@ class Packed(NamedTuple):
     group_size: int
 
 
-class Job(NamedTuple):
+class TokenJob(NamedTuple):
     """Addresses of tokens and results, and of the panels as floats; 0 where they are not decoded."""
 
     decoded: int
@@ -115,11 +115,13 @@ def unpacked(weight, x, x_stride, num_tokens, span):
             decode_panels(weight, panel, group, decoded)
         at = panel * BYTES
         if (panel + 1) * PANEL <= weight.num_rows:
-            job = Job(floats_at, x, x_stride, num_tokens, span.addend + at, span.out + at, span.out_stride)
+            job = TokenJob(floats_at, x, x_stride, num_tokens, span.addend + at, span.out + at, span.out_stride)
             multiply(weight, panel, group, job)
         else:
             last_panel(
-                weight, panel, Job(floats_at, x, x_stride, num_tokens, span.addend + at, span.out + at, span.out_stride)
+                weight,
+                panel,
+                TokenJob(floats_at, x, x_stride, num_tokens, span.addend + at, span.out + at, span.out_stride),
             )
         panel += group
 
@@ -132,7 +134,7 @@ def last_panel(weight, panel, job):
     given = floats(job.addend, width)
     for j in range(width):
         addends[j] = given[j]
-    to = Job(
+    to = TokenJob(
         job.decoded, job.x, job.x_stride, job.num_tokens,
         np.int64(addends.ctypes.data), np.int64(made.ctypes.data), BYTES,
     )  # fmt: skip

@@ -26,7 +26,7 @@ def is_packed(encoded: Encoded, activation: Activation | None, dtype: torch.dtyp
 
 def lay_out(encoded: Encoded, activation: Activation | None) -> Layout:
     """The codes in panels, a second copy: two in a byte up to 4 bits, one above. And the addresses the loops take."""
-    from tersor.kernels.float_loops import Packed
+    from tersor.kernels.float_loops import PackedPanels
     from tersor.kernels.float_tile import Bits4, Bits8
 
     grid, (num_rows, num_columns) = grid_of(encoded), encoded.shape
@@ -42,7 +42,7 @@ def lay_out(encoded: Encoded, activation: Activation | None) -> Layout:
     at = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     kind = Bits4() if grid.bits <= 4 else Bits8()
     size = grid.group_size or num_columns
-    weight = Packed(kind, at["codes"], at["scale"], at["zero"], num_rows, num_columns, size)
+    weight = PackedPanels(kind, at["codes"], at["scale"], at["zero"], num_rows, num_columns, size)
     return {**tensors, "weight": weight}
 
 
