@@ -17,8 +17,9 @@ from tersor.core.errors import InputError
 from tersor.core.threads import threads
 from tersor.formats import format_named
 from tersor.formats.contract import Encoded
+from tersor.formats.overflow import keeps_pair_rule
 from tersor.kernels import choice, choices, dot, kernel_of, reference
-from tersor.kernels.int8 import FLOAT, INT_MM, ONEDNN, keeps_pair_rule, qlinear_is_exact
+from tersor.kernels.int8 import FLOAT, INT_MM, ONEDNN, qlinear_is_exact
 from tersor.measure.size import measure_size
 from tersor.methods.stats import Stats
 from tersor.nn.packed import Fold, PackedLinear, PackedWeight, pack_layer

@@ -18,8 +18,9 @@ from torch import Tensor
 from tersor.activations.quantizers import Activation
 from tersor.core.threads import shares, spread
 from tersor.formats.contract import Encoded
+from tersor.formats.overflow import keeps_pair_rule
 from tersor.kernels.contract import Kernel, Layout, grid_of
-from tersor.kernels.int8 import SMALL, is_int8, keeps_pair_rule, offsets
+from tersor.kernels.int8 import SMALL, is_int8, offsets
 
 PANEL, STEP = 16, 4  # rows and columns of a weight that lie together
 NAMES = ("vpdpbusd", "vpdpbusd256", "vpmaddubsw", "vpmaddwd", "sdot", "widening")  # of instructions, the fastest first

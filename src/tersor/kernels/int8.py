@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tersor.activations.quantizers import Activation, Int8Dynamic, IntStatic
 from tersor.formats.contract import Encoded
+from tersor.formats.overflow import keeps_pair_rule
 from tersor.kernels.contract import Kernel, Layout, grid_of, scaled
 
 MOST_COLUMNS = 2**31 // (256 * 127)  # whose sums, zero points included, cannot overflow int32
@@ -67,17 +68,6 @@ def has_qlinear(encoded: Encoded, activation: Activation | None, dtype: torch.dt
     if not is_int8(encoded, activation, dtype) or grid_of(encoded).stored.numel() < LARGE:
         return False
     return qlinear_is_exact() or (qlinear_is_exact(64) and keeps_pair_rule(grid_of(encoded).stored))
-
-
-def keeps_pair_rule(codes: Tensor) -> bool:
-    """Whether no two neighbouring columns (0 and 1, 2 and 3, ...) hold codes of one sign that are over 128 together:
-    then 255 times each, added, fits into 16 bits.
-
-    >>> keeps_pair_rule(torch.tensor([[100, 28, 127]])), keeps_pair_rule(torch.tensor([[100, 29]]))
-    (True, False)
-    """
-    pairs = codes[:, : codes.shape[1] // 2 * 2].to(torch.int16).unflatten(1, (-1, 2)).sum(-1)
-    return not pairs.numel() or bool(pairs.abs().max().item() <= 128)
 
 
 @cache
