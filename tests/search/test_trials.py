@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from torch import nn
 
-import tersor
+from tersor.checkpoint.open import ModelSpec
 from tersor.measure.verdict import Tolerance
 from tersor.recipe import Recipe
+from tersor.search.runners.contract import TrialSpec, Workbench
+from tersor.search.runners.serial import SerialRunner
 from tersor.search.trials import TrialJournal, Trials, smallest_within
+from tersor.tasks.data import Data
 from tersor.tasks.scores import METRICS, Scores
 
 ROWS = np.random.default_rng(0).normal(2, 0.3, (40, 1))
@@ -29,15 +32,25 @@ class Worse:
         return Scores(METRICS["mean"], ROWS - 0.5**bits + 0.001 * np.arange(40)[:, None] / 40)
 
 
+class Noting(SerialRunner):
+    """Notes what is made."""
+
+    def __init__(self, spec, made):
+        super().__init__([(spec, Workbench(spec.model.model, spec.data.task))])
+        self.made = made
+
+    def run(self, specs, what=""):
+        specs = list(specs)
+        self.made += [spec.recipe.weights[0].scheme for spec in specs]
+        return super().run(specs, what)
+
+
 def search(path, made, on_trial=lambda trial: None, inputs=("same",)):
-    trials = Trials(Worse(), ORIGINAL, Tolerance.parse("5%"), on_trial=on_trial, journal=TrialJournal(path, inputs))
-
-    def make(recipe):
-        made.append(recipe.weights[0].scheme)
-        return tersor.compress(nn.Sequential(nn.Linear(64, 64)), recipe)
-
-    for format in ("mse:int8", "mse:int2", "mse:int4", "mse:int3"):
-        trials.run(Recipe.of(format), make)
+    spec = TrialSpec(ModelSpec(nn.Sequential(nn.Linear(64, 64))), Data(Worse()))
+    journal = TrialJournal(path, inputs)
+    trials = Trials(spec, Noting(spec, made), ORIGINAL, Tolerance.parse("5%"), on_trial, journal)
+    for format in ("nearest:int8", "nearest:int2", "nearest:int4", "nearest:int3"):
+        trials.run(Recipe.of(format))
     return trials
 
 
@@ -51,15 +64,15 @@ def test_a_search_that_was_stopped_goes_on_with_the_same_result(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         search(path, made, stop)
-    assert made == ["mse:int8", "mse:int2"]
+    assert made == ["nearest:int8", "nearest:int2"]
     made.clear()
     with path.open("a", encoding="utf-8") as file:
         file.write('{"recipe": "half a li')  # as a killed run leaves it
     again = search(path, made)
-    assert made == ["mse:int4", "mse:int3"], "what had finished is not made again"
+    assert made == ["nearest:int4", "nearest:int3"], "what had finished is not made again"
     assert again.finished == whole.finished
-    assert smallest_within(again.finished).recipe == smallest_within(whole.finished).recipe == Recipe.of("mse:int4")
-    assert again.best.recipe == Recipe.of("mse:int4")
+    assert smallest_within(again.finished).recipe == smallest_within(whole.finished).recipe == Recipe.of("nearest:int4")
+    assert again.best.recipe == Recipe.of("nearest:int4")
 
 
 def test_trials_of_other_inputs_are_not_taken(tmp_path):

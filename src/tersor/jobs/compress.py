@@ -45,6 +45,8 @@ from tersor.search.drop import search_drop
 from tersor.search.limit import Limit
 from tersor.search.noise_level import NoiseLevelSearch, check_codable
 from tersor.search.plan import CANDIDATES, check_reachable, measure_menus, plan_and_make
+from tersor.search.runners.contract import TrialSpec, Workbench
+from tersor.search.runners.serial import SerialRunner
 from tersor.search.trials import ALPHA, Trial, TrialJournal, Trials, nearest_points, smallest_within
 from tersor.steps.weights import WeightsStep
 from tersor.tasks.contract import Task
@@ -106,8 +108,10 @@ class Result(Compressed):
 class Original:
     """The model that is to be made smaller, scored, and what is asked of the smaller one."""
 
+    spec: ModelSpec
     source: Source
     num_bytes: int
+    data: Data
     task: Task
     scores: Scores
     limit: Limit | None
@@ -188,7 +192,9 @@ def open_original(model: ModelSpec, data: Data, choices: Choices, events: Events
     check_steps(recipe, source.model, task)
     task.prepare(source.model)
     scores = score(task, source.model, events.on_progress, "evaluating the original")
-    return Original(source, num_bytes, task, scores, limit, Tolerance.parse(budget.drop or DEFAULT_DROP), began)
+    return Original(
+        model, source, num_bytes, data, task, scores, limit, Tolerance.parse(budget.drop or DEFAULT_DROP), began
+    )
 
 
 def fixed_sites(choices: Choices) -> WeightsStep:
@@ -210,12 +216,14 @@ def search(original: Original, output: Path, choices: Choices, events: Events) -
             made = plan_and_make(model, menus, limit, levels.compressed, seed)
         return Found(made.recipe, made, stats)
     kept = TrialJournal(output.with_name(f".{output.name}.trials"), identity(original, choices))
-    trials = Trials(task, original.scores, original.tolerance, seed, progress, events.on_trial, kept)
+    spec = TrialSpec(original.spec, original.data, seed=seed)
+    runner = SerialRunner([(spec, Workbench(model, task, stats))], events)
+    trials = Trials(spec, runner, original.scores, original.tolerance, events.on_trial, kept)
     with told(trials):
         if coded:
             levels.defended(trials)
         else:
-            search_drop(model, menus, stats, trials)
+            search_drop(model, menus, trials)
     try:
         best = defensible(trials.finished, original.tolerance)
     except BudgetError:

@@ -156,7 +156,7 @@ class NoiseLevelSearch:
 
         def judged(level: float) -> Trial:
             recipe = recipe_at(level, searching.step, searching.seed, searching.factors, searching.num_states)
-            return trials.run(recipe, searching.compressed)
+            return trials.run(recipe)
 
         defend(forecast, judged)
 

@@ -3,21 +3,19 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from torch import nn
 
-from tersor.checkpoint.container_write import size_of
 from tersor.core.errors import InputError
-from tersor.core.progress import Progress, silent
+from tersor.core.progress import silent
 from tersor.measure.verdict import Tolerance, Verdict, judge
 from tersor.pipeline import Compressed
 from tersor.recipe import Recipe
-from tersor.tasks.contract import Task
-from tersor.tasks.progress import score
+from tersor.search.runners.contract import Runner, TrialResult, TrialSpec
 from tersor.tasks.scores import Scores
 
 NUM_TRIALS = 7
@@ -120,40 +118,53 @@ class Trials:
     """The trials of one search in their order, each judged at its share of the error that is allowed.
 
     Attributes:
-        best: the model of the smallest trial that is within, where it was made in this run.
+        spec: of all trials, but for the recipe.
+        runner: where they run.
+        original: scores of the model that they are made from.
+        best: the model of the smallest trial that is within, where it was made in this run and process.
     """
 
-    task: Task
+    spec: TrialSpec
+    runner: Runner
     original: Scores
     tolerance: Tolerance
-    seed: int = 0
-    progress: Progress = silent
-    on_trial: Callable[[Trial], None] = lambda trial: None
+    on_trial: Callable[[Trial], None] = silent
     journal: TrialJournal = field(default_factory=TrialJournal)
     finished: list[Trial] = field(default_factory=list)
     best: Compressed | None = None
 
-    def run(self, recipe: Recipe, make: Callable[[Recipe], Compressed], num_trials: int = NUM_TRIALS) -> Trial:
+    def run(self, recipe: Recipe, num_trials: int = NUM_TRIALS) -> Trial:
         """Make a model and judge it, or take what is known of it."""
-        known, made = self.journal.find(recipe, self.original), None
+        spec = replace(self.spec, recipe=recipe)
+        known = self.journal.find(recipe, self.original)
         if known is None:
-            made = make(recipe)
-            num_bytes = size_of(made.model)
-            scores = self.scored(made.model, num_trials)
-            self.journal.add(recipe, num_bytes, scores)
+            what = f"evaluating trial {len(self.finished) + 1} of at most {num_trials}"
+            (result,) = self.runner.run([spec], what)
+            self.journal.add(recipe, result.num_bytes, result.scores)
         else:
-            num_bytes, scores = known
-        verdict = judge(self.original, scores, self.tolerance, alpha=ALPHA / num_trials, seed=self.seed)
-        trial = Trial(num_bytes, scores.value, verdict, made.recipe if made else recipe, scores)
-        self.finished.append(trial)
+            result = TrialResult(spec, recipe, *known)
+        trial = self.judged(result, num_trials)
         if smallest_within(self.finished) is trial:
-            self.best = made
+            self.best = self.runner.model_of(spec)
         self.on_trial(trial)
         return trial
 
-    def scored(self, model: nn.Module, num_trials: int) -> Scores:
-        what = f"evaluating trial {len(self.finished) + 1} of at most {num_trials}"
-        return score(self.task, model, self.progress, what)
+    def run_all(self, recipes: Sequence[Recipe]) -> list[Trial]:
+        """Make the models of several recipes, as many at once as the runner runs, and judge each."""
+        specs = [replace(self.spec, recipe=recipe) for recipe in recipes]
+        trials = []
+        for result in self.runner.run(specs):
+            trials.append(self.judged(result, len(recipes)))
+            self.on_trial(trials[-1])
+        return trials
+
+    def judged(self, result: TrialResult, num_trials: int) -> Trial:
+        """A result with its verdict, which is one of `num_trials`; it is finished by that."""
+        alpha = ALPHA / num_trials
+        verdict = judge(self.original, result.scores, self.tolerance, alpha=alpha, seed=self.spec.seed)
+        trial = Trial(result.num_bytes, result.scores.value, verdict, result.recipe, result.scores)
+        self.finished.append(trial)
+        return trial
 
     def way_on(self) -> str:
         """The trials that have finished, and how to continue a search that was stopped."""
@@ -162,3 +173,19 @@ class Trials:
             f"; the same command goes on from there, with what is in {self.journal.path}" if self.journal.path else ""
         )
         return f"{len(self.finished)} trials had finished ({done}){there}"
+
+
+def recipes_over(recipe: Recipe, number: int, name: str, values: Iterable[Any]) -> list[Recipe]:
+    """The same recipe with one field of one step at several values: a student's `width`, a lottery's `sparsity`.
+
+    >>> recipe = Recipe.from_yaml("steps: [{step: prune, sparsity: 0.5}, {scheme: int8}]")
+    >>> [each.steps[0].sparsity for each in recipes_over(recipe, 0, "sparsity", [0.5, 0.9])]
+    [0.5, 0.9]
+    """
+    data = recipe.model_dump(mode="json")
+    made = []
+    for value in values:
+        steps = [dict(step) for step in data["steps"]]
+        steps[number][name] = value
+        made.append(Recipe.validated({**data, "steps": steps}, f"step {number}, {name} {value}"))
+    return made
