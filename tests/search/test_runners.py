@@ -10,7 +10,7 @@ from torch import nn
 
 import tersor
 from tersor.checkpoint.open import ModelSpec
-from tersor.core.errors import FormatError, InputError
+from tersor.core.errors import InputError, UnknownName
 from tersor.measure.verdict import Tolerance
 from tersor.recipe import Recipe
 from tersor.search.runners.contract import TrialSpec
@@ -68,8 +68,8 @@ def test_processes_give_what_one_process_gives(points, texts):
     serial = list(SerialRunner().run(specs))
     with ProcessRunner(1) as runner:
         apart = list(runner.run(specs))
-        with pytest.raises(FormatError, match="int4-g64"):
-            list(runner.run([replace(points, recipe=Recipe.of("int4-g64"))]))
+        with pytest.raises(UnknownName, match="site pattern 'nowhere'"):
+            list(runner.run([replace(points, recipe=Recipe.of("int8", exclude="nowhere"))]))
     for one, other, spec in zip(serial, apart, specs, strict=True):
         assert one.spec == other.spec == spec
         assert (one.recipe, one.num_bytes, one.losses) == (other.recipe, other.num_bytes, other.losses)

@@ -15,10 +15,27 @@ A message says the value, the place and the way out. The command line prints it 
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class TersorError(Exception):
     """Base of all; `except tersor.TersorError` catches exactly what tersor raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors go from process to process by their message, whatever they were made from."""
+        return remade, (type(self), str(self)), self.__dict__
+
+
+def remade(kind: type[TersorError], message: str) -> TersorError:
+    """An error of this kind and message.
+
+    >>> import pickle
+    >>> pickle.loads(pickle.dumps(UnknownName("method", "gtpq", ["gptq"])))
+    UnknownName("unknown method 'gtpq': did you mean 'gptq'? known: gptq")
+    """
+    error = kind.__new__(kind)
+    Exception.__init__(error, message)
+    return error
 
 
 class InputError(TersorError):
