@@ -1,8 +1,8 @@
 """`make test-cpus`: what runs here runs the same on other processors, and installs on them.
 
 Artifacts, exports and their outputs are made on this machine (check.py), and computed again as an AVX2 processor
-without VNNI and as an ARM64 one (emulate.py). Then pip is asked whether every dependency has a wheel for ARM64 Linux and for
-Macs; nothing is downloaded for that. Takes ten minutes on two idle cores.
+without VNNI and as an ARM64 one (emulate.py). Then pip is asked whether every dependency has a wheel for ARM64 Linux
+and for Macs; nothing is downloaded for that.
 
     python tests/cpus/run.py [haswell] [arm64] [wheels]       all three, if none is named
 """

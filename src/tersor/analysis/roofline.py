@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from tersor.core.errors import ModelError
-from tersor.core.processor import processor
+from tersor.core.processor import instruction_sets, processor, times_float
 from tersor.runtimes.contract import run_clock
 
 SIZE = 512  # of the square matrices that are multiplied
@@ -83,7 +83,7 @@ def bound_of(macs: int, num_bytes: int, precision: str, working_set: int, peaks:
 
 def machine_peaks(num_threads: int = 1, *, remeasure: bool = False) -> Peaks:
     """The peaks of this machine: read from the cache folder, or measured in a process of its own and put there."""
-    key = f"{processor()} | torch {torch.__version__} | {num_threads} threads"
+    key = f"{processor()} | {' '.join(instruction_sets())} | torch {torch.__version__} | {num_threads} threads"
     path = cache_folder() / "peaks.json"
     known = read_cache(path)
     if key not in known or remeasure:
@@ -134,7 +134,8 @@ def measure_peaks(num_threads: int) -> Peaks:
     """Time large products and long reads, each for a moment, and keep the best.
 
     fp32 is the best of torch's product, NumPy's and a convolution: which of them comes near the machine's peak depends
-    on the machine.
+    on the machine. The peaks of bf16 and int8 are what torch's products reach, or what fp32 reaches times the numbers
+    that an instruction of this processor multiplies for every float, whichever is more.
     """
     torch.set_num_threads(num_threads)
     clock = run_clock(num_threads)
@@ -154,6 +155,8 @@ def measure_peaks(num_threads: int) -> Peaks:
         for precision, num_macs, call in products:
             if runs(call):
                 macs[precision] = max(macs.get(precision, 0.0), num_macs / fastest(call, clock))
+    for precision in ("bf16", "int8"):  # a slow kernel is no bound of the processor
+        macs[precision] = max(macs.get(precision, 0.0), times_float(precision) * macs["fp32"])
     bandwidth = {}
     for size in WORKING_SETS:
         values = np.ones(size // 4, np.float32)

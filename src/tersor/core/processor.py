@@ -82,6 +82,31 @@ def multiplies_bytes() -> bool:
     return not BYTE_PRODUCTS.isdisjoint(instruction_sets())
 
 
+def times_float(precision: str) -> float:
+    """How many numbers of a precision an instruction of this processor multiplies for every float32 one: what bounds
+    its products, whatever the kernels do. Tiles (amx) are left out: how fast they are has to be measured."""
+    found = set(instruction_sets())
+    if precision == "int8":
+        if "i8mm" in found:
+            return 8.0
+        return 4.0 if found & {"vnni", "dotprod"} else 2.0 if found & {"avx2", "neon"} else 1.0
+    if precision in ("bf16", "fp16"):
+        return 2.0 if precision in found else 1.0
+    return 1.0
+
+
+def byte_products() -> str:
+    """What int8 products can give on this processor, in a sentence."""
+    found = ", ".join(instruction_sets()) or "none that are known"
+    if multiplies_bytes():
+        return f"this processor has instructions for int8 products ({found})"
+    return (
+        f"this processor has no instructions for int8 products ({found}): int8 layers can be about "
+        f"{times_float('int8'):g} times as fast as float ones here at best, and 4 times where there is VNNI (Intel since "
+        f"2019, AMD since Zen 4) or ARM's dot product"
+    )
+
+
 def processor() -> str:
     """The processor's name."""
     try:

@@ -1,7 +1,8 @@
 """Hints for a model that came out slower, or takes more memory, than the original."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from tersor.core.processor import byte_products, multiplies_bytes
 from tersor.measure.scorecard import Scorecard
 from tersor.report.card import megabytes
 from tersor.steps.site_report import SiteReport
@@ -27,8 +28,23 @@ def why_slower(sites: Sequence[SiteReport]) -> str:
     """The cause, and a cure that is not in use already."""
     floats = [site for site in sites if site.activation is None]
     if not floats:
-        return f"its inputs are rounded to integers when it runs, which costs more here than it saves; {EXPORT}"
+        cause = "rounding the inputs to integers costs more here than the int8 products save"
+        if not multiplies_bytes():
+            cause += f"; {byte_products()}"
+        return f"{cause}; {EXPORT}"
     cures = "tersor.load(..., packed=False) decodes once"
     if len(floats) == len(sites) and any(site.kind == "linear" for site in sites):
         cures += ", int8-dynamic computes on packed weights"
-    return f"packed weights are decoded on every call, to save memory; {cures}, and {EXPORT}"
+    schemes = ", ".join(sorted({site.scheme for site in floats})[:3])
+    return f"the weights in {schemes} are made float at every call, to save memory; {cures}, and {EXPORT}"
+
+
+def slow_here(schemes: Iterable[str]) -> list[str]:
+    """What is known before the work of the speed that schemes will have on this processor: notes, none where nothing
+    stands in the way.
+
+    >>> slow_here(["gptq:int4-g64"])
+    []
+    """
+    int8 = sorted({scheme for scheme in schemes if "int8-dynamic" in scheme or "int8-static" in scheme})
+    return [f"{', '.join(int8)}: {byte_products()}"] if int8 and not multiplies_bytes() else []
