@@ -2,10 +2,12 @@
 
 import pytest
 
+from tersor.analysis import roofline
+from tersor.core import processor
 from tersor.measure.latency import Latency
 from tersor.measure.scorecard import Scorecard
 from tersor.report.card import comparison
-from tersor.report.hints import hints
+from tersor.report.hints import hints, slow_here
 from tersor.steps.site_report import SiteReport
 
 
@@ -29,9 +31,9 @@ def site(activation, kind="linear"):
 @pytest.mark.parametrize(
     ("sites", "said", "not_said"),
     [
-        ([site(None)], "int8-dynamic computes on packed weights", "inputs are rounded"),
+        ([site(None)], "int8-dynamic computes on packed weights", "rounding the inputs"),
         ([site(None, "conv")], "decodes once", "int8-dynamic"),
-        ([site("int8-dynamic")], "inputs are rounded to integers", "int8-dynamic"),
+        ([site("int8-dynamic")], "rounding the inputs to integers costs more", "int8-dynamic"),
         ([site("int8-static", "conv")], "tersor export", "int8-dynamic"),
         ([site("int8-dynamic"), site(None)], "decodes once", "int8-dynamic"),
     ],
@@ -41,6 +43,62 @@ def test_the_cure_is_not_the_one_in_use(sites, said, not_said):
     assert hint.startswith("slower: ")
     assert said in hint
     assert not_said not in hint
+
+
+@pytest.fixture
+def processor_with(monkeypatch):
+    """Has the processor have these instructions alone."""
+
+    def have(*names):
+        monkeypatch.setattr(processor, "instruction_sets", lambda: names)
+
+    return have
+
+
+def test_the_cause_is_the_processors_where_it_has_no_int8_products(processor_with):
+    processor_with("avx2", "fma")
+    (hint,) = hints(card(100, 1, 1), card(100, 0.5, 0.7), [site("int8-dynamic")])
+    assert "no instructions for int8 products (avx2, fma): int8 layers can be about 2 times as fast" in hint
+    assert slow_here(["int8-dynamic", "int8-static"])[0].startswith("int8-dynamic, int8-static: this processor has no")
+    assert slow_here([]) == []
+    processor_with("avx2", "fma", "avx512", "vnni")
+    (hint,) = hints(card(100, 1, 1), card(100, 0.5, 0.7), [site("int8-dynamic")])
+    assert "no instructions" not in hint
+    assert slow_here(["int8-dynamic"]) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "int8", "bf16"),
+    [
+        (("avx2", "fma"), 2, 1),
+        (("avx2", "avx512", "vnni"), 4, 1),
+        (("avx2", "avx512", "vnni", "bf16"), 4, 2),
+        (("neon",), 2, 1),
+        (("neon", "dotprod"), 4, 1),
+        (("neon", "dotprod", "i8mm", "bf16"), 8, 2),
+        ((), 1, 1),
+    ],
+)
+def test_products_are_bounded_by_instructions(processor_with, names, int8, bf16):
+    processor_with(*names)
+    assert (processor.times_float("int8"), processor.times_float("bf16")) == (int8, bf16)
+    assert processor.times_float("fp32") == 1
+
+
+def test_a_slow_kernel_is_no_bound_of_the_processor(processor_with, monkeypatch):
+    """Where a product of torch takes a second, the peak is what an instruction could do."""
+    processor_with("avx2", "fma")
+    monkeypatch.setattr(roofline, "SECONDS", 0.01)
+    slow = {"n": 0}
+
+    def fastest(call, clock):
+        slow["n"] += 1
+        return 1.0 if slow["n"] in (4, 5) else 1e-3  # bf16 and int8
+
+    monkeypatch.setattr(roofline, "fastest", fastest)
+    peaks = roofline.measure_peaks(1)
+    assert peaks.macs["int8"] == 2 * peaks.macs["fp32"]
+    assert peaks.macs["bf16"] == peaks.macs["fp32"]
 
 
 def test_more_memory_than_the_original_is_said():

@@ -10,6 +10,7 @@ from tersor.analysis.roofline import Peaks
 from tersor.cli import options
 from tersor.cli.bench import Length, Shape
 from tersor.cli.console import events, out, print_json, print_table
+from tersor.core.processor import instruction_sets
 from tersor.jobs.bench import MadeUp, candidates_of
 from tersor.jobs.explain import explain as explain_models
 from tersor.jobs.settings import Timing
@@ -88,8 +89,8 @@ def show(found: list[Explanation], names: list[str], peaks: Peaks, rows: int) ->
     )
     bandwidth = peaks.bandwidth_of(first.working_set) / 1e9
     out.print(
-        f"this machine: {rates} billion MACs/s; {bandwidth:.0f} GB/s for the {first.working_set / 1e6:.1f} MB that the "
-        f"products go through; {first.num_calls} operators per run",
+        f"this machine ({', '.join(instruction_sets())}): {rates} billion MACs/s; {bandwidth:.0f} GB/s for the "
+        f"{first.working_set / 1e6:.1f} MB that the products go through; {first.num_calls} operators per run",
         markup=False,
         highlight=False,
     )

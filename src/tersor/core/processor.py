@@ -96,14 +96,14 @@ def times_float(precision: str) -> float:
 
 
 def byte_products() -> str:
-    """What int8 products can give on this processor, in a sentence."""
+    """A sentence on how fast int8 products can be on this processor."""
     found = ", ".join(instruction_sets()) or "none that are known"
     if multiplies_bytes():
         return f"this processor has instructions for int8 products ({found})"
     return (
         f"this processor has no instructions for int8 products ({found}): int8 layers can be about "
-        f"{times_float('int8'):g} times as fast as float ones here at best, and 4 times where there is VNNI (Intel since "
-        f"2019, AMD since Zen 4) or ARM's dot product"
+        f"{times_float('int8'):g} times as fast as float ones here at best, and 4 times where there is VNNI (Intel "
+        f"since 2019, AMD since Zen 4) or ARM's dot product"
     )
 
 

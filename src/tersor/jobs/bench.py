@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tersor.checkpoint.layout import packed_sites
 from tersor.checkpoint.open import ModelSpec
 from tersor.core.errors import InputError
 from tersor.core.progress import Events
@@ -21,6 +22,7 @@ from tersor.jobs.settings import Timing
 from tersor.measure.latency import USUAL, Latency, TimeLimit, expected, measure_calls
 from tersor.measure.memory import Memory, measure_opened
 from tersor.measure.scorecard import BATCH_SIZES
+from tersor.report.hints import slow_here
 from tersor.runtimes import Feeds, Session, open_session, runtime_for
 from tersor.runtimes.exactness import exactness
 from tersor.runtimes.feeds import LENGTH, feeds_from, synthetic_feeds
@@ -158,6 +160,10 @@ def bench(
     for num_threads in timing.threads:
         sessions = [candidate.open(num_threads) for candidate in candidates]
         check_no_cache(candidates, sessions)
+        if num_threads == timing.threads[0]:
+            for candidate, session in zip(candidates, sessions, strict=True):
+                for note in slow_here([candidate.model] if rounds_inputs(session) else []):
+                    events.on_note(note)
         description, fed = feeds_for(sessions, inputs, sorted(timing.batch_sizes or BATCH_SIZES), seed)
         latencies: Sequence[Latency] = []
         for batch_size, feeds in fed.items():
@@ -183,6 +189,11 @@ def bench(
         events.on_note(sentence)
     measured = tuple(found.timings), tuple(found.noises), tuple(opened)
     return Bench(*measured, of, tuple(versions), tuple(found.untimed), exact)
+
+
+def rounds_inputs(session: Session) -> bool:
+    """True for a model in PyTorch some of whose layers multiply integers."""
+    return isinstance(session, TorchSession) and any(found for *_, found in packed_sites(session.model))
 
 
 class Times:

@@ -39,6 +39,7 @@ from tersor.nn.sites import check_has_sites
 from tersor.pipeline import Compressed, check_steps, run
 from tersor.recipe import Recipe
 from tersor.report.card import model_card
+from tersor.report.hints import slow_here
 from tersor.schemes.scheme import KEEP, parse_rule
 from tersor.search.choices import Choices
 from tersor.search.drop import search_drop
@@ -184,6 +185,8 @@ def open_original(model: ModelSpec, data: Data, choices: Choices, events: Events
         bits=budget.bits,
     )
     check_steps(recipe, source.model, is_whole=False)
+    for note in slow_here(int8_schemes(recipe)):
+        events.on_note(note)
     if recipe is None and not budget.coded:
         check_reachable(source.model, fixed_sites(choices), choices.formats or CANDIDATES, limit)
     if budget.coded and limit is not None:
@@ -195,6 +198,14 @@ def open_original(model: ModelSpec, data: Data, choices: Choices, events: Events
     return Original(
         model, source, num_bytes, data, task, scores, limit, Tolerance.parse(budget.drop or DEFAULT_DROP), began
     )
+
+
+def int8_schemes(recipe: Recipe | None) -> list[str]:
+    """The schemes of a recipe that round inputs to integers; none where a search is to find them."""
+    steps = recipe.weights if recipe is not None else ()
+    texts = [text for step in steps for text in (step.scheme, *step.rules.values())]
+    schemes = [(text, parse_rule(text)) for text in dict.fromkeys(texts)]
+    return [text for text, scheme in schemes if scheme is not None and scheme.activation is not None]
 
 
 def fixed_sites(choices: Choices) -> WeightsStep:

@@ -30,6 +30,7 @@ def model_card(
     rows = "\n".join(f"| {label} | {before} | {after} |" for label, before, after in rows_and_labels)
     schemes = Counter(report["scheme"] for report in manifest["site_reports"])
     formats = "\n".join(f"| `{scheme}` | {count} |" for scheme, count in schemes.most_common())
+    instructions = ", ".join(manifest["machine"].get("instruction_sets", ()))
     about, training = manifest["machine"], trained(manifest.get("training", ()))
     return f"""# {name}
 
@@ -60,7 +61,7 @@ model = tersor.load("{name}"{argument})
 {training}The whole recipe is in `recipe.yaml`; every number, site and hash is in `tersor.json`.
 
 Made with torch {about["torch"]}, transformers {about["transformers"]}, Python {about["python"]}, on
-{about["processor"]} ({about["cpu_capability"]}), seed {manifest["seed"]}.
+{about["processor"]} ({instructions or about["cpu_capability"]}), seed {manifest["seed"]}.
 """
 
 

@@ -39,12 +39,8 @@ def why_slower(sites: Sequence[SiteReport]) -> str:
     return f"the weights in {schemes} are made float at every call, to save memory; {cures}, and {EXPORT}"
 
 
-def slow_here(schemes: Iterable[str]) -> list[str]:
-    """What is known before the work of the speed that schemes will have on this processor: notes, none where nothing
-    stands in the way.
-
-    >>> slow_here(["gptq:int4-g64"])
-    []
-    """
-    int8 = sorted({scheme for scheme in schemes if "int8-dynamic" in scheme or "int8-static" in scheme})
-    return [f"{', '.join(int8)}: {byte_products()}"] if int8 and not multiplies_bytes() else []
+def slow_here(int8: Iterable[str]) -> list[str]:
+    """What is known before the work of the speed that schemes or models of int8 products will have on this processor:
+    a note, none where nothing stands in the way."""
+    names = ", ".join(int8)
+    return [f"{names}: {byte_products()}"] if names and not multiplies_bytes() else []
