@@ -22,6 +22,7 @@ from cli_runner import tersor
 from tersor.checkpoint.container import Container
 from tersor.cli import app, console
 from tersor.cli.signals import Stopped
+from tersor.formats.overflow import keeps_pair_rule
 from tersor.recipe import Recipe
 from tersor.search import trials
 from tersor.tasks.progress import score
@@ -118,6 +119,16 @@ def test_the_saved_recipe_makes_the_same_bytes(digits, inside, capsys):
     assert again.status == 0, again.stdout
     assert Path("a/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
     assert Recipe.from_file(Path("a/recipe.yaml")) == Recipe.from_file(Path("b/recipe.yaml"))
+
+
+@pytest.mark.parametrize("cpu", ["any", "vnni"])
+def test_the_recipe_says_where_products_are_exact(cpu, digits, inside, capsys):
+    given = ["--format", "nearest:int8-static", "--cpu", cpu, "-o", "small", "--timing-seconds", "0.1", "--json"]
+    made = tersor(capsys, "compress", *digits_arguments(digits), *labelled(digits), *given)
+    assert made.status == 0, made.stderr
+    assert made.json["recipe"]["steps"][0]["cpu"] == cpu
+    codes = [t for name, t in load_file(inside / "small" / "model.safetensors").items() if name.endswith(".codes")]
+    assert all(keeps_pair_rule(each) for each in codes if each.shape[1] > 9 * 16) == (cpu == "any")
 
 
 def test_drop_finds_the_smallest_defensible_model(digits, inside, capsys):
@@ -529,8 +540,8 @@ def test_code_that_an_artifact_names_is_not_run(digits, inside, capsys):
 
 FLAGS = {
     "compress": "--output -o --size --ratio --bits --drop --coded --num-states --format --method --rule --exclude "
-    "--transform --bias-correction --keep-float --recipe --weights --task --data --calibration --train --task-option "
-    "--batch --timing-seconds --seed --threads --overwrite --stream --exit-code --dtype --json",
+    "--transform --bias-correction --keep-float --cpu --recipe --weights --task --data --calibration --train "
+    "--task-option --batch --timing-seconds --seed --threads --overwrite --stream --exit-code --dtype --json",
     "inspect": "--weights --format --sensitivity --measure --training-memory --batch-size --context --lora --base "
     "--optimizer --task --data --calibration --train --task-option --seed --dtype --json",
     "bench": "--runtime --weights --batch --threads --new-tokens --prompt --length --shape --task --data --task-option "
@@ -552,7 +563,7 @@ FLAGS = {
     "--json",
     "merge": "--output -o --task --data --calibration --train --task-option --dtype --seed --overwrite --json",
     "export": "--to --output -o --weights --task --data --task-option --shape --fixed --dtype --per-token "
-    "--float-outputs --decode --no-cache --runtime-path --threads --overwrite --json",
+    "--float-outputs --decode --no-cache --cpu --runtime-path --threads --overwrite --json",
     "formats": "--json",
     "methods": "--json",
     "targets": "--json",

@@ -39,6 +39,13 @@ recipes = st.builds(
 )
 
 
+def test_a_recipe_from_before_cpu_is_for_any():
+    old = Recipe.from_yaml("tersor: 1\nseed: 0\nsteps: [{step: weights, scheme: int8-static}]")
+    assert old.steps[0].cpu == "any"
+    assert old.for_cpu("vnni").steps[0].cpu == "vnni"
+    assert Recipe.from_yaml(old.for_cpu("vnni").to_yaml()) == old.for_cpu("vnni")
+
+
 @given(recipes)
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_yaml_round_trips(recipe):
