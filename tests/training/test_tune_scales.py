@@ -71,14 +71,14 @@ def test_what_is_stored_is_what_was_trained(name):
     packed, leftovers = leftovers_of(encoded)
     before = {part: tensor.clone() for part, tensor in packed.tensors.items()}
     assert torch.equal(packed(), encoded.decode())
-    leftovers.settle()
+    leftovers.write_back()
     assert all(torch.equal(packed.tensors[part].float(), tensor.float()) for part, tensor in before.items())
     with torch.no_grad():
         for number, shift in enumerate(leftovers.shifts):
             shift.add_(0.05 * random(*shift.shape, seed=number))
     leftovers.install()
     trained = packed().detach()
-    leftovers.settle()
+    leftovers.write_back()
     assert not any(tensor.requires_grad for tensor in packed.tensors.values())
     check_layout(packed.encoded)
     assert torch.equal(packed(), trained)
@@ -95,7 +95,7 @@ def test_zero_in_a_codebook_stays_and_nothing_crosses_it():
     packed, leftovers = leftovers_of(encoded)
     with torch.no_grad():
         leftovers.shifts[0].add_(3 * random(*leftovers.shifts[0].shape))
-    leftovers.settle()
+    leftovers.write_back()
     assert (packed()[before == 0] == 0).all()
     assert (packed() * before >= 0).all()
     assert not torch.equal(packed(), before)

@@ -1,4 +1,4 @@
-"""A model as a stack of blocks, and where the calibration data stands in it."""
+"""Models as stacks of blocks that are run one by one, and the hidden states of the calibration data between them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -41,11 +41,11 @@ class BlockCall:
         return cls(bool(args), tuple(map(without_cache, args[1:])), kept)
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
-        """The hidden states that the block makes of others, which it may return first of several things."""
+        """The hidden states that the block returns for `hidden`: its output, or the first of several outputs."""
         return hidden_states(self.output(block, hidden))
 
     def output(self, block: Callable[..., Any], hidden: Tensor) -> Any:
-        """All that the block returns."""
+        """The whole output of the block for `hidden`."""
         if self.by_position:
             return block(hidden, *self.args, **self.kwargs)
         return block(*self.args, **{**self.kwargs, "hidden_states": hidden})
@@ -82,7 +82,7 @@ def hidden_of(*args: Any, **kwargs: Any) -> Tensor:
 
 @dataclass
 class BlockStates:
-    """A model and where the calibration data stands in it.
+    """A model that is run block by block, with the hidden states that all batches have reached.
 
     Attributes:
         batches: all of the calibration data.
@@ -106,7 +106,7 @@ class BlockStates:
         return [self.model.get_submodule(name) for name in self.block_names]
 
     def given(self, hidden: Tensor) -> Any:
-        """Hidden states as a block returns them."""
+        """Hidden states in the form in which a block returns them: alone, or first in a tuple."""
         return (hidden, *[None] * (self.num_outputs - 1)) if self.num_outputs else hidden
 
     def first_output(self, batch: Any) -> Any:
@@ -207,7 +207,7 @@ class BlockStates:
 
 @dataclass
 class ReplayableBlock:
-    """One block, ready to be run on any weights beside what the original gave.
+    """One block with its recorded calls, to be run on other weights and compared with the original's output.
 
     Attributes:
         parameters: of each site, by name: the place of its weight in the block, how it folds, its type.
@@ -224,7 +224,7 @@ class ReplayableBlock:
 
     @property
     def num_examples(self) -> int:
-        """Examples are drawn from the first batch."""
+        """The number of examples of the first batch, from which examples are drawn."""
         return len(self.inputs[0])
 
     def __call__(self, weights: Mapping[str, Tensor], examples: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,7 +246,7 @@ def without_cache(argument: Any) -> Any:
 
 @contextmanager
 def stand_in(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """Run other functions in the place of the blocks' own."""
+    """Inside, the blocks run these functions in the place of their own `forward`."""
     before = [block.__dict__.get("forward") for block in blocks]
     try:
         for block, forward in zip(blocks, forwards, strict=True):

@@ -1,6 +1,6 @@
-"""Run calibration data through a model and fill `Stats`.
+"""The curvature of the loss (Fisher information) at every site, from gradients over calibration data.
 
-The curvature of the loss. To second order, changing the weights W of a site by D costs
+To second order, changing the weights W of a site by D costs
 
     1/2 sum_ij F_ij D_ij^2,    F_ij = E[(dL/dW_ij)^2]
 

@@ -22,7 +22,7 @@ NUM_PREDICTIONS = 2048  # and on no more predictions than that
 def outputs(
     model: nn.Module, task: Task, split: Split = "eval", num_wanted: int = NUM_EXAMPLES, batch_size: int | None = None
 ) -> Iterator[Tensor]:
-    """What the model says of the first examples of a split: rows `[prediction, class]` or `[example, value]`.
+    """The outputs of a model for the first examples of a split: rows `[prediction, class]` or `[example, value]`.
 
     Args:
         batch_size: None takes 1 where the outputs are logits, else 32.

@@ -26,7 +26,7 @@ returns; None: the site runs on the input as it is."""
 
 @dataclass
 class BatchInputs:
-    """What tells the rows of an input apart, for one batch of calibration data.
+    """One batch of calibration data, as far as it says which rows of an input are which tokens.
 
     Attributes:
         mask: which positions `[example, position]` are real; None: all are.
@@ -76,7 +76,7 @@ class InputRecorder:
 
     @contextmanager
     def summing(self, batch: BatchInputs) -> Iterator[None]:
-        """A pass inside adds the inputs of its sites to `sums`."""
+        """Inside, a forward pass adds the inputs of the sites to `sums`."""
 
         def add(site: Site, module: nn.Module, x: Tensor) -> Tensor:
             if site.name not in self.sums:
@@ -89,7 +89,7 @@ class InputRecorder:
 
     @contextmanager
     def asking(self, batch: BatchInputs, on_stats: OnStats) -> Iterator[None]:
-        """A pass inside hands every site's statistics over right before the site runs, and goes on with the answer."""
+        """Inside, a forward pass calls `on_stats` right before each site runs, and goes on with what that chose."""
         latest: tuple[Tensor, Stats] | None = None  # sites that share an input share its statistics
 
         def ask(site: Site, module: nn.Module, x: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class InputRecorder:
         return moments.stats()
 
     def no_moments(self, site: Site, module: nn.Module) -> Moments:
-        """Sums of a site's inputs before the first of them."""
+        """Empty sums for the inputs of a site."""
         return Moments(site.shape[1], self.needs, self.seed, groups_of(module))
 
 
@@ -130,7 +130,7 @@ class OriginalInputs:
 
     @contextmanager
     def recording(self, number: int) -> Iterator[None]:
-        """A pass of batch `number` inside is recorded."""
+        """Inside, a forward pass of batch `number` is recorded."""
         inputs = self.by_batch.setdefault(number, {})
         latest: tuple[Tensor, Tensor] | None = None  # sites that share an input share what is kept of it
 
@@ -181,7 +181,7 @@ def before_sites(
 
 
 def position_mask(batch: Any) -> Tensor | None:
-    """Which positions of a batch are real; None where all are or nothing says so."""
+    """The attention mask `[example, position]` of a batch: True for tokens, False for padding; None without one."""
     inputs = batch if isinstance(batch, Mapping) else getattr(batch, "inputs", None)
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

@@ -1,4 +1,4 @@
-"""What a site's inputs look like over the calibration data: second moments, means, ranges and a sample.
+"""Statistics of a site's inputs over the calibration data: second moments, means, ranges and a sample.
 
 Sums are kept in float32 and divided once at the end; inputs are taken a few thousand at a time.
 """
@@ -48,7 +48,7 @@ class Moments:
         x: Float[Tensor, "token in"],
         original: Float[Tensor, "token in"] | None = None,
     ) -> None:
-        """Take in some inputs; `original` are the same tokens' inputs in the original model."""
+        """Add inputs to the sums; `original` are the same tokens' inputs in the original model."""
         size = max(1, CHUNK // self.groups) * self.groups
         for start in range(0, len(x), size):
             part = slice(start, start + size)
@@ -75,14 +75,14 @@ class Moments:
                 self.gap.addmm_(gap.t(), piece)
 
     def keep_sample(self, x: Tensor) -> None:
-        """A uniform sample without replacement: every input draws a number, and the smallest stay."""
+        """Keep a uniform sample without replacement: every input draws a random key, and the smallest keys stay."""
         keys = torch.cat([self.sample_keys, torch.rand(len(x), generator=self.generator)])
         rows = x.cpu() if self.sample is None else torch.cat([self.sample, x.cpu()])
         kept = keys.argsort()[:SAMPLE].sort().values
         self.sample, self.sample_keys = rows[kept].clone(), keys[kept]
 
     def stats(self) -> Stats:
-        """The averages; without a single input, nothing."""
+        """The averages over all inputs so far; an empty `Stats` if there were none."""
         if not self.num_tokens:
             return Stats()
         second = None if self.second is None else mirrored(self.second / self.num_tokens)
@@ -123,7 +123,7 @@ def mirrored(lower: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
 
 
 def groups_of(module: nn.Module) -> int:
-    """Into how many groups a module parts its inputs, each of which meets rows of its own."""
+    """The number of groups of a convolution, each with rows of its own; 1 for all other modules."""
     return int(module.groups) if is_convolution(module) else 1  # type: ignore[arg-type]
 
 
@@ -139,13 +139,13 @@ def has_inputs(model: nn.Module, site: Site) -> bool:
 
 
 def shows_inputs(model: nn.Module, site: Site) -> bool:
-    """Whether everything a site's weight does is to be multiplied with inputs that the walk can see. An embedding that
-    is tied to a head is looked up, too."""
+    """True if every use of a site's weight is a product with inputs that a hook can see. An embedding that is tied to a
+    head is also looked up, so it is none."""
     return all(takes_inputs(model.get_submodule(place.module)) for place in site.owners)
 
 
 def inputs_of(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> Iterator[Float[Tensor, "token in"]]:
-    """What the site's matrix is multiplied with, one row for each time it is, in pieces; nothing where it is not known.
+    """Yields the rows that the site's matrix is multiplied with, in pieces; nothing where they are not known.
 
     Args:
         mask: which positions `[example, position]` are real, for inputs `[example, position, in]`.

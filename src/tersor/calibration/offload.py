@@ -26,7 +26,7 @@ class ActivationCache:
         self.num_bytes_in_memory = self.num_bytes_on_disk = 0
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """The same numbers: the tensor itself, or a copy mapped from disk."""
+        """The tensor itself if it still fits into memory, else the same numbers mapped from a file."""
         size = tensor.nbytes
         if self.num_bytes_in_memory + size <= self.limit or tensor.device.type != "cpu" or not size:
             self.num_bytes_in_memory += size

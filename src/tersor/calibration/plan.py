@@ -26,7 +26,7 @@ BlockContext = Callable[[str], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class WalkPlan:
-    """How calibration data can go through a model.
+    """The way in which calibration data can go through a model.
 
     Attributes:
         model, task, sites: what the plan is for; the calibration split of the task is run.

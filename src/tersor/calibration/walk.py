@@ -264,7 +264,7 @@ class Walk:
         self.install_packed()
 
     def tune_block(self, index: int, inputs: list[Tensor]) -> bool:
-        """Let the visitor see a block whole; whether it chose anything else."""
+        """Let the visitor choose again with the output of a whole block in view; True if it chose anything else."""
         if self.original is None or not self.chosen:
             return False
         name = self.plan.block_names[index]

@@ -57,7 +57,7 @@ class AutoRound(MethodFor[IntGroup]):
         Gptq(self.damping, self.upstream_correction, self.num_rounds)
 
     def fill(self, weight: Weight, format: IntGroup, stats: Stats) -> Encoded:
-        """The point where the descent starts; the result for a site outside the blocks."""
+        """The codes that GPTQ finds: the start of the descent, and the result for a site outside the blocks."""
         return Gptq(self.damping, self.upstream_correction, self.num_rounds).compress(weight, format, stats)
 
     def tune(self, weights: Mapping[str, Weight], starts: Mapping[str, Encoded], run: BlockRun) -> dict[str, Encoded]:
@@ -117,7 +117,7 @@ class LearnedRounding:
         self.growth = torch.zeros_like(self.params["scale"], dtype=torch.float32, requires_grad=True)
 
     def codes(self, share: float = 1.0) -> Float[Tensor, "out in"]:
-        """Rounded on the way forward, straight through on the way back; with a share of the push."""
+        """The codes: rounded in the forward pass, with a straight-through gradient; `share` scales the push."""
         lowest = 1 if self.format.bits == 8 and self.format.symmetric else 0
         pushed = (self.places + share * self.push).clamp(lowest, 2**self.format.bits - 1)
         return pushed + (pushed.detach().round() - pushed.detach())

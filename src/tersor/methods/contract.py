@@ -33,7 +33,7 @@ Kind = TypeVar("Kind", bound=Format)
 
 
 class MethodFor(ABC, Generic[Kind]):
-    """What methods share that fill one kind of format: they say which, and are asked to fill no other.
+    """The base of methods that fill one kind of format: they name it, and refuse all others with one message.
 
     `class Kmeans(MethodFor[Codebook])` with `fills = Codebook` fills codebooks alone, and `fill` may rely on that.
 

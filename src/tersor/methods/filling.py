@@ -57,13 +57,13 @@ class ColumnRounder:
     def choose(
         self, exact: Float[Tensor, " out"], deviation: Float[Tensor, " out"], kept: Bool[Tensor, " out"] | None
     ) -> Float[Tensor, " out"]:
-        """The codes of a column from its values in steps, and from what these deviate by; 0 where not `kept`."""
+        """The codes of a column from its values and their standard deviations, both in steps; 0 where not `kept`."""
         codes = cheapest(exact, deviation, self.bit)
         return codes if kept is None else codes * kept
 
 
 def columns_at(problem: Problem, level: float) -> Float[Tensor, " in"]:
-    """The columns' part of the steps."""
+    """The factor of the step that belongs to each column, `[in]`; rows have a factor of their own."""
     return level / problem.factor.diagonal()[problem.order.argsort()]
 
 

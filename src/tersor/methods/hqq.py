@@ -52,7 +52,7 @@ class Hqq(MethodFor[IntGroup]):
         return format.encode(weight, by_rows(weight, lambda rows: self.search(rows, format)))
 
     def search(self, weight: Weight, format: IntGroup) -> Params:
-        """The plain scales, and the best zero point found for every group."""
+        """The absmax scales, and the zero point of every group with the least `|error|^p` of all iterations."""
         best = format.fit(weight)
         scale = format.divisor(best["scale"]).unsqueeze(-1)
         w_ogk = format.grouped(weight) / scale  # in steps of the grid, so that beta has no units

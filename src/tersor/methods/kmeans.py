@@ -56,7 +56,7 @@ def sparse_codebook(weight: Weight, format: Codebook, importance: Float[Tensor, 
 
 
 def dense_codebook(weight: Weight, format: Codebook, importance: Float[Tensor, "out in"]) -> Params:
-    """The better one of the weighted and the plain codebook."""
+    """The codebook with the smaller weighted error: of k-means with weights, and of k-means without."""
     plain = format.fit(weight)
     if (importance == importance[0, 0]).all():
         return plain
@@ -70,7 +70,7 @@ def dense_codebook(weight: Weight, format: Codebook, importance: Float[Tensor, "
 
 
 def column_importance(weight: Weight, stats: Stats) -> Float[Tensor, " in"]:
-    """How much an error in each column matters, with a floor of 1 % of the mean: the inputs' energy where it was
+    """The weight of an error in each column, with a floor of 1 % of the mean: the inputs' energy where it was
     measured, else the columns' curvature; ones without data."""
     energy = stats.column_weight if stats.second_moment is None else stats.second_moment.diagonal()
     return floored(energy, weight.shape[1], weight.device)

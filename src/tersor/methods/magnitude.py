@@ -46,7 +46,7 @@ class Magnitude(MethodFor[Sparse]):
 
 
 def check_sparsity(method: str, sparsity: float) -> None:
-    """Raises InputError unless it is a fraction in [0, 1)."""
+    """Raises InputError unless `sparsity` is a fraction in [0, 1)."""
     if not 0 <= sparsity < 1:
         raise InputError(f"{method}: sparsity={sparsity} is not a fraction; give one in [0, 1), such as 0.5")
 
@@ -54,7 +54,7 @@ def check_sparsity(method: str, sparsity: float) -> None:
 def keep_highest(
     weight: Weight, score: Float[Tensor, "out in"], sparsity: float, format: Sparse, stats: Stats
 ) -> Encoded:
-    """The weights of the highest scores."""
+    """The weights of the highest scores in the format's mask; `1 - sparsity` of them are kept."""
     return encode_masked(weight, format.choose(score, sparsity), format, stats)
 
 

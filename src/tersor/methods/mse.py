@@ -1,4 +1,4 @@
-"""Searched scales: clip a little to round a lot finer.
+"""Searched scales: clipping the largest weights of a group allows a smaller step for all others.
 
 Choosing the clipping range by squared error goes back to Sung et al. 2015 (https://arxiv.org/abs/1511.06488) and
 OMSE (Choukroun et al. 2019, https://arxiv.org/abs/1902.06822). Here every group tries a row of ranges and keeps the
@@ -54,13 +54,13 @@ class Mse(MethodFor[Grid]):
         return format.encode(weight, self.search(weight, format, column_importance(weight, stats)))
 
     def search(self, weight: Weight, format: Grid, importance: Float[Tensor, " in"]) -> Params:
-        """The best parameters found for every group."""
+        """The parameters of least weighted squared error for every group; rows are searched a few at a time."""
         if any(len(param) != len(weight) for param in format.fit(weight).values()):
             return self.search_groups(weight, format, importance)  # rows share parameters
         return by_rows(weight, lambda rows: self.search_groups(rows, format, importance))
 
     def search_groups(self, weight: Weight, format: Grid, importance: Float[Tensor, " in"]) -> Params:
-        """The same, for all rows at once."""
+        """The search for all rows of `weight` at once."""
 
         def error(params: Params) -> Float[Tensor, "rows groups"]:
             return format.grouped((format.fake_quantize(weight, params) - weight).square_().mul_(importance)).sum(-1)
@@ -103,7 +103,7 @@ class Mse(MethodFor[Grid]):
 
 
 def searched(weight: Weight, format: Grid, importance: Float[Tensor, " in"]) -> Params:
-    """Good parameters for a weight whose columns count as `importance` says."""
+    """Parameters (scales, zero points) of least squared error, where an error in column j counts `importance[j]`."""
     if isinstance(format, Codebook):
         return weighted_codebook(weight, format, importance.expand_as(weight))
     fine = format.integer_bits is not None and format.integer_bits >= 4  # then a coarser search does as well

@@ -11,7 +11,7 @@ from tersor.methods.stats import Stats
 
 @dataclass(frozen=True)
 class Nearest:
-    """No data, no search: `format.fit`, then the nearest point."""
+    """Round every weight to the nearest value of the format, with the scales of `format.fit`; reads no data."""
 
     name = "nearest"
     needs = frozenset[str]()

@@ -124,12 +124,12 @@ def damped_moment(weight: Weight, stats: Stats, damping: float) -> Tensor:
 
 
 def times(matrix: Tensor, square: Tensor) -> Tensor:
-    """Their product; a square matrix that is diagonal is given by its diagonal."""
+    """The matrix product; a diagonal factor is given by its diagonal `[n]`."""
     return matrix * square if square.dim() == 1 else matrix @ square
 
 
 def root(square: Tensor) -> Tensor:
-    """The symmetric square root, of a diagonal one as its diagonal."""
+    """The symmetric square root of a positive semi-definite matrix; of a diagonal `[n]`, its diagonal."""
     if square.dim() == 1:
         return square.sqrt()
     values, vectors = torch.linalg.eigh(square)
@@ -137,6 +137,6 @@ def root(square: Tensor) -> Tensor:
 
 
 def largest_first(square: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, and eigenvectors as columns."""
+    """Eigenvalues, the largest first, and the eigenvectors as columns in that order."""
     values, vectors = torch.linalg.eigh(square)
     return values.flip(0).clamp_min(0), vectors.flip(1)

@@ -70,7 +70,7 @@ class TrellisRounder(ColumnRounder):
 
 
 def spreads_of(deviation: Float[Tensor, " n"]) -> Tensor:
-    """Rows of `parity_bits`."""
+    """The number of each deviation's row in `parity_bits`, int32 `[n]`."""
     spread = (deviation.clamp_min(1e-30).log2() - MIN_OCTAVE) * PER_OCTAVE
     return spread.round().clamp(0, NUM_SPREADS - 1).to(torch.int32)
 

@@ -159,7 +159,7 @@ def bits_at(counts: Float[Tensor, " bin"], level: float, num_states: int = 0) ->
 
 
 def bounds_at(counts: Float[Tensor, " bin"], level: float) -> Float[Tensor, " bin"]:
-    """The bound for a weight of each deviation."""
+    """The rate-distortion bound in bits for a weight of each standard deviation."""
     return (deviations_at(counts, level) + log(12, 2) / 2).clamp_min(0)
 
 
@@ -169,7 +169,7 @@ def deviations_at(counts: Float[Tensor, " bin"], level: float) -> Float[Tensor, 
 
 
 def entropy(deviation: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Bits of rounded normal numbers."""
+    """The entropy in bits of normal numbers rounded to whole steps, by their standard deviation in steps."""
     mass = code_masses(deviation.clamp(1e-3, 2.0))
     sides = mass[:, 1:]
     low = -(mass[:, 0] * mass[:, 0].log2()) - 2 * (sides * sides.clamp_min(1e-300).log2()).sum(1)
@@ -189,7 +189,7 @@ def row_curvature(weight: Weight, problem: Problem, stats: Stats) -> Float[Tenso
 
 
 def unseen(row_weight: Float[Tensor, " out"]) -> float:
-    """What a row that the data never used may be worth, such as the embedding of a rare word.
+    """The curvature to assume for a row that the data never used, such as the embedding of a rare word.
 
     All such rows together are used about as often as those that were seen once (Good 1953,
     https://doi.org/10.1093/biomet/40.3-4.237); of the words of a text, half are seen once.

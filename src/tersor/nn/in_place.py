@@ -1,4 +1,4 @@
-"""How a module comes to run on packed weights and stays the module that it was.
+"""Modules that run on packed weights and stay the modules that they were.
 
 The module itself is kept: its hooks, the attributes on it, a `forward` of its own, its place in the model and whoever
 else holds it. Only its class changes, to a subclass of the old one (so that `isinstance` holds) in which the packed
@@ -50,7 +50,7 @@ class DecodedWeight(Tensor):
             return views_of(written, result) if isinstance(written, DecodedWeight) else result
 
     def plain(self) -> Tensor:
-        """The same as an ordinary tensor, which can be written to."""
+        """A copy as an ordinary tensor, which can be written to."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.detach().as_subclass(Tensor).clone()
 

@@ -24,7 +24,7 @@ from tersor.nn.in_place import Packed, PackedModule, turn
 
 @dataclass(frozen=True)
 class Fold:
-    """How a weight of any shape is seen as a matrix `[out, in]`, and back.
+    """The reshaping of a weight of any shape into a matrix `[out, in]`, and back.
 
     `rows`: the first axis is out, the rest is in. `transposed`: the first two axes are swapped before that (Hugging
     Face's Conv1D, transposed convolutions). `stack`: the last axis is in, the rest is out (stacked experts).
@@ -172,7 +172,7 @@ class InputQuantizer(Stored):
         return Activation(self.format, self.tensors)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The input as its format holds it; gradients pass straight through."""
+        """The fake-quantized input; gradients pass straight through."""
         quantized = self.activation.fake_quantize(x)
         return straight_through(x, quantized) if is_trained(x) else quantized
 

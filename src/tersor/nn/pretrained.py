@@ -1,4 +1,4 @@
-"""What the methods of a transformers model do that read or write all weights, once some of them are packed.
+"""The methods of a transformers model that read or write all weights, made safe once some weights are packed.
 
 `save_pretrained` would write a folder whose weights transformers does not find, and draws at random; ties and rows of
 a packed embedding are not for it to change.
@@ -22,7 +22,7 @@ def guard(model: nn.Module) -> None:
 
 
 def save_pretrained(self: Any, *args: Any, **options: Any) -> Any:
-    """Refused where a weight is packed."""
+    """Save the model as transformers does. Raises InputError where a weight is packed."""
     packed = [site.name for site in find_sites(self) if is_packed(self, site.parameter)]
     if packed:
         raise InputError(
@@ -34,7 +34,7 @@ def save_pretrained(self: Any, *args: Any, **options: Any) -> Any:
 
 
 def tie_weights(self: Any, *args: Any, **options: Any) -> Any:
-    """A packed weight stands in all its places already."""
+    """Tie weights as transformers does, unless one of them is packed: that one is tied already."""
     tied = getattr(self, "all_tied_weights_keys", None) or {}
     if any(is_packed(self, name) for pair in tied.items() for name in pair):
         return None
@@ -42,7 +42,7 @@ def tie_weights(self: Any, *args: Any, **options: Any) -> Any:
 
 
 def resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args: Any, **options: Any) -> Any:
-    """Refused where the embedding, or the head, is packed."""
+    """Resize the embedding as transformers does. Raises InputError where it, or the head, is packed."""
     layers = [layer for layer in (self.get_input_embeddings(), self.get_output_embeddings()) if layer is not None]
     if new_num_tokens is not None and any(packed_weight(layer, "weight") is not None for layer in layers):
         raise InputError(

@@ -76,7 +76,7 @@ class PackedRecurrent(Packed):
         return y, last if self.mode == "LSTM" else last[0]
 
     def run_sequence(self, input: PackedSequence, hx: Tensor | State | None) -> tuple[PackedSequence, Tensor | State]:
-        """Examples of different lengths; states stay as they are beyond an example's end."""
+        """Run examples of different lengths; beyond an example's end its states stay as they are."""
         in_order = PackedSequence(input.data, input.batch_sizes)  # the longest first, whatever order they came in
         steps, lengths = pad_packed_sequence(in_order)
         states = self.states(hx, steps, batched=True)
@@ -103,7 +103,7 @@ class PackedRecurrent(Packed):
     def run(
         self, x: Float[Tensor, "step batch feature"], states: State, lengths: Tensor | None
     ) -> tuple[Tensor, State]:
-        """All layers, in both directions. Returns all outputs and the last states."""
+        """Run all layers in both directions. Returns all outputs and the last states."""
         last: list[State] = []
         for layer in range(self.num_layers):
             outputs = []
@@ -120,7 +120,7 @@ class PackedRecurrent(Packed):
     def run_layer(
         self, x: Tensor, suffix: str, first: State, lengths: Tensor | None, reverse: bool
     ) -> tuple[Tensor, State]:
-        """One layer in one direction."""
+        """Run one layer in one direction."""
         of_x, of_h = (getattr(self, f"bias_{each}_{suffix}") if self.bias else None for each in ("ih", "hh"))
         if self.mode == "LSTM" and of_x is not None:
             of_x, of_h = of_x + of_h, None
@@ -155,7 +155,7 @@ class Map(NamedTuple):
 
     @property
     def is_int8(self) -> bool:
-        """True if it can run on integers."""
+        """True if the map can run on integers: packed int8 weights, and inputs quantized to int8."""
         if not isinstance(self.weight, PackedWeight) or self.quantizer is None:
             return False
         activation, encoded = self.quantizer.activation, self.weight.encoded

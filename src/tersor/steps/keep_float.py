@@ -1,4 +1,4 @@
-"""Which sites stay float because quantizing them costs too much, by measured loss.
+"""Choosing the sites that stay float because quantizing them costs too much, by measured loss.
 
 Every site is packed as the step says, fitted to the float model. Its loss is predicted from the error at its outputs,
 
@@ -51,13 +51,13 @@ class SiteLoss:
 
     @property
     def rank(self) -> tuple[bool, float]:
-        """For sorting: what was measured comes last, the largest loss at the end."""
+        """A key for sorting: measured losses after predicted ones, and the largest loss last."""
         return (self.measured is not None, self.predicted if self.measured is None else self.measured)
 
 
 @dataclass(frozen=True)
 class KeptFloat:
-    """What was kept, and why.
+    """The sites that `keep_float` leaves float, and the measured losses that say why.
 
     Attributes:
         unit: of all losses.
@@ -76,7 +76,7 @@ class KeptFloat:
     reason: str
 
     def note(self) -> str:
-        """One line for people."""
+        """One line for people: which sites stay float, what each costs alone, and what is left."""
         if not self.kept:
             return f"keep_float: no site, {self.reason}"
         named = {s.site: f"{s.site} (alone {s.measured:.3g})" for s in self.sites if s.measured is not None}
@@ -186,7 +186,7 @@ def negligible(original: list[Tensor], task: Task) -> float:
 
 
 def spared(step: WeightsStep, choice: KeptFloat) -> WeightsStep:
-    """The step with what was kept as rules; it keeps nothing by itself."""
+    """The step with rules for the chosen sites, and `keep_float` off."""
     instead = {escape(name): scheme for name, scheme in choice.kept.items()}
     rules = {pattern: scheme for pattern, scheme in step.rules.items() if pattern not in instead} | instead
     return step.model_copy(update={"rules": rules, "keep_float": "none"})

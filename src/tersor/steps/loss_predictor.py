@@ -42,7 +42,7 @@ class LossPredictor(StepVisitor):
         self.packed[site] = encoded, activation
 
     def tune_block(self, block_run: ReplayableBlock, chosen: Mapping[Site, Chosen]) -> dict[Site, Chosen]:
-        """Nothing: no site is chosen."""
+        """No choices: the model stays as it is."""
         return {}
 
 

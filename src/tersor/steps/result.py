@@ -1,4 +1,4 @@
-"""Whether what a method made of a weight can stand in its place: one check for every method and format.
+"""One check of every compressed weight, whatever its method and format, before it takes the place of the original.
 
 A result must be finite, and its error no larger than the format explains: that of plain rounding on the same weights
 brought to a size where 16-bit scales and values neither overflow nor vanish. The error is that of the weights or, where
@@ -57,14 +57,14 @@ def relative_error(error: Weight, weight: Weight, stats: Stats) -> float:
 
 
 def ratio(error: Tensor, energy: Tensor) -> float:
-    """The root of a quotient; infinite where there is no energy to compare with."""
+    """The square root of `error / energy`; 0 if there is no error, infinite if only the energy is 0."""
     if not energy > 0:
         return 0.0 if error == 0 else float("inf")
     return (error / energy).clamp_min(0).sqrt().item()
 
 
 def most_error(scheme: Scheme, weight: Weight, stats: Stats) -> float:
-    """The relative error that is within reason."""
+    """The largest relative error that a scheme explains; more than that is a fault."""
     if stats.cross_moment is not None and "cross_moment" in scheme.method.needs:
         return REPAIRING
     format = scheme.format

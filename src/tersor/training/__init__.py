@@ -1,4 +1,4 @@
-"""Training that gets quality back, as steps of a recipe.
+"""Training as steps of a recipe: fine-tuning, distillation, pruning, QAT and LoRA.
 
 `TRAINING_STEPS` is the whole list. A new one is a file with a subclass of `TrainingStep` that has a `step` name of its
 own and `run(job)`, and a line here.

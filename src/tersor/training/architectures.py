@@ -1,4 +1,4 @@
-"""What differs between transformer architectures, for whoever makes a smaller one or looks inside: a table of names.
+"""The table of names that differ between transformer architectures: blocks, projections and sizes.
 
 Names of the configuration's fields, and of the attention's projections inside a block. Where queries, keys and values
 are one matrix, these have no names here: such a model can lose layers, but not width.

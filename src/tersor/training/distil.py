@@ -1,4 +1,4 @@
-"""Distillation: a student learns what a teacher says, beside the labels or without any.
+"""Distillation: a student is trained on a teacher's outputs, with or without labels.
 
     L = alpha CE + (1 - alpha) T^2 KL(teacher || student) + hidden MSE + relation KL
 
@@ -51,7 +51,7 @@ USUAL = {"logits": "kd", "embedding": "mse", "values": "mse"}  # by what the tas
 
 
 class DistilStep(TrainingStep):
-    """Recipe step `distil`: have the model say what a teacher says.
+    """Recipe step `distil`: train the model to give a teacher's outputs.
 
     Attributes:
         teacher: a Hugging Face folder, an artifact, or a factory; None: what the recipe was given, or, after a
@@ -129,7 +129,7 @@ class DistilStep(TrainingStep):
         self.check_teacher()
 
     def teacher_of(self, job: Job) -> nn.Module:
-        """Opened from its folder, or the job's."""
+        """The teacher: opened from the folder that the step names, or else the job's."""
         if self.teacher is None:
             return job.teacher
         self.check_teacher()
@@ -255,7 +255,7 @@ class Distillation(nn.Module):
         return sum(self.inside(batch, ours, theirs), total)
 
     def compare(self, outputs: Float[Tensor, "prediction class_"], answer: Answer, batch: Any) -> Tensor:
-        """One loss a prediction."""
+        """The distillation loss of each prediction, `[prediction]`."""
         if self.task.output != "logits":
             outputs = self.project(outputs)
             outputs = normalize(outputs, dim=-1) if self.task.output == "embedding" else outputs
@@ -286,7 +286,7 @@ def loss_of(step: DistilStep, task: TrainableTask) -> str:
 
 
 def targets(task: TrainableTask, batch: Any, answer: Answer) -> Int[Tensor, " prediction"]:
-    """The class that is right, where the task has labels; else the one that the teacher finds most probable."""
+    """The labels of a batch; without labels, the classes that the teacher finds most probable."""
     outputs = answer.outputs if answer.classes is None else answer.outputs[:, :-1]
     likely = outputs.argmax(-1)
     if not (isinstance(task, Classification) and isinstance(batch, Batch)):

@@ -29,7 +29,7 @@ from tersor.nn.packed import Fold, Simulated, straight_through
 
 @dataclass(frozen=True)
 class GridLevels:
-    """Where a format's values lie: `(code - zero_point) * scale`, with a whole number of codes.
+    """The grid of a format: values `(code - zero_point) * scale` for whole codes in a range.
 
     Attributes:
         scale: one number for each group of those that share it; never zero.
@@ -145,7 +145,7 @@ class FakeWeight(Simulated):
 
 
 class FakeInput(nn.Module):
-    """What quantizes a site's input while it is trained.
+    """The fake quantizer of a site's input while it is trained.
 
     A static scale is learned; its zero point stays, so that zero stays a level. Dynamic formats have nothing to learn,
     and gradients pass straight through.
@@ -193,5 +193,5 @@ class FakeInput(nn.Module):
 
 
 def gather_all(values: Tensor) -> Float[Tensor, " one"]:
-    """The sum over everything."""
+    """The sum over all elements: of a tensor with one scale for all."""
     return values.float().sum().view(1)

@@ -1,4 +1,4 @@
-"""What goes on inside: hidden states of blocks, and how attention relates positions.
+"""Losses on hidden states of blocks, and on how attention relates positions (MiniLM).
 
 Hidden states: every block of the student is to say what the teacher's block at the same relative depth says (Romero et
 al. 2014, https://arxiv.org/abs/1412.6550; Jiao et al. 2019, TinyBERT, https://arxiv.org/abs/1909.10351). Relations:
@@ -25,7 +25,7 @@ Seen = dict[str, Tensor]
 
 @contextmanager
 def watching(model: nn.Module, names: Sequence[str]) -> Iterator[Seen]:
-    """Inside, what these modules give is noted under their names."""
+    """Inside, the outputs of these modules are recorded under their names."""
     seen: Seen = {}
 
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""The loss of a model that shall go on doing what its original does.
+"""The loss that keeps a model's outputs close to those of its original.
 
     L = alpha CE + (1 - alpha) T^2 KL(original || model)
 
@@ -18,7 +18,7 @@ from tersor.training.teacher_cache import predictions
 
 
 def imitation(task: TrainableTask, original: nn.Module, alpha: float = 0.0, temperature: float = 1.0) -> Objective:
-    """The objective. The original is moved to where the model's outputs are, and asked on every batch."""
+    """The objective: the distance of a batch's outputs from the original's, with a share `alpha` of the task's loss."""
 
     def objective(model: nn.Module, batch: Any) -> Tensor:
         output = task.forward(model, batch)

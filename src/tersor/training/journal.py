@@ -1,4 +1,4 @@
-"""Where a training run stands, on disk: one safetensors file, written whole or not at all.
+"""The checkpoint of a training run: one safetensors file, written whole or not at all.
 
 A run that was killed goes on from its last checkpoint and ends in the very weights of one that was not: the file holds
 the trained tensors, buffers, the optimizer's state, the random numbers' state and the step; the order of the data
@@ -134,7 +134,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[Tensors, dict[str,
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, facts: dict[str, Any]) -> None:
-    """Put back what `pack_optimizer` took."""
+    """Load the optimizer's state from what `pack_optimizer` gave."""
     state: dict[int, dict[str, Any]] = {}
     both = [*facts["state"].items(), *((n, t) for n, t in tensors.items() if n.startswith("optimizer."))]
     for place, value in both:

@@ -32,7 +32,7 @@ NUM_GOOD = 20  # copies of good weights taken in a run, evenly
 
 @dataclass
 class Curve:
-    """How a run went.
+    """The record of a training run: its losses and held-out scores.
 
     Attributes:
         name: of the step that trained.
@@ -149,7 +149,7 @@ class Run:
         return self.curve
 
     def skip(self, num_steps: int) -> int:
-        """Leave the first steps out; how many."""
+        """Skip the steps that are done already; returns how many."""
         if num_steps:
             self.optimizer.step()  # moves nothing without gradients; a scheduler warns where there was no step before
         for _ in range(num_steps):
@@ -209,7 +209,7 @@ class Run:
         return islice(endless, rank + skip * world, None, world)
 
     def evaluate(self, done: int) -> bool:
-        """Score the held-out split where it is time to; whether training shall stop."""
+        """Score the held-out split when a score is due; True if training shall stop."""
         times = self.settings.num_evaluations
         if not times or done * times // self.num_steps == (done - 1) * times // self.num_steps:
             return False
@@ -234,7 +234,7 @@ class Run:
         return f"{self.curve.name}: loss {sum(recent) / len(recent):.4g}{score}"
 
     def go_back(self, done: int, good: tuple[int, Tensors] | None) -> None:
-        """The loss is not a number: take the last good weights back."""
+        """Restore the last good weights after a loss that is not a number."""
         cure = f"lower learning_rate ({self.settings.learning_rate}) or use precision: float32"
         if good is None:
             raise DataError(f"{self.curve.name}: already the first loss is NaN or infinite; check the data, or {cure}")
@@ -255,13 +255,13 @@ class Run:
         return tensors
 
     def copy(self) -> Tensors:
-        """The state as it is now, on the CPU."""
+        """A copy of the state on the CPU."""
         masks = {f"masks.{name}": mask for name, mask in self.masks.state().items()}
         return {name: tensor.detach().cpu().clone() for name, tensor in (self.state() | masks).items()}
 
     @torch.no_grad()
     def put_back(self, tensors: Tensors) -> None:
-        """Put back what `copy` took."""
+        """Restore the state from what `copy` gave."""
         for name, tensor in self.state().items():
             tensor.copy_(tensors[name])
         masks = {name.removeprefix("masks."): mask for name, mask in tensors.items() if name.startswith("masks.")}
@@ -269,7 +269,7 @@ class Run:
         self.masks.refresh(self.model)
 
     def checkpoint(self, done: int) -> None:
-        """Write where the run stands."""
+        """Write a checkpoint of the run to the journal."""
         if self.journal is None or not self.accelerator.is_main_process:
             return
         tensors, plain = pack_optimizer(self.optimizer)
@@ -289,7 +289,7 @@ class Run:
         self.journal.write(tensors, facts)
 
     def take_up(self) -> int:
-        """Go on from the journal's checkpoint, if it has one; how many steps are done."""
+        """Resume from the journal's checkpoint, if it has one; returns the number of steps that are done."""
         found = None if self.journal is None else self.journal.read()
         if found is None:
             return 0

@@ -149,7 +149,7 @@ def linear_sites(model: nn.Module) -> list[Site]:
 
 
 def block_sites(model: nn.Module) -> list[Site]:
-    """Those inside the blocks; of a model without blocks, all."""
+    """The linear sites inside the blocks; all of them in a model without blocks."""
     sites, blocks = linear_sites(model), find_blocks(model)
     inside = [s for s in sites if any(s.owners[0].module.startswith(f"{block}.") for block in blocks)]
     return inside or sites

@@ -1,4 +1,4 @@
-"""How far a student's outputs are from its teacher's: one number a prediction, to be averaged.
+"""Distances between a student's and its teacher's outputs: one number a prediction, to be averaged.
 
 kd               KL(p || q) at a temperature; Hinton et al. 2015, https://arxiv.org/abs/1503.02531
 dkd              the target class and the others apart; Zhao et al. 2022, https://arxiv.org/abs/2203.08679
@@ -25,7 +25,7 @@ def kl(log_p: Outputs, log_q: Outputs) -> Losses:
 
 
 def kd(student: Outputs, teacher: Outputs, temperature: float = 1.0) -> Losses:
-    """T^2 KL(p || q), both softened by T.
+    """The classic distillation loss: `T^2 KL(p || q)`, both softened by T.
 
     >>> logits = torch.tensor([[0.0, 1.0]])
     >>> kd(logits, logits).item()
@@ -71,7 +71,7 @@ def skew_reverse_kl(student: Outputs, teacher: Outputs, temperature: float = 1.0
 
 
 def mixed(log_a: Outputs, log_b: Outputs, share: float) -> Outputs:
-    """log(share a + (1 - share) b)."""
+    """The logarithm of a mixture, `log(share * a + (1 - share) * b)`, of two log-probabilities."""
     shares = torch.tensor([share, 1 - share], dtype=log_a.dtype, device=log_a.device).log()
     return torch.logaddexp(log_a + shares[0], log_b + shares[1])
 

@@ -74,7 +74,7 @@ class LotteryStep(TrainingStep):
 
     @property
     def choice(self) -> MaskChoice:
-        """The weights that go in the end."""
+        """The choice of the weights that are pruned when all rounds are done."""
         return MaskChoice(self.sparsity, self.scope, "unstructured", self.rules, self.exclude)
 
     def check(self, preview: Preview) -> None:
@@ -128,14 +128,14 @@ class RewindPoint:
         self.state: dict[str, Tensor] = {}
 
     def take(self, step: int, num_steps: int) -> None:
-        """Before a step of the first training."""
+        """Keep the weights if this step of the first training is the one to rewind to."""
         if step == round(self.when * num_steps):
             self.state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
             if self.journal is not None:
                 self.journal.write(self.state, {})
 
     def put_back(self) -> None:
-        """Raises InputError where they were on disk and are not any more."""
+        """Rewind the weights. Raises InputError where they were on disk and are not any more."""
         if not self.state and self.journal is not None:
             found = self.journal.read()
             if found is None:

@@ -1,4 +1,4 @@
-"""Which weights stay zero: what a pruning step found, held by every step after it.
+"""Masks of pruned weights: set by a pruning step, held by every step after it.
 
 `MaskChoice` says which weights are pruned: those of the smallest magnitude (Han et al. 2015,
 https://arxiv.org/abs/1506.02626), each site by itself or all sites under one threshold.
@@ -56,7 +56,7 @@ class Masks:
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
-        """Set what the masks drop to zero."""
+        """Set the weights that the masks drop to zero."""
         for parameter, mask in self.held(model):
             parameter.mul_(mask)
 
@@ -81,7 +81,7 @@ class Masks:
         optimizer.register_step_post_hook(after)
 
     def refresh(self, model: nn.Module) -> None:
-        """Take the masks as they are now, and set what they drop to zero."""
+        """Read the masks again after they have changed, and set the weights that they drop to zero."""
         self.current = self.held(model)
         self.apply(model)
 
@@ -106,7 +106,7 @@ def trained(model: nn.Module, site: Site) -> nn.Parameter | None:
 
 @dataclass(frozen=True)
 class MaskChoice:
-    """Which weights are pruned in the end.
+    """The choice of the weights that are pruned when the step is done.
 
     Attributes:
         sparsity: the fraction of the chosen sites' weights that is dropped.

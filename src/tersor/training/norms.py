@@ -1,4 +1,4 @@
-"""Which modules run in training mode while a model imitates its original: only what must.
+"""The modules that run in training mode while a model imitates its original: only those that must.
 
 Dropout would blur what the original says, and a batch norm goes on as it ran at the end of its own training (statistics
 frozen: Krishnamoorthi 2018, section 3.2.4, https://arxiv.org/abs/1806.08342).
@@ -32,7 +32,7 @@ class Norms:
             norm.weight.requires_grad_(False)
 
     def on_step(self, done: int, num_steps: int) -> None:
-        """Before every step of the loop."""
+        """Set the modes of the modules again, before every step of the loop."""
         self.frozen = done >= self.share * num_steps
 
     def watched(self, objective: Objective) -> Objective:

@@ -66,7 +66,7 @@ class PruneStep(TrainingStep):
 
     @property
     def choice(self) -> MaskChoice:
-        """The weights that go."""
+        """The choice of the weights that are pruned."""
         return MaskChoice(self.sparsity, self.scope, self.pattern, self.rules, self.exclude)
 
     def check(self, preview: Preview) -> None:

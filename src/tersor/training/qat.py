@@ -151,8 +151,10 @@ class PlannedSite(NamedTuple):
 
 
 def beginning(job: Job, step: QatStep) -> dict[str, PlannedSite]:
-    """What the weights step of the same spelling makes of the model as it is, by site. The inputs of recurrent layers
-    are trained, and stay, in float."""
+    """The initial quantization of each site, as a weights step of this scheme chooses it.
+
+    The inputs of recurrent layers are trained in float, and stay so.
+    """
     packed = copy_but_sites(job.model)
     weights = WeightsStep(scheme=step.scheme, rules=step.rules, exclude=step.exclude, cpu=step.cpu)
     WeightsRun(packed, weights, Calibration(job.task, seed=job.seed, progress=job.progress)).run()
@@ -198,7 +200,7 @@ class Fakes:
         return fakes
 
     def pack(self, model: nn.Module) -> dict[str, SiteReport]:
-        """Put in their places what they stand for."""
+        """Replace the fake quantizers by the packed weights and input quantizers that they stand for."""
         reports = {}
         for hook in self.hooks:
             hook.remove()

@@ -37,7 +37,7 @@ def usual_groups(model: nn.Module, extra: nn.Module, settings: TrainingStep) -> 
 
 
 def make_optimizer(groups: list[dict[str, Any]], settings: TrainingStep) -> torch.optim.Optimizer:
-    """Raises InputError without a single parameter, or where the 8-bit optimizer cannot run."""
+    """The optimizer by name. Raises InputError without a single parameter, or where the 8-bit one cannot run."""
     if not any(len(list(group["params"])) for group in groups):
         raise InputError("nothing to train: no parameter of the model requires gradients; train before packing weights")
     if settings.optimizer == "sgd":
@@ -55,7 +55,7 @@ def make_optimizer(groups: list[dict[str, Any]], settings: TrainingStep) -> torc
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, settings: TrainingStep, num_steps: int) -> Any:
-    """The learning rate over the steps."""
+    """The scheduler of the learning rate: warm-up, then constant, linear or cosine decay."""
     from transformers import get_scheduler
 
     name = {"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule)
@@ -63,7 +63,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, settings: TrainingStep, num
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Have activations computed again instead of kept."""
+    """Turn on activation checkpointing: activations are computed again in the backward pass, and not kept."""
     for kind in ("activation", "gradient"):  # its name in transformers 5, and before
         enable = getattr(model, f"{kind}_checkpointing_enable", None)
         if enable is not None:

@@ -1,4 +1,4 @@
-"""A student made from its teacher: some of its layers, and in each the middle road through its width.
+"""A student made from its teacher: some of its layers, and of each some of its dimensions.
 
 Layers: every k-th, the first and the last among them (Sanh et al. 2019, DistilBERT, https://arxiv.org/abs/1910.01108).
 Width: weight selection, evenly spaced elements of every axis (Xu et al. 2023, https://arxiv.org/abs/2311.18823), the
@@ -198,7 +198,7 @@ def head_dim_of(config: Any, names: Architecture) -> int:
 
 @dataclass(frozen=True)
 class Cut:
-    """Which elements of each axis the student keeps.
+    """The elements of each axis of the teacher's tensors that the student keeps.
 
     Attributes:
         by_size: of axes by their sizes in teacher and student.

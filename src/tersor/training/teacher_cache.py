@@ -1,4 +1,4 @@
-"""What the teacher says on the train split, computed once and kept on disk.
+"""The teacher's outputs on the train split, computed once and kept on disk.
 
 A folder of safetensors files, each holding some batches and written whole or not at all, so that a run that was killed
 goes on where it was. For every row: how many predictions it has, and their outputs one after the other, either whole or
@@ -33,7 +33,7 @@ BATCHES_A_FILE = 64
 
 @dataclass(frozen=True)
 class Answer:
-    """What a teacher says on a batch.
+    """A teacher's outputs for one batch.
 
     Attributes:
         outputs: logits or embeddings `[prediction, class]`; with `classes`, their logits and one for the rest.
@@ -65,7 +65,7 @@ def padding_mask(batch: Any, states: Tensor) -> Tensor | None:
 
 @dataclass
 class TeacherCache:
-    """The folder, and what is in it.
+    """A folder of a teacher's stored outputs, with an index of the rows in each file.
 
     Attributes:
         key: what the outputs depend on; files with another key are written anew.

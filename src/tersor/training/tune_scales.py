@@ -1,4 +1,4 @@
-"""Train what is continuous in a packed model, and nothing else: scales, zero points, biases, norms.
+"""Training of the continuous numbers of a packed model alone: scales, zero points, biases, norms.
 
 The second phase of EfficientQAT (Chen et al. 2024, https://arxiv.org/abs/2407.11062), here taught by the original's
 outputs. Codes stay as they are, so the file keeps its size and its format, and a few hundred steps are enough. Works
@@ -110,7 +110,7 @@ class RemainderTensors(nn.Module):
             self.shifts.append(nn.Parameter(torch.zeros_like(start)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Nothing: a model that is an nn.Sequential runs this module at its end."""
+        """The input as it is: a model that is an nn.Sequential runs this module at its end."""
         return x
 
     def values(self, number: int) -> Tensor:
@@ -124,8 +124,8 @@ class RemainderTensors(nn.Module):
             packed._buffers[name] = Rounded.apply(self.values(number), kind.store)
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Store the parts for good."""
+    def write_back(self) -> None:
+        """Write the trained parts into the packed weights, rounded to their stored types."""
         for number, (packed, name, kind) in enumerate(self.parts):
             packed._buffers[name] = kind.store(self.values(number))
 
@@ -156,11 +156,11 @@ def in_training(model: nn.Module, leftovers: RemainderTensors) -> Iterator[None]
     finally:
         hook.remove()
         del model._modules[LEFTOVERS]
-        leftovers.settle()
+        leftovers.write_back()
         for parameter in kept:
             parameter.requires_grad_(True)
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Everything that has gradients, without weight decay."""
+    """One parameter group of everything that has gradients, without weight decay."""
     return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": 0.0}]

@@ -1,4 +1,4 @@
-"""Which layer's output a layer reads: a torch.fx trace of the model."""
+"""The calls of a model's forward as a graph, from a torch.fx trace: which layer's output a layer reads."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class Graph:
 
     @classmethod
     def of(cls, model: nn.Module, transform: str) -> "Graph":
-        """Raises ModelError for a model whose forward torch.fx cannot follow."""
+        """The graph of a model. Raises ModelError where torch.fx cannot follow its forward."""
         try:
             nodes = list(torch.fx.Tracer().trace(model).nodes)
         except Exception as problem:  # whatever the model's own code raises when it is given a proxy
