@@ -11,9 +11,9 @@ from tersor.kernels.contract import Kernel
 from tersor.kernels.dot import DOT, Loops, fastest_exact
 
 
-def dot_kernel(encoded: Encoded) -> Kernel:
-    """The row of the table for an int8 weight of any size."""
-    name = fastest_exact(encoded)
+def dot_kernel(encoded: Encoded, kernels: WeightKernels) -> Kernel:
+    """The row of the table for an int8 weight of any size; found out once, with a look at all its codes."""
+    name = next((kernel.name for kernel in DOT if kernel.name in kernels.layouts), "") or fastest_exact(encoded)
     return next(kernel for kernel in DOT if kernel.name == name)
 
 
@@ -29,7 +29,8 @@ def recurrent_steps(
     and takes the bias of its products with the state."""
     from tersor.kernels.recurrent_loops import Steps, run_steps
 
-    layout = kernels.layout(dot_kernel(encoded), encoded, Activation("int8-dynamic"))
+    kernel = dot_kernel(encoded, kernels)
+    layout = kernels.layout(kernel, encoded, Activation("int8-dynamic"))
     (h, c), (num_steps, batch, num_gates) = state, of_x.shape
     outputs = torch.empty(num_steps, batch, encoded.shape[1])
     addend = layout["nothing"] if bias is None else bias.float().contiguous()
@@ -37,6 +38,6 @@ def recurrent_steps(
         of_x.data_ptr(), addend.data_ptr(), h.data_ptr(), 0 if c is None else c.data_ptr(), outputs.data_ptr(),
         num_steps, batch, int(reverse),
     )  # fmt: skip
-    work, loops = num_steps * batch * num_gates * h.shape[1], Loops(fastest_exact(encoded), "int8")
+    work, loops = num_steps * batch * num_gates * h.shape[1], Loops(kernel.name, "int8")
     loops.over_time(lambda first, last: run_steps(layout["weight"], steps, first, last), batch, work)
     return outputs

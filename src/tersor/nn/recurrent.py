@@ -51,7 +51,7 @@ class PackedRecurrent(Packed):
     def kernel(self) -> str:
         """The kernel that runs a step: the instruction that its loop is made of, or `decode`."""
         recur = self.map_of("weight_hh_l0", None)
-        return dot_kernel(recur.weight.encoded).name if recur.is_int8 else "decode"  # type: ignore[union-attr]
+        return dot_kernel(recur.weight.encoded, recur.weight.memory).name if recur.is_int8 else "decode"  # type: ignore[union-attr]
 
     def map_of(self, name: str, bias: Tensor | None) -> "Map":
         """One of the weights, as the linear map it stands for."""
