@@ -13,11 +13,12 @@ int8/percentile(percentile=99.9):int8-static
 keep                        left as it is
 """
 
-import ast
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from tersor.activations.observers import OBSERVERS, Observer
 from tersor.activations.quantizers import ACTIVATIONS, IntStatic, activation_named
@@ -115,28 +116,37 @@ def parse_options(kind: str, table: Mapping[str, type], text: str) -> Any:
     name, arguments = renamed(METHOD_NAMES, match[1], table), match[2]
     if name not in table:
         raise UnknownName(kind, name, table)
-    known = {f.name: str(f.type) for f in fields(table[name])}
+    types = get_type_hints(table[name])
+    known = {field.name: types[field.name] for field in fields(table[name])}
     options: dict[str, object] = {}
     for item in filter(None, (part.strip() for part in (arguments or "").split(","))):
         key, _, value = (part.strip() for part in item.partition("="))
         key = renamed(OPTION_NAMES, key, known)
         if key not in known:
             raise UnknownName(f"option of {name}", key, known)
-        options[key] = value if "str" in known[key] else parse_number(name, key, value, "int" in known[key])
+        options[key] = parse_value(name, key, value, known[key])
     return table[name](**options)
 
 
-def parse_number(name: str, key: str, value: str, whole: bool) -> int | float:
-    """The value of an option."""
+def parse_value(name: str, key: str, value: str, annotation: Any) -> Any:
+    """The value of an option, of the type that its field is annotated with. Raises InputError for any other.
+
+    >>> parse_value("svd", "rank", "8", int), parse_value("mine", "signed", "false", bool)
+    (8, False)
+    """
     try:
-        number = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        number = None
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        raise InputError(f"{name}: {key}={value} is not a number")
-    if whole and not isinstance(number, int):
-        raise InputError(f"{name}: {key}={value} is not a whole number")
-    return number
+        found = TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False)).validate_strings(value)
+    except ValidationError as error:
+        kinds = {mistake["type"].partition("_")[0]: mistake for mistake in error.errors()}
+        wanted = next((said for kind, said in WANTED.items() if kind in kinds), None)
+        if wanted is None:
+            wanted = error.errors()[0]["msg"].removeprefix("Input should be ")
+        raise InputError(f"{name}: {key}={value} is not {wanted}") from None
+    whole = isinstance(found, float) and value.lstrip("+-").isdecimal()
+    return int(found) if whole else found  # so that 0 is not spelled 0.0
+
+
+WANTED = {"float": "a number", "finite": "a number", "int": "a whole number", "bool": "true or false"}
 
 
 def spell_options(made: Any) -> str:
