@@ -24,7 +24,7 @@ class Stop(BaseException):
 
 @dataclass
 class BlockCall:
-    """How a block was called for one batch, apart from the hidden states, which do not outlive the block.
+    """The arguments of a block's call for one batch, apart from the hidden states, which do not outlive the block.
 
     Attributes:
         by_position: whether the hidden states came first, or as `hidden_states=`.
@@ -123,7 +123,7 @@ class BlockStates:
         return call.output(self.blocks[0], hidden)
 
     def hands_on(self, batch: Any, made: Any) -> bool:
-        """Whether the second block is given more of what the first one returned than hidden states, such as a bias for
+        """True if the second block is given more of what the first one returned than hidden states, such as a bias for
         positions: a block alone would lack that."""
         seen: list[Any] = []
 

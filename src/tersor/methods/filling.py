@@ -89,7 +89,7 @@ MIN_OCTAVE, NUM_SPREADS = -3, 64
 
 @cache
 def saved_bits() -> Float[Tensor, " spread_code"]:
-    """How many bits a code takes more than the next one towards zero, for the codes 0 to 15 at each of 64 deviations
+    """The bits that a code takes more than the next one towards zero, for the codes 0 to 15 at each of 64 deviations
     from 2^-3 steps on."""
     deviation = torch.exp2(MIN_OCTAVE + torch.arange(NUM_SPREADS, dtype=torch.float64) / PER_OCTAVE)
     bits = -code_masses(deviation).clamp_min(1e-12).log2()

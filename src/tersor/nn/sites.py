@@ -127,7 +127,7 @@ class Site:
             materialize(model.get_submodule(place.module), place.parameter)
 
     def takes_activation(self, model: nn.Module, activation: str) -> bool:
-        """Whether an input quantizer of this format can run here: everywhere the weight is used, it is a plain linear
+        """True if an input quantizer of this format can run here: everywhere the weight is used, it is a plain linear
         map, or a convolution, whose inputs have no tokens to take a dynamic scale from, or in an LSTM or GRU, whose
         inputs calibration does not see."""
         modules = [model.get_submodule(place.module) for place in self.owners]
@@ -138,7 +138,7 @@ class Site:
         return self.kind == "linear" and all(is_linear(m) or isinstance(m, PackedLinear) for m in modules)
 
     def neighbours(self, model: nn.Module) -> Neighbours | None:
-        """Which columns 8-bit kernels add in one step (formats/overflow.py); None for a depthwise convolution, whose
+        """The columns that 8-bit kernels add in one step (formats/overflow.py); None for a depthwise convolution, whose
         kernels add none."""
         module, shape = model.get_submodule(self.owners[0].module), self.fold.weight_shape
         if self.kind != "conv":
@@ -289,7 +289,7 @@ def runs_as_its_class(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module does what its class does, with parameters of its own: no hooks, no own forward, nothing that
+    """True if a module does what its class does, with parameters of its own: no hooks, no own forward, nothing that
     computes a parameter from others."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
     return runs_as_its_class(module) and not hooks and not is_parametrized(module)

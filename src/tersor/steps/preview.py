@@ -1,4 +1,4 @@
-"""What the steps of a recipe will have made of a model, before any of them has run.
+"""A preview of what the steps of a recipe make of a model, before any of them has run.
 
 Each step's `check` looks at a preview, refuses at once what would fail after hours, and notes what it will do.
 """

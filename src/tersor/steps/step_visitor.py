@@ -31,7 +31,7 @@ CURVATURE = frozenset({"row_weight", "column_weight"})
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a weights step may learn from, and how.
+    """The data and statistics that a weights step may learn from, its seed, and where the model's weights are.
 
     Attributes:
         task: gives the calibration data; None: there is none.

@@ -182,7 +182,7 @@ def usual_targets(model: nn.Module) -> list[str]:
 
 
 def ends_with(path: str, name: str) -> bool:
-    """Whether the last parts of a path are `name`.
+    """True if the last parts of a path are `name`.
 
     >>> ends_with("layers.0.q_proj", "q_proj"), ends_with("layers.0.mq_proj", "q_proj")
     (True, False)

@@ -61,7 +61,7 @@ class Masks:
             parameter.mul_(mask)
 
     def enforce(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """From now on a step of the optimizer neither moves what is dropped nor remembers its gradient.
+        """Have every step of the optimizer keep to the masks: dropped weights are not moved, their gradients forgotten.
 
         The masks may change meanwhile; `refresh` says so.
         """

@@ -200,8 +200,11 @@ def unmerged(model: nn.Module, adapter: Adapter) -> nn.Module:
 def divergences(
     reference: nn.Module, models: Mapping[str, nn.Module], task: Task, split: str = "eval"
 ) -> dict[str, float]:
-    """How far each model's outputs are from the reference's: the mean KL divergence in nats per prediction; where the
-    task's output is no logits, the mean squared distance of an example."""
+    """The distance of each model's outputs from the reference's.
+
+    That is the mean KL divergence in nats per prediction, or, where the task's output is no logits, the mean squared
+    distance of an example.
+    """
     sums, count = dict.fromkeys(models, 0.0), 0
     for batch in task.batches(split):  # type: ignore[arg-type]
         with scoring(reference):

@@ -90,7 +90,7 @@ def find_links(graph: Graph, stats: Mapping[str, Stats]) -> list[Link]:
 
 
 def passes_factors(graph: Graph, passed: list[nn.Module], node: torch.fx.Node) -> bool:
-    """Whether a positive factor on the channels of a node's input comes out of it. What depends on the axis of the
+    """True if a positive factor on the channels of a node's input comes out of it. What depends on the axis of the
     channels for that joins `passed`: pools, and batch norms, which need a smaller bias as well."""
     module = graph.module(node)
     if module is not None and ((is_batch_norm(module) and is_neutral(module)) or type(module) in POOLS):

@@ -80,7 +80,7 @@ class HadamardHeads:
 
 @dataclass(frozen=True)
 class Stream:
-    """What reads and writes the residual stream of a model.
+    """The modules that read and write the residual stream of a model.
 
     Attributes:
         width: its number of features.

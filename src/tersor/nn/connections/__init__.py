@@ -1,1 +1,1 @@
-"""Which layers read which channels: from a table of transformers by model type, or from a trace of the model."""
+"""Connections: which layers read which channels, from a table of model types or from a trace of the model."""
