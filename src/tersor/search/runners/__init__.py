@@ -1,1 +1,1 @@
-"""Where trials run: one after another in this process, or several processes at once. All give the same results."""
+"""Runners of trials: one after another in this process, or several processes at once. All give the same results."""

@@ -41,7 +41,7 @@ class TrialSpec:
 
     @property
     def bench(self) -> "TrialSpec":
-        """What it shares with other trials of the same original and data."""
+        """The workbench that it shares with other trials of the same original and data."""
         return replace(self, recipe=Recipe.of())
 
     def check_portable(self) -> None:
@@ -74,7 +74,7 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class Workbench:
-    """What all trials of one original and its data share, opened once."""
+    """The original and its data, opened once for all trials of them."""
 
     model: nn.Module
     task: Task

@@ -27,7 +27,7 @@ class SerialRunner:
             yield result
 
     def bench(self, spec: TrialSpec) -> Workbench:
-        """What a trial shares with others: that of the latest original, or opened now."""
+        """The workbench of a trial: that of the latest original, or opened now."""
         for known, bench in self.benches:
             if known == spec.bench:
                 return bench
