@@ -106,12 +106,12 @@ def check_errors(world, n, runs, allowed):
 @pytest.mark.parametrize(
     ("world", "n", "runs"),
     [
-        ("exponential", 50, 200),
-        ("lognormal", 200, 150),
-        ("graded", 60, 200),
-        ("graded", 300, 100),
+        ("exponential", 50, 400),
+        ("lognormal", 200, 300),
+        ("graded", 60, 400),
+        ("graded", 300, 300),
         ("similarity", 100, 50),
-        ("language", 100, 150),
+        ("language", 100, 300),
     ],
 )
 def test_drop_at_the_tolerance_is_rarely_decided(world, n, runs):

@@ -282,7 +282,7 @@ def test_a_student_learns_from_words_without_labels(labelled, unlabelled):
     job = Job(classifier(1, initializer_range=0.05), teacher, unlabelled)
     untaught = unlabelled.score(job.model).value
     DistilStep(epochs=12, batch_size=16, learning_rate=2e-3, num_evaluations=0).run(job)
-    assert unlabelled.score(job.model).value > max(0.8, untaught)
+    assert unlabelled.score(job.model).value > (untaught + labelled.score(teacher).value) / 2  # more than half the way
     assert same(before, state_of(teacher))
     assert not any(module.training for module in teacher.modules())
 
