@@ -1,4 +1,5 @@
-"""Packed weights under transformers: what cannot read or write them stops, and says what can."""
+"""Packed weights under transformers: what would break them stops, and says what to do; without tersor's quantizer
+(tests/integrations/test_transformers.py) nothing opens them."""
 
 import copy
 import json
@@ -15,9 +16,10 @@ from transformers import (
     LlamaForCausalLM,
     pipeline,
 )
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import tersor
-from tersor.checkpoint.notice import KEY, NOTICE
+from tersor.checkpoint.notice import KEY, METHOD, NO_WEIGHTS, NOTICE, QUANTIZATION
 from tersor.checkpoint.pack import pack, unpack
 from tersor.core.errors import InputError
 from tersor.recipe import Recipe
@@ -76,12 +78,15 @@ OPENERS = {
 
 @pytest.mark.parametrize("kind", ["plain", "coded", "packed"])
 @pytest.mark.parametrize("opener", OPENERS)
-def test_transformers_stops_and_says_why(opener, kind, artifacts):
+def test_transformers_alone_stops_and_says_why(opener, kind, artifacts, monkeypatch):
+    monkeypatch.delitem(AUTO_QUANTIZER_MAPPING, METHOD)
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, METHOD)
     name, open_folder = OPENERS[opener]
     with pytest.raises(ValueError, match=r"packed by tersor: open this folder with tersor\.load\(folder\)"):
         open_folder(artifacts / f"{name}-{kind}")
     model = tersor.load(artifacts / f"{name}-{kind}")
     assert not hasattr(model.config, KEY)
+    assert not hasattr(model.config, QUANTIZATION)
     assert torch.isfinite(model(IDS).logits).all()
 
 
@@ -95,6 +100,8 @@ def test_weights_that_are_not_packed_open_as_ever(tmp_path):
 
 def test_unpacked_and_decoded_folders_open(artifacts, tmp_path):
     unpack(artifacts / "bert-coded", tmp_path / "decoded")
+    assert QUANTIZATION not in json.loads((tmp_path / "decoded" / "config.json").read_text())
+    assert not (tmp_path / "decoded" / NO_WEIGHTS).exists()
     opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "decoded").eval()
     loaded = tersor.load(artifacts / "bert-coded", packed=False)
     assert torch.equal(opened(IDS).logits, loaded(IDS).logits)
@@ -122,12 +129,24 @@ def test_exports_open_in_their_client(artifacts, tmp_path):
 
 
 @pytest.mark.parametrize("made", [lambda m: m, copy.deepcopy])
-def test_save_pretrained_refuses(made, artifacts, tmp_path):
+def test_save_pretrained_writes_an_artifact(made, artifacts, tmp_path):
     compressed = tersor.compress(bert(), Recipe.of("int8")).model
-    for model in (made(compressed), made(tersor.load(artifacts / "bert-plain"))):
-        with pytest.raises(InputError, match=r"save_pretrained cannot write packed weights .*tersor\.save"):
-            model.save_pretrained(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    loaded = tersor.load(artifacts / "bert-coded")
+    for number, model in enumerate((made(compressed), made(loaded))):
+        folder = tmp_path / str(number)
+        model.save_pretrained(folder)
+        assert torch.equal(tersor.load(folder)(IDS).logits, model(IDS).logits)
+        assert tersor.verify(folder).checked.is_whole
+
+
+def test_save_pretrained_leaves_the_other_files_of_a_folder(artifacts, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    coded, plain = (tersor.load(artifacts / f"bert-{kind}") for kind in ("coded", "plain"))
+    for model in (coded, plain):
+        model.save_pretrained(tmp_path)
+        assert (tmp_path / "tokenizer.json").read_text() == "{}"
+        assert torch.equal(tersor.load(tmp_path)(IDS).logits, model(IDS).logits)
+    assert not list(tmp_path.glob(".tersor-*"))
 
 
 def test_save_pretrained_of_a_model_that_stays_float(tmp_path):

@@ -15,6 +15,7 @@ from tersor.core.errors import TersorError
 from tersor.core.progress import Events
 from tersor.exporters import EXPORTS
 from tersor.formats import FORMATS
+from tersor.integrations import install
 from tersor.jobs.api import (
     bench,
     compare,
@@ -39,6 +40,7 @@ from tersor.tasks import TASKS, open_task
 from tersor.tasks.scores import METRICS, Metric, Scores
 
 __version__ = version("tersor")
+install()
 
 __all__ = [
     "EXPORTS",

@@ -12,6 +12,7 @@ from tersor.calibration.inputs import before_sites
 from tersor.calibration.moments import shows_inputs
 from tersor.calibration.plan import survey
 from tersor.calibration.walk import SiteObserver, walk
+from tersor.checkpoint.artifact import save_into
 from tersor.core.errors import FormatError
 from tersor.core.progress import Events, Progress, silent
 from tersor.methods.stats import Stats
@@ -107,7 +108,7 @@ def run(
             check_masks(job, job.reports)
         events.on_step(number + 1, len(recipe.steps))
     own_shared_weights(job.model, model)
-    guard(job.model)
+    guard(job.model, save_into)
     recipe = recipe.model_copy(update={"steps": tuple(done)})
     return Compressed(job.model, recipe, list(job.reports.values()), job.curves, choices, list(notes.values()))
 

@@ -9,6 +9,8 @@
 A folder appears whole or not at all (output.py), and lists every file in it (seal.py).
 """
 
+import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -31,10 +33,10 @@ from tersor.checkpoint.manifest import (
     weights_path,
     write_manifest,
 )
-from tersor.checkpoint.notice import KEY, post
+from tersor.checkpoint.notice import KEY, QUANTIZATION, post
 from tersor.checkpoint.output import atomic_folder, check_output
 from tersor.checkpoint.restore import read_decoded, read_tensors, restore_rest, restore_site
-from tersor.checkpoint.seal import listing
+from tersor.checkpoint.seal import first_foreign, listing
 from tersor.checkpoint.side_files import copy_side_files
 from tersor.checkpoint.skeleton import skeleton
 from tersor.checkpoint.source import open_transformers, read_state
@@ -75,6 +77,22 @@ def save(
         write(model, working, source=source, manifest=manifest, coded=coded)
 
 
+def save_into(model: nn.Module, folder: Path) -> None:
+    """Write `model` as `save` does, into a folder that may hold other files, which stay: those of its tokenizer, say.
+
+    Raises as `save`.
+    """
+    if not folder.exists() or first_foreign(folder) is None:
+        save(model, folder)
+        return
+    with tempfile.TemporaryDirectory(prefix=".tersor-", dir=folder) as working:
+        write(model, Path(working))
+        for name in (WEIGHTS, CODED):
+            (folder / name).unlink(missing_ok=True)
+        for path in sorted(Path(working).iterdir()):
+            os.replace(path, folder / path.name)
+
+
 def write(
     model: nn.Module,
     folder: Path,
@@ -100,7 +118,7 @@ def write(
     describe(model, folder, manifest or {})
 
 
-VOLATILE = {"architectures", "dtype", "transformers_version", "_name_or_path", "use_cache", KEY}
+VOLATILE = {"architectures", "dtype", "transformers_version", "_name_or_path", "use_cache", KEY, QUANTIZATION}
 
 
 def differs(config: Any, folder: Path) -> bool:
@@ -251,16 +269,21 @@ def place_packed(model: nn.Module, manifest: Mapping[str, Any], stored: StoredTe
             stored.lazy.serve(model, site)
         stored.decoded += [] if packed else [site]
     if packed:
-        guard(model)
+        guard(model, save_into)
 
 
-def fill(model: nn.Module, stored: StoredTensors) -> None:
+def fill(model: nn.Module, stored: StoredTensors, *, partly: bool = False) -> None:
     """Fill all that is not packed, from the tensors that `place_packed` left over.
+
+    Args:
+        partly: the model may have tensors that are not stored, such as a new head, which stay as they are.
 
     Raises ArtifactError where a tensor is missing, left over, or of another shape or kind.
     """
     tensors = stored.tensors if stored.lazy is None else stored.lazy.decoded(stored.tensors)
-    restore_rest(model, tensors, other_tensors(model, stored.decoded), stored.place)
+    others = other_tensors(model, stored.decoded)
+    places = {name: place for name, place in others.items() if name in tensors} if partly else others
+    restore_rest(model, tensors, places, stored.place)
 
 
 def unpacked(folder: Path, model: nn.Module | None) -> nn.Module:

@@ -10,12 +10,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from tersor.checkpoint.guards import check_links
+from tersor.checkpoint.notice import NO_WEIGHTS
 from tersor.checkpoint.seal import MANIFEST, RECORDS, SEAL
 from tersor.checkpoint.source import weight_files
 from tersor.core.modules_json import module_folders
 from tersor.core.pickled import PICKLES
 
-OWN_FILES = {MANIFEST, SEAL, "README.md", ".gitattributes"}
+OWN_FILES = {MANIFEST, SEAL, NO_WEIGHTS, "README.md", ".gitattributes"}
 WEIGHTS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 LEFT = (  # by their names, whatever folder they lie in
     *("*.safetensors", "*.tersor", "*.index.json", "*.gguf", "*.ggml", "*.npz", "*.npy", *(f"*{s}" for s in PICKLES)),

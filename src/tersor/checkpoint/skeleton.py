@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from tersor.checkpoint.guards import at_most, check_config, shapes_of
 from tersor.checkpoint.layout import CODED
 from tersor.checkpoint.manifest import weights_path
-from tersor.checkpoint.notice import KEY
+from tersor.checkpoint.notice import remove
 from tersor.checkpoint.source import quiet_transformers, transformers_class
 from tersor.codecs.integers import EXPANSION
 from tersor.core.errors import ArtifactError
@@ -38,8 +38,7 @@ def skeleton(folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
     try:
         check_config(folder, shapes_of([weights]))
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if hasattr(config, KEY):
-            delattr(config, KEY)
+        remove(config)
         config.architectures = [manifest["model"]["class"]]
         model_class = transformers_class(config)
         if model_class is transformers.AutoModel:

@@ -32,7 +32,7 @@ from tersor.core.weights_file import check_file, check_finite, check_numbers, re
 from tersor.nn.copies import copy_but_sites, own_shared_weights
 from tersor.nn.dtypes import Dtypes
 
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "1_Pooling/*"]
+HUB_FILES = ["*.safetensors", "*.tersor", "*.json", "*.txt", "*.model", "*.jinja", "1_Pooling/*"]
 PICKLED_HUB_FILES = ["pytorch_model*.bin"]  # where a model has no others
 WEIGHT_NAMES = (("model", ".safetensors"), ("pytorch_model", ".bin"))  # of whole files; shards have an index
 WRAPPED = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name

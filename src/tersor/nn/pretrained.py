@@ -1,9 +1,11 @@
 """The methods of a transformers model that read or write all weights, made safe once some weights are packed.
 
-`save_pretrained` would write a folder whose weights transformers does not find, and draws at random; ties and rows of
-a packed embedding are not for it to change.
+`save_pretrained` would write a folder whose weights transformers does not find, and draws at random: an artifact is
+written in its place. Ties and rows of a packed embedding are not for transformers to change.
 """
 
+from collections.abc import Callable
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -14,23 +16,27 @@ from tersor.nn.packed import packed_weight
 from tersor.nn.sites import find_sites
 
 
-def guard(model: nn.Module) -> None:
-    """Have a model that may hold packed weights refuse what would break them, or leave them as they are."""
+def guard(model: nn.Module, write: Callable[[nn.Module, Path], None]) -> None:
+    """Have a model that may hold packed weights refuse what would break them, or leave them as they are.
+
+    Args:
+        write: writes the model into a folder, in the place of its `save_pretrained`, while a weight is packed.
+    """
+
+    def save_pretrained(
+        self: Any, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **options: Any
+    ) -> Any:
+        is_packed_now = any(is_packed(self, site.parameter) for site in find_sites(self))
+        if not is_packed_now or getattr(self, "_hf_peft_config_loaded", False):  # of adapters, they alone are written
+            return type(self).save_pretrained(self, save_directory, *args, push_to_hub=push_to_hub, **options)
+        write(self, Path(save_directory))
+        if push_to_hub:
+            self.push_to_hub(options.pop("repo_id", Path(save_directory).name), **options)
+        return None
+
     for method in (save_pretrained, tie_weights, resize_token_embeddings):
         if hasattr(type(model), method.__name__):
             setattr(model, method.__name__, MethodType(method, model))
-
-
-def save_pretrained(self: Any, *args: Any, **options: Any) -> Any:
-    """Save the model as transformers does. Raises InputError where a weight is packed."""
-    packed = [site.name for site in find_sites(self) if is_packed(self, site.parameter)]
-    if packed:
-        raise InputError(
-            f"save_pretrained cannot write packed weights ({packed[0]} and {len(packed) - 1} more): write an artifact "
-            f"with tersor.save(model, folder), which tersor.load opens; tersor.load(folder, packed=False) gives a "
-            f"model of ordinary weights, which save_pretrained writes"
-        )
-    return type(self).save_pretrained(self, *args, **options)
 
 
 def tie_weights(self: Any, *args: Any, **options: Any) -> Any:
