@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import tersor
 from tersor.checkpoint.artifact import MANIFEST, WEIGHTS
 from tersor.checkpoint.container_write import size_of
-from tersor.checkpoint.notice import without
+from tersor.checkpoint.notice import NO_WEIGHTS, without
 from tersor.checkpoint.open import open_model
 from tersor.checkpoint.source import state_hash
 from tersor.core.errors import ArtifactError
@@ -149,7 +149,7 @@ def test_side_files_come_along_and_weights_and_code_do_not(tmp_path):
     tersor.save(packed("llama", "nearest:int4"), output, source=source)
     names = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
     kept = {"config.json", "generation_config.json", "tokenizer.json", "1_Pooling/config.json"}
-    assert names == kept | {WEIGHTS, MANIFEST}
+    assert names == kept | {WEIGHTS, NO_WEIGHTS, MANIFEST}
     assert without(json.loads((output / "config.json").read_text())) == json.loads((source / "config.json").read_text())
 
 

@@ -64,7 +64,7 @@ def test_what_is_taken_and_what_is_left(folder, tmp_path):
     (note,) = left_behind(folder)
     assert note.startswith("not copied, for it is no part of the smaller model: adapter.safetensors, checkpoint-500")
     assert "model.safetensors," not in note
-    assert f"and {len(LEFT) - 4 + 1 + 4 + 2} more" in note  # the unknown, the earlier artifact, the export
+    assert f"and {len(LEFT) - 4 + 1 + 5 + 2} more" in note  # the unknown, the earlier artifact, the export
 
 
 def test_nothing_to_say_of_a_plain_folder(tmp_path):

@@ -29,7 +29,7 @@ from tersor.checkpoint.layout import CODED
 from tersor.checkpoint.manifest import MANIFEST, WEIGHTS, check_files, read_manifest, weights_path
 from tersor.checkpoint.notice import KEY, METHOD, NO_WEIGHTS
 from tersor.checkpoint.restore import read_tensors
-from tersor.checkpoint.safetensors_header import read_extents
+from tersor.checkpoint.safetensors_header import read_spans
 from tersor.core.errors import ArtifactError, InputError
 from tersor.nn.sites import find_sites
 
@@ -214,7 +214,7 @@ def saved_dtype(folder: Path) -> torch.dtype:
 
 def stored_names(weights: Path) -> list[str]:
     """The names of the tensors in an artifact's weights file. Raises ArtifactError, ModelError for a damaged one."""
-    return list(Container(weights).entries if weights.name == CODED else read_extents(weights))
+    return list(Container(weights).entries if weights.name == CODED else read_spans(weights))
 
 
 def roots(name: str) -> Iterator[str]:
