@@ -10,12 +10,12 @@
 
 from importlib.metadata import version
 
+import tersor.integrations
 from tersor.checkpoint.artifact import load, save
 from tersor.core.errors import TersorError
 from tersor.core.progress import Events
 from tersor.exporters import EXPORTS
 from tersor.formats import FORMATS
-from tersor.integrations import install
 from tersor.jobs.api import (
     bench,
     compare,
@@ -40,7 +40,7 @@ from tersor.tasks import TASKS, open_task
 from tersor.tasks.scores import METRICS, Metric, Scores
 
 __version__ = version("tersor")
-install()
+tersor.integrations.install()
 
 __all__ = [
     "EXPORTS",
