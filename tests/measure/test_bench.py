@@ -115,6 +115,13 @@ def test_memory_holds_the_weights_and_goes_with_the_model(models):
     assert found.loaded <= found.peak < 200e6
 
 
+def test_memory_of_the_smallest_model_is_that_of_its_tensors(models):
+    found = measure_opened("bench_models:eight", "torch", {"input": np.zeros((4, 8), np.float32)})
+    if found is None:
+        pytest.skip("this kernel does not tell")
+    assert found.peak >= found.loaded >= 4 * (8 * 8 + 8)
+
+
 def test_what_cannot_be_compared_is_refused(models):
     with pytest.raises(InputError, match="2 --runtime for 3 models"):
         candidates_of(["a.onnx"] * 3, ["onnx", "openvino"])

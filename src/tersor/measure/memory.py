@@ -24,6 +24,7 @@ from torch import nn
 
 from tersor.core.errors import ModelError
 from tersor.core.scratch import scratch_folder
+from tersor.measure.size import measure_size
 from tersor.runtimes import open_decoder, open_session
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -50,7 +51,9 @@ class Memory:
     """Bytes of a process that are there because of a model: what goes when the model is dropped again.
 
     Attributes:
-        loaded: after it was opened.
+        loaded: what it holds between calls, once it has run: files are mapped, and their pages come when they are
+            touched. A model so small that the system's pages do not show it takes the bytes of its tensors, or of its
+            file.
         peak: at most, while it was opened and run.
     """
 
@@ -101,17 +104,28 @@ def measure_this_process(
             kind |= {"weights": Path(weights) if weights else None}
             opened = open_session(model, runtime, num_threads=num_threads, **kind)
             runs = [partial(opened.run, arrays)] * 2
-        loaded = resident("VmRSS")
         for run in runs:
             run()
         peak = resident("VmHWM")
+        gc.collect()
+        return_free_memory()
+        loaded, least = resident("VmRSS"), least_bytes(opened, model)
         del opened, runs, run
         gc.collect()
         return_free_memory()
         left = resident("VmRSS")  # the libraries
     except OSError:
         return None
-    return {"loaded": max(0, loaded - left), "peak": max(0, peak - left)}
+    loaded = max(least, loaded - left)
+    return {"loaded": loaded, "peak": max(loaded, peak - left)}
+
+
+def least_bytes(opened: object, path: str) -> int:
+    """Bytes that a model takes at least: of its tensors in PyTorch, of its file in another runtime."""
+    module = getattr(opened, "model", None)
+    if isinstance(module, nn.Module):
+        return measure_size(module).num_bytes
+    return Path(path).stat().st_size if Path(path).is_file() else 0
 
 
 def resident(field: str) -> int:
