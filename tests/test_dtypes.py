@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import cli_runner
 import tersor
 from tersor.core.errors import InputError, ModelError
 from zoo import ZOO
 
+SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
 MODEL = """
 import torch
 from torch import nn
@@ -41,7 +43,9 @@ def float_types(path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_stream_computes_in_it(inside, dtype, capsys):
-    flags = ["--format", "int8-g32", "--data", "ids.npz", "--dtype", dtype, "--json"]
+    config = LlamaConfig(**SIZES, num_hidden_layers=3)
+    LlamaForCausalLM(config).save_pretrained("llama")
+    flags = ["--format", "nearest:int8-g32", "--data", "ids.npz", "--dtype", dtype, "--json"]
     done = cli_runner.tersor(capsys, "compress", "llama", "-o", "small", "--stream", *flags)
     assert done.status == 0, done.stderr
     loaded = tersor.load("small")
