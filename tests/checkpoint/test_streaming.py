@@ -13,11 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tersor
 from cli_runner import tersor as run
 from tersor import compress
+from tersor.checkpoint import open as opening
+from tersor.checkpoint import streaming
 from tersor.checkpoint.open import ModelSpec
 from tersor.checkpoint.safetensors_header import read_spans, write_spans
 from tersor.checkpoint.streaming import StreamedModel
 from tersor.core.errors import ModelError, TersorError
 from tersor.core.weights_file import write_weights
+from tersor.jobs.compress import as_it_came
 from tersor.jobs.settings import Output
 from tersor.jobs.stream import stream
 from tersor.recipe import Recipe
@@ -48,6 +51,13 @@ def with_tokenizer(folder):
     return folder
 
 
+@pytest.fixture(params=["fast", "slow"])
+def halves(request, monkeypatch):
+    """A processor that computes float16 and bfloat16 as fast as float32, and one that does not."""
+    for module in (streaming, opening):
+        monkeypatch.setattr(module, "computes", lambda dtype: request.param == "fast" or dtype == torch.float32)
+
+
 @pytest.fixture
 def choice(tmp_path):
     letters = torch.randint(97, 123, (4000,)).tolist()
@@ -61,9 +71,9 @@ def compress_streamed(folder, output, recipe, choice=Data(), **spec):
 
 def in_memory(folder, recipe, choice, output):
     """What `tersor.compress` writes, without what it measures."""
-    source = tersor.checkpoint.open.open_model(str(folder))
+    source = ModelSpec(folder).open_to_run()
     made = compress(source.model, recipe, choice.open(source))
-    tersor.checkpoint.artifact.save(made.model, output, source=folder)
+    tersor.checkpoint.artifact.save(as_it_came(made.model, source), output, source=folder)
     return made
 
 
@@ -79,7 +89,7 @@ def in_memory(folder, recipe, choice, output):
     ],
     ids=["gptq", "untied", "sparse", "static", "without data", "blocks tuned"],
 )
-def test_the_same_bytes_as_in_memory(tied, recipe, choice, tmp_path):
+def test_the_same_bytes_as_in_memory(tied, recipe, choice, halves, tmp_path):
     folder = write_checkpoint(tmp_path / "model", tied)
     made = in_memory(folder, recipe, choice, tmp_path / "whole")
     manifest = compress_streamed(folder, tmp_path / "streamed", recipe, choice)

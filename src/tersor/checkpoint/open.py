@@ -78,13 +78,13 @@ def in_fast_type(source: Source) -> Source:
     free = available_memory()
     if free is not None and 2 * num_bytes > free:
         note = (
-            f"{source.name} is in {names}, which this processor computes slowly, and there is no memory for it in "
+            f"the model is in {names}, which this processor computes slowly, and there is no memory for it in "
             f"float32: two models of {num_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
         )
         return replace(source, notes=(*source.notes, note))
     source.model.float()
     note = (
-        f"{source.name} is in {names}, for which this processor has no instructions: computed in float32, which takes "
+        f"the model is in {names}, for which this processor has no instructions: computed in float32, which takes "
         f"{num_bytes / 1e6:.0f} MB of memory, and stored as it came; --dtype {names.split(' ')[0]} computes in that"
     )
     return replace(source, notes=(*source.notes, note), dtypes=kinds)

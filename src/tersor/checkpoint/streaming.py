@@ -21,7 +21,7 @@ from tersor.checkpoint.artifact import describe
 from tersor.checkpoint.container_write import holds_codes, packing_of, write
 from tersor.checkpoint.converted import by_model_names
 from tersor.checkpoint.guards import room_for
-from tersor.checkpoint.layout import CODED, stored_parts, tensors_of, unpacked_tensors
+from tersor.checkpoint.layout import CODED, packed_sites, stored_parts, tensors_of, unpacked_tensors
 from tersor.checkpoint.manifest import WEIGHTS
 from tersor.checkpoint.safetensors_header import OnDisk, Scratch, SpanTensors, read_spans, write_spans
 from tersor.checkpoint.side_files import copy_side_files
@@ -31,10 +31,12 @@ from tersor.core.errors import InputError, ModelError
 from tersor.core.files import sha256
 from tersor.core.messages import first_line
 from tersor.core.pickled import is_pickle
+from tersor.core.processor import computes
 from tersor.core.weights_file import check_finite
 from tersor.nn.packed import Stored
 from tersor.nn.sites import check_has_sites
 
+IN_FLOAT32 = "for which this processor has no instructions: computed in float32, and stored as it came"
 OnBlock = Callable[[int, int], None]
 M_MMAP_THRESHOLD, LARGE = -3, 2**20  # the option's number in malloc.h; bytes
 
@@ -79,7 +81,9 @@ class StreamedModel:
             )
         stored = {tensor: span for file in files for tensor, span in read_spans(file).items()}
         types = [span.dtype for span in stored.values() if span.dtype.is_floating_point]
-        dtype = dtype or config.dtype or next(iter(types), torch.float32)
+        self.stored_in = dtype or config.dtype or next(iter(types), torch.float32)
+        is_slow = dtype is None and not computes(self.stored_in)
+        dtype = torch.float32 if is_slow else self.stored_in
         try:
             self.model = without_weights(model_class, config, dtype, room_for([e.shape for e in stored.values()]))
             self.model.requires_grad_(False)
@@ -89,8 +93,10 @@ class StreamedModel:
         self.block_names = find_blocks(self.model)
         if not self.block_names:
             raise InputError(f"{name}: {model_class.__name__} is no stack of blocks; compress it without --stream")
-        if self.model._get_dtype_plan(dtype):
-            raise InputError(f"{name}: keeps some weights in float32 beside {dtype}; compress it without --stream")
+        if self.model._get_dtype_plan(self.stored_in):
+            raise InputError(
+                f"{name}: keeps some weights in float32 beside {self.stored_in}; compress it without --stream"
+            )
         self.spans, unused = matched(self.model, by_model_names(self.model, stored), name)
         fill_buffers(self.model, self.spans)
         self.original = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
@@ -99,6 +105,7 @@ class StreamedModel:
         }
         self.meta: dict[int, nn.Parameter] = {}  # what stood in the place of the weights that are there
         notes = (f"{model_class.__name__} does not use {few(sorted(unused))}: left out",) if unused else ()
+        notes += (f"the model is in {str(self.stored_in).removeprefix('torch.')}, {IN_FLOAT32}",) if is_slow else ()
         self.source = Source(
             model=self.model,
             name=name,
@@ -168,17 +175,21 @@ class StreamedModel:
         name = self.names[id(parameter)]
         tensor = self.spans[name].read()
         check_finite({name: tensor}, str(self.spans[name].path))
-        return tensor.to(parameter.dtype)
+        return tensor.to(self.stored_in).to(parameter.dtype)
 
     def save(self, manifest: Mapping[str, Any]) -> None:
         """Write the artifact, as `artifact.save` would write the whole model."""
         assert self.source.folder is not None
         copy_side_files(self.source.folder, self.output)
         content: dict[str, OnDisk] = {}
+        for _, packed, _ in packed_sites(self.model):
+            packed.dtype = self.stored_in
+        unpacked = unpacked_tensors(self.model)
         for name, tensor in tensors_of(self.model).items():
             content[name] = self.spans.get(name) or self.scratch.append(tensor)
-            if content[name].dtype != tensor.dtype:
-                content[name] = self.scratch.append(content[name].read().to(tensor.dtype))
+            dtype = self.stored_in if name in unpacked and tensor.is_floating_point() else tensor.dtype
+            if content[name].dtype != dtype:
+                content[name] = self.scratch.append(content[name].read().to(dtype))
         if holds_codes(self.model):
             tensors = SpanTensors(content)
             write(tensors, self.output / CODED, packing_of(self.model, tensors))
