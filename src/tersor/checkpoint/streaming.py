@@ -104,9 +104,8 @@ class StreamedModel:
             id(tensor): tensor_name for tensor_name, tensor in unpacked_tensors(self.model, detach=False).items()
         }
         self.meta: dict[int, nn.Parameter] = {}  # what stood in the place of the weights that are there
-        notes: tuple[str, ...] = ()
-        notes += (f"{model_class.__name__} does not use {few(sorted(unused))}: left out",) if unused else ()
-        notes += (f"the model is in {str(self.stored_in).removeprefix('torch.')}, {IN_FLOAT32}",) if is_slow else ()
+        notes = [f"{model_class.__name__} does not use {few(sorted(unused))}: left out"] if unused else []
+        notes += [f"the model is in {str(self.stored_in).removeprefix('torch.')}, {IN_FLOAT32}"] if is_slow else []
         self.source = Source(
             model=self.model,
             name=name,
@@ -115,7 +114,7 @@ class StreamedModel:
             folder=folder,
             num_bytes=sum(file.stat().st_size for file in files),
             hashes={file.name: sha256(file) for file in files},
-            notes=notes,
+            notes=tuple(notes),
         )
 
     @contextmanager
