@@ -1,69 +1,98 @@
-"""The command line: one file per verb. It turns flags into a library call, and the result into tables or JSON."""
+"""The command line: one file per verb. It turns flags into a library call, and the result into tables or JSON.
+
+A verb's file, and the libraries it needs, are imported when the verb is called: the help and a mistyped verb need none.
+"""
 
 import os
 import sys
-from collections.abc import Callable
+from functools import cached_property
+from importlib import import_module
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 # Spinning OpenMP threads stall each other badly when the machine has other work; sleeping ones do not.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from tersor.checkpoint.output import finished
-from tersor.cli.bench import bench
-from tersor.cli.compare import compare
-from tersor.cli.compress import compress
 from tersor.cli.console import fail
-from tersor.cli.evaluate import evaluate
-from tersor.cli.explain import explain
-from tersor.cli.export import export
-from tersor.cli.finetune import finetune
-from tersor.cli.formats import formats
-from tersor.cli.info import info
-from tersor.cli.inspect import inspect
-from tersor.cli.merge import merge
-from tersor.cli.methods import methods
-from tersor.cli.pack import pack
 from tersor.cli.signals import Stopped, stoppable
-from tersor.cli.student import student
-from tersor.cli.targets import targets
-from tersor.cli.unpack import unpack
-from tersor.cli.verify import verify
-from tersor.core.errors import TersorError
-from tersor.core.memory import is_out_of_memory
+from tersor.core.errors import TersorError, is_out_of_memory
 from tersor.core.messages import first_line
 
-VERBS: list[Callable[..., None]] = [
-    compress,
-    inspect,
-    evaluate,
-    compare,
-    bench,
-    explain,
-    export,
-    pack,
-    unpack,
-    verify,
-    info,
-    student,
-    finetune,
-    merge,
-    formats,
-    methods,
-    targets,
-]
+VERBS = {  # the verbs, each a module of this folder with a function of its name, and what they do
+    "compress": "Make a model smaller under a budget, and prove what it cost.",
+    "inspect": "List the sites of a model, what is kept, and the cost of every format.",
+    "evaluate": "Measure a model: bytes, memory, operations, latency, and its score with an interval.",
+    "compare": "Measure two models on the same examples, in turn, and judge the difference.",
+    "bench": "Time models in their runtimes side by side; says so where no difference was measured.",
+    "explain": (
+        "Say why a model is not faster: its time by kind of work, by layer, and against this machine's roofline."
+    ),
+    "export": "Write an artifact so that another runtime loads it, with exactly the values that were chosen.",
+    "pack": (
+        "Make a checkpoint smaller without changing a bit: its tensors as model.tersor, everything else as it came."
+    ),
+    "unpack": "Write plain safetensors that transformers loads; an artifact's packed weights are decoded.",
+    "verify": (
+        "Check the hash of every file, and of a model.tersor every checksum and every value; of a file for a "
+        "runtime also whether this processor computes its int8 products exactly."
+    ),
+    "info": "Bits per weight of every site: stored, entropy, and the rate-distortion bound of normal weights.",
+    "student": "Cut a smaller model from a larger one, to be taught by it.",
+    "finetune": "Train a model on a task, whole or by adapters (LoRA, QLoRA, DoRA).",
+    "merge": "Merge an adapter: into float weights by adding, into packed ones by rounding the sum anew.",
+    "formats": (
+        "List the formats, their bits per weight, and the method each gets when none is named, without and with data."
+    ),
+    "methods": "List the methods, their options, and the formats they fill.",
+    "targets": "List what `tersor export --to` writes, who reads it, what it can hold, and which extra it needs.",
+}
+
+
+class Verb(TyperCommand):
+    """A verb whose module is imported when it is called, or asked for its flags; its line in the help needs none."""
+
+    def __init__(self, name: str, line: str):
+        super().__init__(name, help=line)
+
+    @cached_property
+    def loaded(self) -> TyperCommand:
+        """The command, with its flags."""
+        verb = typer.Typer(add_completion=False)
+        verb.command(self.name)(getattr(import_module(f"tersor.cli.{self.name}"), str(self.name)))
+        return cast(TyperCommand, typer.main.get_command(verb))
+
+    @property
+    def params(self) -> list[Any]:
+        return self.loaded.params
+
+    @params.setter
+    def params(self, _: list[Any]) -> None:
+        """Those that it is made with are none."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        return self.loaded.make_context(*args, **options)
+
+
+class Verbs(TyperGroup):
+    """All verbs, none of them imported."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.commands = {name: Verb(name, line) for name, line in VERBS.items()}
+
 
 app = typer.Typer(
+    cls=Verbs,
     help="State a budget. Get the best model that fits it, and the proof of what it cost.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in VERBS:
-    app.command()(verb)
 
 
 def show_version(asked: bool) -> None:
@@ -74,7 +103,7 @@ def show_version(asked: bool) -> None:
 
 
 @app.callback()
-def options(
+def root(
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
     ] = False,

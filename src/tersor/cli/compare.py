@@ -45,9 +45,9 @@ def compare(
     if json:
         cards = {"scorecards": [card.to_dict() for card in found.scorecards], "verdict": verdict.to_dict()}
         print_json(cards | {"measured_on": found.task, "kernels": [asdict(choice) for choice in found.kernels]})
-        leave(verdict, exit_code)
+        leave(verdict.outcome, exit_code)
         return
     print_table("side by side", ["", a, b], comparison(*found.scorecards))
     out.print(f"measured on: {found.task}", markup=False, highlight=False)
     out.print(f"verdict: {verdict.sentence()}", style="bold", markup=False, highlight=False)
-    leave(verdict, exit_code)
+    leave(verdict.outcome, exit_code)

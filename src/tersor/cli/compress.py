@@ -147,7 +147,7 @@ def compress(
     else:
         show(result)
     assert result.verdict is not None
-    leave(result.verdict, exit_code)
+    leave(result.verdict.outcome, exit_code)
 
 
 def with_method(formats: list[str], method: str | None) -> list[str]:

@@ -14,7 +14,6 @@ from rich.text import Text
 
 from tersor.core.progress import Events
 from tersor.core.progress import Progress as Report
-from tersor.measure.verdict import Verdict
 
 
 class Plain(Console):
@@ -52,10 +51,10 @@ def fail(message: str, *, as_json: bool, status: int = 2) -> NoReturn:
 STATUS = {"within": 0, "exceeds": 1, "cannot tell": 3}  # 2 is for errors
 
 
-def leave(verdict: Verdict, exit_code: bool) -> None:
+def leave(outcome: str, exit_code: bool) -> None:
     """End with the status of a verdict, where the user asked for it (`--exit-code`)."""
-    if exit_code and STATUS[verdict.outcome]:
-        raise typer.Exit(STATUS[verdict.outcome])
+    if exit_code and STATUS[outcome]:
+        raise typer.Exit(STATUS[outcome])
 
 
 def print_json(data: Any) -> None:

@@ -103,7 +103,7 @@ def finetune(
         print_json({"output": str(output), **made.to_dict()})
     else:
         show(made, save_base)
-    leave(made.verdict, exit_code)
+    leave(made.verdict.outcome, exit_code)
 
 
 def step_of(lora: list[str] | None, base: str | None, fields: dict[str, Any]) -> FinetuneStep | LoraStep:

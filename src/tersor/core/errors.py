@@ -86,3 +86,9 @@ class MissingExtra(TersorError):
 
     def __init__(self, extra: str, what: str):
         super().__init__(f"{what} needs an extra: pip install 'tersor[{extra}]'")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if an error of Python, NumPy, torch or a runtime means that memory ran out."""
+    words = ("allocate memory", "out of memory", "bad_alloc", "bad allocation", "not enough memory")
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in words)

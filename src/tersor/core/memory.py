@@ -25,9 +25,3 @@ def available_memory() -> int | None:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration, ValueError):
         return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True if an error of Python, NumPy, torch or a runtime means that memory ran out."""
-    words = ("allocate memory", "out of memory", "bad_alloc", "bad allocation", "not enough memory")
-    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in words)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pydantic import ValidationError
+from pydantic_core import ValidationError  # pydantic's own, which takes longer to import
 
 
 def first_line(error: BaseException) -> str:
