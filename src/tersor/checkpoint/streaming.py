@@ -100,9 +100,7 @@ class StreamedModel:
         self.spans, unused = matched(self.model, by_model_names(self.model, stored), name)
         fill_buffers(self.model, self.spans)
         self.original = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
-        self.names = {
-            id(tensor): tensor_name for tensor_name, tensor in unpacked_tensors(self.model, detach=False).items()
-        }
+        self.names = {id(tensor): key for key, tensor in unpacked_tensors(self.model, detach=False).items()}
         self.meta: dict[int, nn.Parameter] = {}  # what stood in the place of the weights that are there
         notes = [f"{model_class.__name__} does not use {few(sorted(unused))}: left out"] if unused else []
         notes += [f"the model is in {str(self.stored_in).removeprefix('torch.')}, {IN_FLOAT32}"] if is_slow else []
