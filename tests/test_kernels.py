@@ -512,3 +512,24 @@ def test_a_kernel_only_gets_what_begins_where_it_must(monkeypatch):
     assert again.packed.encoded.parts["codes"].data_ptr() % 64 == 0
     assert torch.equal(again.packed.encoded.parts["codes"], codes)
     assert kernel_of(again, 4) == "int8pack"
+
+
+STALE = """
+import sys
+from pathlib import Path
+folder, name = Path(sys.argv[1]), sys.argv[2]
+lines = ["from typing import NamedTuple", "from tersor.core.compiled import compiled"]
+lines += [f"class {name}(NamedTuple):", "    x: int = 1"]
+lines += ["@compiled()", "def same(a):", "    return a.x"]
+(folder / "stale.py").write_text(chr(10).join(lines))
+sys.path.insert(0, str(folder))
+import stale
+print(stale.same(getattr(stale, name)()))
+"""
+
+
+def test_what_an_older_version_compiled_does_no_harm(tmp_path):
+    """numba's files stay when a package is updated, and name its types."""
+    for name in ("Old", "New"):
+        child = subprocess.run([sys.executable, "-c", STALE, str(tmp_path), name], capture_output=True, text=True)
+        assert child.stdout == "1\n", child.stderr

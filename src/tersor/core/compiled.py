@@ -14,8 +14,19 @@ def compiled(*signatures: str) -> Callable[[Any], Any]:
 
     def compile(function: Any) -> Any:
         try:
-            return njit(given, nogil=True, cache=True, error_model="numpy")(function)
+            made = njit(given, nogil=True, cache=True, error_model="numpy")(function)
+            forget_unreadable(made._cache)
+            return made
         except RuntimeError:  # no folder to keep compiled code in
             return njit(given, nogil=True, error_model="numpy")(function)
 
     return compile
+
+
+def forget_unreadable(cache: Any) -> None:
+    """Empty the file of a function whose list of compiled forms names types that an older version of tersor had: numba
+    reads the whole list before it looks whether it is of today."""
+    try:
+        cache._cache_file._load_index()
+    except Exception:  # whatever unpickling raises
+        cache.flush()

@@ -17,7 +17,7 @@ from tersor.kernels.contract import Kernel, Layout, grid_of, scaled
 
 MOST_COLUMNS = 2**31 // (256 * 127)  # whose sums, zero points included, cannot overflow int32
 LARGE = 2**20  # weights, from which on oneDNN's own order can pay
-SMALL = 2**16  # weights, up to which a second copy in float costs little
+SMALL = 2**14  # weights, up to which a second copy in float costs little
 EXACT_COLUMNS = 2**24 // (128 * 127)  # whose products float32 adds exactly
 QLINEAR = "qlinear_pointwise"
 
