@@ -14,7 +14,7 @@ def compiled(*signatures: str) -> Callable[[Any], Any]:
 
     def compile(function: Any) -> Any:
         try:
-            made = njit(given, nogil=True, cache=True, error_model="numpy")(function)
+            made: Any = njit(given, nogil=True, cache=True, error_model="numpy")(function)
             forget_unreadable(made._cache)
             return made
         except RuntimeError:  # no folder to keep compiled code in
