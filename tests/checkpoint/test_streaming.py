@@ -3,6 +3,7 @@
 import json
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tersor
 from cli_runner import tersor as run
 from tersor import compress
+from tersor.calibration.plan import survey
 from tersor.checkpoint import open as opening
 from tersor.checkpoint import streaming
 from tersor.checkpoint.open import ModelSpec
@@ -100,6 +102,21 @@ def test_the_same_bytes_as_in_memory(tied, recipe, choice, halves, tmp_path):
     assert str(tmp_path) not in (tmp_path / "streamed" / "README.md").read_text()
     assert manifest["site_reports"] == [report.to_dict() for report in made.sites]
     assert [p.name for p in (tmp_path / "streamed").iterdir() if "scratch" in p.name] == []
+
+
+def test_a_task_that_looks_at_its_first_output_sees_that_of_the_whole_model(halves, tmp_path):
+    """Token arrays: what the model returns is read only when it runs, and a walk may be the first to run it."""
+    folder = write_checkpoint(tmp_path / "model", True)
+    np.savez(tmp_path / "ids.npz", input_ids=np.random.default_rng(0).integers(0, 256, (6, 12)))
+    choice = Data("fidelity", tmp_path / "ids.npz")
+    in_memory(folder, Recipe.of("gptq:int4-g32"), choice, tmp_path / "whole")
+    compress_streamed(folder, tmp_path / "streamed", Recipe.of("gptq:int4-g32"), choice)
+    whole, streamed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "streamed"))
+    assert whole == streamed
+    task = choice.open(ModelSpec(folder).open())
+    survey(ModelSpec(folder).open().model, task, [])
+    assert task.inputs.reading.output == "logits"
+    assert task.inputs.reading.names == ("logits",)
 
 
 TINY = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

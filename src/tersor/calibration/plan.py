@@ -93,6 +93,8 @@ def survey(
 
     width, look = 0, BlockStates(model, task, [batch], names, ActivationCache(0))
     with running_plainly(model), part_in_memory(block_context, ""):
+        if block_context is None:
+            task.forward(model, batch)  # so that a task that looks at its first output sees that of the whole model
         if names:
             with part_in_memory(block_context, names[0]):
                 width = hidden_bytes(look)
