@@ -98,6 +98,16 @@ def test_dequantize_gives_ordinary_weights(kind, artifacts, tmp_path):
     assert same(LlamaForCausalLM.from_pretrained(tmp_path), opened)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_dequantized_when_it_is_open(name, artifacts, tmp_path):
+    folder, auto = artifacts / f"{name}-coded", CASES[name][2]
+    decoded = auto.from_pretrained(folder).dequantize()
+    assert same(decoded, tersor.load(folder, packed=False))
+    decoded.save_pretrained(tmp_path)
+    assert QUANTIZATION not in json.loads((tmp_path / "config.json").read_text())
+    assert same(auto.from_pretrained(tmp_path), decoded)
+
+
 @pytest.mark.parametrize("opened", [AutoModelForCausalLM, LlamaForCausalLM])
 def test_a_type_that_is_asked_for(opened, artifacts):
     model = opened.from_pretrained(artifacts / "llama-coded", dtype=torch.bfloat16)

@@ -31,6 +31,7 @@ from tersor.checkpoint.notice import KEY, METHOD, NO_WEIGHTS
 from tersor.checkpoint.restore import read_tensors
 from tersor.checkpoint.safetensors_header import read_spans
 from tersor.core.errors import ArtifactError, InputError
+from tersor.nn.packed import decode_weights
 from tersor.nn.sites import find_sites
 
 
@@ -153,6 +154,10 @@ class TersorQuantizer(HfQuantizer):
                 raise ArtifactError(f"{filling.folder}: has no {name}, which a {type(model).__name__} needs")
         model.to(device=self.device, dtype=None if self.dtype == saved_dtype(filling.folder) else self.dtype).eval()
         self.filling = None
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        decode_weights(model)
+        return model.to(dtype)
 
     def is_serializable(self) -> bool:
         """A packed model writes an artifact (nn/pretrained.py)."""

@@ -19,7 +19,7 @@ from tersor.activations.quantizers import Activation
 from tersor.core.memory import aligned
 from tersor.formats.contract import Encoded
 from tersor.kernels import WeightKernels, again, linear, transformed
-from tersor.nn.in_place import Packed, PackedModule, turn
+from tersor.nn.in_place import Packed, PackedModule, own_class, turn
 
 
 @dataclass(frozen=True)
@@ -334,3 +334,23 @@ def packed_weight(module: nn.Module, parameter: str) -> PackedWeight | None:
     layer = isinstance(module, PackedLinear | PackedConv | PackedEmbedding) and parameter == "weight"
     packed = module._modules.get(LAYER if layer else PREFIX + parameter)
     return packed if isinstance(packed, PackedWeight) else None
+
+
+def decode_weights(model: nn.Module) -> None:
+    """Make every packed weight of a model an ordinary parameter in its place, and leave its inputs float. The modules
+    are of the classes they had before; tied weights stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for module in [each for each in model.modules() if isinstance(each, Packed)]:
+        children = dict(module.children_of)
+        module.__class__ = own_class(module)  # type: ignore[assignment]
+        for name, child in children.items():
+            packed: Any = module._modules.pop(child)
+            if id(packed) not in made:
+                weight = packed.fold.unfold(packed.encoded.decode()).to(packed.dtype)
+                made[id(packed)] = nn.Parameter(weight, requires_grad=False)
+            module.register_parameter(name, made[id(packed)])
+        for name in [n for n, c in module._modules.items() if n == "input_quantizer" or isinstance(c, InputQuantizer)]:
+            del module._modules[name]
+        if isinstance(module, nn.RNNBase):
+            del module.__dict__["_flat_weight_refs"]
+            module._init_flat_weights()
