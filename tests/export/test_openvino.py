@@ -1,5 +1,6 @@
 """OpenVINO files: the same codes and scales, run by OpenVINO on its own int8 kernels."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -142,3 +143,15 @@ def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingExtra, match=r"tersor\[openvino\]"):
         client.library()
+
+
+def test_openvino_sends_no_reports():
+    """Its package of reports is there, and is not used: checked in a new process, before anything has imported it."""
+    program = (
+        "from tersor.runtimes.openvino import library\n"
+        "library()\n"
+        "import openvino.tools.ovc.telemetry_utils as used\n"
+        "print(used.tm.__name__)"
+    )
+    made = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert made.stdout.strip().endswith("telemetry_stub")

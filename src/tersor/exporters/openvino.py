@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from tersor.core.errors import ArtifactError, MissingExtra
+from tersor.core.errors import ArtifactError
 from tersor.core.files import sha256
 from tersor.exporters.contract import UNMARKED, Checkpoint, Misfit, PackedSite, Written
 from tersor.exporters.decoder import PAST
 from tersor.exporters.onnx import nearby, require
 from tersor.exporters.openvino_language import extensions, make_stateful, name_of
 from tersor.exporters.rescaled import check_cpu
+from tersor.runtimes.openvino import library
 
 SETTING = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 WRITER, UNKNOWN = "tersor", "0" * 64  # where the file says who wrote it: the hash of its weights
@@ -77,7 +78,7 @@ class OpenVinoIr:
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises InputError for an unknown cpu, MissingExtra if openvino is not installed."""
         check_cpu(self.cpu)
-        library()
+        library("writing OpenVINO files")
         require()
 
     def write(self, checkpoint: Checkpoint, output: Path, scratch: Path) -> Written:
@@ -133,7 +134,7 @@ def weights_alone(packed: PackedSite) -> bool:
 
 def convert(graph: Path, output: Path, group_size: int) -> dict[str, int]:
     """Write the IR of an ONNX file; which types its matrix products run in on this machine."""
-    openvino = library()
+    openvino = library("writing OpenVINO files")
     try:
         model = openvino.convert_model(str(graph), extension=extensions(openvino))
         if any(name_of(port).startswith(PAST) for port in model.inputs):
@@ -193,12 +194,3 @@ def kind_of(precision: str, primitive: str, group_size: int) -> str:
     if weights:
         return f"{weights} weights and {'int8' if group_size else 'float'} inputs"
     return {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}.get(precision, precision)
-
-
-def library() -> Any:
-    """The openvino package."""
-    try:
-        import openvino
-    except ImportError:
-        raise MissingExtra("openvino", "writing OpenVINO files") from None
-    return openvino

@@ -1,5 +1,6 @@
 """OpenVINO on the CPU (https://docs.openvino.ai): its own IR files, and ONNX files, which it reads as well."""
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,12 +100,17 @@ class OpenVinoSession:
         return [feeds[each.name] for each in self.inputs]
 
 
-def library() -> Any:
-    """The openvino package."""
+def library(doing: str = "running OpenVINO files") -> Any:
+    """The openvino package, which sends no reports from here: without openvino_telemetry it takes a stub.
+
+    Args:
+        doing: what it is needed for, as the message says if it is missing.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # importing it is an ImportError now
     try:
         import openvino
     except ImportError:
-        raise MissingExtra("openvino", "running OpenVINO files") from None
+        raise MissingExtra("openvino", doing) from None
     return openvino
 
 
