@@ -42,6 +42,18 @@ def test_python_m():
     assert done.stdout.strip() == f"tersor {tersor.__version__}"
 
 
+def test_shells_complete_verbs_and_flags(monkeypatch):
+    def completed(words):
+        environment = {"_TERSOR_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        script = "import sys; sys.argv = ['tersor']; from tersor.cli import main; main()"
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.split()
+
+    assert completed("tersor com") == ["compress", "compare"]
+    assert "--json" in completed("tersor verify --j")
+
+
 def test_the_table_of_verbs_says_what_they_say():
     for name, line in VERBS.items():
         verb = getattr(import_module(f"tersor.cli.{name}"), name)

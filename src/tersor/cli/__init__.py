@@ -90,7 +90,6 @@ app = typer.Typer(
     cls=Verbs,
     help="State a budget. Get the best model that fits it, and the proof of what it cost.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
