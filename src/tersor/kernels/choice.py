@@ -67,6 +67,10 @@ class WeightKernels:
     chosen: dict[tuple[int, torch.dtype, int], Kernel] = field(default_factory=dict)
     layouts: dict[str, Layout] = field(default_factory=dict)
 
+    def __reduce__(self) -> tuple[type, tuple[bool]]:
+        """A copy begins anew: layouts hold addresses of the memory of the weight that they were made for."""
+        return WeightKernels, (self.keeps,)
+
     @property
     def num_bytes(self) -> int:
         """The bytes of all layouts."""
