@@ -145,6 +145,25 @@ def test_a_loaded_state_is_laid_out_anew(monkeypatch):
         assert torch.equal(module(random(2, 160)), other(random(2, 160)))
 
 
+@pytest.mark.parametrize(
+    ("format", "activation"), [("int4-g64", None), ("int8", None), ("int8", "int8-dynamic"), ("int8", "int8-static")]
+)
+def test_a_weight_that_is_written_to_is_laid_out_anew(format, activation):
+    """Codes that overflow 16 bits where the old ones did not, too: the kernel is chosen anew, and the input's scale."""
+    changed = layer(format, activation, shape=(512, 160))
+    x = random(4, 160)
+    with torch.no_grad():
+        changed(x), changed(x)
+        changed.packed.tensors["codes"].fill_(127)
+        changed.packed.tensors["scale"].mul_(3)
+        if activation == "int8-static":
+            changed.input_quantizer.tensors["scale"].mul_(2)
+        with reference():
+            expected = changed(x)
+        torch.testing.assert_close(changed(x), expected)
+        torch.testing.assert_close(changed(x), expected)
+
+
 def loudest(shape, signs):
     """An int8 weight of the largest codes, in columns or rows of one sign."""
     format = format_named("int8")

@@ -59,9 +59,11 @@ class WeightKernels:
     Attributes:
         keeps: False for a weight that is fetched whenever it is needed, of which no copy may stay.
         ready: what `again` calls, by number of tokens, type and threads.
+        seen: the tensors that the layouts were made from, and how often each had been written to then.
     """
 
     keeps: bool = True
+    seen: list[tuple[Tensor, int]] = field(default_factory=list)
     ready: dict[tuple[int, torch.dtype, int], Callable[[Tensor, Tensor | None], Tensor]] = field(default_factory=dict)
     fitting: dict[torch.dtype, list[Kernel]] = field(default_factory=dict)
     chosen: dict[tuple[int, torch.dtype, int], Kernel] = field(default_factory=dict)
@@ -86,11 +88,32 @@ class WeightKernels:
             self.fitting[dtype] = [kernel for kernel in rows if kernel.fits(encoded, activation, dtype)] or [DECODE]
         return self.fitting[dtype]
 
+    def is_stale(self) -> bool:
+        """True if a tensor that a layout was made from has been written to since."""
+        return any(written(tensor) != times for tensor, times in self.seen)
+
+    def clear(self) -> None:
+        """Forget everything about a weight that has changed or is about to: other codes may need another kernel."""
+        for each in (self.ready, self.fitting, self.chosen, self.layouts, self.seen):
+            each.clear()  # type: ignore[attr-defined]
+
+    def refresh(self) -> None:
+        """Begin anew where the weight or the scale of its input has been written to."""
+        if self.is_stale():
+            self.clear()
+
     def layout(self, kernel: Kernel, encoded: Encoded, activation: Activation | None) -> Layout:
         """A kernel's layout, made once."""
         if kernel.name not in self.layouts:
+            params = activation.params.values() if activation is not None else ()
+            self.seen += [(tensor, written(tensor)) for tensor in (*encoded.parts.values(), *params)]
             self.layouts[kernel.name] = kernel.lay_out(encoded, activation)
         return self.layouts[kernel.name]
+
+
+def written(tensor: Tensor) -> int:
+    """How often a tensor has been written to in place; not counted for tensors of `torch.inference_mode`."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 MOST_BITS = 12  # of a number of tokens: more are taken together
@@ -131,8 +154,7 @@ def linear(
     """Run a site by the fastest kernel. None where that is decoding: on other devices than the CPU, where gradients
     flow, inside `reference()`, and where nothing else fits or is faster."""
     if torch.is_grad_enabled() and any(part.requires_grad for part in encoded.parts.values()):
-        memory.layouts.clear()  # the weight is on its way to change
-        memory.ready.clear()
+        memory.clear()  # the weight is on its way to change
         return None
     if not fast(x, compiling=True) or not x.numel() or encoded.shape[0] == 0:
         return None
@@ -143,6 +165,7 @@ def linear(
             return None
         layout = kernel.lay_out(encoded, activation)
     else:
+        memory.refresh()
         tokens = aligned(tokens)
         kernel = CHOICE.choose(tokens, encoded, activation, bias, memory)
         if kernel is DECODE:
@@ -157,7 +180,7 @@ def linear(
 def again(x: Tensor, bias: Tensor | None, memory: WeightKernels) -> Tensor | None:
     """As `linear`, by what it chose for inputs like these: the short way of a layer that is called a thousand times a
     second. None where nothing is chosen, or gradients may flow."""
-    if torch.is_grad_enabled() or not memory.ready or not fast(x):
+    if torch.is_grad_enabled() or not memory.ready or not fast(x) or memory.is_stale():
         return None
     tokens = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
     run = memory.ready.get(key_of(tokens)) if tokens.shape[0] else None

@@ -13,6 +13,7 @@ from tersor.kernels.dot import DOT, Loops, fastest_exact
 
 def dot_kernel(encoded: Encoded, kernels: WeightKernels) -> Kernel:
     """The row of the table for an int8 weight of any size; found out once, with a look at all its codes."""
+    kernels.refresh()
     name = next((kernel.name for kernel in DOT if kernel.name in kernels.layouts), "") or fastest_exact(encoded)
     return next(kernel for kernel in DOT if kernel.name == name)
 
