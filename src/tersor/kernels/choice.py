@@ -95,7 +95,7 @@ class WeightKernels:
     def clear(self) -> None:
         """Forget everything about a weight that has changed or is about to: other codes may need another kernel."""
         for each in (self.ready, self.fitting, self.chosen, self.layouts, self.seen):
-            each.clear()  # type: ignore[attr-defined]
+            each.clear()
 
     def refresh(self) -> None:
         """Begin anew where the weight or the scale of its input has been written to."""
