@@ -1,4 +1,4 @@
-"""The command line: one file per verb. It turns flags into a library call, and the result into tables or JSON.
+"""The command line: one file per verb, which turns flags into a library call and the result into tables or JSON.
 
 A verb's file, and the libraries it needs, are imported when the verb is called: the help and a mistyped verb need none.
 """
@@ -28,7 +28,7 @@ VERBS = {  # the verbs, each a module of this folder with a function of its name
     "inspect": "List the sites of a model, what is kept, and the cost of every format.",
     "evaluate": "Measure a model: bytes, memory, operations, latency, and its score with an interval.",
     "compare": "Measure two models on the same examples, in turn, and judge the difference.",
-    "bench": "Time models in their runtimes side by side; says so where no difference was measured.",
+    "bench": "Time models in their runtimes side by side; a ratio within the noise is called no difference.",
     "explain": (
         "Say why a model is not faster: its time by kind of work, by layer, and against this machine's roofline."
     ),
@@ -38,8 +38,8 @@ VERBS = {  # the verbs, each a module of this folder with a function of its name
     ),
     "unpack": "Write plain safetensors that transformers loads; an artifact's packed weights are decoded.",
     "verify": (
-        "Check the hash of every file, and of a model.tersor every checksum and every value; of a file for a "
-        "runtime also whether this processor computes its int8 products exactly."
+        "Check the hash of every file, and every checksum and value of a model.tersor; for a file exported to a "
+        "runtime, also try if this processor computes its int8 products exactly."
     ),
     "info": "Bits per weight of every site: stored, entropy, and the rate-distortion bound of normal weights.",
     "student": "Cut a smaller model from a larger one, to be taught by it.",
@@ -48,13 +48,15 @@ VERBS = {  # the verbs, each a module of this folder with a function of its name
     "formats": (
         "List the formats, their bits per weight, and the method each gets when none is named, without and with data."
     ),
-    "methods": "List the methods, their options, and the formats they fill.",
-    "targets": "List what `tersor export --to` writes, who reads it, what it can hold, and which extra it needs.",
+    "methods": "List the methods that choose quantized values, their options, and the formats they write.",
+    "targets": (
+        "List the clients of `tersor export --to`: what reads the file, which formats it holds, which extra it needs."
+    ),
 }
 
 
 class Verb(TyperCommand):
-    """A verb whose module is imported when it is called, or asked for its flags; its line in the help needs none."""
+    """A verb whose module is imported when it is called or its flags are listed, not for its line in the help."""
 
     def __init__(self, name: str, line: str):
         super().__init__(name, help=line)
@@ -72,14 +74,14 @@ class Verb(TyperCommand):
 
     @params.setter
     def params(self, _: list[Any]) -> None:
-        """Those that it is made with are none."""
+        """The parameters given to the constructor, of which there are none: the module of the verb has them."""
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         return self.loaded.make_context(*args, **options)
 
 
 class Verbs(TyperGroup):
-    """All verbs, none of them imported."""
+    """The group of all verbs, which imports none of their modules."""
 
     def __init__(self, **options: Any):
         super().__init__(**options)
@@ -111,8 +113,11 @@ def root(
 
 
 def main() -> None:
-    """Entry point: errors that tersor raises on purpose, and those of the system (disk, permissions, memory), are one
-    message and exit status 2; a command that is stopped says what is kept."""
+    """Run the command line.
+
+    A TersorError, or an error of the system (disk, permissions, memory), is printed as one message with exit status 2.
+    A command that is stopped by a signal says which files are complete, with status 128 + its number.
+    """
     as_json, num_finished = "--json" in sys.argv, len(finished)
     try:
         with stoppable():
@@ -124,7 +129,7 @@ def main() -> None:
         kept = "; ".join(notes_on(stop) or whole or ["nothing was written"])
         fail(f"stopped by {stop}; {kept}", as_json=as_json, status=128 + stop.number)
     except OSError as error:
-        fail("; ".join([told(error), *notes_on(error)]), as_json=as_json)
+        fail("; ".join([system_message(error), *notes_on(error)]), as_json=as_json)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -133,11 +138,11 @@ def main() -> None:
 
 
 def notes_on(error: BaseException) -> list[str]:
-    """The notes that were added to an error on its way, such as what is kept."""
+    """The notes that were added to an error as it was raised, such as which files are complete."""
     return getattr(error, "__notes__", [])
 
 
-def told(error: OSError) -> str:
+def system_message(error: OSError) -> str:
     """The message of an operating system error, and the file or folder it is about."""
     place = f"{str(error.filename)[:200]}: " if error.filename else ""
     return f"{place}{error.strerror or error}"

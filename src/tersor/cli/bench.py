@@ -18,10 +18,8 @@ from tersor.measure.scorecard import machine
 from tersor.report.card import megabytes
 
 Length = Annotated[int | None, typer.Option(help="Tokens of a made-up example; 128 if not given.")]
-NewTokens = Annotated[
-    int | None, typer.Option(help="Measure how fast language models write: so many tokens, one by one, at batch 1.")
-]
-Prompt = Annotated[int | None, typer.Option(help="Tokens that a language model reads before it writes; 64.")]
+NewTokens = Annotated[int | None, typer.Option(help="Time text generation at batch 1: number of tokens to generate.")]
+Prompt = Annotated[int | None, typer.Option(help="Tokens of the prompt before generation (default 64).")]
 Shape = Annotated[
     str | None, typer.Option(help="Shape of a made-up example where the model leaves it open: 3,224,224.")
 ]
@@ -30,12 +28,12 @@ Shape = Annotated[
 def bench(
     models: Annotated[
         list[str],
-        typer.Argument(help="Folder, hub id, .onnx, .xml, .pte, .gguf or package.module:factory; the first leads."),
+        typer.Argument(help="Folder, hub id, .onnx, .xml, .pte, .gguf, package.module:factory; first: the reference."),
     ],
     runtime: Annotated[
         list[str] | None,
         typer.Option(
-            help="torch, onnx, openvino, openvino-bf16, executorch, llama.cpp: one for all, or each; else by the file."
+            help="torch, onnx, openvino, openvino-bf16, executorch, llama.cpp: one, or one per model. Default: by file."
         ),
     ] = None,
     weights: Annotated[
@@ -56,15 +54,15 @@ def bench(
         typer.Option(help="About how long to time each model at each batch size; else 4, and a minute in all at most."),
     ] = None,
     cpu_time: Annotated[
-        bool, typer.Option("--cpu-time", help="Time the processor, not the clock: one thread, on a busy machine.")
+        bool, typer.Option("--cpu-time", help="Count CPU seconds, not elapsed ones: for one thread on a busy machine.")
     ] = False,
     no_memory: Annotated[
-        bool, typer.Option("--no-memory", help="Leave out memory, for which each model is opened once more.")
+        bool, typer.Option("--no-memory", help="Skip measuring memory, which opens each model once more.")
     ] = False,
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
-    """Time models in their runtimes side by side; says so where no difference was measured."""
+    """Time models in their runtimes side by side; a ratio within the noise is called no difference."""
     candidates = candidates_of(options.models_of(models, weights, dtype), runtime or [])
     counts = options.whole_numbers(threads, "--threads", "1,2")
     sizes = None if batch is None else options.whole_numbers(batch, "--batch", "1,32")
@@ -75,14 +73,14 @@ def bench(
         for flag, value in {**asked, "--task, --data": chosen.is_given or None}.items():
             if value is not None:
                 raise InputError(f"--new-tokens and --prompt are for made-up tokens at batch 1; leave {flag} out")
-        with events(json) as told:
+        with events(json) as listener:
             decoded = decode(
                 candidates,
                 64 if prompt is None else prompt,
                 64 if new_tokens is None else new_tokens,
                 timing,
                 seed,
-                told,
+                listener,
             )
         if json:
             print_json(decoded.to_dict() | {"measured_on": machine()})
@@ -90,8 +88,8 @@ def bench(
             show_decoding(decoded, models[0])
         return
     inputs = inputs_of(MadeUp(length, options.shape_of(shape)), chosen)
-    with events(json) as told:
-        found = run_bench(candidates, inputs, timing, seed, told)
+    with events(json) as listener:
+        found = run_bench(candidates, inputs, timing, seed, listener)
     if json:
         print_json(found.to_dict() | {"measured_on": machine()})
         return
@@ -99,7 +97,7 @@ def bench(
 
 
 def show(found: Bench, first: str) -> None:
-    """Two tables: times, and memory."""
+    """Print two tables: times, and memory."""
     candidates = [timing.candidate for timing in found.timings[: len(found.memory)]]
     rows = [
         (
@@ -161,7 +159,7 @@ def show_decoding(found: DecodeBench, first: str) -> None:
 
 
 def show_memory(candidates: Sequence[Candidate], memory: Sequence[Memory | None]) -> None:
-    """A table, where anything was measured."""
+    """Print the memory of each candidate, if any was measured."""
     if any(memory):
         print_table(
             "memory, each in a process of its own, without the libraries",
@@ -176,5 +174,5 @@ def show_memory(candidates: Sequence[Candidate], memory: Sequence[Memory | None]
 def show_noise(first: str, noise: Sequence[tuple[float, float]], versions: Sequence[str]) -> None:
     """Print the first model's ratio to itself, which is noise, and the versions that ran."""
     low, high = min(n[0] for n in noise), max(n[1] for n in noise)
-    told = f"{first} against itself: {low:.2f} to {high:.2f}; a ratio within that is no difference"
-    out.print(f"{told}. {', '.join(versions)}", markup=False, highlight=False)
+    noise_line = f"{first} against itself: {low:.2f} to {high:.2f}; a ratio within that is no difference"
+    out.print(f"{noise_line}. {', '.join(versions)}", markup=False, highlight=False)

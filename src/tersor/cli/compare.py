@@ -32,14 +32,14 @@ def compare(
     json: options.Json = False,
 ) -> None:
     """Measure two models on the same examples, in turn, and judge the difference."""
-    with events(json) as told:
+    with events(json) as listener:
         found = compare_models(
             options.models_of([a, b], weights, dtype),
             options.task_data(task, data, calibration, task_option),
             drop,
             seed,
             options.timing(batch, threads, timing_seconds),
-            told,
+            listener,
         )
     verdict = found.verdicts[0]
     if json:

@@ -29,7 +29,7 @@ def compress(
         str, typer.Argument(help="Hugging Face folder or hub id, or package.module:factory (with --weights).")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")],
-    size: Annotated[str | None, typer.Option(help="Budget: the weights file, such as 8MB or 1.5GiB.")] = None,
+    size: Annotated[str | None, typer.Option(help="Budget: size of the weights file, such as 8MB or 1.5GiB.")] = None,
     ratio: Annotated[
         str | None, typer.Option(help="Budget: times smaller than the original weights, such as 6x.")
     ] = None,
@@ -74,9 +74,7 @@ def compress(
     ] = None,
     bias_correction: Annotated[
         bool,
-        typer.Option(
-            "--bias-correction", help="Have biases take back what the new weights do to the mean of each output."
-        ),
+        typer.Option("--bias-correction", help="Change biases so that the mean of each output stays what it was."),
     ] = False,
     keep_float: Annotated[
         str,
@@ -116,7 +114,7 @@ def compress(
 ) -> None:
     """Make a model smaller under a budget, and prove what it cost."""
     if stream and exit_code:
-        raise InputError("--exit-code is the verdict's, and --stream judges nothing; leave it out")
+        raise InputError("--exit-code reports the verdict, and --stream gives none; leave one of them out")
     spec = ModelSpec(model, weights, options.dtype_named(dtype))
     place = Output(output, overwrite)
     chosen = task_data(task, data, calibration, task_option, train)
@@ -133,15 +131,15 @@ def compress(
         cpu=cpu,
     )
     if stream:
-        with events(json, on_step=show_block) as told:
-            manifest = compress_streamed(spec, place, chosen, choices, told)
+        with events(json, on_step=show_block) as listener:
+            manifest = compress_streamed(spec, place, chosen, choices, listener)
         if json:
             print_json({"output": str(output), **manifest})
         else:
             show_streamed(output, manifest)
         return
-    with events(json, on_trial=show_trial) as told:
-        result = compress_model(spec, place, chosen, choices, options.timing(batch, threads, timing_seconds), told)
+    with events(json, on_trial=show_trial) as listener:
+        result = compress_model(spec, place, chosen, choices, options.timing(batch, threads, timing_seconds), listener)
     if json:
         print_json({"output": str(result.output), **result.manifest})
     else:
@@ -160,7 +158,7 @@ def with_method(formats: list[str], method: str | None) -> list[str]:
 
 
 def parse_rules(texts: list[str]) -> dict[str, str]:
-    """All rules in their order; a pattern given twice counts where it stands last."""
+    """Parse `--rule` flags into a dict of pattern to scheme; a pattern given twice takes its last place and scheme."""
     rules: dict[str, str] = {}
     for pattern, scheme in map(parse_rule, texts):
         rules.pop(pattern, None)
@@ -169,7 +167,7 @@ def parse_rules(texts: list[str]) -> dict[str, str]:
 
 
 def parse_rule(text: str) -> tuple[str, str]:
-    """`PATTERN=SCHEME` as a pair."""
+    """Parse `PATTERN=SCHEME` into a pair."""
     pattern, equals, scheme = text.partition("=")
     if not equals or not pattern or not scheme:
         raise InputError(f"--rule '{text}' is not PATTERN=SCHEME; write for example '*.embeddings.*=int8-g32'")
@@ -177,7 +175,7 @@ def parse_rule(text: str) -> tuple[str, str]:
 
 
 def parse_keep_float(text: str) -> str | int:
-    """`auto`, `none` or a number of sites."""
+    """Parse `--keep-float`: `auto`, `none` or a number of layers."""
     if text in ("auto", "none"):
         return text
     if not text.isdecimal():
@@ -186,17 +184,17 @@ def parse_keep_float(text: str) -> str | int:
 
 
 def show_block(done: int, total: int) -> None:
-    """A line for every block written."""
+    """Print a line for a block that was written."""
     err.print(f"block {done}/{total}", highlight=False)
 
 
 def show_trial(trial: Trial) -> None:
-    """A line for every trial of a search, when it has finished."""
+    """Print a line for a trial of a search that has finished."""
     err.print(f"trial: {megabytes(trial.num_bytes)}, {trial.verdict.sentence()}", markup=False, highlight=False)
 
 
 def show_streamed(output: Path, manifest: dict[str, Any]) -> None:
-    """Prints the result of a streamed run (sizes only; no evaluation)."""
+    """Print the result of a streamed run (sizes only; no evaluation)."""
     before, after = manifest["source"]["bytes"], manifest["files"][weights_name(manifest)]["bytes"]
     out.print(
         f"weights file: {megabytes(before)} to {megabytes(after)}, {before / after:.2f}x smaller", highlight=False
@@ -205,7 +203,7 @@ def show_streamed(output: Path, manifest: dict[str, Any]) -> None:
 
 
 def show(outcome: Result) -> None:
-    """The result as tables."""
+    """Print the result as tables."""
     assert outcome.verdict is not None
     original, compressed = outcome.scorecards
     if outcome.trials:

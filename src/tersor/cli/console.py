@@ -17,7 +17,7 @@ from tersor.core.progress import Progress as Report
 
 
 class Plain(Console):
-    """A console on which text is text: in the name of a site or a file is no markup, no emoji, no escape sequence."""
+    """A console that prints names as they are: no markup, emoji or escape sequence in them is obeyed."""
 
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, **options)
@@ -27,7 +27,7 @@ class Plain(Console):
 
 
 def printable(text: object) -> str:
-    r"""Text with what a terminal would obey, or not show, written out.
+    r"""Text with control characters, which a terminal would obey or not show, written as escapes.
 
     >>> print(printable("wn:new \x1b[31m"))
     wn:new \x1b[31m
@@ -40,7 +40,7 @@ err = Plain(stderr=True, soft_wrap=True)
 
 
 def fail(message: str, *, as_json: bool, status: int = 2) -> NoReturn:
-    """One message, and out."""
+    """Print one error message (to stderr, or as JSON) and exit with the status."""
     if as_json:
         print(json.dumps({"error": message}))
     else:
@@ -52,18 +52,18 @@ STATUS = {"within": 0, "exceeds": 1, "cannot tell": 3}  # 2 is for errors
 
 
 def leave(outcome: str, exit_code: bool) -> None:
-    """End with the status of a verdict, where the user asked for it (`--exit-code`)."""
+    """Exit with the status of a verdict, if the user asked for it (`--exit-code`)."""
     if exit_code and STATUS[outcome]:
         raise typer.Exit(STATUS[outcome])
 
 
 def print_json(data: Any) -> None:
-    """The machine-readable result; the only thing on stdout."""
+    """Print the result as JSON, the only thing on stdout."""
     print(json.dumps(data, ensure_ascii=False, default=str))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Numbers to the right, names to the left. Wide cells fold; nothing is cut."""
+    """Print a table with numbers to the right and names to the left. Wide cells are wrapped, never cut."""
     table = Table(title=Text(printable(title)), title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
         numeric = index > 0 and all(str(row[index])[:1].isdigit() or str(row[index]) in ("", "-") for row in rows)
@@ -74,7 +74,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 
 
 def show_note(note: str) -> None:
-    """A sentence that the user should know, on stderr."""
+    """Print a note for the user on stderr."""
     err.print("note:", note, style="yellow", markup=False, highlight=False)
 
 

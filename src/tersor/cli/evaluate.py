@@ -29,12 +29,12 @@ def evaluate(
     json: options.Json = False,
 ) -> None:
     """Measure a model: bytes, memory, operations, latency, and its score with an interval."""
-    with events(json) as told:
+    with events(json) as listener:
         found = evaluate_model(
             ModelSpec(model, weights, options.dtype_named(dtype), lazy),
             options.task_data(task, data, calibration, task_option),
             options.timing(batch, threads, timing_seconds),
-            told,
+            listener,
         )
     if json:
         about = {"scorecard": found.scorecard.to_dict(), "measured_on": found.task, "notes": found.notes}

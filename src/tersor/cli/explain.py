@@ -1,4 +1,4 @@
-"""`tersor explain MODEL`: where the time of a run goes, what bounds it, and what a change could give at most."""
+"""`tersor explain MODEL`: which layers take the time, what limits them, and what a change could gain at most."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +23,7 @@ def explain(
         str | None, typer.Option(help="The float model it should be faster than, in the same runtime or another.")
     ] = None,
     runtime: Annotated[
-        list[str] | None, typer.Option(help="As for bench: for both, or for each; the file decides if not given.")
+        list[str] | None, typer.Option(help="Runtime of both models, or one each (see bench); default: by file.")
     ] = None,
     weights: Annotated[
         list[Path] | None, typer.Option(help="State dicts or artifact folders of the factories, in this order.")
@@ -36,7 +36,7 @@ def explain(
     seconds: Annotated[float, typer.Option(help="About how long to profile.")] = 2.0,
     rows: Annotated[int, typer.Option(help="Slowest layers that are listed; --json holds all.")] = 12,
     remeasure: Annotated[
-        bool, typer.Option("--remeasure", help="Measure this machine's peaks again rather than take the kept ones.")
+        bool, typer.Option("--remeasure", help="Measure this machine's peak rates again, not use the saved.")
     ] = False,
     seed: options.Seed = 0,
     json: options.Json = False,
@@ -45,8 +45,8 @@ def explain(
     specs = options.models_of([model, against] if against else [model], weights, dtype)
     candidates = candidates_of(specs, runtime or [])
     inputs, timing = MadeUp(length, options.shape_of(shape)), Timing((batch,), (threads,), seconds=seconds)
-    with events(json) as told:
-        found = explain_models(candidates, inputs, timing, seed, remeasure, told)
+    with events(json) as listener:
+        found = explain_models(candidates, inputs, timing, seed, remeasure, listener)
     if json:
         print_json(found.to_dict() | {"measured_on": machine()})
         return
@@ -56,7 +56,7 @@ def explain(
 
 
 def show(found: list[Explanation], names: list[str], peaks: Peaks, rows: int) -> None:
-    """The kinds of work, the slowest layers, and the advice."""
+    """Print the time by kind of work, the slowest layers, and the advice."""
     first = found[0]
     heads = ["ms", "share"] if len(found) == 1 else ["ms", "share", "against: ms", "share"]
     rows_of_kinds = [
@@ -99,7 +99,7 @@ def show(found: list[Explanation], names: list[str], peaks: Peaks, rows: int) ->
 
 
 def conclusions(found: list[Explanation], names: list[str]) -> list[str]:
-    """The verdict against the float model, and the advice."""
+    """Sentences: the comparison with the float model, and the advice."""
     first, lines = found[0], []
     if len(found) == 2:
         ratio = found[1].seconds / first.seconds
@@ -117,7 +117,7 @@ def conclusions(found: list[Explanation], names: list[str]) -> list[str]:
 
 
 def ms(seconds: float) -> str:
-    """Milliseconds."""
+    """Seconds as text in milliseconds."""
     return f"{seconds * 1e3:.3f}"
 
 

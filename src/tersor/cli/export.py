@@ -17,7 +17,7 @@ from tersor.report.card import megabytes
 
 def export(
     model: Annotated[str, typer.Argument(help="Artifact folder; --to onnx also takes a model that is not compressed.")],
-    to: Annotated[str, typer.Option(help="Who reads it: see `tersor targets`.")],
+    to: Annotated[str, typer.Option(help="The runtime or library that will load it; `tersor targets` lists them.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to create; for clients of one file, a file.")],
     overwrite: options.Overwrite = False,
     weights: options.Weights = None,
@@ -33,7 +33,7 @@ def export(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="What the model computes in beside integers: float32, bfloat16 or float16 (onnx and web: float32, or "
+            help="Type of computations that are not integer: float32, bfloat16 or float16 (onnx and web: float32, or "
             "float16). Without it: as it was saved."
         ),
     ] = None,
@@ -51,7 +51,7 @@ def export(
         ),
     ] = False,
     no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="onnx, openvino: a language model reads whole texts, and keeps nothing.")
+        bool, typer.Option("--no-cache", help="onnx, openvino: leave a language model without key/value cache.")
     ] = False,
     cpu: Annotated[
         str | None,
@@ -73,7 +73,7 @@ def export(
     """
     given: dict[str, bool | str | Path | None] = {"runtime_path": runtime_path, "cpu": cpu, "per_token": per_token}
     given |= {"float_outputs": float_outputs, "decode": decode}
-    with events(json) as told:
+    with events(json) as listener:
         made = export_model(
             ModelSpec(model, weights, options.dtype_named(SHORT.get(dtype or "", dtype))),
             Output(output, overwrite),
@@ -81,7 +81,7 @@ def export(
             {name: value for name, value in given.items() if value} | ({"cache": False} if no_cache else {}),
             ExampleInputs(options.task_data(task, data, None, task_option), options.shape_of(shape), fixed or ()),
             threads,
-            told,
+            listener,
         )
     if json:
         print_json(
@@ -106,7 +106,7 @@ SHORT = {"fp32": "float32", "fp16": "float16"}
 
 
 def checked(made: Exported) -> list[str]:
-    """The results of running the exported file, a line each."""
+    """Lines on how the exported file ran: difference of outputs, and speed."""
     if made.check is None:
         return [made.opened] if made.opened else []
     found, latency = made.check, made.check.latency

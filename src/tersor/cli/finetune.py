@@ -52,13 +52,15 @@ def finetune(
     batch_size: BatchSize = None,
     accumulate: Annotated[int | None, typer.Option(help="Forward passes to one optimizer step (default 1).")] = None,
     learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", help="At its peak (default 5e-5, of adapters 2e-4).")
+        float | None, typer.Option("--learning-rate", help="Peak learning rate (default 5e-5; adapters 2e-4).")
     ] = None,
-    warmup: Annotated[float | None, typer.Option(help="Fraction of the steps in which it rises (default 0.1).")] = None,
-    schedule: Annotated[str | None, typer.Option(help="How it falls: cosine (default), linear, constant.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Fraction of steps of rising rate (default 0.1).")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="How the rate falls: cosine (default), linear, constant.")
+    ] = None,
     optimizer: Optimizer = None,
-    weight_decay: Annotated[float | None, typer.Option("--weight-decay", help="Of matrices (default 0.01).")] = None,
-    precision: Annotated[str | None, typer.Option(help="Of the forward pass: float32 (default), bf16, fp16.")] = None,
+    weight_decay: Annotated[float | None, typer.Option("--weight-decay", help="For matrices (default 0.01).")] = None,
+    precision: Annotated[str | None, typer.Option(help="Forward pass: float32 (default), bf16, fp16.")] = None,
     gradient_checkpointing: Checkpointing = False,
     evaluations: Annotated[
         int | None, typer.Option(help="How often the held-out part of the training data is scored (default 5).")
@@ -97,8 +99,8 @@ def finetune(
     training = Training(step_of(lora, base, fields), drop, save_base, seed)
     kind = None if dtype == "auto" else options.dtype_named(dtype)
     chosen = options.task_data(task, data, calibration, task_option, train)
-    with events(json) as told:
-        made = finetune_model(ModelSpec(model, weights, kind), Output(output, overwrite), training, chosen, told)
+    with events(json) as listener:
+        made = finetune_model(ModelSpec(model, weights, kind), Output(output, overwrite), training, chosen, listener)
     if json:
         print_json({"output": str(output), **made.to_dict()})
     else:
@@ -107,7 +109,7 @@ def finetune(
 
 
 def step_of(lora: list[str] | None, base: str | None, fields: dict[str, Any]) -> FinetuneStep | LoraStep:
-    """The recipe step that the flags spell. Raises InputError for a field or a value that it does not take."""
+    """The recipe step that the flags describe. Raises InputError for a field or a value that it does not take."""
     if lora is not None:
         return step_named("lora", {**fields, **lora_fields(lora), "base": base})
     if base is not None:
@@ -116,7 +118,7 @@ def step_of(lora: list[str] | None, base: str | None, fields: dict[str, Any]) ->
 
 
 def lora_fields(texts: list[str]) -> dict[str, Any]:
-    """`r=16,alpha=32` as fields of the step.
+    """Parse `r=16,alpha=32` into fields of the step.
 
     >>> lora_fields(["r=8,dora=true", "targets=q_proj+v_proj"])
     {'rank': 8, 'dora': True, 'targets': ['q_proj', 'v_proj']}
@@ -134,7 +136,7 @@ def lora_fields(texts: list[str]) -> dict[str, Any]:
 
 
 def show(made: Finetuned, save_base: Path | None) -> None:
-    """Scores before and after, the verdict, and what to do next."""
+    """Print the scores before and after, the verdict, and the next command to run."""
     losses = made.curve.losses
     tail = losses[-max(1, len(losses) // 10) :]
     out.print(

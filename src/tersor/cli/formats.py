@@ -62,6 +62,6 @@ def formats(json: options.Json = False) -> None:
 
 
 def bits_per_weight(format: Format) -> float | None:
-    """None where it depends on the data."""
+    """Bits per weight of a format, scales included; None if they depend on the weights."""
     num_bytes = file_bytes_of_shape(format, EXAMPLE)
     return None if num_bytes is None else 8 * num_bytes / (EXAMPLE[0] * EXAMPLE[1])

@@ -1,4 +1,4 @@
-"""`tersor info PACKED`: what every site takes in a model.tersor, and how far that is from what it could take."""
+"""`tersor info PACKED`: bytes of every layer in a model.tersor, beside the least that theory allows."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,7 @@ def info(
     packed: Annotated[Path, typer.Argument(help="Folder with a model.tersor, or the file itself.")],
     against: Annotated[
         str | None,
-        typer.Option(help="The model it was made from: bounds at the error that was really made."),
+        typer.Option(help="The original model: the bound is then computed at the measured error."),
     ] = None,
     json: options.Json = False,
 ) -> None:

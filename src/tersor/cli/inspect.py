@@ -55,14 +55,14 @@ def inspect(
         raise InputError("inspect runs data only for --sensitivity; add it, or leave --task and --data out")
     spec = ModelSpec(model, weights, options.dtype_named(dtype))
     chosen = options.task_data(task, data, calibration, task_option, train)
-    with events(json) as told:
+    with events(json) as listener:
         if training_memory:
             settings = {"batch_size": batch_size, "optimizer": optimizer}
             needs = predict_memory(spec, chosen, settings, lora_fields(lora or ["r=16"]), base, context)
         elif sensitivity:
-            predicted = predict_losses(spec, chosen, format or (), measure, seed, told)
+            predicted = predict_losses(spec, chosen, format or (), measure, seed, listener)
         else:
-            found = inspect_model(spec, format or (), told)
+            found = inspect_model(spec, format or (), listener)
     if training_memory:
         show_training_memory(model, needs, json)
     elif sensitivity:
@@ -72,7 +72,7 @@ def inspect(
 
 
 def show(found: Inspected, json: bool) -> None:
-    """The sites and the cost of formats, as two tables."""
+    """Print two tables: the sites, and the cost of each format."""
     if json:
         print_json(found.to_dict())
         return
@@ -113,7 +113,7 @@ def show(found: Inspected, json: bool) -> None:
 
 
 def show_sensitivity(name: str, predicted: Predicted, json: bool) -> None:
-    """The predictions, and the sample that was measured."""
+    """Print the predicted losses, and those of the sample that was measured."""
     if json:
         print_json({"model": name, "task": predicted.task, **predicted.losses.to_dict()})
         return
@@ -122,7 +122,7 @@ def show_sensitivity(name: str, predicted: Predicted, json: bool) -> None:
 
 
 def print_sensitivity(name: str, found: Sensitivity) -> None:
-    """The table of predictions, and the sample beside what was measured."""
+    """Print a table of predicted losses, and predicted beside measured ones for the sample."""
     schemes = list(dict.fromkeys(scheme for losses in found.sites.values() for scheme in losses))
     print_table(
         f"{name}: predicted loss of each scheme at each site, in {found.unit}; - where it does not fit",
@@ -143,7 +143,7 @@ def print_sensitivity(name: str, found: Sensitivity) -> None:
 
 
 def show_training_memory(name: str, needs: TrainingNeeds, json: bool) -> None:
-    """A line for each way to train."""
+    """Print the memory of each way to train, a line each."""
     found = needs.memory
     if json:
         print_json({"model": name, "task": needs.task, "training": {t: f.to_dict() for t, f in found.items()}})

@@ -1,4 +1,4 @@
-"""`tersor merge BASE ADAPTER -o OUT`: an adapter into the weights it was trained beside."""
+"""`tersor merge BASE ADAPTER -o OUT`: add a LoRA adapter to the weights it was trained beside."""
 
 from pathlib import Path
 from typing import Annotated
@@ -32,8 +32,8 @@ def merge(
     """Merge an adapter: into float weights by adding, into packed ones by rounding the sum anew."""
     spec = ModelSpec(base, dtype=options.dtype_named(dtype))
     chosen = options.task_data(task, data, calibration, task_option, train)
-    with events(json) as told:
-        made = merge_models(spec, adapter, Output(output, overwrite), chosen, seed, told)
+    with events(json) as listener:
+        made = merge_models(spec, adapter, Output(output, overwrite), chosen, seed, listener)
     if json:
         print_json(made.to_dict())
     else:

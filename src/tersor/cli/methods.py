@@ -12,7 +12,7 @@ from tersor.methods import METHODS
 
 
 def methods(json: options.Json = False) -> None:
-    """List the methods, their options, and the formats they fill."""
+    """List the methods that choose quantized values, their options, and the formats they write."""
     rows: list[dict[str, Any]] = []
     for name, method in METHODS.items():
         instance = method()
@@ -53,5 +53,5 @@ def about(method: type) -> str:
 
 
 def summary(formats: list[str]) -> str:
-    """`int4, int4-asym, ... (24)` in place of a long list."""
+    """A long list of formats in short: `int4, int4-asym, ... (24)`."""
     return ", ".join(formats) if len(formats) <= 3 else f"{formats[0]}, {formats[1]}, ... ({len(formats)})"

@@ -1,4 +1,4 @@
-"""Flags that several verbs take, and how their texts become values."""
+"""Flags that several verbs share, and the parsers of their values."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +55,7 @@ Drop = Annotated[str, typer.Option(help="Largest tolerated loss of the score: 1%
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 ExitCode = Annotated[
     bool,
-    typer.Option("--exit-code", help="End with status 1 where the verdict is `exceeds`, 3 where it is `cannot tell`."),
+    typer.Option("--exit-code", help="Exit with status 1 if the verdict is `exceeds`, 3 if it is `cannot tell`."),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace OUT if tersor wrote every file in it, and none was changed since.")
@@ -63,7 +63,7 @@ Overwrite = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="What the model computes in: float32, bfloat16 or float16. Without it: as it was saved."),
+    typer.Option(help="Type to compute in: float32, bfloat16 or float16. Without it: the type it was saved in."),
 ]
 Threads = Annotated[int, typer.Option(help="CPU threads for latency.")]
 
@@ -75,7 +75,7 @@ def task_data(
     options: list[str] | None = None,
     train: Path | None = None,
 ) -> TaskData:
-    """The task's flags as the library takes them."""
+    """The `Data` (task, paths, options) that the flags of a task describe."""
     pairs = dict(key_value(text, "--task-option") for text in options or [])
     return TaskData(task, data, calibration, train, pairs)
 
@@ -93,7 +93,7 @@ def models_of(names: Sequence[str], weights: Sequence[Path] | None, dtype: str |
 
 
 def key_value(text: str, flag: str) -> tuple[str, Any]:
-    """`context=512` as a pair; numbers become numbers, and `a,b,c` of numbers a tuple."""
+    """Parse `context=512` into a pair; numbers are converted, and `1,2,3` becomes a tuple."""
     key, equals, value = text.partition("=")
     if not equals or not key or not value:
         raise InputError(f"{flag} '{text}' is not KEY=VALUE")

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a command alike: what it had begun is removed, and it says what is kept."""
+"""Handling of Ctrl-C, SIGTERM and SIGHUP: unfinished output is removed, and the message names complete files."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # not every system has the last
 
 
 class Stopped(BaseException):
-    """The user, or the system, asked the command to end."""
+    """Raised when the user or the system stops the command by a signal."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -20,7 +20,7 @@ class Stopped(BaseException):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside, the signals raise Stopped. One that is ignored, as under nohup, stays so."""
+    """Context in which these signals raise Stopped; a signal that was ignored, as under nohup, still is."""
     process, before = os.getpid(), {}
 
     def stop(number: int, frame: FrameType | None) -> None:

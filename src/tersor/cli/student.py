@@ -37,8 +37,10 @@ def student(
         )
     except ValidationError as error:
         raise InputError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
-    with events(json) as told:
-        made = make_student(ModelSpec(teacher, dtype=options.dtype_named(dtype)), Output(output, overwrite), step, told)
+    with events(json) as listener:
+        made = make_student(
+            ModelSpec(teacher, dtype=options.dtype_named(dtype)), Output(output, overwrite), step, listener
+        )
     sizes = made.sizes
     if json:
         print_json({"output": str(output), **sizes})
@@ -54,7 +56,7 @@ def student(
 
 
 def parse_layers(text: str | None) -> int | tuple[int, ...] | None:
-    """`3` as a number, `0,2,5` as layer numbers."""
+    """Parse `--layers`: `3` is how many, `0,2,5` are the numbers of layers to keep."""
     if text is None:
         return None
     try:
@@ -65,5 +67,5 @@ def parse_layers(text: str | None) -> int | tuple[int, ...] | None:
 
 
 def shown(name: str, value: int) -> str:
-    """A size as text."""
+    """A size of the model, by its name in the config, as text."""
     return megabytes(value) if name == "bytes" else f"{value:,}"

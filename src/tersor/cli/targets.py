@@ -13,7 +13,7 @@ OF_EXTRA = re.compile(r"""([\w.-]+).*;\s*extra\s*==\s*['"](.+?)['"]""")  # a req
 
 
 def targets(json: options.Json = False) -> None:
-    """List what `tersor export --to` writes, who reads it, what it can hold, and which extra it needs."""
+    """List the clients of `tersor export --to`: what reads the file, which formats it holds, which extra it needs."""
     rows = [
         {
             "to": export.name,
@@ -44,7 +44,7 @@ def targets(json: options.Json = False) -> None:
 
 
 def installed(extra: str | None) -> bool:
-    """True if the packages that an extra of tersor names are there."""
+    """True if all packages of an extra of tersor are installed."""
     named = [match.groups() for text in requires("tersor") or [] if (match := OF_EXTRA.match(text))]
     try:
         for package in (package for package, of in named if of == extra):
@@ -55,7 +55,7 @@ def installed(extra: str | None) -> bool:
 
 
 def needed(extra: object, is_installed: object) -> str:
-    """The extra to install, and whether it is there; `-` if none is needed."""
+    """The extra to install, marked if it is installed; `-` if none is needed."""
     if not extra:
         return "-"
     return f"{extra} (installed)" if is_installed else f"pip install 'tersor[{extra}]'"

@@ -1,4 +1,4 @@
-"""`tersor verify ARTIFACT`: read all of it, and say whether it is what was written."""
+"""`tersor verify ARTIFACT`: read every byte, and say if the files are as they were written."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -19,11 +19,11 @@ def verify(
     artifact: Annotated[Path, typer.Argument(help="Artifact, packed folder, model.tersor, or a file for a runtime.")],
     json: options.Json = False,
 ) -> None:
-    """Check the hash of every file, and of a model.tersor every checksum and every value; of a file for a runtime also
-    whether this processor computes its int8 products exactly."""
+    """Check the hash of every file, and every checksum and value of a model.tersor; for a file exported to a runtime,
+    also try if this processor computes its int8 products exactly."""
     if artifact.suffix in RUNTIME_FILES:
-        with events(json) as told:
-            made = verify_file(artifact, told)
+        with events(json) as listener:
+            made = verify_file(artifact, listener)
         if json:
             print_json(asdict(made) | {"file": str(made.file)})
         else:
@@ -32,8 +32,8 @@ def verify(
                 f"{made.file}: {whole}{megabytes(made.num_bytes)}; {made.products}", markup=False, highlight=False
             )
         return
-    with events(json) as told:
-        found = verify_folder(artifact, told)
+    with events(json) as listener:
+        found = verify_folder(artifact, listener)
     if json:
         checked = found.checked
         about = {"file": str(found.file), "bytes": found.num_bytes, "tensors": found.num_tensors, "whole": True}

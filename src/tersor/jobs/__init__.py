@@ -1,1 +1,1 @@
-"""One function for each thing that tersor does, from the names of files to files and verdicts."""
+"""One function for each verb of the command line: paths in, written files and their verdicts out."""

@@ -1,4 +1,4 @@
-"""The verbs as one would type them in Python: plain keywords in, the functions that the command line calls behind.
+"""The verbs for use in Python: plain keyword arguments, passed on to the functions that the command line calls.
 
 Each function takes as a keyword every field of the groups of arguments that its job takes: `size` of `Budget`,
 `formats` of `Choices`, `dtype` of `ModelSpec`, `batch_sizes` of `Timing`, `on_progress` of `Events`.

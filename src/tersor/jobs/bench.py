@@ -95,13 +95,13 @@ class Timed:
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured.
+    """The measurements of one benchmark: times, noise and memory of all candidates.
 
     Attributes:
         timings: batch sizes within thread counts, the candidates of each in their order.
         noise: 95 % interval of the first against itself, for each batch size and thread count in the same order.
-        memory: of each candidate, at the largest batch; None where it was not asked for or the kernel does not tell.
-        inputs: where they came from, and their shapes at each batch size.
+        memory: of each candidate, at the largest batch; None if it was not asked for or the system does not report it.
+        inputs: a sentence on where the inputs came from, and their shapes at each batch size.
         untimed: a sentence for each batch size that there was no time for.
         exactness: for each file of int8 products, a sentence on whether this processor computes them exactly.
     """
@@ -243,7 +243,7 @@ class Times:
 
 
 def memory_of(candidate: Candidate, feeds: Feeds, timing: Timing, decode: bool = False) -> Memory | None:
-    """Memory of a candidate in a process of its own; None where it is not asked for or the kernel does not tell."""
+    """Memory of a candidate in a process of its own; None if not asked for or not reported."""
     if not timing.memory:
         return None
     return measure_opened(
@@ -270,8 +270,10 @@ def check_no_cache(candidates: Sequence[Candidate], sessions: Sequence[Session])
 def feeds_for(
     sessions: Sequence[Session], inputs: MadeUp | Data, batch_sizes: Sequence[int], seed: int
 ) -> tuple[str, dict[int, list[Feeds]]]:
-    """Where the inputs come from, and those of every session by batch size. Few examples give smaller batches than were
-    asked for."""
+    """A sentence on where the inputs come from, and for each batch size the inputs of every session in order.
+
+    With fewer examples than a batch asks for, the batch is smaller.
+    """
     fed: dict[int, list[Feeds]] = {}
     if isinstance(inputs, MadeUp):
         for batch_size in batch_sizes:

@@ -22,13 +22,13 @@ from tersor.tasks.progress import score
 
 @dataclass(frozen=True)
 class Compared:
-    """What was measured of several models.
+    """Scorecards of several models, and their verdicts.
 
     Attributes:
         scorecards: one for each model.
         verdicts: of every model but the first, against the first.
         task: what they were measured on, in words.
-        kernels: which multiplied packed weights.
+        kernels: the kernels that multiplied packed weights, in words.
     """
 
     scorecards: list[Scorecard]

@@ -1,4 +1,4 @@
-"""The whole job of `tersor compress`: open, measure, choose, compress, write, load back, measure again, judge.
+"""The job of `tersor compress`: open, measure, choose, compress, write, load back, measure again, judge.
 
 What is measured is what was written: the artifact is loaded from its temporary folder before it is scored, and the
 folder appears under its own name only when everything went well.
@@ -230,7 +230,7 @@ def search(original: Original, output: Path, choices: Choices, events: Events) -
     spec = TrialSpec(original.spec, original.data, seed=seed)
     runner = SerialRunner([(spec, Workbench(model, task, stats))], events)
     trials = Trials(spec, runner, original.scores, original.tolerance, events.on_trial, kept)
-    with told(trials):
+    with noting_progress(trials):
         if coded:
             levels.defended(trials)
         else:
@@ -297,8 +297,10 @@ def write_and_judge(
 
 
 def as_it_came(model: nn.Module, source: Source) -> nn.Module:
-    """The model that was made, to be stored in the types that the original came in. It may be computed in others; the
-    original is left as it is."""
+    """A copy of the compressed model in the dtypes of the original file, for storing; it may be computed in others.
+
+    The original is not changed.
+    """
     if source.dtypes is not None:
         own_shared_weights(model, source.model)
         set_types(model, source.dtypes)
@@ -366,8 +368,8 @@ def defensible(trials: list[Trial], tolerance: Tolerance) -> Trial:
 
 
 @contextmanager
-def told(trials: Trials) -> Iterator[None]:
-    """Have what stops a search say what it found, and how to go on."""
+def noting_progress(trials: Trials) -> Iterator[None]:
+    """Add to what stops a search, an interrupt too, a note on the trials done and how to go on."""
     try:
         yield
     except BaseException as stop:
@@ -377,7 +379,7 @@ def told(trials: Trials) -> Iterator[None]:
 
 
 def identity(original: Original, choices: Choices) -> list[str]:
-    """Everything that the trials of a search depend on, as text."""
+    """Texts that differ whenever the trials of a search would: version, choices, weights and data."""
     source, task = original.source, original.task
     parameters = source.model.named_parameters()
     sums = [f"{name} {each.dtype} {each.detach().double().sum().item()}" for name, each in parameters]
@@ -392,22 +394,23 @@ def same_tensors(one: nn.Module, other: nn.Module) -> bool:
 
 
 def unreached(stats: Mapping[str, Stats]) -> list[str]:
-    """A note for the sites that calibration data never reached: nothing is known about what they cost."""
+    """A note that names the layers without any effect on the calibration data: their loss cannot be predicted."""
     names = [name for name, found in stats.items() if found.row_weight is not None and not found.row_weight.any()]
     if not names:
         return []
     listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
     return [
-        f"the task never uses {listed}: a budget squeezes what costs the task nothing; --rule or --exclude protects it"
+        f"the task never uses {listed}: a size limit compresses most what the task does not use; --rule or --exclude "
+        f"protects it"
     ]
 
 
 def uncorrected(recipe: Recipe) -> list[str]:
-    """A note for a bias correction that the method of a step makes superfluous."""
+    """A note for each step whose method corrects earlier errors itself, so that biases are left alone."""
     schemes = [parse_rule(step.scheme) for step in recipe.weights if step.bias_correction]
     return [
-        f"bias correction leaves the sites of {scheme} alone, which repairs earlier errors itself; mse or "
-        f"gptq(upstream_correction=0) does not"
+        f"bias correction skips the layers of {scheme}, a method that corrects the errors of earlier layers itself; "
+        f"to have it applied, use mse or gptq(upstream_correction=0)"
         for scheme in schemes
         if scheme is not None and "cross_moment" in scheme.method.needs
     ]

@@ -1,6 +1,6 @@
-"""Language models that write, each in its own runtime: tokens per second at batch 1, in turn, on the same tokens.
+"""Speed of text generation in tokens per second at batch 1: language models, each in its own runtime, timed in turn.
 
-How they are timed is told in measure/decoding.py.
+All read the same prompt. measure/decoding.py describes how they are timed.
 """
 
 import math
@@ -42,12 +42,12 @@ class DecodeTiming:
 
 @dataclass(frozen=True)
 class DecodeBench:
-    """What was measured.
+    """The measurements of one benchmark of text generation.
 
     Attributes:
         timings: the candidates in their order, within thread counts.
         noise: 95 % interval of the first against itself, for each thread count.
-        memory: of each candidate; None where it was not asked for or the kernel does not tell.
+        memory: of each candidate; None if it was not asked for or the system does not report it.
     """
 
     timings: tuple[DecodeTiming, ...]

@@ -1,4 +1,4 @@
-"""The job of `tersor explain`: where the time of a run goes, and what bounds it."""
+"""The job of `tersor explain`: profiles a model and says which layers take its time, and what limits them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ ONE_RUN = Timing(batch_sizes=(1,))
 
 @dataclass(frozen=True)
 class Explained:
-    """Where the time of each candidate goes.
+    """The profile of each candidate, beside the peak rates of this machine.
 
     Attributes:
         explanations: one for each candidate.
@@ -82,5 +82,5 @@ def shapes_of(feeds: Feeds) -> str:
     'input_ids [1, 1], past_key_values.0.key [1, 2, 9, 4] and 2 more like it'
     """
     past = [name for name in feeds if name.startswith("past_key_values")]
-    told = [f"{name} {list(array.shape)}" for name, array in feeds.items() if name not in past[1:]]
-    return ", ".join(told) + (f" and {len(past) - 1} more like it" if past else "")
+    shapes = [f"{name} {list(array.shape)}" for name, array in feeds.items() if name not in past[1:]]
+    return ", ".join(shapes) + (f" and {len(past) - 1} more like it" if past else "")

@@ -1,4 +1,4 @@
-"""An artifact written anew in a client's layout, with exactly the values that were chosen.
+"""The job of `tersor export`: writes a model in the file layout of another runtime (a client), value for value.
 
 Clients that run here (`Runnable`) take any model, and what they are given is opened, compared and timed before it is
 kept.
@@ -38,16 +38,16 @@ TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}  
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """The files that an export wrote, and how they were checked.
 
     Attributes:
         output: the folder or file.
         to: the client's name in the table.
         num_bytes: of everything written.
-        formats: what was stored for each site, as recipes spell it.
-        notes: what the user should know, such as a value the client rounds.
-        check: what running it showed, for clients that run here.
-        opened: what opening it in its client showed, for all others.
+        formats: the scheme stored for each layer, as recipes write it.
+        notes: sentences for the user, such as that the client rounds a value.
+        check: comparison of the file's outputs with the model's, for clients that run here.
+        opened: a sentence on opening the file in its client, for all others.
     """
 
     output: Path
@@ -61,10 +61,10 @@ class Exported:
 
 @dataclass(frozen=True)
 class ExampleInputs:
-    """Where the example inputs of clients that run here come from.
+    """The choice of example inputs, which clients that run here need.
 
     Attributes:
-        data: a task's; where nothing is chosen, what suits the model.
+        data: a task whose examples are used; with none chosen, inputs are made up to suit the model.
         shape: of one random example instead, for models of one array.
         fixed: axes that keep the examples' size, such as `sequence`.
     """
@@ -194,7 +194,7 @@ def open_checkpoint(artifact: Path, dtype: torch.dtype | None = None) -> Checkpo
 
 
 def checkpoint_of(folder: Path, model: Any, examples: Examples | None = None) -> Checkpoint:
-    """The model's packed sites, and all else."""
+    """The model's packed layers, and everything else that its files hold."""
     sites = tuple(
         PackedSite(site, packed.encoded, Activation(quantizer.format, quantizer.tensors) if quantizer else None)
         for site, packed, quantizer in packed_sites(model)
@@ -203,7 +203,7 @@ def checkpoint_of(folder: Path, model: Any, examples: Examples | None = None) ->
 
 
 def check_sites(checkpoint: Checkpoint, export: WeightLayout) -> None:
-    """Before anything is written: every site fits, and the model as a whole."""
+    """Check, before anything is written, that the client can hold every layer and the model as a whole."""
     if isinstance(export, Runnable) and getattr(getattr(checkpoint.model, "config", None), "is_encoder_decoder", False):
         raise ModelError(
             f"{checkpoint.folder}: {type(checkpoint.model).__name__} is an encoder with a decoder, which {export.name} "
@@ -225,7 +225,7 @@ def check_sites(checkpoint: Checkpoint, export: WeightLayout) -> None:
 
 
 def check_suffix(output: Path, export: WeightLayout) -> None:
-    """Before any work: a client of one file is given the name of one. Raises InputError."""
+    """Raise InputError if a client that writes one file is given a name without its suffix."""
     if export.suffix and output.suffix != export.suffix:
         raise InputError(f"{output}: {export.name} writes one file; name it {output.with_suffix(export.suffix)}")
 

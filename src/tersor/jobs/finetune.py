@@ -1,7 +1,7 @@
-"""The whole job of `tersor finetune`: open, measure, train, write, measure again, judge.
+"""The job of `tersor finetune`: open, measure, train, write, measure again, judge.
 
-What full fine-tuning gives is a Hugging Face model like the one that came, an adapter is peft's. `training.json` says
-how it was made.
+Full fine-tuning writes a Hugging Face model like the one given; an adapter is written as peft writes it.
+`training.json` says how it was made.
 """
 
 import json
@@ -46,10 +46,10 @@ TRAINING = "training.json"
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What `tersor finetune` made and measured.
+    """The result of `tersor finetune`: scores before and after training, and the verdict.
 
     Attributes:
-        before, after: scores of the model as it came, packed base and all, and trained.
+        before, after: scores of the model as given (with its packed base, if any) and of the trained one.
         verdict: the paired comparison of the two.
     """
 
@@ -78,10 +78,10 @@ class Finetuned:
 
 @dataclass(frozen=True)
 class Training:
-    """How a model is trained, and judged afterwards.
+    """Settings of training, and of the verdict after it.
 
     Attributes:
-        step: of the whole model, or of adapters beside its weights.
+        step: trains the whole model, or adapters beside its weights.
         drop: the largest tolerated loss of the score.
         save_base: where the packed base of an adapter is written, too, as an artifact that `tersor merge` takes.
         seed: of everything random.
@@ -141,7 +141,7 @@ def finetune(
 
 
 def check_training(output: Output, training: Training, data: Data) -> None:
-    """Before anything is opened: what was asked goes together, and the outputs can be written. Raises InputError."""
+    """Raise InputError, before anything is opened, for settings at odds or an output that is in the way."""
     check_output(output.path, output.overwrite)
     if data.task in (None, "fidelity"):
         raise InputError(

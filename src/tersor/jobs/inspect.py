@@ -117,13 +117,13 @@ def inspect(model: ModelSpec, formats: Sequence[str] = (), events: Events = Even
 
 
 def all_or(formats: Sequence[str]) -> list[str]:
-    """These formats; of `all` alone, every one."""
+    """The given formats; every format there is for `all` alone."""
     return list(FORMATS) if list(formats) == ["all"] else list(formats)
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """The predicted losses of schemes at sites, and the task whose calibration split tells them."""
+    """The loss predicted for each scheme at each layer, and the task on whose calibration split it was predicted."""
 
     losses: Sensitivity
     task: str

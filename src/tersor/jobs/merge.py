@@ -1,4 +1,4 @@
-"""The whole job of `tersor merge`: open a base and an adapter, merge, write, measure.
+"""The job of `tersor merge`: open a base and an adapter, merge, write, measure.
 
 A merged model is of the kind its base is: a Hugging Face folder, or an artifact. `merge.json` says how it was made.
 """
@@ -32,12 +32,12 @@ MERGE = "merge.json"
 
 @dataclass(frozen=True)
 class Merged:
-    """What `tersor merge` made.
+    """The result of `tersor merge`: the model written, and how far it is from the base with its adapter.
 
     Attributes:
         kl: how far each model is from the base with the adapter beside its weights (`divergences`): `base` without the
             adapter, `naive` rounding (packed bases only), and `merged`, which was written.
-        unit: of these numbers.
+        unit: the unit of these numbers.
         num_packed: how many of the adapted weights are packed.
     """
 

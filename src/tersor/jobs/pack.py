@@ -28,8 +28,12 @@ def unpack(packed: Path, output: Output) -> PackedFolder:
 
 @dataclass(frozen=True)
 class VerifiedFile:
-    """A file of a runtime: `marked` is what tells that it is as tersor wrote it (None) or why that is not known;
-    `products` whether this processor computes it exactly."""
+    """The check of a file that tersor exported for a runtime.
+
+    Attributes:
+        marked: None if the file is as tersor wrote it, else why that is not known.
+        products: a sentence on whether this processor computes its int8 products exactly.
+    """
 
     file: Path
     num_bytes: int
@@ -38,14 +42,16 @@ class VerifiedFile:
 
 
 def verify_file(file: Path, events: Events = Events()) -> VerifiedFile:
-    """Check what a runtime's file says of itself, and try whether this processor multiplies its int8 weights exactly.
-    Raises InputError for a file that tersor does not write."""
+    """Check the hashes an exported file carries, and try if this processor multiplies its int8 weights exactly.
+
+    Raises InputError for a file that tersor does not write.
+    """
     client = next((each for each in EXPORTS.values() if each.suffix == file.suffix and isinstance(each, Filed)), None)
     if client is None:
         raise InputError(f"{file}: not an artifact, and not a file that tersor writes for a runtime")
     marked, known = client.foreign(file), exactness(file)
     if marked is not None:
-        events.on_note(f"{file}: {marked}, so nothing is known of its bytes")
+        events.on_note(f"{file}: {marked}, so its bytes cannot be checked")
     products = str(known) if known is not None else NO_PRODUCTS
     return VerifiedFile(file, file.stat().st_size, marked, products)
 

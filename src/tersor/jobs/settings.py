@@ -1,7 +1,8 @@
 """The groups of arguments that jobs share: where the result goes, and how speed is measured.
 
 The others lie with what they are about: which model (`checkpoint/open.py: ModelSpec`), which data (`tasks/data.py:
-Data`), what the result may be (`search/choices.py: Budget, Choices`), and who is told (`core/progress.py: Events`).
+Data`), what the result may be (`search/choices.py: Budget, Choices`), and callbacks for progress
+(`core/progress.py: Events`).
 """
 
 import math
@@ -25,16 +26,16 @@ class Output:
 
 @dataclass(frozen=True)
 class Timing:
-    """How speed is measured.
+    """Settings of speed measurements.
 
     Attributes:
         batch_sizes: examples of one call, each timed; None: 1 and 32, and of language models, which read a prompt and
             write, 1 alone.
         threads: CPU threads, each number timed; where one number is needed, the first counts.
-        timing_seconds: that timing may take in all; None: as long as the work that it is about, and a minute at most.
+        timing_seconds: limit on all timing; None: as long as the rest of the command took, and a minute at most.
         seconds: about how long to time one model at one batch size; None: 4, and a minute in all at most.
-        cpu_time: whether to time the processor's work rather than the clock on the wall; one thread only.
-        memory: whether to measure memory, too, in a process of its own.
+        cpu_time: measure CPU seconds of the process rather than elapsed seconds; one thread only.
+        memory: also measure memory, in a process of its own.
     """
 
     batch_sizes: Sequence[int] | None = None

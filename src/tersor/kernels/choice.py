@@ -112,7 +112,7 @@ class WeightKernels:
 
 
 def written(tensor: Tensor) -> int:
-    """How often a tensor has been written to in place; not counted for tensors of `torch.inference_mode`."""
+    """The number of in-place writes to a tensor; not counted for tensors of `torch.inference_mode`."""
     return 0 if tensor.is_inference() else tensor._version
 
 
