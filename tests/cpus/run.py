@@ -7,6 +7,7 @@ and for Macs; nothing is downloaded for that.
     python tests/cpus/run.py [haswell] [arm64] [wheels]       all three, if none is named
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,7 @@ import time
 import tomllib
 from pathlib import Path
 
-from emulate import ROOT, command, environment
+from emulate import ROOT, emulate
 
 CHECK = Path(__file__).with_name("check.py")
 PROCESSORS = ("haswell", "arm64")
@@ -32,8 +33,7 @@ WHEELS = {
 def emulated(processor: str, folder: Path) -> bool:
     """Compare this machine's files as another processor; True if all are the same."""
     print(f"\n{processor}", flush=True)
-    words = command(processor, [str(CHECK), "compare", str(folder)])
-    return subprocess.run(words, env=environment(processor), check=False).returncode == 0
+    return emulate(processor, [str(CHECK), "compare", str(folder)]) == 0
 
 
 def installs(system: str) -> bool:
@@ -58,7 +58,11 @@ def main() -> None:
     processors = [processor for processor in PROCESSORS if processor in asked]
     if processors:
         with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([sys.executable, str(CHECK), "write", folder], check=True, env=environment("here"))
+            subprocess.run(
+                [sys.executable, str(CHECK), "write", folder],
+                check=True,
+                env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+            )
             results += [emulated(processor, Path(folder)) for processor in processors]
     if "wheels" in asked:
         print(flush=True)
