@@ -214,7 +214,7 @@ def packed_adapter() -> type[nn.Module]:
 
 
 def custom_modules() -> dict[type[nn.Module], type[nn.Module]]:
-    """Which of peft's layers adapts which of ours."""
+    """The peft class that adapts each class of packed layer, by that class."""
     table: dict[type[nn.Module], type[nn.Module]] = {PackedLinear: packed_adapter()}
     bnb = import_bitsandbytes()
     if bnb is not None:

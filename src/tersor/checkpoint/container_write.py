@@ -103,7 +103,7 @@ def holds_codes(model: nn.Module) -> bool:
 
 
 def packing_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> Packing:
-    """Which of a model's tensors hold codes of a few bits; `tensors` are they, by name."""
+    """The bits and columns of each of a model's tensors that hold codes; `tensors` are all of them, by name."""
     found: dict[str, tuple[int, int]] = {}
     for site, packed, _ in packed_sites(model):
         own = {name: tensors[f"{site.parameter}.{name}"] for name in packed.tensors}

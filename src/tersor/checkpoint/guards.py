@@ -1,4 +1,4 @@
-"""What is not believed about a model folder before its files are opened: where links lead, and sizes in a config.
+"""Checks of an untrusted model folder before its files are opened: where links lead, and sizes in a config.
 
 A link may stay inside the folder, or lead to the blobs of the hub cache that the folder is part of. A count of layers,
 experts or labels makes transformers build as many things before a single tensor is read, so it is held against the

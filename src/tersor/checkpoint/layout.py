@@ -1,4 +1,4 @@
-"""Which tensors a model's weights file holds, under which names, and how large the file is.
+"""The tensors of a model's weights file: their names, and the size of the file.
 
 A packed weight `layer.weight` is stored as its parts `layer.weight.codes`, `layer.weight.scale`, ...; everything else
 under the names the model gives it. Tied tensors are stored once, under the first name.

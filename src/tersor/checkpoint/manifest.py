@@ -42,8 +42,8 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What loading relies on in `tersor.json`; more keys are welcome. `files` lists every other file of the folder; in
-    older artifacts, that of the weights alone."""
+    """The keys of `tersor.json` that loading relies on; more are allowed. `files` lists every other file of the folder;
+    in older artifacts, that of the weights alone."""
 
     model: ModelEntry
     sites: dict[str, SiteEntry]

@@ -1,4 +1,4 @@
-"""What an artifact's `config.json` tells transformers: that tersor reads the weights, and that nothing else can.
+"""The notice in an artifact's `config.json` that tells transformers that only tersor can read the weights.
 
 `quantization_config` names the quantizer that `import tersor` registers (tersor/integrations/transformers.py). Where it
 is not registered, transformers only warns of an unknown method, takes parameters that a checkpoint lacks for new ones,

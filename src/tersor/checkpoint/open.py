@@ -31,12 +31,12 @@ from tersor.nn.dtypes import types_of
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model is meant, and how it is opened.
+    """The name of a model, and the way it is opened.
 
     Attributes:
         model: Hugging Face folder or hub id, artifact folder, `package.module:factory`, or a module in memory.
         weights: state dict or artifact folder that fills what a factory makes.
-        dtype: what the model computes in; None: as it was saved.
+        dtype: type the model computes in; None: the type it was saved in.
         lazy: leave the entropy-coded sites of an artifact in their file until they run.
     """
 
@@ -60,8 +60,10 @@ class ModelSpec:
         return source if self.dtype is None else cast(source, self.dtype)
 
     def open_to_run(self) -> Source:
-        """As `open`, for work that runs the model often: in float32 where the processor computes the model's own type
-        slowly, unless a `dtype` was asked for."""
+        """Open the model for work that runs it often: in float32 if the processor is slow in the model's own type.
+
+        A `dtype` that was asked for is kept. Raises as `open`.
+        """
         source = self.open()
         return source if self.dtype is not None else in_fast_type(source)
 

@@ -179,13 +179,16 @@ def names_file(source: Path, output: Path, suffix: str) -> bool:
 
 
 def not_packed(path: Path) -> str | None:
-    """Why a file is none that `tersor pack` wrote, by its first bytes."""
+    """A sentence if a file does not begin like one that `tersor pack` wrote; else None."""
     with path.open("rb") as file:
         return None if file.read(len(MAGIC)) == MAGIC else "tersor did not write it"
 
 
 def other_than(path: Path, tensors: Mapping[str, Tensor], source: Path) -> str | None:
-    """Why a safetensors file, which says of no one that he wrote it, is not what would be written in its place."""
+    """A sentence if a safetensors file does not hold exactly these tensors; else None.
+
+    Nothing in such a file says who wrote it, so one with the same content may be replaced.
+    """
     try:
         with opened(path) as file:
             same = set(file.keys()) == set(tensors) and all(
@@ -218,7 +221,7 @@ def shards_of(container: Container, tensors: Mapping[str, Tensor], path: Path) -
 
 
 def packing_of(manifest: dict[str, Any] | None, tensors: Mapping[str, Tensor]) -> Packing:
-    """Which tensors of an artifact hold codes of a few bits."""
+    """The bits and columns of each of an artifact's tensors that hold codes."""
     found: dict[str, tuple[int, int]] = {}
     for parameter, entry in sites_of(manifest, tensors).items():
         format = format_named(entry["format"])

@@ -1,4 +1,4 @@
-"""Which files of a folder tersor wrote: the list with the size and sha256 of every one of them.
+"""The list of the files that tersor wrote into a folder, with size and sha256.
 
 An artifact has it in `tersor.json`, under `files`; any other folder that tersor writes, such as an export, in
 `tersor-files.json`. Only a folder that holds nothing but what its list names is ever replaced.
@@ -78,7 +78,7 @@ def as_text(content: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check of all files found, where none of them differs.
+    """The result of a check of all files of a folder in which none differs.
 
     Attributes:
         is_whole: every file is listed; in artifacts of earlier versions the weights alone are.
@@ -144,8 +144,9 @@ def is_as_written(record: Path) -> bool:
 
 
 def first_foreign(folder: Path) -> str | None:
-    """Why a folder is not just what tersor wrote, by its first file that the list does not name, or that was changed.
-    None where every file, the list itself too, is as it was written, and for an empty folder."""
+    """A sentence on the first file of a folder that tersor did not write, or that was changed since.
+
+    None if every file, the list itself too, is as it was written, and for an empty folder."""
     if not folder.is_dir():
         return "it is no folder"
     record, listed = recorded_in(folder)

@@ -250,8 +250,9 @@ def way_out(unknown: str, config: Any) -> str:
 
 
 def untied(model: Any, name: str) -> tuple[str, ...]:
-    """Where the file holds a head of its own though the config says that it is tied to the embedding (an adapter merged
-    into one of the two), have the model's config say that it is not. Returns notes.
+    """Correct the config of a model whose file holds an output head though the config ties it to the embedding.
+
+    That is so after an adapter was merged into one of the two. Returns notes.
 
     Raises ModelError for an encoder-decoder, which also computes otherwise where its config says so.
     """
@@ -304,8 +305,10 @@ def call_factory(name: str) -> nn.Module:
 
 
 def import_object(name: str, what: str) -> Any:
-    """What `package.module:name` names. Raises InputError when it cannot be imported, or is Python's own: `os:abort` is
-    nobody's model."""
+    """Import the object `package.module:name`.
+
+    Raises InputError if that fails, and for modules of Python itself: `os:abort` is nobody's model.
+    """
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -215,7 +215,7 @@ def return_memory_at_once() -> None:
 
 
 def matched(model: Any, stored: Mapping[str, OnDisk], place: str) -> tuple[dict[str, OnDisk], set[str]]:
-    """Where each of the model's tensors lies, and what of the checkpoint it does not use.
+    """The place of each of the model's tensors in the checkpoint, and the names in it that the model does not use.
 
     A tied tensor may be stored under any of its names, and all with or without the prefix of the bare model.
     """

@@ -17,11 +17,11 @@ BLOCK = 2**18
 
 
 class BytePacking(BaseModel):
-    """How a tensor of bytes holds codes.
+    """The layout of codes in a tensor of bytes.
 
     Attributes:
-        bits: of a code.
-        columns: codes of a row; a vector is one row.
+        bits: bits of a code.
+        columns: codes in a row; a vector is one row.
         zero: the code that the coder sees as 0.
     """
 

@@ -1,4 +1,4 @@
-"""Is what was written the model? It is opened in its own runtime, run on the examples, compared, and timed.
+"""Check of an exported file: opened in its own runtime, run on the examples, compared with the model, and timed.
 
 A language model with a cache reads the beginnings of some texts at once and the rest token by token; its logits are
 held against those of the model that reads whole texts.
@@ -34,16 +34,16 @@ SECONDS = 2.0  # of timing
 
 @dataclass(frozen=True)
 class Check:
-    """What running the file showed.
+    """The result of running an exported file beside the model it was made from.
 
     Attributes:
-        runtime: with its version.
-        difference: of the file's outputs from the model's own, `|file - model| / |model|`; the worst output.
-        input_rounding: the same, of the model from one with these weights and float inputs: what rounding inputs costs.
+        runtime: name and version.
+        difference: `|file - model| / |model|` of the outputs; of several outputs, the largest.
+        input_rounding: the same between the model and one with its weights and float inputs: cost of rounding inputs.
         latency: of the file at one row, in turn with the next in one process.
         float_latency: of the same model with decoded weights and float inputs in the same runtime; of the model in
             PyTorch, where nothing is quantized.
-        against: which of the two.
+        against: which of these two was timed, in words.
         row: what the latencies are of, such as `one input of 1x16`.
     """
 
@@ -199,18 +199,18 @@ def hold(
     each token may help."""
     if found <= limit:
         return
-    told = f"{what}: the file's outputs differ from the model's by {found:.2%} where at most {limit:.2%} is explained "
+    text = f"{what}: the file's outputs differ from the model's by {found:.2%} where at most {limit:.2%} is explained "
     known = exactness(file) if file is not None else None
     if known is not None and not known.is_exact:
-        raise ModelError(f"{told}by rounding; nothing was written. {known}")
+        raise ModelError(f"{text}by rounding; nothing was written. {known}")
     if CHAOS * input_rounding > ROUNDED:
         raise ModelError(
-            f"{told}by rounding; nothing was written. On these inputs rounding alone moves the model's own outputs by "
+            f"{text}by rounding; nothing was written. On these inputs rounding alone moves the model's own outputs by "
             f"{input_rounding:.2%}: give inputs like those that it was calibrated on with --data, or compress again "
             f"with int8-dynamic inputs"
         )
     try_first = "Try --per-token, or leave" if per_token else "Leave"
-    raise ModelError(f"{told}by rounding; nothing was written. {try_first} single layers float with --rule 'NAME=keep'")
+    raise ModelError(f"{text}by rounding; nothing was written. {try_first} single layers float with --rule 'NAME=keep'")
 
 
 def difference(made: Mapping[str, np.ndarray], model: Mapping[str, Tensor]) -> float:

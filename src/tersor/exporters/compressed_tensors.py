@@ -203,8 +203,8 @@ def shared_scales(tensors: Mapping[str, Tensor], modules: Sequence[str]) -> dict
 
 
 def notes_on(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> list[str]:
-    """What transformers takes and vLLM does not: integers of other bits than 4 and 8, and layers that it joins and that
-    differ in format or in NVFP4's divisor."""
+    """Notes on what transformers loads and vLLM does not: integers of other than 4 and 8 bits, and layers that vLLM
+    fuses but that differ in format or in NVFP4's divisor."""
     notes = []
     grids = {packed.scheme: packed.encoded.integers for packed in checkpoint.quantized}
     odd = sorted(scheme for scheme, grid in grids.items() if grid and grid.bits not in (4, 8))

@@ -44,15 +44,25 @@ class PackedSite(NamedTuple):
 
 
 class Misfit(NamedTuple):
-    """Why a client cannot hold a site: what it holds in such a place, and a scheme that it would take."""
+    """The reason for which a client cannot hold a layer's weight.
+
+    Attributes:
+        holds: what the client can hold there, in words.
+        instead: a scheme that it would accept.
+    """
 
     holds: str
     instead: str
 
 
 def misfit_of(packed: PackedSite, holds: str, *, place: bool, fits: bool, instead: str) -> Misfit | None:
-    """What every folder layout says: a 16-bit tensor is held anywhere; at a `place` that the client never packs nothing
-    else is; and where it packs, what `fits`, or else `instead`."""
+    """None if a folder layout can hold a weight, else the `Misfit`: 16-bit tensors are held anywhere.
+
+    Args:
+        holds: what the client can hold, in words.
+        place: the client packs weights of this kind of layer at all; if not, bf16 is advised.
+        fits: the weight's format is one that it packs; if not, the scheme `instead` is advised.
+    """
     if packed.is_plain:
         return None
     if not place:
@@ -103,8 +113,8 @@ class Checkpoint:
 
 
 class WeightLayout(Protocol):
-    """What every client's layout has. Codes and scales are copied into it; nothing is rounded anew unless a note says
-    so."""
+    """The members that every client's layout has. Codes and scales are copied; nothing is rounded again unless a note
+    says so."""
 
     @property
     def name(self) -> str:
@@ -120,14 +130,14 @@ class WeightLayout(Protocol):
 
     @property
     def holds(self) -> str:
-        """Which formats, and where."""
+        """The formats that the client holds, and in which layers, in words."""
 
     @property
     def extra(self) -> str | None:
         """The optional dependency (extra) of tersor that writing needs; None if it needs none."""
 
     def why_not(self, packed: PackedSite) -> Misfit | None:
-        """Why a site cannot be held; None when it can."""
+        """None if the client can hold the weight, else the reason, with a scheme that it would accept."""
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Check what no single site shows. Raises FormatError or ModelError with the way out."""
@@ -141,8 +151,10 @@ class Filed(WeightLayout, Protocol):
     """A client of one file, and what lies beside it."""
 
     def foreign(self, output: Path) -> str | None:
-        """Why a file is not one that tersor wrote for this client, as it was written; None where it is. What it says of
-        the files beside it is looked at, too."""
+        """A sentence on why a file is not one that tersor wrote for this client, unchanged since; None if it is.
+
+        The files beside it are checked against what it says of them, too.
+        """
 
     def beside(self, output: Path) -> tuple[str, ...]:
         """The names of the files that may be written beside it."""
@@ -160,17 +172,17 @@ class Export(WeightLayout, Protocol):
         """Open the output with transformers: the model, float32 if the client can, and its `loading_info`."""
 
     def write(self, checkpoint: Checkpoint, output: Path) -> Iterable[str]:
-        """Write the file, or fill the empty folder, `output`. Returns what the user should know."""
+        """Write the file, or fill the empty folder, `output`. Returns notes for the user."""
 
 
 class Written(NamedTuple):
-    """What a client that runs here was given.
+    """The files that were written for a client that runs here.
 
     Attributes:
-        notes: what the user should know.
+        notes: sentences for the user.
         as_float: a file of the same model with decoded weights and float inputs, to measure against.
         exact: a file that rounds inputs exactly as the artifact does, where the one that was written does not.
-        file: what the runtime opens, where the output is a folder.
+        file: the file that the runtime opens, if the output is a folder.
     """
 
     notes: tuple[str, ...]

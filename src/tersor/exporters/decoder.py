@@ -1,4 +1,4 @@
-"""Language models with their cache as inputs and outputs: what was read comes in, and goes out with the new tokens.
+"""Language models with the key/value cache as inputs and outputs: the past comes in, past and new tokens go out.
 
 Names are those that ONNX Runtime's, optimum's and transformers.js's generation loops use:
 
@@ -30,7 +30,7 @@ NUM_ROWS, NUM_PAST, NUM_NEW = 3, 9, 5  # of the example inputs
 
 
 class Decoded(NamedTuple):
-    """What one call of a language model gives.
+    """The outputs of one call of a language model with a cache.
 
     Attributes:
         outputs: logits, and the keys and values of each layer, `present.N.key`, by name.
@@ -40,8 +40,10 @@ class Decoded(NamedTuple):
 
 
 def has_cache(model: nn.Module) -> bool:
-    """Whether the model writes text, and keeps one key and one value per layer and token, and nothing else, to do so;
-    its attention must go through transformers' table, which the export puts its own in."""
+    """True if the model generates text with a cache of just one key and one value per layer and token.
+
+    Its attention must be looked up in transformers' table of attention functions, where the export puts its own.
+    """
     config: Any = getattr(model, "config", None)
     can_generate = getattr(model, "can_generate", None)
     if config is None or can_generate is None or not can_generate() or getattr(config, "is_encoder_decoder", False):
@@ -75,7 +77,7 @@ def cached_inputs(model: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Tens
 
 
 def positions_of(mask: Tensor) -> Tensor:
-    """How many tokens of its text lie before each; 0 for padding.
+    """The position of every token in its text, `[row, token]`, from a padding mask; 0 for padding.
 
     >>> positions_of(torch.tensor([[0, 0, 1, 1]]))
     tensor([[0, 0, 0, 1]])
@@ -103,5 +105,5 @@ def call_cached(model: nn.Module, inputs: Mapping[str, Tensor]) -> Decoded:
 
 
 def axes_of(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
-    """Which axes have any size."""
+    """The axes of each input that may have any size, by position, with their names."""
     return {name: dict(AXES.get(name, PAST_AXES)) for name in inputs}

@@ -81,7 +81,7 @@ class Examples:
 
 
 def outputs_of(made: Any) -> dict[str, Tensor]:
-    """What is exported of a model's output: the logits or the last hidden states, or else every tensor.
+    """The tensors of a model's output that are exported, by name: logits or last hidden states, or else all.
 
     >>> list(outputs_of((torch.zeros(1), torch.ones(1))))
     ['output_0', 'output_1']

@@ -45,7 +45,7 @@ class Gguf:
     holds_floats = True  # a model in 16-bit floats is a GGUF model, too
 
     def foreign(self, output: Path) -> str | None:
-        """Why it is none of our files, by the key that says who quantized them."""
+        """A sentence if the file's key for who quantized it does not name tersor; else None."""
         try:
             field = gguf_package().GGUFReader(output).get_field("general.quantized_by")
             written = field is not None and field.contents() == WRITER

@@ -58,7 +58,7 @@ class OpenVinoIr:
     )
 
     def foreign(self, output: Path) -> str | None:
-        """Why it is none of our files, or the one beside it not its own, by the hash that it says."""
+        """A sentence if tersor did not write the file, or the weights beside it lack the hash it holds; else None."""
         found = re.search(rf'<{WRITER}>\s*<weights value="([0-9a-f]{{64}})"', output.read_text(errors="replace"))
         if found is None:
             return UNMARKED
@@ -107,8 +107,8 @@ class OpenVinoIr:
             as_float = scratch / "float.xml"
             convert(scratch / "float.onnx", as_float, FLOAT)
         notes, exact = [describe(lowered).replace("ONNX", "from ONNX", 1), *traced.notes], None
-        told = ", ".join(f"{number} products in {kind}" for kind, number in kernels.items())
-        notes.append(f"OpenVINO runs {told} on this machine")
+        products = ", ".join(f"{number} products in {kind}" for kind, number in kernels.items())
+        notes.append(f"OpenVINO runs {products} on this machine")
         if rounded:
             notes.append(f"{rounded} values between convolutions are int8 too (--float-outputs leaves them)")
         own = any(weights_alone(packed) for packed in traced.sites.values())

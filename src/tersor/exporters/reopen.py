@@ -25,7 +25,7 @@ EXACT, HALF = 1e-2, 0.1  # relative difference that arithmetic in float32 and in
 
 
 def reopen(export: Export, checkpoint: Checkpoint, output: Path) -> str:
-    """What opening the file or folder showed, in a sentence; that it was not opened, where the client is missing.
+    """Open the file or folder in its client. Returns a sentence on the result, or that the client is not installed.
 
     Raises ModelError where the client cannot open it, or computes something else.
     """
@@ -57,10 +57,10 @@ def reopen(export: Export, checkpoint: Checkpoint, output: Path) -> str:
         limit = ROUNDED
     found = difference({name: made.numpy() for name, made in examples.run(client).items()}, expected)
     hold(found, limit, export, version)
-    told = [f"opened in {version}: outputs differ from the artifact's by {found:.2%}"]
+    results = [f"opened in {version}: outputs differ from the artifact's by {found:.2%}"]
     if export.suffix == ".gguf" and importlib.util.find_spec("llama_cpp") is not None:
-        told.append(llama_cpp(export, output, examples, expected))
-    return "; ".join(told)
+        results.append(llama_cpp(export, output, examples, expected))
+    return "; ".join(results)
 
 
 OTHERWISE = "Export to onnx or openvino, which hold any model, or leave those layers float with --rule 'NAME=keep'"

@@ -1,5 +1,5 @@
-"""What exports by `torch.export` share: a model without caches and fused attention, and the layer that an operator
-belongs to."""
+"""Shared parts of the exports by `torch.export`: a model without caches and fused attention, and the layer that an
+operator belongs to."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

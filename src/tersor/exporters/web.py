@@ -88,7 +88,7 @@ class Web:
         package = found_runtime(self.runtime_path)
         about = {
             "to": self.name,
-            "formats": told(checkpoint.sites),
+            "formats": described(checkpoint.sites),
             "notes": written.notes,
             "sites": {packed.site.name: packed.scheme for packed in checkpoint.sites},
             "model": {"file": MODEL, "sha256": sha256(output / MODEL)},
@@ -189,8 +189,8 @@ def stride_of(shape: Sequence[int]) -> int:
     return stride
 
 
-def told(sites: Sequence[PackedSite]) -> str:
-    """`36 sites int8/int8-dynamic, 1 site int8`."""
+def described(sites: Sequence[PackedSite]) -> str:
+    """The schemes of a model in words: `36 sites int8/int8-dynamic, 1 site int8`."""
     counts = Counter(packed.scheme for packed in sites).most_common()
     parts = [f"{number} {'site' if number == 1 else 'sites'} {scheme}" for scheme, number in counts]
     return ", ".join(parts) or "not quantized"

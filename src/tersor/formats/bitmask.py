@@ -53,7 +53,7 @@ class Bitmask(Sparse):
         return None
 
     def fit(self, weight: Weight) -> Params:
-        """Keeps what is not zero already."""
+        """Keep the weights that are not zero."""
         return {"mask": weight != 0}
 
     def fake_quantize(self, weight: Weight, params: Params) -> Weight:
@@ -70,7 +70,7 @@ class Bitmask(Sparse):
         return torch.zeros(encoded.shape, device=mask.device).masked_scatter_(mask, values.float())
 
     def choose(self, score: Float[Tensor, "out n"], sparsity: float | int = 0.5) -> Bool[Tensor, "out n"]:
-        """Ranks all scores together."""
+        """Keep the largest scores of the whole matrix."""
         dropped = score.flatten().argsort(stable=True)[: int(sparsity * score.numel())]
         mask = torch.ones(score.numel(), dtype=torch.bool, device=score.device)
         mask[dropped] = False

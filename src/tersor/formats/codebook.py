@@ -105,7 +105,7 @@ class Codebook(Grid):
         return book_rk.gather(1, codes.long())
 
     def grouped(self, weight: Weight) -> Float[Tensor, "rows groups k"]:
-        """A group is a row, or the whole matrix."""
+        """The weights `[rows, groups, k]`: a group is a row, or the whole matrix."""
         return weight.reshape(1, 1, -1) if self.per_tensor else weight.unsqueeze(1)
 
     def projector(self, params: Params, shape: tuple[int, int]) -> Projector:

@@ -145,7 +145,7 @@ class Format(ABC):
         it cannot."""
 
     def why_not(self, shape: tuple[int, int]) -> str | None:
-        """Why a matrix of this shape cannot be held, with the way out; None when it can, as most formats hold any."""
+        """A sentence that says why the format cannot hold a matrix of this shape, and what to do; None if it can."""
         return None
 
     @abstractmethod
@@ -154,9 +154,9 @@ class Format(ABC):
 
     @abstractmethod
     def packing(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Packing:
-        """Which parts are codes of a few bits, packed into bytes as packing.py does, of how many bits, and how many
-        codes a row of them has; empty where there are none. An entropy coder takes the codes apart, since a code has a
-        probability, and the byte that it straddles has not."""
+        """The parts that are codes of a few bits, packed into bytes as packing.py does: by name, the bits of a code and
+        the number of codes in a row; empty where there are none. An entropy coder unpacks the codes, since a code
+        has a probability, and the byte that it straddles has not."""
 
     @abstractmethod
     def as_integers(self, encoded: Encoded) -> IntegerView | None:

@@ -73,8 +73,7 @@ LEAST_KEPT = 15 / 16  # of the length of some values: what fp16 must hold
 
 
 def to_half(values: Tensor, what: str) -> Tensor:
-    """In fp16; raises FormatError where a value overflows, or most of them are too small for it, calling the largest
-    `what`.
+    """The values in fp16. Raises FormatError if one overflows or most are too small; `what` names the largest.
 
     >>> to_half(torch.tensor([7e4]), "bitmask: the largest weight")
     Traceback (most recent call last):

@@ -127,8 +127,8 @@ class KQuant(Grid):
         # Zero stays inside the range, as a minimum is stored without a sign.
         num_steps, highest, depth = 2**self.bits - 1, highest.clamp(min=0), (-lowest).clamp(min=0)
         minimum = self.in_units("minimum", self.unit("minimum", depth), depth * shrink)
-        reach = self.of_blocks("minimum", minimum) + highest * shrink
-        return self.in_units("scale", self.unit("scale", (depth + highest) / num_steps), reach / num_steps) | minimum
+        span = self.of_blocks("minimum", minimum) + highest * shrink
+        return self.in_units("scale", self.unit("scale", (depth + highest) / num_steps), span / num_steps) | minimum
 
     def refit(self, weight: Weight, params: Params, importance: Float[Tensor, " in"]) -> Params:
         """The scale and minimum of each block that fit its weights best, by weighted least squares, to the codes they
@@ -159,7 +159,7 @@ class KQuant(Grid):
         return self.chosen(error(found) < error(params), found, params)
 
     def chosen(self, first: Bool[Tensor, "o g"], ours: Params, others: Params) -> Params:
-        """`ours` for the blocks that `first` marks, of two that agree in the super-blocks."""
+        """Parameters `ours` where `first` is true for the block, else `others`; both have the same super-blocks."""
         names = ("scale",) if self.kind.symmetric else ("scale", "minimum")
         picked = {n: torch.where(first, self.of_blocks(n, ours), self.of_blocks(n, others)) for n in names}
         return {key: part for n in names for key, part in self.in_units(n, ours[n], picked[n]).items()}
@@ -201,11 +201,11 @@ class KQuant(Grid):
 
     @property
     def zero_point(self) -> int:
-        """The code of zero where there is no minimum."""
+        """The code that stands for zero, for formats without a minimum."""
         return 2 ** (self.bits - 1) if self.kind.symmetric else 0
 
     def minimum(self, params: Params) -> Float[Tensor, "o g"]:
-        """The minimum that is taken off each block's weights."""
+        """The minimum of each block, which decoding subtracts."""
         scale = params["scale"]
         num_blocks = scale.shape[1] * (SUPER_BLOCK // self.kind.block_size)
         return scale.new_zeros(1, num_blocks).float() if self.kind.symmetric else self.of_blocks("minimum", params)
@@ -213,14 +213,14 @@ class KQuant(Grid):
     # A number for each block, as a code in units of the super-block's.
 
     def unit(self, name: str, values: Float[Tensor, "o g"]) -> Float16[Tensor, "o s"]:
-        """The super-blocks' numbers, of which the codes of their blocks reach just as far as the values."""
+        """The unit of each super-block: with it, the largest block code is the largest of the blocks' values."""
         unit = values.abs().unflatten(1, (-1, SUPER_BLOCK // self.kind.block_size)).amax(-1) / self.highest_block_code
         if not unit.max() <= torch.finfo(torch.float16).max:
             raise FormatError(f"{self.name}: a {name} of {unit.max():.3g} overflows fp16; keep this weight in bf16")
         return unit.half()
 
     def in_units(self, name: str, unit: Float16[Tensor, "o s"], values: Float[Tensor, "o g"]) -> Params:
-        """The nearest to the values that the blocks' codes can say."""
+        """Each value rounded to the nearest multiple of its unit that a block's code can store."""
         bits, most = self.kind.scale_bits, self.highest_block_code
         codes = values.unflatten(1, (unit.shape[1], -1)) / divisor(unit.float()).unsqueeze(-1)
         codes = codes.round_().clamp_(-most - 1 if self.kind.symmetric else 0, most).flatten(1)
@@ -235,7 +235,7 @@ class KQuant(Grid):
         return (signed.unflatten(1, (unit.shape[1], -1)) * unit.unsqueeze(-1)).flatten(1)
 
     def block_codes(self, packed: Tensor, num_super_blocks: int) -> UInt8[Tensor, "o g"]:
-        """Unpacked, as they are stored."""
+        """The stored codes of all blocks, unpacked."""
         return unpack(packed, self.kind.scale_bits, num_super_blocks * SUPER_BLOCK // self.kind.block_size)
 
     @property
@@ -243,7 +243,7 @@ class KQuant(Grid):
         return 2 ** (self.kind.scale_bits - 1) - 1 if self.kind.symmetric else 2**self.kind.scale_bits - 1
 
     def zero_of(self, bits: int) -> int:
-        """The code that stands for zero in blocks whose codes have a sign."""
+        """The code that stands for zero in blocks of signed codes of this many bits."""
         return 2 ** (bits - 1) if self.kind.symmetric else 0
 
 

@@ -39,11 +39,11 @@ Matching = Int[Tensor, "pair 2"]  # columns, each at most once
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Which columns of a weight matrix kernels multiply in one step.
+    """The columns of a weight matrix that kernels multiply and add in one step.
 
     Attributes:
-        num_channels: of the input, in one group.
-        num_pixels: of the kernel, 1 for a linear layer. Columns are in the order (channel, pixel), as in PyTorch.
+        num_channels: input channels of one group.
+        num_pixels: pixels of the kernel, 1 for a linear layer. Columns are ordered (channel, pixel), as in PyTorch.
 
     >>> [pairs.tolist() for pairs in Neighbours(4).matchings]
     [[[0, 1], [2, 3]]]
@@ -89,7 +89,7 @@ def largest_pair(codes: Float[Tensor, "out in"], neighbours: Neighbours) -> Floa
 
 
 def keeps_pair_rule(codes: Int8[Tensor, "out in"], neighbours: Neighbours | None = None) -> bool:
-    """Whether no kernel overflows on these weights, whatever the inputs are.
+    """True if no int8 kernel overflows on these weights, whatever the inputs are.
 
     Args:
         codes: signed weights as they are multiplied.

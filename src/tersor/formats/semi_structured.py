@@ -22,7 +22,7 @@ from tersor.formats.trainable import Trainable
 
 @dataclass(frozen=True)
 class SemiStructured(Sparse):
-    """Of every `m` neighbouring columns, `n` weights are kept in fp16; the others are exactly zero.
+    """Sparsity n:m: `n` of every `m` neighbouring weights of a row are kept in fp16, the others are exactly zero.
 
     Where `m` does not divide the columns, the last `r < m` of a row keep `min(n, r)`.
 
@@ -64,7 +64,7 @@ class SemiStructured(Sparse):
         return None
 
     def fit(self, weight: Weight) -> Params:
-        """Keeps the largest."""
+        """Keep the weights of largest magnitude."""
         return {"mask": self.choose(weight.abs())}
 
     def fake_quantize(self, weight: Weight, params: Params) -> Weight:
@@ -80,7 +80,7 @@ class SemiStructured(Sparse):
         return torch.zeros(encoded.shape, device=mask.device).masked_scatter_(mask, encoded.parts["values"].float())
 
     def choose(self, score: Float[Tensor, "out n"], sparsity: float | int = 0.5) -> Bool[Tensor, "out n"]:
-        """Ranks the scores of every m columns; the pattern fixes the sparsity."""
+        """Keep the n largest scores of every m columns; the pattern fixes the sparsity."""
         missing = -score.shape[1] % self.m
         # Places beyond the last column are dropped before any other.
         s_ogm = torch.nn.functional.pad(score, (0, missing), value=-torch.inf).unflatten(1, (-1, self.m))

@@ -29,7 +29,7 @@ class Trainable:
         return {}
 
     def unit(self, part: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-        """By how much the part changes at a shift of one: the root mean square of its rows, so that one learning rate
+        """The change of the part for a shift of one: the root mean square of its rows, so that one learning rate
         suits the parts of every format."""
         return part.float().square().mean(-1, keepdim=True).sqrt()
 

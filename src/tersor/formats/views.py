@@ -1,4 +1,4 @@
-"""What other programs can read a packed weight as: integers with scales, or small floats with scales.
+"""Packed weights in the two forms that other programs read: integers with scales, or small floats with scales.
 
 A format shows its parts in these terms (`as_integers`, `as_floats`), so that exporters and kernels need to know no
 format by name: a new one that is integers with scales is exported as those are.

@@ -226,7 +226,7 @@ def find_name(path: Path, arrays: Arrays, wanted: tuple[str, ...]) -> str:
 
 
 def check_same_shape(path: Path, parts: tuple[np.ndarray, ...]) -> None:
-    """Calibration rows must look like the rows that are judged."""
+    """Raise DataError unless calibration rows have the shape of the evaluation rows."""
     kinds = {(part.shape[1:], part.dtype == np.uint8) for part in parts}
     if len(kinds) > 1:
         found = " and ".join(f"{part.dtype} {list(part.shape)}" for part in parts)

@@ -1,4 +1,4 @@
-"""Which axis of a model's output holds the classes.
+"""Finds the axis of a model's output that holds the classes.
 
 A convolution gives `[example, class, height, width]`, a linear layer `[example, position, class]`, and either may be
 transposed, resized or put through a softmax afterwards. Shapes do not tell, so the model is asked: one channel of its
@@ -88,5 +88,5 @@ def rises(before: Tensor, after: Tensor) -> Tensor:
 
 
 def along(risen: Tensor, axis: int) -> Tensor:
-    """Which slices along an axis hold a place that is true."""
+    """A bool `[size of the axis]`: true where the slice along the axis has any true element."""
     return torch.movedim(risen, axis, 0).flatten(1).any(1)

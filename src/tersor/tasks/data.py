@@ -25,7 +25,7 @@ class Opened(Protocol):
 
 @dataclass(frozen=True)
 class Data:
-    """Which task is scored, on which data.
+    """The choice of a task, its data and its options.
 
     Attributes:
         task: a name in `TASKS`, a `package.module:factory`, or a task in memory, with its own data; None: fidelity.

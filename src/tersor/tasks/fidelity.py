@@ -182,7 +182,7 @@ def _stored(output: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _mask(batch: Batch, logits: Tensor) -> Tensor:
-    """Which predictions count: all, but for padding where there is one per token."""
+    """Bool mask of the predictions that are scored, `[row]` or `[row, position]`: all but those of padding."""
     attention = batch.inputs.get("attention_mask")
     if attention is not None and attention.shape == logits.shape[:-1]:
         return attention.bool().to(logits.device)

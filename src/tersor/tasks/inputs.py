@@ -42,7 +42,7 @@ class Inputs(Protocol):
     def __len__(self) -> int: ...
 
     def chunks(self, rows: RowNumbers, batch_size: int) -> list[RowNumbers]:
-        """Which rows go together, in the order they are run."""
+        """The rows of each batch, in the order they are run."""
 
     def batch(self, rows: RowNumbers) -> Batch:
         """These examples as tensors."""

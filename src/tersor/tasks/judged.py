@@ -31,7 +31,7 @@ class Calls(Inputs, Protocol):
 
 @dataclass(frozen=True)
 class Asked:
-    """What the user said of the outputs.
+    """The options by which a user says how outputs are judged; None where the model is to show it.
 
     Attributes:
         output: `logits`, `embedding` or `values`.
@@ -74,8 +74,11 @@ class Judged:
         return self.inputs.batch(rows)
 
     def call(self, model: nn.Module, batch: Batch) -> Any:
-        """What the model returns. One that draws random numbers in evaluation mode, too (masked autoencoders,
-        variational ones), gets the same in every call."""
+        """The model's output for a batch.
+
+        A model that draws random numbers even in evaluation mode (a masked or variational autoencoder) gets the same
+        ones in every call.
+        """
         if model.training:
             return self.inputs.call(model, batch)
         state = torch.default_generator.get_state()
@@ -95,8 +98,10 @@ class Judged:
 
 @torch.no_grad()
 def choose_reading(model: nn.Module, batch: Batch, call: Callable[[nn.Module, Batch], Any], asked: Asked) -> Reading:
-    """How this model's outputs are to be read. Raises InputError for a field that is not there, or classes on an axis
-    that holds none."""
+    """The `Reading` that suits this model's outputs, found by running it on one batch.
+
+    Raises InputError for an output field that does not exist, or a class axis on which there are no classes.
+    """
     with scoring(model):
         output = call(model, batch)
         names, kind = judged_names(output, len(batch.rows))
@@ -154,7 +159,7 @@ def read_one(
 
 
 def not_classes(batch: Batch, output: Tensor, axis: int | None) -> str:
-    """Why an output is rather numbers than classes; empty where it may well be classes."""
+    """The reason for which an output is taken to be numbers and not classes; empty if it may be classes."""
     if axis is None:
         return "no axis of classes was found"
     given = list(batch.inputs.values())

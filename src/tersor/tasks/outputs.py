@@ -1,4 +1,4 @@
-"""What a model returned, and what of it is judged.
+"""Model outputs of any structure, and the choice of the tensors in them that are judged.
 
 logits     one tensor whose classes are put last: agreement and KL
 embedding  one vector of unit length an example: cosine
@@ -97,14 +97,14 @@ def one_class_each(logits: Tensor) -> Float[Tensor, "row class_"]:
 
 @dataclass(frozen=True)
 class Reading:
-    """How outputs are read, settled once on the original and then the same for every model.
+    """The way outputs are read: chosen once, on the original, and then used for every model.
 
     Attributes:
-        names: which tensors, as `tensors_of` names them.
-        class_axis: of logits, the axis that is put last.
-        scales: of several outputs, what each is divided by, so that none drowns the others.
+        names: the tensors that are judged, as `tensors_of` names them.
+        class_axis: the axis of logits that holds the classes; it is moved to the end.
+        scales: divisors of the outputs, if there are several, so that all weigh alike.
         probabilities: the model gives probabilities, and their logarithm is taken.
-        note: for people.
+        note: a sentence on all this for the report.
     """
 
     output: Output
@@ -154,7 +154,7 @@ def without_padding(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def judged_names(output: Any, num_examples: int) -> tuple[tuple[str, ...], Output | None]:
-    """Which tensors of an output are judged, and what they are where their names say it."""
+    """Names of the output tensors that are judged, and their kind if the names show it, else None."""
     found = {name: each for name, each in tensors_of(output).items() if each.ndim and len(each) == num_examples}
     if not found:
         raise InputError(

@@ -1,4 +1,4 @@
-"""How a Hugging Face model wants its images: the folder's own image processor.
+"""Preparation of images by the image processor in a Hugging Face model's own folder.
 
 Size, crop, resampling, order of channels, scale, mean and standard deviation are all in `preprocessor_config.json` (or
 `processor_config.json`), and transformers' processor does what they say.

@@ -1,4 +1,4 @@
-"""What a task measured: one row per example, and the number that sums them up.
+"""Scores of a task: one row per example, and the metric that aggregates them.
 
 Every comparison in tersor is paired: the original and the compressed model are scored on the same examples, and the
 rows are kept. A metric is therefore a function of rows, so that a bootstrap can recompute it on resampled examples.

@@ -26,12 +26,12 @@ Step = Callable[[Float[Tensor, "row dim"]], Float[Tensor, "row other"]]
 
 @dataclass(frozen=True, eq=False)
 class Embedder:
-    """How hidden states become one vector a text.
+    """Turns hidden states `[text, position, dim]` into one vector per text.
 
     Attributes:
-        pooling: one or several ways, whose vectors stand side by side.
-        head: what follows, in evaluation mode.
-        names: of all of it, for people.
+        pooling: one or several ways, whose vectors are concatenated.
+        head: modules applied after pooling, in evaluation mode.
+        names: the steps in words, for the report.
         max_length: tokens, where the folder says so.
         lower_case: whether texts are written in small letters first.
     """
@@ -98,8 +98,7 @@ def pool(
 
 
 def read_embedder(folder: Path | None) -> Embedder:
-    """What a model folder says. Raises InputError for a module that is not known, ModelError
-    for damaged files."""
+    """The `Embedder` that a model folder describes. Raises InputError for an unknown module, ModelError for damage."""
     if folder is None:
         return Embedder()
     folder = Path(folder)

@@ -1,4 +1,4 @@
-"""The source that a task is opened from: data, and the model's own files that say how to feed it."""
+"""The files that a task is opened from: its data, and the model's tokenizer and configuration."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from tersor.core.errors import DataError
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where a task's examples come from.
+    """The files that a task is opened from.
 
     Attributes:
         data: file or folder; None only where a task has a fallback.

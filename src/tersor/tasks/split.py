@@ -1,4 +1,4 @@
-"""Which rows calibrate and which rows judge: never the same ones.
+"""Splits rows into calibration and evaluation, which never share a row.
 
 Rows are numbered through: the data's first, then those of a separate calibration source. Choices are seeded, so the
 same data always splits the same way.

@@ -1,4 +1,4 @@
-"""The kind of input that a Hugging Face model takes, told from its configuration and its class's signature."""
+"""The kind of input that a Hugging Face model takes, found from its configuration and its class's signature."""
 
 import inspect
 from typing import Any, Literal

@@ -134,7 +134,7 @@ def token_ids(text: str, source: DataSource) -> Int[np.ndarray, " token"]:
 
 
 def window_starts(num_tokens: int, context: int, stride: int) -> Int[np.ndarray, " window"]:
-    """Where windows begin; every window is full.
+    """Start positions of windows in a token sequence; every window is full.
 
     >>> window_starts(10, 4, 2)
     array([0, 2, 4, 6])

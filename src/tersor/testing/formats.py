@@ -67,11 +67,11 @@ def fake_quantize_is_nearest(format: Format, weight: Tensor) -> None:
     """No other weight of the set is closer, in any element: not what a neighbour of the weight is rounded to."""
     params = format.fit(weight)
     error = (format.fake_quantize(weight, params) - weight).abs()
-    reach = weight.abs().amax(dim=1, keepdim=True)
+    largest = weight.abs().amax(dim=1, keepdim=True)
     for power in range(0, 12):
         noise = random(*weight.shape, seed=power)
-        other = format.fake_quantize((weight + noise * reach * 2.0**-power).clamp(-reach, reach), params)
-        closer = int(((other - weight).abs() < error - 1e-6 * reach).sum())
+        other = format.fake_quantize((weight + noise * largest * 2.0**-power).clamp(-largest, largest), params)
+        closer = int(((other - weight).abs() < error - 1e-6 * largest).sum())
         hold(not closer, f"fake_quantize misses the nearest value of {closer} weights: it gives nearer ones to others")
 
 
@@ -142,11 +142,11 @@ def same_input_same_bytes(format: Format, weight: Tensor) -> None:
 def projector_is_fake_quantize(format: Grid, weight: Tensor) -> None:
     """What a solver rounds column by column is what `fake_quantize` and `encode` make of the whole, to the last bit; so
     also halfway between two representable weights, at zero of either sign, and on what was rounded already."""
-    params, reach = format.fit(weight), weight.abs().amax(dim=1, keepdim=True)
+    params, largest = format.fit(weight), weight.abs().amax(dim=1, keepdim=True)
     snapped = format.fake_quantize(weight, params)
     tries = [weight, 1.5 * weight, snapped, 0 * weight]
     for power in range(0, 10, 3):
-        other = format.fake_quantize(snapped + random(*weight.shape, seed=power) * reach * 2.0**-power, params)
+        other = format.fake_quantize(snapped + random(*weight.shape, seed=power) * largest * 2.0**-power, params)
         tries.append((snapped + other) / 2)
     project = format.projector(params, (weight.shape[0], weight.shape[1]))
     for turn, values in enumerate(tries):

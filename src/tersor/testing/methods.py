@@ -80,8 +80,8 @@ def lands_on_the_format(method: Method, format: Format, weight: Tensor, stats: S
     if "second_moment" in method.needs and stats.second_moment is not None:
         return  # a weight may go further, to make up for the errors of others
     one_for_all = bool(params) and all(len(param) == 1 for param in params.values())
-    reach = weight.abs().max() if one_for_all else weight.abs().amax(dim=1, keepdim=True)
-    near = bool(((decoded - weight).abs() <= 2 * reach).all())
+    largest = weight.abs().max() if one_for_all else weight.abs().amax(dim=1, keepdim=True)
+    near = bool(((decoded - weight).abs() <= 2 * largest).all())
     hold(near, "a weight went further than the range of its row")
 
 

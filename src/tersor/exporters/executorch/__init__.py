@@ -32,7 +32,7 @@ class ExecuTorch:
     )
 
     def foreign(self, output: Path) -> str | None:
-        """Why it is none of our files, which say the names of their inputs and outputs."""
+        """A sentence if the file lacks the list of inputs and outputs that tersor writes into every one; else None."""
         if output.stat().st_size == 0:
             return UNMARKED
         with output.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -111,9 +111,12 @@ def move_pads(model: GraphModule) -> None:
 
 
 def results(model: GraphModule, ranges: Ranges) -> dict[Node, tuple[float, int] | None]:
-    """What every int8 convolution gives, after the clamp that alone reads it, every join of such results, and what is
-    moved of them, with the scale and zero point to round it by: of a quantizer that reads it, or its own range. None
-    where there is neither."""
+    """Results of int8 convolutions, each with the scale and zero point to round it by.
+
+    A result is taken after the clamp that is its only reader. Sums and concatenations of results, and their moved or
+    padded values, count too. Scale and zero point are those of a quantizer that reads it, else of its range in
+    `ranges`, else None.
+    """
     found: dict[Node, tuple[float, int] | None] = {}
 
     def known(node: Any) -> bool:
@@ -134,7 +137,7 @@ def results(model: GraphModule, ranges: Ranges) -> dict[Node, tuple[float, int] 
 
 
 def quantize_results(model: GraphModule, ranges: Ranges) -> int:
-    """Hand on codes from one int8 kernel to the next; how many values have no such rounding in the artifact."""
+    """Pass codes from one int8 kernel to the next. Returns how many values the artifact itself does not round."""
     num_rounded, q = 0, operators()
     for value, params in results(model, ranges).items():
         if params is None:

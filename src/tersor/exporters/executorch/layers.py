@@ -1,4 +1,4 @@
-"""What a packed module leaves in a traced graph: operators of PyTorch with the codes and scales of its site.
+"""The PyTorch operators that stand for a packed module in a traced graph, with its codes and scales.
 
 static      the input quantized and dequantized by its fixed scale, the weight dequantized from signed bytes with a
             scale per output channel: XNNPACK fuses that to an int8 product where the result is quantized as well

@@ -20,12 +20,12 @@ from tersor.runtimes.executorch import SIGNATURE, library, quiet
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the operators of a file run.
+    """Counts of a file's operators by where they run.
 
     Attributes:
-        num_inside: in XNNPACK.
-        outside: on ExecuTorch's own operators, by name.
-        num_parts: pieces that XNNPACK was handed.
+        num_inside: operators that XNNPACK runs.
+        outside: how often each of ExecuTorch's own operators runs, by name.
+        num_parts: pieces of the graph that XNNPACK was handed.
     """
 
     num_inside: int
@@ -35,9 +35,9 @@ class Placement:
     def describe(self) -> str:
         """A sentence about the program for the user: which operators run where."""
         total = sum(self.outside.values())
-        told = ", ".join(f"{name} x{number}" for name, number in sorted(self.outside.items()))
+        names = ", ".join(f"{name} x{number}" for name, number in sorted(self.outside.items()))
         parts = f"{self.num_inside} operators in XNNPACK, in {self.num_parts} part{'s' * (self.num_parts != 1)}"
-        return f"{parts}; {total} outside it" + (f": {told}" if told else "")
+        return f"{parts}; {total} outside it" + (f": {names}" if names else "")
 
 
 def save(traced: GraphModule, model: nn.Module, examples: Examples, path: Path) -> Placement:

@@ -48,7 +48,7 @@ class Onnx:
     )
 
     def foreign(self, output: Path) -> str | None:
-        """Why it is none of our files, by its producer, or a file beside it not the one that it names."""
+        """A sentence if tersor is not the file's producer, or a file beside it is not the one it names; else None."""
         require()
         return foreign(output)
 

@@ -97,7 +97,7 @@ def float_convolutions(model: ir.Model) -> int:
 
 
 def quantize_outputs(model: ir.Model, ranges: Ranges) -> int:
-    """Hand on codes from one int8 kernel to the next; how many values have no such rounding in the artifact."""
+    """Pass codes from one int8 kernel to the next. Returns how many values the artifact itself does not round."""
     graph, num_rounded = model.graph, 0
     for value in results(model, ranges):
         if all(use.node.op_type == "QuantizeLinear" for use in value.uses()):
@@ -215,9 +215,9 @@ def ranges_of(samples: Mapping[str, Iterable[np.ndarray]]) -> dict[str, tuple[fl
 
 
 def results(model: ir.Model, ranges: Ranges | None = None) -> list[ir.Value]:
-    """What every int8 convolution gives, after the ReLU or clamp that alone reads it, and every join of such results.
+    """Results of int8 convolutions, after the ReLU or clamp that is their only reader, and joins of such results.
 
-    Where `ranges` are given, only what has a scale: its own range, or a quantizer that reads it.
+    With `ranges`, only results that have a scale: from their range, or from a quantizer that reads them.
     """
     found: list[ir.Value] = []
     whole: set[ir.Value] = set()  # these, and what is moved of them

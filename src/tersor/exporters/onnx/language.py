@@ -31,12 +31,12 @@ Tables = tuple[Tensor, Tensor] | None
 
 @dataclass
 class Parts:
-    """What attention may be made of.
+    """The parts that the attention of a language model is built from.
 
     Attributes:
-        sites: by name; a product of several is added to it.
+        sites: packed layers by name; fused products of several are added.
         tables: cosines and sines of all positions, `[position, size / 2]`.
-        alone: sites that are no part of a larger product.
+        alone: names of the sites that are not fused with others.
     """
 
     sites: dict[str, PackedSite]

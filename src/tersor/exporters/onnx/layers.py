@@ -39,11 +39,11 @@ from tersor.formats.packing import pack
 
 @dataclass(frozen=True)
 class Lowering:
-    """What is decided for the whole graph.
+    """Settings of the whole graph.
 
     Attributes:
-        dtype: what the graph computes in.
-        per_token: whether int8-dynamic inputs get a scale per token, as in the artifact, or one for all of them.
+        dtype: type of all computations that are not integer.
+        per_token: int8-dynamic inputs get a scale per token, as in the artifact, and not one for all of them.
         accuracy_level: of MatMulNBits: 4 quantizes inputs to int8 in blocks, 0 leaves them float.
         decoded: sites written as their decoded weights.
         rounds_inputs: whether the runtime itself rounds the float inputs of int8 weights to int8, as OpenVINO does;
@@ -319,9 +319,11 @@ def holds(packed: PackedSite) -> bool:
 def inexact(model: ir.Model) -> str | None:
     """A note on what the runtime rounds differently from the artifact; None if nothing."""
     kinds = {node.op_type for node in model.graph}
-    told = []
+    rounded = []
     if "MatMulNBits" in kinds:
-        told.append("the inputs of MatMulNBits to int8, a block of columns at a time")
+        rounded.append("the inputs of MatMulNBits to int8, a block of columns at a time")
     if "DynamicQuantizeLinear" in kinds:
-        told.append("int8-dynamic inputs with one scale for all tokens (--per-token gives each its own, and is slower)")
-    return f"ONNX Runtime rounds {'; and '.join(told)}" if told else None
+        rounded.append(
+            "int8-dynamic inputs with one scale for all tokens (--per-token gives each its own, and is slower)"
+        )
+    return f"ONNX Runtime rounds {'; and '.join(rounded)}" if rounded else None

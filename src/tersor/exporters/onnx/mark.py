@@ -23,7 +23,7 @@ def name_data(path: Path) -> None:
 
 
 def foreign(path: Path) -> str | None:
-    """Why a file, with the one beside it, is none of ours; None where it is."""
+    """A sentence on why a file, or the one beside it, is not one that tersor wrote; None if both are."""
     import onnx
     from google.protobuf.message import DecodeError
 

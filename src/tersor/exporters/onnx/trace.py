@@ -175,10 +175,10 @@ def refused(error: Exception, model: nn.Module, examples: Examples) -> ModelErro
     ours = next((each for each in chain if isinstance(each, ModelError)), None)
     if ours is not None:
         return ours
-    told = next((found for each in chain if (found := TRANSLATING.search(str(each)))), None)
+    failed = next((found for each in chain if (found := TRANSLATING.search(str(each)))), None)
     what = type(model).__name__
-    if told:
-        operator = told["operator"]
+    if failed:
+        operator = failed["operator"]
         return ModelError(
             f"{what}: ONNX opset {OPSET} has no operator for {operator}, which {layer_of(operator, model, examples)} "
             f"calls; rewrite the layer with other operators, or leave it out of the exported model"
