@@ -23,7 +23,7 @@ class Method(Protocol):
     needs: frozenset[str]
 
     def accepts(self, format: Format) -> str | None:
-        """Why this method cannot fill this format, with the way out; None when it can."""
+        """A sentence that says why this method cannot write this format, and what to do; None if it can."""
 
     def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
         """Choose the point of `format` that stands for `weight` (float32 `[out, in]`)."""
@@ -49,7 +49,7 @@ class MethodFor(ABC, Generic[Kind]):
     refusal: ClassVar[str]
 
     def accepts(self, format: Format) -> str | None:
-        """Why this method cannot fill this format, with the way out; None when it can."""
+        """A sentence that says why this method cannot write this format, and what to do; None if it can."""
         return None if isinstance(format, self.fills) else f"{self.name} {self.refusal.format(format=format.name)}"
 
     def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:

@@ -68,6 +68,6 @@ def preflight(work: list[tuple[Site, Scheme]]) -> None:
 
 
 def why_not(site: Site, format: Format) -> str | None:
-    """Why a format cannot hold a site, in one line with the way out."""
+    """A sentence that says why a format cannot hold a site's weight, and what to do."""
     problem = format.why_not(site.shape)
     return problem and f"{format.name}: {site.name} {problem}, or exclude it with --exclude '{site.name}'"

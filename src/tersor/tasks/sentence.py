@@ -1,4 +1,4 @@
-"""From hidden states to a sentence embedding, as a sentence-transformers folder says.
+"""Sentence embeddings from hidden states, as a sentence-transformers folder describes them.
 
 `modules.json` lists what follows the transformer: Pooling, Dense, LayerNorm, Normalize, each with its own folder of
 configuration and weights. Without it `1_Pooling/config.json` is read, and without that the mean is taken. What is
