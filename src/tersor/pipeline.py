@@ -121,8 +121,10 @@ def materialize_assigned(model: nn.Module, step: Assignment) -> None:
 
 
 def sees_inputs(job: Job, step: Assignment, site: Site) -> bool:
-    """Whether the usual methods of a step are those that read what a site is multiplied with. QAT begins with weights
-    that were only rounded; and where weights are zero on purpose, what makes up for errors would fill them again."""
+    """True if a step uses the default methods that read a layer's inputs.
+
+    QAT begins with weights that were only rounded. Pruned weights would be filled again by error compensation.
+    """
     if job.task is None or not isinstance(step, WeightsStep) or site.name in job.masks.masks:
         return False
     packed = packed_weight(job.model.get_submodule(site.owners[0].module), site.owners[0].parameter)

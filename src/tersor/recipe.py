@@ -54,7 +54,7 @@ class TransformStep(BaseModel):
 
 
 def kind_of(step: Any) -> str:
-    """Which kind of step this is: what `step` says, else weights."""
+    """The kind of a step: the value of `step`, else weights."""
     return step.get("step", "weights") if isinstance(step, dict) else getattr(step, "step", "weights")
 
 

@@ -1,4 +1,4 @@
-"""How a site's input is quantized when the site runs.
+"""Activation formats: quantization of a layer's input each time the layer runs.
 
 A weight's format says what is stored; an activation format says what the arithmetic sees: one class each, with `fit`
 choosing its parameters from calibration and `fake_quantize` giving the reference result that every kernel is judged

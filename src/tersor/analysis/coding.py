@@ -1,4 +1,4 @@
-"""What entropy coding made of every site, beside what it could make at best.
+"""Size of every entropy-coded layer, beside the least that theory allows.
 
 Four numbers, in bits per weight: stored, all side information counted; the zeroth-order entropy of the codes; their
 entropy given the classes of their row and column; and the bound below which no code of any kind goes at this error, for
@@ -140,7 +140,7 @@ def open_container(path: Path) -> Container:
 
 
 def info(path: Path, against: str | None = None) -> Info:
-    """What every site of a container takes.
+    """Bits per weight of every layer of a container.
 
     Args:
         against: the model it was made from, for the error that was really made; of an artifact only.
@@ -217,7 +217,7 @@ def site_info(
 
 @dataclass(frozen=True, eq=False)
 class SymbolCounts:
-    """How often every symbol of a tensor stands in every class.
+    """Counts of every symbol of a tensor in every class.
 
     Attributes:
         low: the value of symbol 0.

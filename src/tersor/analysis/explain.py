@@ -1,4 +1,4 @@
-"""Why is it not faster? Where the time of a run goes, what bounds each layer, and what a change could give at most.
+"""Explains speed: the time of each kind of work, the bound of each layer, and the most that a change could gain.
 
 Measured times are the runtime's own; bounds are the roofline's (roofline.py). What a change could give at most is
 Amdahl's law on the measured share (Amdahl 1967, https://doi.org/10.1145/1465482.1465560): a part that takes a share `p`
@@ -58,14 +58,14 @@ class Advice:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Where the time of one run goes.
+    """The time of one run by layers and kinds of work.
 
     Attributes:
-        seconds: of a run; on one thread, of the processor.
+        seconds: time of a run; on one thread, CPU time.
         kinds: seconds by kind of work (`KINDS`), which add up to the run.
         num_calls: operators started in a run.
         working_set: bytes that a run goes through: weights as stored, inputs and outputs of products.
-        advice: the most promising first.
+        advice: sentences, the most promising first.
     """
 
     seconds: float

@@ -32,7 +32,7 @@ WORKING_SETS = (2**20, 2**23, 2**24, 2**28)  # bytes read over and over: in cach
 
 @dataclass(frozen=True)
 class Peaks:
-    """What this machine can do at most.
+    """The peak rates of this machine.
 
     Attributes:
         macs: multiply-accumulates per second by precision.

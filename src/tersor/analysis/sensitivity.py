@@ -1,4 +1,4 @@
-"""How much each site minds each format: predicted from the curvature, and measured for a sample.
+"""The loss that each format causes at each site: predicted from the curvature, and measured for a sample.
 
 The prediction is `1/2 sum F_ij D_ij^2` with the Fisher information F of calibration/curvature.py, as the allocator uses
 it (the second-order saliency of LeCun et al. 1990, "Optimal Brain Damage",

@@ -1,4 +1,4 @@
-"""How much memory training takes: weights, gradients, optimizer, activations.
+"""The memory that training takes: weights, gradients, optimizer, activations.
 
 What does not depend on the data is a formula per parameter (ZeRO, Rajbhandari et al. 2019,
 https://arxiv.org/abs/1910.02054): Adam in mixed precision keeps 2 + 2 bytes of 16-bit weight and gradient and 12 of the

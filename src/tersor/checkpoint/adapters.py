@@ -108,7 +108,7 @@ def put_in(model: nn.Module, config: Any, *, tensors: dict[str, Tensor] | None =
 
 
 def fill(wrapped: Any, tensors: dict[str, Tensor]) -> None:
-    """Every tensor must find its place, and every place its tensor."""
+    """Fill the adapters from `tensors`. Raises ModelError unless both have exactly the same names."""
     own = state_of(wrapped)
     wrong = sorted(own.keys() ^ tensors.keys())
     wrong += [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
@@ -232,7 +232,7 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in another's place."""
+    """Replace the module of this name by another."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
@@ -285,7 +285,7 @@ def to_bitsandbytes(model: nn.Module, runs_on: str) -> dict[str, PackedLinear]:
 
 
 def runs_there(layer: PackedLinear) -> bool:
-    """True if bitsandbytes has the layer's format."""
+    """True if bitsandbytes can run the layer's format."""
     whole = layer.in_features % Nf4.group_size == 0 and layer.packed.fold.view == "rows"
     return is_nf4(layer.packed.encoded) and whole and layer.input_quantizer is None
 

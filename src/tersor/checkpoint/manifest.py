@@ -71,7 +71,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """The weights file is there, whole, and the one that was written."""
+    """Raise ArtifactError unless the weights file exists, is complete, and has the recorded hash."""
     path = weights_path(folder, manifest)
     entry = manifest["files"].get(path.name, {})
     if not path.is_file():

@@ -152,7 +152,7 @@ def prefix_of(target: Path) -> str:
 
 
 def leftovers(target: Path) -> Iterator[Path]:
-    """Removes what runs with this output left that were killed; the locks of those that live."""
+    """Remove what killed runs with this output left behind; the locks of those that live."""
     for lock in sorted(target.parent.glob(f"{glob.escape(prefix_of(target))}????????/{LOCK}")):
         about = told_by(lock)
         if about.get("output") != target.name or not {"process", "host"} <= about.keys():
@@ -201,7 +201,7 @@ def workplace(output: Path, target: Path) -> Iterator[Path]:
 
 
 class Taken(Exception):
-    """Something stands at the output that the run must not replace."""
+    """Raised when the path of the output is taken by something that must not be replaced."""
 
 
 def flush_to_disk(paths: Sequence[Path]) -> None:
@@ -269,7 +269,7 @@ def restore(place: Path, target: Path) -> None:
 
 
 def is_same(first: Path, second: Path) -> bool:
-    """True if both are there, and are one file."""
+    """True if both paths exist and are the same file."""
     return first.exists() and second.exists() and os.path.samefile(first, second)
 
 

@@ -121,7 +121,7 @@ def check_values(site: Site, encoded: Encoded) -> None:
 
 
 def restore_rest(model: nn.Module, tensors: dict[str, Tensor], rest: dict[str, Tensor], folder: Path) -> None:
-    """Fill everything that is not packed; every tensor must find its place, and every place its tensor."""
+    """Fill everything that is not packed. Raises ArtifactError unless names of tensors and model are the same."""
     missing, unexpected = sorted(rest.keys() - tensors.keys()), sorted(tensors.keys() - rest.keys())
     if missing or unexpected:
         what = f"lacks {missing[0]}" if missing else f"holds {unexpected[0]}, which the model does not have"

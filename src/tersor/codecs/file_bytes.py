@@ -1,6 +1,6 @@
-"""How many bytes a weight takes in the weights file: one count for plans, tables and reports.
+"""Bytes that a weight takes in the weights file: one count for plans, tables and reports.
 
-Without what a file says of itself: names, shapes and hashes are in its header.
+The file's header (names, shapes, hashes) is not counted.
 """
 
 from math import ceil
@@ -21,7 +21,7 @@ def file_bytes(encoded: Encoded) -> int:
 
 
 def file_bytes_of_shape(format: Format, shape: tuple[int, int]) -> int | None:
-    """Of all parts of any matrix of a shape; None where it depends on its values.
+    """Bytes of all parts of a matrix `[out, in]` in the file; None if they depend on its values.
 
     >>> from tersor.formats import FORMATS
     >>> file_bytes_of_shape(FORMATS["int4"], (2, 6)), file_bytes_of_shape(FORMATS["coded"], (2, 6))

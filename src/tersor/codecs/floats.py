@@ -35,10 +35,10 @@ PER_ROW_CLASS = 32  # rows of bytes are classed by their means, four to a class
 
 @dataclass(frozen=True)
 class Split:
-    """How a number's bits part into a symbol of 8 bits or fewer, and the rest.
+    """The split of a float's bits into a symbol of at most 8 bits, which is entropy-coded, and the rest.
 
     Attributes:
-        integer: the type with as many bits.
+        integer: the integer type of the same width.
         low: mantissa bits below the symbol.
         width: bits of the symbol: the exponent, and in narrow types the highest bits of the mantissa.
         per_octave: symbols to a factor of two.

@@ -56,10 +56,10 @@ def write_sequence(parts: Int[ndarray, " n"], out: BitWriter) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """What a decoder knows before the first chunk.
+    """The decoder's parameters, read before the first chunk.
 
     Attributes:
-        num_states: of the trellis whose paths the columns are; 0 if they are none.
+        num_states: states of the trellis whose paths the columns are; 0 if they are none.
     """
 
     shape: tuple[int, int]

@@ -19,11 +19,11 @@ CENTRED = -128  # symbols 1 to 255 are -127 to 127
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How a matrix is coded.
+    """The parameters by which a matrix of integers is entropy-coded.
 
     Attributes:
-        num_low_bits: of every value, kept as they are.
-        counts: how often every symbol stands in every class.
+        num_low_bits: lowest bits of every value that are stored uncoded.
+        counts: occurrences of every symbol in every class.
         num_states: of the trellis whose paths the columns are, so that the lowest bits need not be said; 0 if they are
             none.
     """

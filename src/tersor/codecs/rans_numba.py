@@ -50,9 +50,11 @@ def decode_block(words, num_words, place, states, active, by_slot, by_symbol, of
 def decode_paths(
     words, num_words, place, states, active, by_slot, by_symbol, offsets, kinds, block, low, taps, paths, written, first
 ):
-    """As `decode_block`, for columns that are paths of a trellis: the state of each path says whether a value is even
-    or odd, and so which of two symbols side by side it is. `written` holds the values of escapes, from `first` on, and
-    as many more as there are lanes."""
+    """Decode like `decode_block`, for columns that are paths of a trellis.
+
+    The state of each path says if a value is even or odd, and so which of two neighbouring symbols it is. `written`
+    holds the values of escapes, from `first` on, and as many more as there are lanes.
+    """
     mask, bits, half = np.uint32(TOTAL - 1), np.uint32(BITS), np.uint32(65535)
     at, num_lanes, num_escapes = np.uint64(place), np.uint64(active), np.uint64(first)
     one, feed, back, least, wrong = np.uint32(1), taps[0], taps[1], np.uint32(low), np.uint32(0)

@@ -208,8 +208,10 @@ def write_table(logs: Int[ndarray, " symbol"], before: Int[ndarray, " symbol"], 
 
 
 def guesses(logs: Int[ndarray, " symbol"], before: Int[ndarray, " symbol"], first: int, end: int, follow: int) -> list:
-    """What each logarithm is expected to be, from those already known: that of the symbol before, and with `follow`
-    the step between the two in the table before."""
+    """The prediction of each logarithm from those already decoded.
+
+    It is the logarithm of the symbol before; with `follow`, the step between the two in the previous table is added.
+    """
     if not follow:
         return [0, *logs[first : end - 1].tolist()][: end - first]
     later = np.maximum(0, logs[first : end - 1] + before[first + 1 : end] - before[first : end - 1])

@@ -17,7 +17,7 @@ def holder() -> dict[str, Any]:
 
 @contextmanager
 def held(path: Path, **about: Any) -> Iterator[None]:
-    """Hold the file `path`, which is made if need be and says who holds it and what else it is told.
+    """Hold the file `path`, which is created if need be, while the block runs; it then names this process, and `about`.
 
     Raises BlockingIOError when another process holds it.
     """

@@ -8,8 +8,7 @@ ALIGNMENT = 64  # bytes, to a multiple of which operands of kernels begin
 
 
 def is_aligned(tensor: Tensor) -> bool:
-    """Whether a tensor in the memory of the CPU begins at such a multiple; True for those on other devices and for
-    fake tensors, which lie nowhere."""
+    """True if a CPU tensor begins at a multiple of `ALIGNMENT` bytes; also for other devices and fake tensors."""
     return tensor.device.type != "cpu" or isinstance(tensor, FakeTensor) or tensor.data_ptr() % ALIGNMENT == 0
 
 

@@ -83,8 +83,10 @@ def multiplies_bytes() -> bool:
 
 
 def times_float(precision: str) -> float:
-    """How many numbers of a precision an instruction of this processor multiplies for every float32 one: what bounds
-    its products, whatever the kernels do. Tiles (amx) are left out: how fast they are has to be measured."""
+    """Products of a precision per float32 product in one instruction of this processor: a bound on the speedup.
+
+    AMX tiles are not counted, since their speed has to be measured.
+    """
     found = set(instruction_sets())
     if precision == "int8":
         if "i8mm" in found:

@@ -60,8 +60,10 @@ def size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 
 def header(tensors: Iterable[Described], metadata: Mapping[str, str], alignment: int = ALIGNMENT) -> bytes:
-    """What comes before the data in a safetensors file: 8 bytes of length, and the JSON header, padded so that the data
-    begin at a multiple of `alignment`, or of 8."""
+    """The bytes before the data of a safetensors file: 8 bytes of length, and the JSON header.
+
+    The header is padded so that the data begin at a multiple of `alignment`, or of 8.
+    """
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, dtype, shape in in_file_order(tensors, alignment):

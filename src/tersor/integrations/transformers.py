@@ -52,11 +52,11 @@ class TersorConfig(QuantizationConfigMixin):
 
 @dataclass
 class Filling:
-    """What of a model an artifact fills.
+    """The part of a transformers model that an artifact fills.
 
     Attributes:
-        folder: of the artifact.
-        manifest: of the artifact.
+        folder: the artifact.
+        manifest: its `tersor.json`.
         prefix: what the artifact's names begin with, where it holds a model of another head; others are left out.
         inner: what the model's names have in the place of `prefix`.
         partly: the model is of another class: it may have weights that the artifact does not, and the other way round.
@@ -174,7 +174,7 @@ class TersorQuantizer(HfQuantizer):
 
 
 def open_filling(folder: Path, model: Any) -> Filling:
-    """What the artifact in `folder`, or in the hub's cache, fills of a transformers model.
+    """The part of a transformers model that the artifact in `folder`, or in the hub's cache, fills.
 
     Raises ArtifactError where there is no artifact, ModelError for links that lead out of the folder.
     """

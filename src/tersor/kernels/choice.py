@@ -1,4 +1,4 @@
-"""Which kernel runs a site: the table `ROWS`, and the choice by measurement."""
+"""The choice of the kernel that runs a packed layer, from the table `ROWS` and by measurement."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -130,8 +130,10 @@ def choices() -> list[KernelTiming]:
 
 
 def fast(x: Tensor, *, compiling: bool = False) -> bool:
-    """Whether kernels may run on this input: on the CPU, without gradients, outside of `reference()`, not while what
-    runs is recorded or transformed, and not while a compiler follows, unless that is `compiling`."""
+    """True if kernels may run on this input: on the CPU, without gradients and outside of `reference()`.
+
+    Also not while PyTorch records or transforms the run, nor while it compiles, unless `compiling` allows that.
+    """
     follows = transformed() or (torch.compiler.is_compiling() and not compiling)
     return (
         CHOICE.enabled and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad) and not follows
@@ -139,8 +141,7 @@ def fast(x: Tensor, *, compiling: bool = False) -> bool:
 
 
 def transformed() -> bool:
-    """Whether `torch.jit.trace` records what runs, or `torch.func` turns it into something else (its gradient, a map
-    over a batch): plain operations alone can be followed then."""
+    """True while `torch.jit.trace` or `torch.func` (grad, vmap) is at work: they follow plain operations only."""
     return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
@@ -178,8 +179,10 @@ def linear(
 
 
 def again(x: Tensor, bias: Tensor | None, memory: WeightKernels) -> Tensor | None:
-    """As `linear`, by what it chose for inputs like these: the short way of a layer that is called a thousand times a
-    second. None where nothing is chosen, or gradients may flow."""
+    """The output of `linear` by the kernel it chose before for such inputs: a short path for layers called often.
+
+    None if no kernel was chosen yet, or gradients may flow.
+    """
     if torch.is_grad_enabled() or not memory.ready or not fast(x) or memory.is_stale():
         return None
     tokens = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
@@ -197,11 +200,11 @@ def key_of(tokens: Tensor) -> tuple[int, torch.dtype, int]:
 
 @dataclass
 class KernelChoice:
-    """Which kernels run in this process.
+    """The kernels chosen in this process.
 
     Attributes:
         enabled: False inside `reference()`.
-        made: what was measured, by format, shape, number of tokens, type and threads.
+        made: the timings, by format, shape, number of tokens, type and threads.
     """
 
     enabled: bool = True

@@ -72,8 +72,7 @@ def has_qlinear(encoded: Encoded, activation: Activation | None, dtype: torch.dt
 
 @cache
 def qlinear_is_exact(largest: int = 127) -> bool:
-    """Whether oneDNN adds products of codes up to `largest` exactly on this processor, tried once for few and many
-    rows.
+    """True if oneDNN adds products of codes up to `largest` exactly here: tried once for few and for many rows.
 
     Without VNNI instructions it adds two products of unsigned and signed bytes in 16 bits, which overflow silently.
     Two neighbours of 64 are the largest that do not.

@@ -1,6 +1,6 @@
-"""How fast language models read a prompt and write: tokens per second of several decoders, in turn, on the same tokens.
+"""Speed of reading a prompt and generating text: seconds per token of several decoders, in turn, on the same tokens.
 
-What is fed is made up beforehand, for all models alike; choosing the next token is no part of it.
+All tokens are made up beforehand, the same for all models; choosing the next token is not timed.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ THREE = 3  # rounds: the first call of each decoder, and two that count
 
 @dataclass(frozen=True)
 class Decoding:
-    """What was timed of each decoder.
+    """The times of each decoder.
 
     Attributes:
         prompts: reading the prompt at once.

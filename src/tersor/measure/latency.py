@@ -63,7 +63,7 @@ class TimeLimit:
         return (fair if self.asked else min(usual, fair)), fair
 
     def refusal(self, what: str, seconds: float) -> str | None:
-        """Why `what`, which would take at least so many seconds, is not timed; None where there is time for it."""
+        """A sentence that says why `what`, which takes so many seconds or more, is not timed; None if there is time."""
         if seconds <= self.left:
             return None
         left = max(0.0, self.left)

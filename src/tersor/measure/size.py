@@ -10,12 +10,12 @@ from tersor.checkpoint.layout import packed_sites, unpacked_tensors
 
 @dataclass(frozen=True)
 class Size:
-    """What a model weighs in memory.
+    """The size of a model in memory.
 
     Attributes:
         num_parameters: weights it computes with (tied ones once, decoded shapes); buffers do not count.
         num_nonzeros: those of them that are not exactly zero.
-        num_bytes: of all tensors as they lie in memory: packed parts, what kernels laid out besides, kept parameters,
+        num_bytes: bytes of all tensors in memory: packed parts, copies that kernels laid out, unpacked parameters,
             persistent buffers.
     """
 

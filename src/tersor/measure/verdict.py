@@ -75,7 +75,7 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the paired comparison found. Drops and tolerance are in units of the score; positive drop = worse.
+    """The result of a paired comparison. Drops and tolerance are in units of the score; positive drop = worse.
 
     Attributes:
         outcome: "within", "exceeds" or "cannot tell".

@@ -53,14 +53,14 @@ class MethodFor(ABC, Generic[Kind]):
         return None if isinstance(format, self.fills) else f"{self.name} {self.refusal.format(format=format.name)}"
 
     def compress(self, weight: Weight, format: Format, stats: Stats) -> Encoded:
-        """The point of `format` that stands for `weight`. Raises FormatError where `accepts` says no."""
+        """The weight encoded in `format`. Raises FormatError if `accepts` gives a reason."""
         if problem := self.accepts(format):
             raise FormatError(problem)
         return self.fill(weight, format, stats)  # type: ignore[arg-type]
 
     @abstractmethod
     def fill(self, weight: Weight, format: Kind, stats: Stats) -> Encoded:
-        """The point of a format that the method accepts."""
+        """The weight encoded in a format that the method accepts."""
 
 
 class BlockRun(Protocol):

@@ -16,7 +16,7 @@ UNMEASURED = "Its quality was not measured, as the original was never in memory 
 def model_card(
     name: str, manifest: Mapping[str, Any], verdict: Verdict | None = None, cards: Sequence[Scorecard] = ()
 ) -> str:
-    """Markdown for the artifact's README.md. Without scorecards, only the size of the files is told."""
+    """Markdown for the artifact's README.md. Without scorecards, it gives only the size of the files."""
     if cards:
         original, compressed = cards
         rows_and_labels = comparison(original, compressed)

@@ -40,7 +40,6 @@ def why_slower(sites: Sequence[SiteReport]) -> str:
 
 
 def slow_here(int8: Iterable[str]) -> list[str]:
-    """What is known before the work of the speed that schemes or models of int8 products will have on this processor:
-    a note, none where nothing stands in the way."""
+    """A note, before any work, if int8 products will be slow on this processor; no note otherwise."""
     names = ", ".join(int8)
     return [f"{names}: {byte_products()}"] if names and not multiplies_bytes() else []

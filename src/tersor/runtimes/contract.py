@@ -29,7 +29,7 @@ class Input:
 
 @dataclass(frozen=True)
 class LayerTime:
-    """What one layer of a model took, per run.
+    """The time of one layer of a model, per run.
 
     Attributes:
         name: of the layer, as the runtime or the model names it.
@@ -37,11 +37,11 @@ class LayerTime:
         part: `product` (matrix products, convolutions, attention), `decode` (a packed weight made float), `quantize`
             (a quantized input or output made, or made float again) or `other`.
         seconds: median over the runs.
-        kernel: which implementation ran, in the runtime's words.
-        precision: what is multiplied: `fp32`, `bf16`, `int8`, ...; empty for what is no product.
-        weights: how those of a product are stored, `float` or `packed`; empty where it has none.
+        kernel: the implementation that ran, as the runtime names it.
+        precision: type that is multiplied: `fp32`, `bf16`, `int8`, ...; empty for what is no product.
+        weights: storage of a product's weights, `float` or `packed`; empty where it has none.
         macs: multiply-accumulates; 0 where there are none or they are not known.
-        num_bytes: of the inputs, the weights as they are stored, and the outputs; 0 where not known.
+        num_bytes: bytes of the inputs, the weights as they are stored, and the outputs; 0 where not known.
     """
 
     name: str
@@ -57,7 +57,7 @@ class LayerTime:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the time of a run goes: its layers in the order they ran, and the whole run.
+    """The time of a run by layers, in the order they ran, and as a whole.
 
     Attributes:
         seconds: median of whole runs; what it has beyond the layers is time between them. On one thread these are

@@ -1,4 +1,4 @@
-"""Whether this processor computes a file's int8 products exactly, found out by trying.
+"""Tests if this processor computes a file's int8 products exactly.
 
 A runtime may add two int8 products in 16 bits (formats/overflow.py), by the instructions that it finds on a processor.
 So the answer has two halves: whether any weights of the file can overflow, read from the file, and whether this runtime
@@ -29,12 +29,12 @@ NUM_COLUMNS, NUM_OUTPUTS = 64, 16  # of the trial
 
 @dataclass(frozen=True)
 class Exactness:
-    """What is known of a file's int8 products.
+    """The exactness of a file's int8 products on this processor.
 
     Attributes:
-        runtime: with its version.
+        runtime: name and version.
         overflowing: rows with a pair that can overflow 16 bits, by layer; empty where none can.
-        exact_here: whether the runtime adds the largest products exactly on this processor; None where that could not
+        exact_here: True if the runtime adds the largest products exactly on this processor; None where that could not
             be tried.
     """
 
@@ -67,8 +67,11 @@ class Exactness:
 
 
 def exactness(file: Path) -> Exactness | None:
-    """What is known of an ONNX or OpenVINO file; None for any other, whose runtimes add in 32 bits, and for a file
-    without int8 products. Raises MissingExtra where the runtime is not installed."""
+    """The exactness of an ONNX or OpenVINO file's int8 products; None for a file without any.
+
+    None also for other kinds of files, whose runtimes add in 32 bits. Raises MissingExtra if the runtime is not
+    installed.
+    """
     if file.suffix not in RUNTIMES:
         return None
     weights = dict(products_in_onnx(file) if file.suffix == ".onnx" else products_in_openvino(file))
@@ -150,8 +153,10 @@ def behind(node: Any, kinds: tuple[str, ...]) -> Any:
 
 @cache
 def adds_exactly(suffix: str) -> bool | None:
-    """Whether the runtime of such files adds the largest products of unsigned inputs and signed weights exactly on this
-    processor; None where what the trial takes is not installed."""
+    """True if the runtime of such files adds the largest products of uint8 inputs and int8 weights exactly here.
+
+    None if the packages that the trial needs are not installed.
+    """
     weights = np.full((NUM_COLUMNS, NUM_OUTPUTS), 127, dtype=np.int8)
     weights[:, ::2] *= -1
     inputs = np.full((8, NUM_COLUMNS), 255, dtype=np.float32)

@@ -91,8 +91,8 @@ class ExecuTorchSession:
         limits = [tuple(each.sizes()) for each in tensors]
         names = {self.program.get_method_name(i) for i in range(self.program.num_methods())}
         if SIGNATURE in names:
-            told = json.loads(self.program.load_method(SIGNATURE)(())[0])
-            declared, outputs = [(each["name"], each["shape"]) for each in told["inputs"]], told["outputs"]
+            signature = json.loads(self.program.load_method(SIGNATURE)(())[0])
+            declared, outputs = [(each["name"], each["shape"]) for each in signature["inputs"]], signature["outputs"]
         else:
             declared = [(f"input_{i}", shape) for i, shape in enumerate(limits)]
             outputs = [f"output_{i}" for i in range(meta.num_outputs())]

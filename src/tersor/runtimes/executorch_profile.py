@@ -34,9 +34,9 @@ def read_profile(events: Iterable[Any], walls: list[float], num_warm: int, busy:
     return Profile(tuple(layers), median(walls[num_warm:]), len(layers))
 
 
-def inside(name: str, told: str, seconds: float) -> LayerTime:
+def inside(name: str, event: str, seconds: float) -> LayerTime:
     """An operator of XNNPACK: `Convolution (NHWC, QC8) IGEMM #1`."""
-    kernel = told.rsplit(" #", 1)[0]
+    kernel = event.rsplit(" #", 1)[0]
     kind = kernel.split(" (")[0]
     if kind == "Convert":
         return LayerTime(name, kind, "quantize", seconds, kernel)

@@ -48,7 +48,7 @@ class OnnxDecoder:
         if self.in_place:
             self.make_room(len(ids), had, whole.shape[1])
         else:
-            self.hand_on(len(ids), had)
+            self.feed_back(len(ids), had)
         values = {"input_ids": ids, "attention_mask": whole, "position_ids": positions}
         for name, array in values.items():
             if name in self.inputs:
@@ -58,7 +58,7 @@ class OnnxDecoder:
         self.session.run_with_iobinding(self.binding)
         return logits.astype(np.float32, copy=False)
 
-    def hand_on(self, num_rows: int, had: int) -> None:
+    def feed_back(self, num_rows: int, had: int) -> None:
         """Feeds the new key/value cache back as the past of the next call; of length 0 in the first call."""
         present = (
             self.binding.get_outputs()[: len(self.past)] if had else [self.empty(n, num_rows, 0) for n in self.past]

@@ -78,9 +78,9 @@ def as_taken(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def inputs_of(model: nn.Module, name: str) -> tuple[Input, ...]:
-    """What a model must be fed: from its Hugging Face config, or by its forward's first argument and first layer.
+    """The inputs that a model needs, by its Hugging Face config, or by its forward's first argument and first layer.
 
-    Raises InputError where neither tells.
+    Raises InputError if neither shows them.
     """
     config = getattr(model, "config", None)
     main = getattr(model, "main_input_name", None)

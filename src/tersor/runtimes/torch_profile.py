@@ -1,4 +1,4 @@
-"""Where the time of a PyTorch model goes: a stopwatch around every operator that Python calls, by the module it serves.
+"""Profiler of PyTorch models: a stopwatch around every operator that Python calls, by the module that calls it.
 
 Decoding a packed weight and quantizing an input are timed as wholes, wherever they are called from. What a run takes
 beyond all of these is Python itself: modules calling each other. It is taken from runs without the stopwatch, in turn

@@ -1,4 +1,4 @@
-"""Which scheme a recipe's step gives to which site: `scheme`, `rules` and `exclude`."""
+"""Assignment of a scheme to every site by a recipe's step: `scheme`, `rules` and `exclude`."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal, Self, TypeVar

@@ -17,9 +17,9 @@ class Option:
     """One way to store one site.
 
     Attributes:
-        scheme: as it is spelled.
-        num_bytes: in the file, its entries in the header included.
-        loss: predicted.
+        scheme: as recipes write it.
+        num_bytes: bytes in the file, its entries in the header included.
+        loss: the predicted loss.
         num_values: how many values a sparse format keeps; the shape fixes all other sizes.
         num_coded: bytes of an entropy-coded weight, as estimated; None where the file holds tensors as they are.
     """

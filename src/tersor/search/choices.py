@@ -14,9 +14,11 @@ NUM_STATES = 64  # of a trellis: more take longer to choose, and gain a hundredt
 
 @dataclass(frozen=True)
 class Budget:
-    """What the user allows; each field is a flag. Without size, ratio and bits, `drop` is searched. With `coded`, one
-    noise level for the whole model meets the budget, and weights are entropy-coded (search/noise_level.py) along the
-    paths of a trellis of `num_states`; where nothing is said, of 64."""
+    """The limits that the user sets; each field is a flag. Without size, ratio and bits, `drop` is searched.
+
+    With `coded`, one noise level for the whole model meets the budget, and weights are entropy-coded
+    (search/noise_level.py) along the paths of a trellis of `num_states`, 64 by default.
+    """
 
     size: str | None = None
     ratio: str | None = None
@@ -27,27 +29,27 @@ class Budget:
 
     @property
     def is_size(self) -> bool:
-        """True if it limits the file."""
+        """True if the size of the file is limited."""
         return any(each is not None for each in (self.size, self.ratio, self.bits))
 
     @property
     def trellis(self) -> int:
-        """Its number of states, 0 for none."""
+        """The number of states of the trellis, 0 for none."""
         return NUM_STATES if self.num_states is None else self.num_states
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user says about the result; each field is a flag.
+    """The user's wishes for the result; each field is a flag.
 
     Attributes:
-        budget: what it may take, or lose.
-        recipe: exactly what is done, instead of everything else.
+        budget: the size it may have, or the score it may lose.
+        recipe: all steps, in place of every other field.
         formats: the scheme of every site; with a budget, the candidates.
         rules: pattern of site names to scheme; the last one that matches counts.
         exclude: patterns of sites that stay as they are.
-        transforms: rewrites that come first.
-        bias_correction: whether biases take back what new weights do to the mean of each output.
+        transforms: rewrites of the model before all else.
+        bias_correction: change biases so that the mean of each output stays what it was.
         float_layers: `auto`, `none`, or how many of the sites that cost most stay float.
         seed: of everything random.
         cpu: where int8 products are exact: on `any` processor, or on those with `vnni` instructions alone.

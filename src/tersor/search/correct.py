@@ -1,4 +1,4 @@
-"""Where the quadratic prediction fails: the loss of every site measured, and the level of each corrected by it.
+"""Correction of noise levels by the measured loss of every site, where the quadratic prediction fails.
 
 At few bits the loss of a site is no longer what its curvature says. So each site is put into the original by itself, as
 one level has made it, and the divergence of the outputs is measured on calibration data (as EXL3 and others choose bits
@@ -24,7 +24,7 @@ WIDEST = 64.0  # how far a ratio may lie from that of the others
 def measured_factors(
     original: nn.Module, compressed: nn.Module, levels: dict[str, float], task: Task
 ) -> dict[str, float]:
-    """By what to multiply the level of each site; around 1, three digits.
+    """The factor for the level of each site, by name; around 1, with three digits.
 
     Embeddings keep theirs: the calibration data shows them with too few of their rows.
 

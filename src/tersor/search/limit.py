@@ -10,7 +10,7 @@ UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mi
 
 
 def parse_size(text: str) -> int:
-    """Bytes. Decimal units unless spelled KiB, MiB, GiB.
+    """Parse a size into bytes. Units are decimal, except KiB, MiB, GiB.
 
     >>> parse_size("8MB"), parse_size("1.5 MiB")
     (8000000, 1572864)
@@ -23,7 +23,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_ratio(text: str) -> float:
-    """How many times smaller.
+    """Parse a ratio: how many times smaller than the original.
 
     >>> parse_ratio("4x"), parse_ratio("6.5")
     (4.0, 6.5)
@@ -36,7 +36,7 @@ def parse_ratio(text: str) -> float:
 
 @dataclass(frozen=True)
 class Limit:
-    """A size limit for the weights file, in bytes, and how the user spelled it."""
+    """A size limit for the weights file, in bytes, and the text that the user gave."""
 
     num_bytes: int
     text: str

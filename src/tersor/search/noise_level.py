@@ -1,4 +1,4 @@
-"""From a budget to a noise level: the one number of `waterfill`, sought until the finished file fits.
+"""Search for the noise level, the one number of `waterfill`, at which the finished file meets a budget.
 
 What a level costs is known before anything is rounded, to a few percent: from how the weights deviate and from the
 moments of their inputs (methods/waterfill.py). From there a few models are made and written; each tells how far the
@@ -46,10 +46,10 @@ WIDEST = 8.0  # bits a weight, where the search for a drop begins
 
 @dataclass(frozen=True)
 class Forecast:
-    """What levels cost, before any model is made.
+    """Prediction of file size by noise level, before any model is made.
 
     Attributes:
-        counts: how many codes deviate how much at level 1, as `deviations` counts them, over all sites.
+        counts: histogram of the codes' deviations at level 1 over all sites, as `deviations` counts them.
         num_states: of the trellis.
     """
 

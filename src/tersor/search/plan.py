@@ -1,4 +1,4 @@
-"""From a size limit to a recipe: measure what every candidate format costs at every site, then choose.
+"""Plans a recipe for a size limit: measures the cost of every candidate format at every site, then chooses.
 
 The loss of a candidate is predicted from the error it really makes: the site is compressed with it (a sample of rows,
 which are independent), and the squared error is weighed by the loss's curvature there (`Stats.loss`). Without data the
@@ -100,7 +100,7 @@ def measure_menus(
 
 
 def candidates_for(step: WeightsStep, site: Site, assigned: str, candidates: list[str]) -> list[str]:
-    """What a rule or exclude fixed, or the candidates that fit the site's shape.
+    """The scheme that a rule or exclude fixed, or the candidates that fit the site's shape.
 
     Raises FormatError when nothing fits.
     """
@@ -171,7 +171,7 @@ def site_curvature(site: Site, stats: Stats, weight: Tensor, floor: float) -> St
 
 
 def median_curvature(stats: Mapping[str, Stats]) -> float:
-    """The median of the sites' mean curvatures, over the sites that the data reaches."""
+    """The median of the sites' mean curvatures, over the sites that affect the loss on the data."""
     means = [mean(s.row_weight).item() for s in stats.values() if s.row_weight is not None]
     reached = sorted(value for value in means if value > 0)
     return reached[len(reached) // 2] if reached else 0.0

@@ -1,4 +1,4 @@
-"""Trials of a search: judged, told and kept on disk as each finishes, so that a search that was stopped goes on."""
+"""Trials of a search: judged, reported and saved to disk as each finishes, so that a stopped search can go on."""
 
 import hashlib
 import json

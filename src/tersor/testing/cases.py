@@ -1,5 +1,5 @@
-"""What formats, methods and input quantizers are tried on: weights, inputs and statistics that real models hold, and
-some they had better not."""
+"""Test cases for formats, methods and input quantizers: weights, inputs and statistics like those of real models,
+and extreme ones."""
 
 from functools import cache
 
@@ -113,8 +113,10 @@ def cases_for(method: Method, format: Format) -> dict[str, tuple[Tensor, Stats]]
 
 
 def importance(weight: Tensor, stats: Stats) -> Tensor:
-    """How much an error in each column counts `[in]`, with a mean of one and 1 % of that added: by the energy of the
-    inputs where that is known, else by the curvature."""
+    """The weight of an error in each column `[in]`, with a mean of one and 1 % of that added.
+
+    It is the energy of the inputs where that is known, else the curvature.
+    """
     energy = stats.column_weight if stats.second_moment is None else stats.second_moment.diagonal()
     if energy is None or not energy.any():
         return torch.ones(weight.shape[1])

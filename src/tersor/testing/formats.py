@@ -140,7 +140,7 @@ def same_input_same_bytes(format: Format, weight: Tensor) -> None:
 
 
 def projector_is_fake_quantize(format: Grid, weight: Tensor) -> None:
-    """What a solver rounds column by column is what `fake_quantize` and `encode` make of the whole, to the last bit; so
+    """Check that rounding column by column gives what `fake_quantize` and `encode` give for the whole, to the last bit:
     also halfway between two representable weights, at zero of either sign, and on what was rounded already."""
     params, largest = format.fit(weight), weight.abs().amax(dim=1, keepdim=True)
     snapped = format.fake_quantize(weight, params)

@@ -103,8 +103,10 @@ METHOD_LAWS = [lands_on_the_format, gives_the_same_bytes_twice]
 
 
 def no_worse_than(method: Method, baseline: Method, format: Grid, weight: Tensor, stats: Stats, counts: Tensor) -> None:
-    """In every group, the squared error weighted by `counts` `[in]` is at most the baseline's; in all of them together,
-    where groups share parameters."""
+    """Check that the squared error, weighted by `counts` `[in]`, is at most the baseline's in every group.
+
+    If groups share parameters, only the sum over all groups is compared.
+    """
 
     def error(encoded: Encoded) -> Tensor:
         squares = (encoded.decode() - weight).double().square() * counts.double()

@@ -34,7 +34,7 @@ def check_task(task: Task, model: nn.Module) -> None:
 
 
 def keeps_the_contract(task: Task) -> None:
-    """Every member is there, and says something."""
+    """Check that every member of the contract exists and is not empty."""
     for member in ("name", "output", "description", "fingerprint", "prepare", "batches", "forward", "score"):
         hold(hasattr(task, member), f"it has no {member}; see tersor.tasks.contract.Task")
     outputs = get_args(Output)

@@ -56,7 +56,7 @@ class ExecuTorch:
 
     def write(self, checkpoint: Checkpoint, output: Path, scratch: Path) -> Written:
         """Raises ModelError for what ExecuTorch cannot express, with the layer."""
-        from tersor.exporters.executorch.codes import hand_on
+        from tersor.exporters.executorch.codes import chain_int8
         from tersor.exporters.executorch.images import suit_images
         from tersor.exporters.executorch.layers import Rounding, rounded
         from tersor.exporters.executorch.program import save
@@ -65,7 +65,7 @@ class ExecuTorch:
         model, examples = checkpoint.model.float(), checkpoint.need_examples()
         traced = trace(model, examples, checkpoint.sites, Rounding.KERNELS)
         suit_images(traced)
-        num_rounded, num_float = hand_on(traced, examples)
+        num_rounded, num_float = chain_int8(traced, examples)
         placed = save(traced, model, examples, output)
         sizes = ", ".join(f"{axis} up to {size}" for axis, size in largest(model, examples).items())
         notes = [f"ExecuTorch file, {sizes or 'of one size'}", placed.describe()]

@@ -48,9 +48,11 @@ MOVERS = {
 }
 
 
-def hand_on(model: GraphModule, examples: Examples) -> tuple[int, int]:
-    """All of this file for the int8 layers of a model: how many values are rounded that the artifact leaves float, and
-    how many int8 convolutions run in float."""
+def chain_int8(model: GraphModule, examples: Examples) -> tuple[int, int]:
+    """Let the int8 layers of a model pass codes to each other wherever XNNPACK can.
+
+    Returns how many values are rounded that the artifact leaves float, and how many int8 convolutions run in float.
+    """
     fold_norms(model)
     move_pads(model)
     needed = None in results(model, {}).values()
@@ -62,7 +64,7 @@ def hand_on(model: GraphModule, examples: Examples) -> tuple[int, int]:
 
 
 def fold_norms(model: GraphModule) -> None:
-    """Batch norms that alone read an int8 convolution go into its scales and bias."""
+    """Fold a batch norm that is the only reader of an int8 convolution into its scales and bias."""
     for norm in nodes_of(model):
         if norm.target != aten._native_batch_norm_legit_no_training.default:
             continue
@@ -95,7 +97,7 @@ def fold_norms(model: GraphModule) -> None:
 
 
 def move_pads(model: GraphModule) -> None:
-    """Zeros that are added before a quantizer are added behind it, where XNNPACK makes them part of the convolution."""
+    """Move zero padding from before a quantizer to behind it, where XNNPACK makes them part of the convolution."""
     for quantize in nodes_of(model):
         pad: Any = quantize.args[0] if is_quantize(quantize) else None
         if not is_node(pad) or not is_zero_pad(pad):
@@ -159,7 +161,7 @@ def quantize_results(model: GraphModule, ranges: Ranges) -> int:
 
 
 def drop_clamps(model: GraphModule) -> None:
-    """A ReLU or clamp whose only reader is a quantizer that saturates at the same codes is left out."""
+    """Remove each ReLU or clamp whose only reader is a quantizer that saturates at the same codes."""
     for node in nodes_of(model):
         quantize: Any = only_user(node) if node.target in CLAMPS else None
         if not is_quantize(quantize):
@@ -234,7 +236,7 @@ def is_int8(node: Any) -> bool:
 
 
 def moves(node: Any) -> bool:
-    """True if a node's results are values that it reads, and zeros."""
+    """True if a node only moves values and adds zeros."""
     return node.target in MOVERS or is_zero_pad(node) or is_pixels(node)
 
 

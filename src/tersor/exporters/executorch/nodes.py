@@ -67,7 +67,7 @@ def put(model: GraphModule, name: str, tensor: Tensor) -> Node:
 
 
 def tidy(model: GraphModule) -> None:
-    """Drop what nothing reads any more, nodes and tensors."""
+    """Remove nodes and tensors that nothing reads any more."""
     model.graph.eliminate_dead_code()
     model.recompile()
     used = {str(node.target) for node in model.graph.nodes if node.op == "get_attr"}

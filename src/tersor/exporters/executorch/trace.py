@@ -82,7 +82,7 @@ def enlarged(examples: Examples, model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def placeholders(model: nn.Module, sites: Iterable[PackedSite], rounding: Rounding) -> Iterator[None]:
-    """Inside this block packed modules run as layers.py says."""
+    """Context in which packed modules run as the operators of layers.py."""
     packed: dict[int, PackedSite] = {}
     for site in sites:
         place = site.site.owners[0]

@@ -55,11 +55,11 @@ def traced_call(model: nn.Module, inputs: Mapping[str, Tensor], caches: Attentio
 
 
 def counting_cache(num_past: Any) -> Any:
-    """A cache that says how much was read, and hands on what is new."""
+    """A cache of known length that stores nothing: `update` returns the new keys and values as they are."""
     from transformers import DynamicCache
 
     class Counting(DynamicCache):
-        """Knows its length alone."""
+        """A cache that only knows its length."""
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             return key_states, value_states
@@ -75,7 +75,7 @@ def counting_cache(num_past: Any) -> Any:
 
 @contextmanager
 def blocks(model: nn.Module) -> Iterator[AttentionCaches]:
-    """Inside this block the model leaves our nodes in a trace."""
+    """Context in which a traced model emits attention, rotary and norm nodes as single operators."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 

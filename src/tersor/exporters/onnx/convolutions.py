@@ -37,7 +37,7 @@ MOVERS = ("Slice", "Pad", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpo
 
 
 def fold_norms(model: ir.Model) -> None:
-    """Batch norms that alone read an int8 convolution go into its scales and bias."""
+    """Fold a batch norm that is the only reader of an int8 convolution into its scales and bias."""
     graph = model.graph
     for norm in list(graph):
         read = norm.inputs[0] if norm.op_type == "BatchNormalization" else None
@@ -66,7 +66,7 @@ def fold_norms(model: ir.Model) -> None:
 
 
 def drop_clamps(model: ir.Model) -> None:
-    """A ReLU or clamp whose only reader is a quantizer that saturates at the same codes is left out."""
+    """Remove each ReLU or clamp whose only reader is a quantizer that saturates at the same codes."""
     for clamp in list(model.graph):
         uses = list(clamp.outputs[0].uses()) if clamp.op_type in ("Relu", "Clip") else []
         if len(uses) != 1 or uses[0].node.op_type != "QuantizeLinear" or clamp.outputs[0].is_graph_output():

@@ -1,4 +1,4 @@
-"""The contract of a runner, and what one trial is: from a spec, which is pure data, to a result, which is, too."""
+"""The contract of a runner, which turns the specs of trials into results; both are pure data."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -56,7 +56,7 @@ class TrialSpec:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What was measured of one trial.
+    """The result of one trial.
 
     Attributes:
         recipe: as it was done, with every method by name.
