@@ -177,7 +177,7 @@ def adapted_names(adapter: Adapter) -> list[str]:
 
 
 def import_peft() -> Any:
-    """Raises MissingExtra without it."""
+    """The module peft. Raises MissingExtra if it is not installed."""
     try:
         import peft
     except ImportError:
@@ -291,7 +291,7 @@ def runs_there(layer: PackedLinear) -> bool:
 
 
 def dequantized(layer: Any) -> Tensor:
-    """The weight of one of bitsandbytes' layers."""
+    """The decoded weight of a bitsandbytes layer."""
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(layer.weight.data, layer.weight.quant_state)

@@ -65,7 +65,7 @@ class Entry(BaseModel):
 
 
 class Header(BaseModel):
-    """The JSON header."""
+    """The JSON header of a `model.tersor`: its tensors, and how they are coded."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -118,11 +118,11 @@ class Container:
             first += entry.chunks
 
     def stored_bytes(self, name: str) -> int:
-        """Bytes of a tensor's chunks."""
+        """Bytes that a tensor's chunks take in the file."""
         return sum(chunk.length for chunk in self.chunks[name])
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, decoded."""
+        """Decode one tensor."""
         return self.tensors([name])[name]
 
     def tensors(
@@ -191,7 +191,7 @@ class Container:
         return replace(decoding, tasks=tasks)
 
     def finished(self, name: str, decoding: PendingTensor) -> Tensor:
-        """The tensor as it was written, from what its tasks filled."""
+        """The finished tensor, in the dtype and shape that were written, after its tasks have run."""
         packed = self.entries[name].packed
         if packed is None:
             return decoding.tensor

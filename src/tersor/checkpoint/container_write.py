@@ -154,7 +154,7 @@ def tables_as_bytes(tables: TableSet) -> bytes:
 
 
 def assemble(file: BinaryIO, spool: BinaryIO, header: Header, index: list[tuple[int, int]]) -> None:
-    """Header, chunks in their places, and the hash."""
+    """Write the header, the chunks in their places, and the hash of all."""
     text = header.model_dump_json(exclude_defaults=True).encode()
     stored = zlib.compress(text, 9)
     chunk_index = b"".join(length.to_bytes(4, "little") + crc.to_bytes(4, "little") for length, crc in index)

@@ -50,7 +50,7 @@ class Converted:
 
     @property
     def path(self) -> Path:
-        """A file that it comes from."""
+        """One of the files that the tensor comes from."""
         return self.sources[0].span.path
 
     @property

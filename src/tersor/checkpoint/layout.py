@@ -44,7 +44,7 @@ def stored_parts(model: nn.Module) -> list[tuple[str, Stored]]:
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Everything the weights file holds, by name."""
+    """All tensors of the weights file, by name."""
     parts = stored_parts(model)
     tensors = {f"{prefix}.{name}": tensor for prefix, stored in parts for name, tensor in stored.tensors.items()}
     return tensors | unpacked_tensors(model)

@@ -51,7 +51,7 @@ class Manifest(BaseModel):
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """`tersor.json`, checked for what loading relies on."""
+    """Read `tersor.json` and check the keys that loading relies on. Raises ArtifactError."""
     path = folder / MANIFEST
     try:
         text = path.read_text(encoding="utf-8")

@@ -33,7 +33,7 @@ def post(folder: Path) -> None:
 
 
 def withdraw(folder: Path) -> None:
-    """Take it out again, where plain weights were written."""
+    """Remove the notice from a folder's `config.json`, because plain weights were written."""
     path = folder / "config.json"
     if path.exists():
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -48,7 +48,7 @@ def has_notice(config: Any) -> bool:
 
 
 def without(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration less the notice."""
+    """The configuration without the notice."""
     return {key: value for key, value in config.items() if not belongs(key, value)}
 
 

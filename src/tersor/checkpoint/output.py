@@ -215,7 +215,7 @@ def flush_to_disk(paths: Sequence[Path]) -> None:
 
 @contextmanager
 def open_to_flush(path: Path) -> Iterator[int]:
-    """A handle of a file or folder."""
+    """Context with the descriptor of a file or folder, opened for reading."""
     handle = os.open(path, os.O_RDONLY)
     try:
         yield handle
@@ -224,7 +224,7 @@ def open_to_flush(path: Path) -> Iterator[int]:
 
 
 def umask() -> int:
-    """The permissions that new files do not get."""
+    """The process's umask: the permissions that new files do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -280,7 +280,7 @@ def discard(place: Path) -> None:
 
 
 def appear(path: Path, target: Path) -> None:
-    """Give what was made its name, if nothing has it. Raises Taken."""
+    """Rename finished output to `target` if nothing has that name. Raises Taken otherwise."""
     try:
         if path.is_dir():
             path.rename(target)  # refused by the system where a file or a folder that is not empty has the name

@@ -200,7 +200,7 @@ def other_than(path: Path, tensors: Mapping[str, Tensor], source: Path) -> str |
 
 
 def names_in(tensors: LazyTensors, file: Path) -> list[str]:
-    """The tensors of one file."""
+    """The names of the tensors in one file."""
     return [name for name, place in tensors.places.items() if place == file]
 
 

@@ -120,7 +120,7 @@ class Scratch:
     num_bytes: int = 0
 
     def append(self, tensor: Tensor) -> TensorSpan:
-        """Raises ArtifactError when the disk refuses."""
+        """Append a tensor's bytes and return their place. Raises ArtifactError if writing fails."""
         span = TensorSpan(self.path, self.num_bytes, tensor.dtype, tuple(tensor.shape))
         try:
             with self.path.open("ab") as file:

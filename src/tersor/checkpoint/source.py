@@ -163,7 +163,7 @@ def look_into(name: str, folder: Path) -> tuple[Any, Any, list[Path]]:
 
 
 def few(names: list[str]) -> str:
-    """The first five names."""
+    """The first five names as text, with dots if there are more."""
     return ", ".join(names[:5]) + (" ..." if names[5:] else "")
 
 
@@ -353,7 +353,7 @@ def from_hub(name: str) -> Path:
 
 
 def quiet_transformers() -> None:
-    """tersor shows its own progress and its own errors."""
+    """Silence transformers while it loads: tersor shows its own progress and errors."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

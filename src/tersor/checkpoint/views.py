@@ -32,7 +32,7 @@ class BytePacking(BaseModel):
     zero: int = Field(ge=0, lt=128)
 
     def codes(self, packed: UInt8[Tensor, "..."]) -> Int8[Tensor, "out n"]:
-        """The codes, less `zero`."""
+        """Unpack the codes and subtract `zero`."""
         rows = as_rows(packed)
         codes = torch.empty(len(rows), self.columns, dtype=torch.int8)
         for block in blocks(codes.shape):
@@ -71,13 +71,13 @@ class BytePacking(BaseModel):
 
 
 def blocks(shape: Sequence[int]) -> list[slice]:
-    """Rows of a matrix, about `BLOCK` numbers at a time."""
+    """Slices of a matrix's rows, about `BLOCK` numbers each."""
     step = max(1, BLOCK // max(1, shape[1]))
     return [slice(first, first + step) for first in range(0, shape[0], step)]
 
 
 def as_rows(packed: UInt8[Tensor, "..."]) -> UInt8[Tensor, "out width"]:
-    """A vector as one row."""
+    """The tensor as a matrix; a vector becomes one row."""
     return packed if packed.dim() == 2 else packed.unsqueeze(0)
 
 

@@ -76,5 +76,5 @@ def module_tensors(packed: PackedSite) -> dict[str, Tensor]:
 
 
 def words(codes: UInt8[Tensor, "n out"]) -> Int32[Tensor, "n words"]:
-    """Eight 4-bit codes of a row in each word, in AWQ's order."""
+    """Codes packed into int32 words: eight 4-bit codes of a row in each, in AWQ's order."""
     return pack(codes.unflatten(1, (-1, 8))[..., ORDER].flatten(1), bits=4).view(torch.int32)

@@ -232,5 +232,5 @@ def as_arrays(examples: Examples) -> dict[str, np.ndarray]:
 
 
 def one_row(examples: Examples, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The first row, where any number of rows will do."""
+    """The feeds cut to their first row, if the batch may have any size."""
     return {n: array[:1] if "batch" in examples.axes[n].values() else array for n, array in feeds.items()}

@@ -145,7 +145,7 @@ def scheme_of(packed: PackedSite) -> dict[str, Any]:
 
 
 def weights_of(encoded: Encoded) -> Mapping[str, Any]:
-    """`QuantizationArgs` of a weight."""
+    """The fields of `QuantizationArgs` that describe a weight."""
     grid = {"symmetric": True, "dynamic": False, "group_size": None}
     if (float8 := fp8(encoded)) is not None and float8.scale is not None:
         strategy = "channel" if len(float8.scale) == float8.shape[0] else "tensor"
@@ -167,7 +167,7 @@ def fp8(encoded: Encoded) -> FloatView | None:
 
 
 def fp4(encoded: Encoded) -> FloatView | None:
-    """The weight, if it is made of 4-bit floats."""
+    """The weight if it is made of 4-bit floats, else None."""
     floats = encoded.floats
     return floats if floats is not None and floats.element == "e2m1" else None
 

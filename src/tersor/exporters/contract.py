@@ -23,7 +23,7 @@ class PackedSite(NamedTuple):
 
     @property
     def scheme(self) -> str:
-        """`int8/int8-dynamic`, as recipes spell it."""
+        """The scheme as recipes write it, such as `int8/int8-dynamic`."""
         return self.encoded.format.name + (f"/{self.activation.format}" if self.activation else "")
 
     @property
@@ -148,7 +148,7 @@ UNMARKED = "it does not say that tersor wrote it"
 
 @runtime_checkable
 class Filed(WeightLayout, Protocol):
-    """A client of one file, and what lies beside it."""
+    """A client that reads one file, perhaps with others beside it."""
 
     def foreign(self, output: Path) -> str | None:
         """A sentence on why a file is not one that tersor wrote for this client, unchanged since; None if it is.
@@ -197,7 +197,7 @@ class Runnable(WeightLayout, Protocol):
 
     @property
     def runtime(self) -> str:
-        """Its name in `RUNTIMES`."""
+        """The name in `RUNTIMES` of the runtime that opens the file."""
 
     def write(self, checkpoint: Checkpoint, output: Path, scratch: Path) -> Written:
         """Write the file, or fill the empty folder, `output`, and others for the check into the folder `scratch`."""

@@ -86,7 +86,7 @@ def positions_of(mask: Tensor) -> Tensor:
 
 
 def call_cached(model: nn.Module, inputs: Mapping[str, Tensor]) -> Decoded:
-    """Run the model with what is in `inputs` of a cache."""
+    """Run the model on `inputs`, which hold the past keys and values of its cache."""
     from transformers import DynamicCache
 
     keys = [tensor for name, tensor in inputs.items() if name.startswith(PAST) and name.endswith(".key")]

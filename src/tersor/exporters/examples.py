@@ -173,5 +173,5 @@ def accepted(model: nn.Module, names: Mapping[str, Tensor]) -> list[str]:
 
 
 def as_text(inputs: dict[str, Tensor]) -> Examples:
-    """Tokens: any number of texts, of any length."""
+    """Examples of tokens, with texts of any number and length."""
     return Examples(inputs, {name: dict(TEXT) for name in inputs}, keywords=True)

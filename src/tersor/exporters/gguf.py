@@ -152,7 +152,7 @@ def check_architecture(checkpoint: Checkpoint) -> None:
 
 
 def head_width(config: Any) -> int:
-    """Columns of a head of queries, keys or values."""
+    """Number of columns of one head of queries, keys or values."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 

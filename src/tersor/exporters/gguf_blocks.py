@@ -44,7 +44,7 @@ class Blocks(NamedTuple):
 
 
 def block_type(encoded: Encoded) -> str | None:
-    """The smallest type that holds the weight, or None."""
+    """The smallest ggml block type that holds the weight; None if none does."""
     if (format := k_quant(encoded)) is not None:
         return format.name.upper()
     if encoded.shape[1] % BLOCK:
@@ -60,7 +60,7 @@ def block_type(encoded: Encoded) -> str | None:
 
 
 def k_quant(encoded: Encoded) -> KQuant | None:
-    """The format, if it is one of ggml's own."""
+    """The format if it is one of ggml's K-quants, else None."""
     return encoded.format if isinstance(encoded.format, KQuant) else None
 
 
@@ -114,7 +114,7 @@ def bytes_of(numbers: Tensor) -> UInt8[Tensor, "out blocks bytes"]:
 
 
 def k_quant_rows(encoded: Encoded, format: KQuant) -> UInt8[Tensor, "out bytes"]:
-    """The same codes, scales and minima in ggml's order."""
+    """The bytes of a K-quant weight: the same codes, scales and minima in ggml's order."""
     parts, blocks = encoded.parts, (encoded.shape[1] // SUPER_BLOCK, -1)
     codes = unpack(parts["codes"], format.bits, encoded.shape[1]).unflatten(1, blocks)
     if format.bits == 6:

@@ -24,7 +24,7 @@ def symmetric_grid(packed: PackedSite, bits: Collection[int]) -> IntegerView | N
 
 
 def nearby_int4(packed: PackedSite) -> str:
-    """The `int4` whose groups are full in this site."""
+    """The `int4` scheme with groups of 64 columns if these divide the weight's, else of 32."""
     return "int4-g64" if packed.site.shape[1] % 64 == 0 else "int4-g32"
 
 

@@ -48,7 +48,7 @@ def extensions(openvino: Any) -> list[Any]:
         return ops.slice(shared, ops.constant([0]), ops.constant([-1]), ops.constant([1]), ops.constant([3]))
 
     def repeated(each: Any, num_shared: int) -> Any:
-        """Every head as often as queries share it."""
+        """Keys or values with every head repeated as often as query heads share it."""
         if num_shared == 1:
             return each
         batch, heads, tokens, size = (

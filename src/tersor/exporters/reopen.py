@@ -81,7 +81,7 @@ def hold(found: float, limit: float, export: Export, client: str) -> None:
 
 
 def opened(export: Export, checkpoint: Checkpoint, output: Path) -> tuple[nn.Module, list[str]]:
-    """The client's model, and the tensors that it lacks."""
+    """The model as the client opened it, and the names of tensors it did not find."""
     kind = type(checkpoint.model).__name__
     with quiet():
         try:

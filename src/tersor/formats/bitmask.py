@@ -86,21 +86,21 @@ class Bitmask(Sparse):
         return (None,)
 
     def stored(self, mask: Bool[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
-        """The places that are stored: at least those of the mask."""
+        """Bool `[out, in]`: the weights that are stored, which are at least those of the mask."""
         return mask
 
     def unpack_mask(self, encoded: Encoded) -> Bool[Tensor, "out in"]:
-        """The places an encoded matrix stores."""
+        """Bool `[out, in]`: the weights that an encoded matrix stores."""
         return unpack(encoded.parts["mask"], bits=1, num_codes=encoded.shape[1]).bool()
 
 
 def mask_layout(shape: tuple[int, int]) -> tuple[torch.dtype, tuple[int, int]]:
-    """Data type and shape of a packed mask."""
+    """Dtype and shape of the packed mask of a `shape` matrix."""
     return torch.uint8, (shape[0], packed_width(shape[1], 1))
 
 
 def pack_mask(mask: Bool[Tensor, "out in"]) -> UInt8[Tensor, "out width"]:
-    """One bit per weight."""
+    """Pack a bool mask `[out, in]` into bytes `[out, ceil(in / 8)]`, least significant bit first."""
     return pack(mask.to(torch.uint8), bits=1)
 
 

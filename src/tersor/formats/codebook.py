@@ -29,7 +29,7 @@ class SortedValues(Trainable):
 
 
 def ascending(values: Tensor) -> Tensor:
-    """Round to fp16, each at least the one before it."""
+    """Round to fp16, and raise each value to at least the one before it."""
     return half(values).cummax(-1).values
 
 
@@ -167,7 +167,7 @@ def clustered(
 
 
 def cumulated(values: Tensor) -> Tensor:
-    """Sums of the first 0, 1, ... values of every row."""
+    """Running sums of every row, beginning with 0: one more column than `values`."""
     return torch.nn.functional.pad(values.cumsum(-1), (1, 0))
 
 

@@ -50,7 +50,7 @@ class Exponents(Trainable):
 
 
 def exponent(values: Tensor) -> Tensor:
-    """Round to whole exponents."""
+    """Round values to whole exponents."""
     return values.round().clamp(-LARGEST, LARGEST).to(torch.int16)
 
 
@@ -140,7 +140,7 @@ def steps(params: Params) -> Float[Tensor, "out in"]:
 
 
 def row_and_column_scales(params: Params) -> tuple[Float[Tensor, "out 1"], Float[Tensor, "1 in"]]:
-    """The two factors of `steps`."""
+    """The scales of rows `[out, 1]` and columns `[1, in]`, whose product is `steps`."""
     scale, row_octave, column_octave = params["scale"].double().unsqueeze(-1).unbind(1)
     # Powers in float64, rounded once: the same bits for a row alone as for all of them.
     rows = torch.exp2(params["row"].double() * row_octave).float()

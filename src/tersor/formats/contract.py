@@ -40,7 +40,7 @@ class Encoded:
 
     @property
     def bits_per_weight(self) -> float:
-        """All side information counted."""
+        """Bits per weight in memory, scales and all other parts included."""
         return 8 * self.num_bytes / (self.shape[0] * self.shape[1])
 
     @property
@@ -174,15 +174,15 @@ class Format(ABC):
 
     @abstractmethod
     def fake_quantize(self, weight: Weight, params: Params) -> Weight:
-        """The nearest representable weight, float32."""
+        """The nearest representable weight, as a float32 matrix `[out, in]`."""
 
     @abstractmethod
     def encode(self, weight: Weight, params: Params) -> Encoded:
-        """The nearest representable weight, as parts."""
+        """The nearest representable weight, as the tensors that are stored."""
 
     @abstractmethod
     def decode(self, encoded: Encoded) -> Weight:
-        """The weight the parts stand for, float32."""
+        """The weight that the stored tensors represent, float32 `[out, in]`."""
 
 
 Projector = Callable[[Float[Tensor, " out"], int], Float[Tensor, " out"]]  # values of column j -> representable ones

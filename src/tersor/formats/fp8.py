@@ -90,7 +90,7 @@ class Fp8(Grid):
         return steps.clamp(-self.largest, self.largest).to(self.dtype)
 
     def grouped(self, weight: Weight) -> Float[Tensor, "rows groups k"]:
-        """A group is a row, or the whole matrix."""
+        """The weights of each group: a group is a row, or the whole matrix."""
         return weight.reshape(1, 1, -1) if self.per_tensor else weight.unsqueeze(1)
 
     def projector(self, params: Params, shape: tuple[int, int]) -> Projector:

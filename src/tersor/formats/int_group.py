@@ -185,7 +185,7 @@ class IntGroup(Grid):
         return params["zero_point"].float().unsqueeze(-1) * (2**self.bits / 256)
 
     def zero_point_code(self, zero_point: Float[Tensor, "out groups"]) -> Tensor:
-        """A real zero point in steps, as the nearest fixed-point code."""
+        """The fixed-point code nearest to a zero point, which is given in steps of the scale."""
         return (zero_point * (256 / 2**self.bits)).round().clamp(0, 255).to(torch.uint8)
 
     def storable(self, scale: Float[Tensor, "out groups"]) -> Tensor:

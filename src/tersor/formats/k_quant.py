@@ -229,7 +229,7 @@ class KQuant(Grid):
         return {name: unit, f"block_{name}": pack((codes + self.zero_of(bits)).to(torch.uint8), bits)}
 
     def of_blocks(self, name: str, params: Params) -> Float[Tensor, "o g"]:
-        """The scale or minimum of each block, exact."""
+        """The decoded scale or minimum of each block, `[out, blocks]`."""
         bits, unit, codes = self.kind.scale_bits, params[name].float(), params[f"block_{name}"]
         signed = codes.float() if bits == 8 else self.block_codes(codes, unit.shape[1]).float() - self.zero_of(bits)
         return (signed.unflatten(1, (unit.shape[1], -1)) * unit.unsqueeze(-1)).flatten(1)

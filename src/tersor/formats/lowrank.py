@@ -152,7 +152,7 @@ class Corrected(Format):
         return (nearest + product(encoded.parts)).float()
 
     def join(self, base: Encoded, factors: Params) -> Encoded:
-        """A weight in the base format, and its correction."""
+        """The weight in this format, from one in the base format and its low-rank correction."""
         return Encoded(self, base.shape, base.parts | factors)
 
 
@@ -167,5 +167,5 @@ def product(params: Params) -> Float[Tensor, "out in"]:
 
 
 def base_of(tensors: Params) -> Params:
-    """The parameters or parts of the base alone."""
+    """Those of the parameters or parts that belong to the base format."""
     return {name: tensor for name, tensor in tensors.items() if name not in FACTORS}

@@ -56,11 +56,11 @@ class Neighbours:
 
     @property
     def matchings(self) -> tuple[Matching, ...]:
-        """All pairs, in sets in which no column is twice."""
+        """All pairs of columns `[pair, 2]`, in sets in which no column occurs twice."""
         return matchings(self.num_channels, self.num_pixels)
 
     def partners(self) -> list[list[int]]:
-        """For every column those that it makes a pair with."""
+        """For every column, the columns that it forms pairs with."""
         found: list[list[int]] = [[] for _ in range(self.num_channels * self.num_pixels)]
         for one, other in torch.cat(self.matchings).unique(dim=0).tolist():
             found[one].append(other)
@@ -70,7 +70,7 @@ class Neighbours:
 
 @cache
 def matchings(num_channels: int, num_pixels: int) -> tuple[Matching, ...]:
-    """OpenVINO's pairs, and ONNX Runtime's where they are others."""
+    """Pairs of columns that OpenVINO adds in one step, and those of ONNX Runtime where they differ."""
     columns = torch.arange(num_channels * num_pixels).view(num_channels, num_pixels).t()
     by_pixel = columns[:, : num_channels // 2 * 2].reshape(-1, 2)
     if num_channels % 2 == 0 or num_pixels == 1:

@@ -95,7 +95,7 @@ def open_arrays(
 
 
 def as_images(x: np.ndarray) -> Shaped[np.ndarray, "row height width channel"]:
-    """uint8 images with their channels last."""
+    """Images as uint8 with channels last, `[row, height, width, channel]`."""
     if x.ndim == 3:
         return x[..., None]
     return x if x.shape[-1] in (1, 3) else x.transpose(0, 2, 3, 1)
@@ -162,7 +162,7 @@ def to_model_layout(x: Shaped[np.ndarray, " example *shape"]) -> Tensor:
 
 
 def as_tensor(x: np.ndarray) -> Tensor:
-    """float32, or int64 for whole numbers."""
+    """The array as a tensor: float32, or int64 for whole numbers."""
     kind = np.int64 if np.issubdtype(x.dtype, np.integer) else np.float32
     return torch.from_numpy(np.ascontiguousarray(x, dtype=kind))
 
@@ -218,7 +218,7 @@ def examples(path: Path, arrays: Arrays, name: str) -> Shaped[np.ndarray, " exam
 
 
 def find_name(path: Path, arrays: Arrays, wanted: tuple[str, ...]) -> str:
-    """The first of some names that the file holds."""
+    """The first of the `wanted` names that the file holds. Raises DataError if it holds none."""
     for name in wanted:
         if name in arrays:
             return name

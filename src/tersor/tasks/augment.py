@@ -20,7 +20,7 @@ Images = Float[Tensor, "row channel height width"]
 
 
 def flip(x: Images, generator: torch.Generator) -> Images:
-    """Every image mirrored with probability one half."""
+    """Mirror every image left to right with probability one half."""
     mirrored = torch.rand(len(x), generator=generator) < 0.5
     return torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
 

@@ -60,7 +60,7 @@ class Classification:
         return len(self.rows.train)
 
     def prepare(self, original: nn.Module) -> None:
-        """Nothing: the labels come with the data."""
+        """Do nothing: the labels come with the data."""
 
     def epoch(self, seed: int, batch_size: int | None = None) -> Iterator[Batch]:
         """The train split in an order drawn from `seed`, images augmented."""

@@ -128,7 +128,7 @@ def read_image(path: Path, mode: str, size: int | None) -> np.ndarray:
 
 
 def import_pil() -> Any:
-    """PIL's Image module, or the pip command that brings it."""
+    """PIL's Image module. Raises MissingExtra with the pip command that installs it."""
     try:
         import PIL.Image
     except ImportError:

@@ -45,10 +45,10 @@ class Inputs(Protocol):
         """The rows of each batch, in the order they are run."""
 
     def batch(self, rows: RowNumbers) -> Batch:
-        """These examples as tensors."""
+        """The examples of these rows as tensors."""
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Run the model; differentiable."""
+        """Run the model on a batch and return the output that is scored; differentiable."""
 
 
 def batches(inputs: Inputs, rows: RowNumbers, batch_size: int) -> Iterator[Batch]:

@@ -26,7 +26,7 @@ class Calls(Inputs, Protocol):
     """Inputs that a model can be called with."""
 
     def call(self, model: nn.Module, batch: Batch) -> Any:
-        """The model's output, as it comes."""
+        """Run the model on a batch and return its output unchanged."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def not_classes(batch: Batch, output: Tensor, axis: int | None) -> str:
 
 
 def as_logits(name: str, output: Tensor, axis: int, why: str) -> Reading:
-    """Logits, or probabilities, along an axis."""
+    """The `Reading` of an output as logits, or probabilities, with classes along `axis`."""
     last = output.movedim(axis, -1).float()
     sums = last.sum(-1)
     probabilities = bool((last >= 0).all() and (sums - 1).abs().max() < LENGTH) if last.numel() else False
@@ -194,5 +194,5 @@ def scales_of(outputs: list[Tensor]) -> tuple[float, ...]:
 
 
 def note_of(names: tuple[str, ...]) -> str:
-    """The note that outputs are judged as values."""
+    """A sentence for the report: these outputs are judged as values."""
     return f"values: {', '.join(names)}" if names != ("",) else ""

@@ -132,7 +132,7 @@ class Reading:
 
 
 def unit(rows: Float[Tensor, "row value"]) -> Float[Tensor, "row value"]:
-    """Rows of unit length."""
+    """The rows scaled to unit length."""
     return normalize(rows, dim=-1)
 
 
@@ -147,7 +147,7 @@ def pooled(hidden: Tensor, mask: Tensor | None = None) -> Float[Tensor, "row dim
 
 
 def without_padding(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Zeros where a position is padding."""
+    """The values with zeros wherever a position is padding."""
     if mask is None or values.ndim < 2 or mask.shape != values.shape[:2]:
         return values
     return values * mask.view(*mask.shape, *[1] * (values.ndim - 2)).to(values)

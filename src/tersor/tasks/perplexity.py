@@ -39,7 +39,7 @@ class Perplexity:
     output: Output = "logits"
 
     def prepare(self, original: nn.Module) -> None:
-        """Nothing: the text is its own answer."""
+        """Do nothing: the text itself holds the tokens to predict."""
 
     @property
     def num_train(self) -> int:
@@ -59,7 +59,7 @@ class Perplexity:
         return batches(self.windows, self.rows[split], self.batch_size if batch_size is None else batch_size)
 
     def forward(self, model: nn.Module, batch: Batch) -> Float[Tensor, "window position vocab"]:
-        """Logits; those at position j predict token j + 1."""
+        """Logits `[window, position, vocabulary]`; those at position j predict token j + 1."""
         return self.windows.forward(model, batch)
 
     def score(self, model: nn.Module, split: Split = "eval") -> Scores:

@@ -49,7 +49,7 @@ class Embedder:
     def __call__(
         self, hidden: Float[Tensor, "row position dim"], mask: Int[Tensor, "row position"]
     ) -> Float[Tensor, "row other"]:
-        """Vectors of unit length, float32."""
+        """One float32 vector of unit length per text, `[text, dim]`."""
         vectors = torch.cat([pool(hidden, mask, how) for how in self.pooling], -1)
         for module in self.head:
             vectors = module.to(vectors.device)(vectors)
@@ -57,7 +57,7 @@ class Embedder:
 
 
 class Normalize(nn.Module):
-    """Scales embeddings to unit length."""
+    """A module that scales embeddings to unit length."""
 
     def forward(self, vectors: Float[Tensor, "row dim"]) -> Float[Tensor, "row dim"]:
         return normalize(vectors, dim=-1)

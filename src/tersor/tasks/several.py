@@ -43,7 +43,7 @@ class Together:
         return consecutive(rows, batch_size)
 
     def batch(self, rows: RowNumbers) -> Batch:
-        """Every part's arguments."""
+        """The arguments of every part, merged by name."""
         inputs = {name: each for part in self.parts for name, each in part.batch(rows).inputs.items()}
         return Batch(rows, {IMAGES if name == "x" else name: each for name, each in inputs.items()})
 

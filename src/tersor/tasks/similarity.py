@@ -47,7 +47,7 @@ class Similarity:
     output: Output = "embedding"
 
     def prepare(self, original: nn.Module) -> None:
-        """Nothing: the scores come with the data."""
+        """Do nothing: the scores come with the data."""
 
     @property
     def num_train(self) -> int:
@@ -84,7 +84,7 @@ class Similarity:
         return self.sentences.forward(model, batch)
 
     def score(self, model: nn.Module, split: Split = "eval") -> Scores:
-        """Rows (cosine, human score), in the order of the file."""
+        """One row per pair, `[pair, 2]`: cosine and human score, in the order of the file."""
         rows = self.rows[split]
         if np.isnan(self.target[rows]).any():
             raise InputError(f"the {split} split was read from plain text and has no scores; score the eval split")

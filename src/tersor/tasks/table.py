@@ -51,7 +51,7 @@ def read_texts(path: Path) -> list[str]:
 
 
 def is_json_lines(path: Path) -> bool:
-    """True if the file's ending says JSON lines."""
+    """True if the file's suffix is that of JSON lines."""
     return path.suffix.lower() in (".jsonl", ".ndjson", ".json")
 
 
@@ -61,7 +61,7 @@ def is_table(path: Path) -> bool:
 
 
 def to_number(path: Path, row: Row, name: str) -> float:
-    """A cell as a finite number."""
+    """Parse a cell as a finite number. Raises DataError for anything else."""
     try:
         value = float(row.cells[name])
     except ValueError:

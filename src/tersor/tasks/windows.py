@@ -55,7 +55,7 @@ class Windows:
         return Batch(rows, {"input_ids": torch.from_numpy(self.ids[rows])})
 
     def forward(self, model: nn.Module, batch: Batch) -> Float[Tensor, "row position vocab"]:
-        """Logits; those at position j predict token j + 1."""
+        """Logits `[window, position, vocabulary]`; those at position j predict token j + 1."""
         ids = batch.inputs["input_ids"].to(device_of(model))
         output = model(input_ids=ids, use_cache=False) if isinstance(model, PreTrainedModel) else model(ids)
         logits = logits_of(output)

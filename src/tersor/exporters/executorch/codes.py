@@ -178,7 +178,7 @@ def measured(model: GraphModule, examples: Examples) -> dict[str, tuple[float, i
     ends: dict[str, list[list[float]]] = {}
 
     class Watch(Interpreter):
-        """Notes the smallest and largest number of every float value."""
+        """An interpreter that records the smallest and largest number of every float value."""
 
         def run_node(self, n: Node) -> Any:
             made = super().run_node(n)
@@ -241,6 +241,6 @@ def moves(node: Any) -> bool:
 
 
 def quantizers(value: Any) -> list[Any]:
-    """The quantizers that read a value, or what is moved of it."""
+    """The quantizers that read a value, directly or after it was only moved."""
     found = [user for user in value.users if is_quantize(user)]
     return found + [each for user in value.users if moves(user) for each in quantizers(user)]

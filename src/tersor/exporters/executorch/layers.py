@@ -44,7 +44,7 @@ def holds(packed: PackedSite) -> bool:
 
 
 def nearby(packed: PackedSite) -> str:
-    """A scheme that the file holds in this place."""
+    """A scheme that the file could hold for this layer."""
     if packed.site.kind in ("linear", "embedding"):
         return "int8"
     return "int8/int8-static" if plain_convolution(packed) else "bf16"
@@ -75,7 +75,7 @@ def by_row(packed: PackedSite) -> bool:
 
 
 def linear(packed: PackedSite, bias: nn.Parameter | None, rounding: Rounding) -> Callable[[Tensor], Tensor]:
-    """The forward of a linear layer."""
+    """The function that replaces a linear layer's forward in the trace."""
     made, before = weight(packed, rounding), quantized(packed, rounding)
     if rounding is Rounding.KERNELS and dynamic(packed):
         before = through_dynamic
@@ -105,7 +105,7 @@ def weight(packed: PackedSite, rounding: Rounding) -> Callable[[], Tensor]:
 
 
 def embedding(packed: PackedSite, rounding: Rounding) -> Callable[[Tensor], Tensor]:
-    """The forward of an embedding."""
+    """The function that replaces an embedding's forward in the trace."""
     grid, floats = packed.encoded.integers, packed.encoded.floats
     if rounding is Rounding.KERNELS and floats is not None and floats.is_ordinary:
         return lambda index: F.embedding(index, floats.values).to(torch.float32)
@@ -126,7 +126,7 @@ def embedding(packed: PackedSite, rounding: Rounding) -> Callable[[Tensor], Tens
 
 
 def through_static(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    """Quantized by a fixed scale, and dequantized."""
+    """Quantize and dequantize `x` by a fixed scale."""
     q = operators()
     settings = (scale, zero_point, LOWEST, HIGHEST, torch.int8)
     return q.dequantize_per_tensor.default(q.quantize_per_tensor.default(x, *settings), *settings)

@@ -47,7 +47,7 @@ def only_user(node: Any) -> Any:
 
 
 def clamped(node: Any) -> Any:
-    """A value after the clamp that alone reads it."""
+    """A value, or the result of the clamp that is its only reader."""
     user = only_user(node)
     return user if user is not None and user.target in CLAMPS else node
 

@@ -123,6 +123,6 @@ def require() -> None:
 
 
 def nearby(packed: PackedSite) -> str:
-    """A scheme that ONNX holds in this place."""
+    """A scheme that ONNX could hold for this layer."""
     inputs = packed.activation.format if packed.activation else ""
     return f"int8/{inputs}" if inputs in ("int8-dynamic", "int8-static") else "int8"

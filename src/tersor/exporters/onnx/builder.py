@@ -58,7 +58,7 @@ class Builder:
         return self.made[key]
 
     def constant(self, name: str, values: Tensor | np.ndarray) -> ir.Value:
-        """A tensor that the file holds under this name, once."""
+        """The value of a constant tensor, which is stored under this name once."""
         if name not in self.made:
             value = ir.Value(name=name)
             value.const_value = as_tensor(name, values)

@@ -20,7 +20,7 @@ HELD_BITS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 
 
 def grid(packed: PackedSite) -> IntegerView:
-    """The site's weight as integers, which it is known to be."""
+    """The weight as integers with scales; only called for integer formats."""
     integers = packed.encoded.integers
     assert integers is not None
     return integers
@@ -132,7 +132,7 @@ def separated(b: Builder, codes: ir.Value, bits: int) -> ir.Value:
 
 
 def flattened(b: Builder, values: ir.Value) -> ir.Value:
-    """The last two axes as one."""
+    """The values with their last two axes merged into one."""
     others = b.node("Shape", values, start=0, end=-2)
     return b.node("Reshape", values, b.node("Concat", others, b.ints(-1), axis=0))
 

@@ -241,14 +241,14 @@ def clamped(value: ir.Value) -> ir.Value:
 
 
 def quantizers(value: ir.Value) -> list[ir.Node]:
-    """The quantizers that read a value, or what is moved of it."""
+    """The quantizers that read a value, directly or after it was only moved."""
     found = [use.node for use in value.uses() if use.node.op_type == "QuantizeLinear"]
     moved = [use.node.outputs[0] for use in value.uses() if use.idx == 0 and moves(use.node)]
     return found + [quantizer for each in moved for quantizer in quantizers(each)]
 
 
 def moves(node: ir.Node) -> bool:
-    """True if a node's results are values that it reads, and zeros."""
+    """True if a node only moves values and adds zeros."""
     if node.op_type != "Pad":
         return node.op_type in MOVERS and len(node.outputs) == 1
     mode = node.attributes["mode"].as_string() if "mode" in node.attributes else "constant"
@@ -269,7 +269,7 @@ def beside(value: ir.Value, kind: str) -> str:
 
 
 def settings(node: ir.Node) -> dict[str, Any]:
-    """The attributes of a node, for another one."""
+    """The attributes of a node, as arguments for making another."""
     return dict(node.attributes)
 
 

@@ -92,7 +92,7 @@ def lower(traced: ir.Model, sites: Mapping[str, PackedSite], choice: Lowering, t
 
 
 def emit_linear(b: Builder, node: ir.Node, packed: PackedSite, choice: Lowering) -> ir.Value:
-    """`x @ W.T + bias`."""
+    """Emit nodes for a linear layer, `x @ W.T + bias`."""
     x = node.inputs[0]
     assert x is not None
     product = decoded_product if packed.site.name in choice.decoded else product_of(packed, choice)
@@ -113,7 +113,7 @@ def emit_embedding(b: Builder, node: ir.Node, packed: PackedSite, choice: Loweri
 
 
 def emit_weight(b: Builder, node: ir.Node, packed: PackedSite, choice: Lowering) -> ir.Value:
-    """The weight in its own shape."""
+    """Emit the decoded weight in its own shape."""
     if packed.site.name in choice.decoded:
         return unfolded(b, packed, decoded_constant(b, packed, choice.dtype))
     if packed.activation is not None:
@@ -125,7 +125,7 @@ def emit_weight(b: Builder, node: ir.Node, packed: PackedSite, choice: Lowering)
 
 
 def emit_quantized(b: Builder, node: ir.Node, packed: PackedSite, choice: Lowering) -> ir.Value:
-    """The input of a convolution."""
+    """Emit the quantized and dequantized input of a convolution."""
     x = node.inputs[0]
     assert x is not None
     if packed.activation is None or packed.site.name in choice.decoded:

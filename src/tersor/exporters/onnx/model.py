@@ -61,7 +61,7 @@ class TracedModel:
         return model
 
     def as_float(self, choice: Lowering) -> ir.Model:
-        """The same with decoded weights and float inputs."""
+        """The same model with decoded weights and float inputs, for comparison."""
         return self.lower(replace(choice, decoded=frozenset(self.sites)))
 
 

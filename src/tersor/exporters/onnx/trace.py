@@ -115,7 +115,7 @@ def placeholders(model: nn.Module, sites: Iterable[PackedSite]) -> Iterator[None
 
 
 def node(kind: str, site: str, inputs: Iterable[Tensor], dtype: torch.dtype, shape: Iterable[Any]) -> Tensor:
-    """One of our nodes, in the trace."""
+    """Emit one node of tersor's own operator set into the trace."""
     attributes: Any = {"site": site}
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::{kind}", tuple(inputs), attributes, dtype=dtype, shape=tuple(shape), version=1
