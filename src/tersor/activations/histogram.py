@@ -50,7 +50,7 @@ class Histogram:
         self.counts += counts
 
     def grow(self, limit: float) -> None:
-        """Reach out to `limit`, a power of two."""
+        """Widen the histogram to `limit`, a power of two."""
         self.limit = self.limit or limit
         while self.limit < limit:
             quarter = NUM_BINS // 4

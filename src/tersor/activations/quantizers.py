@@ -36,7 +36,7 @@ class Activation:
 
 @runtime_checkable
 class ActivationFormat(Protocol):
-    """A way to quantize inputs."""
+    """The contract of an activation format: how the inputs of a layer are quantized."""
 
     @property
     def name(self) -> str: ...
@@ -69,7 +69,7 @@ class Int8Dynamic:
         return {}
 
     def quantize(self, x: Float[Tensor, "*batch in"]) -> tuple[Int8[Tensor, "*batch in"], Float[Tensor, "*batch 1"]]:
-        """Codes in -127..127 and the scale of each token, float32."""
+        """Quantize inputs: codes in -127..127, and the float32 scale of each token."""
         x = x.float()
         scale = x.abs().amax(dim=-1, keepdim=True).clamp_min_(1e-12).div_(127)
         return (x / scale).round_().to(torch.int8), scale

@@ -73,7 +73,7 @@ class SiteInfo:
 
 @dataclass(frozen=True)
 class Info:
-    """A file: its sites, and what is not in them."""
+    """Sizes in a file: those of its sites, and of everything else."""
 
     file: Path
     num_bytes: int
@@ -190,7 +190,7 @@ def site_info(
     entry: Mapping[str, Any] | None,
     bound: float | None,
 ) -> SiteInfo:
-    """One site, from its parts."""
+    """The sizes of one site, computed from its parts."""
     shape = entry["shape"] if entry is not None else container.entries[name].shape
     num_weights = max(1, int(np.prod(shape)))
     stored = sum(container.stored_bytes(part) for part in parts)

@@ -30,7 +30,7 @@ SCHEMES = ("int8", "int4-g64", "int3-g64", "int2-g64", "nf4", "2:4")
 
 @dataclass(frozen=True)
 class Measured:
-    """One site in one scheme, all others kept."""
+    """The measured loss of one site in one scheme, with all others in float."""
 
     site: str
     scheme: str
@@ -101,7 +101,7 @@ def sensitivity(
 
 
 def losses_of(menu: Menu) -> dict[str, float]:
-    """Predicted loss by scheme."""
+    """The predicted loss of one site in each scheme, by scheme."""
     return {option.scheme: option.loss for option in menu.options if option.scheme != KEEP}
 
 

@@ -78,7 +78,7 @@ class TrainingMemory:
 
     @property
     def sum(self) -> int:
-        """Weights, gradients, optimizer and activations."""
+        """Bytes of weights, gradients, optimizer and activations together."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
     def to_dict(self) -> dict[str, Any]:
@@ -217,7 +217,7 @@ class Tokens:
         yield Batch(np.arange(num), {"input_ids": torch.zeros(num, self.length, dtype=torch.long)})
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Logits, or whatever the model gives first."""
+        """The logits, or else the first output of the model."""
         ids = batch.inputs["input_ids"].to(device_of(model))
         if not isinstance(model, PreTrainedModel):
             raise InputError(f"{type(model).__name__} may not take tokens; add --task, --data and --train")
@@ -309,12 +309,12 @@ def place(shadow: nn.Module, device: torch.device) -> None:
 
 
 def total(tensors: Iterable[Tensor]) -> int:
-    """Bytes, tied tensors once."""
+    """Bytes of all tensors, tied ones counted once."""
     return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
 def num_weights(model: nn.Module) -> int:
-    """Parameters, packed ones by their number."""
+    """Number of weights, with packed ones counted as weights, not bytes."""
     packed = {id(module): module.shape for module in model.modules() if isinstance(module, PackedWeight)}
     return sum(p.numel() for p in model.parameters()) + sum(rows * columns for rows, columns in packed.values())
 

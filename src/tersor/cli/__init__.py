@@ -25,7 +25,7 @@ from tersor.core.messages import first_line
 
 VERBS = {  # the verbs, each a module of this folder with a function of its name, and what they do
     "compress": "Make a model smaller under a budget, and prove what it cost.",
-    "inspect": "List the sites of a model, what is kept, and the cost of every format.",
+    "inspect": "List the weights that can be compressed (sites), all other tensors, and the cost of every format.",
     "evaluate": "Measure a model: bytes, memory, operations, latency, and its score with an interval.",
     "compare": "Measure two models on the same examples, in turn, and judge the difference.",
     "bench": "Time models in their runtimes side by side; a ratio within the noise is called no difference.",

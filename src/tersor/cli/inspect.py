@@ -50,7 +50,7 @@ def inspect(
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
-    """List the sites of a model, what is kept, and the cost of every format."""
+    """List the weights that can be compressed (sites), all other tensors, and the cost of every format."""
     if not (sensitivity or training_memory) and (task or data or calibration or task_option):
         raise InputError("inspect runs data only for --sensitivity; add it, or leave --task and --data out")
     spec = ModelSpec(model, weights, options.dtype_named(dtype))

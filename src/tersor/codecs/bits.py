@@ -23,17 +23,17 @@ class BitWriter:
         self.number, self.num_bits = 0, 0
 
     def raw(self, value: int, num_bits: int) -> None:
-        """The lowest bits of a number."""
+        """Write the lowest bits of a number."""
         self.number |= value << self.num_bits
         self.num_bits += num_bits
 
     def rice(self, value: int, k: int) -> None:
-        """`value >> k` ones, a zero, and the lowest k bits."""
+        """Write a number as a Rice code: `value >> k` ones, a zero, and the lowest k bits."""
         self.raw((1 << (value >> k)) - 1, (value >> k) + 1)
         self.raw(value & ((1 << k) - 1), k)
 
     def gamma(self, value: int) -> None:
-        """A number from 0 on: as many zeros as `value + 1` has bits after its first, a one, and those bits."""
+        """Write a gamma code of a number from 0 on: a zero for each bit of `value + 1` but one, then its bits."""
         length = (value + 1).bit_length() - 1
         self.raw(1 << length, length + 1)
         self.raw((value + 1) & ((1 << length) - 1), length)
@@ -50,11 +50,11 @@ class BitReader:
 
     @cached_property
     def padded(self) -> UInt8[ndarray, " bytes"]:
-        """All bytes and eight zeros, as loops read them."""
+        """All bytes followed by eight zero bytes, which the compiled loops need to read ahead."""
         return np.frombuffer(bytearray(self.data) + bytes(8), np.uint8)
 
     def raw(self, num_bits: int) -> int:
-        """The next bits as a number."""
+        """Read the next bits as a number."""
         first, end = self.place, self.place + num_bits
         if end > 8 * len(self.data):
             raise ArtifactError(f"ends after {len(self.data)} bytes, in the middle of a number")
@@ -63,7 +63,7 @@ class BitReader:
         return (part >> (first % 8)) & ((1 << num_bits) - 1)
 
     def gamma(self) -> int:
-        """A number written by `BitWriter.gamma`."""
+        """Read a number written by `BitWriter.gamma`."""
         first = self.place // 8
         part = int.from_bytes(self.data[first : first + 8], "little") >> (self.place % 8)
         length = (part & -part).bit_length() - 1 if part else LONGEST + 1

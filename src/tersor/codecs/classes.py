@@ -58,7 +58,7 @@ def single_class(symbols: UInt8[ndarray, "out in"], low: int | None = None) -> C
 
 
 def scale_classes(symbols: UInt8[ndarray, "out in"], low: int) -> Classes:
-    """A first guess from mean magnitudes."""
+    """A first guess of the classes of rows and columns, from their mean magnitudes."""
     magnitude = np.abs(np.arange(NUM_SYMBOLS, dtype=np.float32) + low)[symbols]
     row, column = scales_of(magnitude.mean(axis=1)), scales_of(magnitude.mean(axis=0))
     column -= scales_of(magnitude.mean())
@@ -67,14 +67,14 @@ def scale_classes(symbols: UInt8[ndarray, "out in"], low: int) -> Classes:
 
 
 def log_classes(symbols: UInt8[ndarray, "out in"], per_octave: int) -> Classes:
-    """A first guess where a symbol is itself the logarithm of a scale, `per_octave` of them to a factor of two."""
+    """A first guess for symbols that are logarithms of scales, with `per_octave` symbols to a factor of two."""
     row, column = (symbols.mean(axis=axis, dtype=np.float64) * (STEPS / per_octave) for axis in (1, 0))
     row -= row.mean()
     return Classes(whole(row - row.min()), whole(column - column.min()))
 
 
 def whole(classes: Float[ndarray, " n"]) -> Int32[ndarray, " n"]:
-    """Rounded, and within bounds."""
+    """The classes rounded to whole numbers within bounds."""
     return np.rint(classes).clip(0, MAX_PART).astype(np.int32)
 
 

@@ -121,7 +121,7 @@ def parted(bits: ndarray, split: Split) -> tuple[UInt8[ndarray, "out in"], UInt8
 
 
 def num_planes(split: Split) -> int:
-    """Bytes that hold the rest."""
+    """Number of bytes that hold the rest of a float."""
     return -(-split.num_rest // 8)
 
 
@@ -135,7 +135,7 @@ def plan_of(plane: UInt8[ndarray, "out in"], split: Split) -> Plan | None:
 
 
 def bits_in(values: UInt8[ndarray, "rows in"]) -> float:
-    """Bits of these bytes under a table of their own."""
+    """Bits that these bytes take when coded with a table of their own."""
     often = np.bincount(values.reshape(-1))
     often = often[often > 0]
     return float((often * (np.log2(values.size) - np.log2(often))).sum())
@@ -187,7 +187,7 @@ def chunk_of(
 def fill(
     head: Head, data: memoryview, block: slice, values: ndarray, kept: Mapping[int, Head | None], split: Split
 ) -> None:
-    """Some rows back. Raises ArtifactError for damaged bytes."""
+    """Decode some rows into `values`. Raises ArtifactError for damaged bytes."""
     place = 0
 
     def part(length: int | None = None) -> memoryview:

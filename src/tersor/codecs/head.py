@@ -37,7 +37,7 @@ def write_head(plan: Plan, shared: bool = False) -> bytes:
 
 
 def write_sequence(parts: Int[ndarray, " n"], out: BitWriter) -> None:
-    """Append the classes of rows or columns."""
+    """Append the classes of rows or columns to the bits in `out`."""
     same = len(parts) == 0 or (parts == parts[0]).all()
     out.raw(int(same), 1)
     if same:

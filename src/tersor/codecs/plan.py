@@ -162,19 +162,19 @@ def share_tables(plans: Mapping[str, Plan]) -> tuple[TableSet | None, set[str]]:
 
 
 def own_bits(plan: Plan) -> float:
-    """Bits of the values under tables of their own, and of those."""
+    """Bits of the values when coded with tables of their own, these included."""
     return coded_bits(plan, plan.tables) + table_bits(plan.tables)
 
 
 def coded_bits(plan: Plan, tables: TableSet) -> float:
-    """Bits of the values alone, under these tables."""
+    """Bits that the values take when coded with these tables, tables not counted."""
     costs = tables.costs if not plan.num_states or plan.num_low_bits else tables.costs_by_parity
     values = plan.counts * costs[: len(plan.counts)]
     return float(values.sum()) + plan.shape[0] * plan.shape[1] * plan.num_stored_low_bits
 
 
 def table_bits(tables: TableSet) -> float:
-    """Bits of a set of tables, about."""
+    """Approximate bits that a set of tables takes in the file."""
     spans = [np.flatnonzero(logs[1:]) for logs in tables.logs]
     return sum(TABLE_BITS + SYMBOL_BITS * (span[-1] - span[0] + 1 if len(span) else 0) for span in spans)
 
@@ -185,7 +185,7 @@ def class_bits(plan: Plan) -> float:
 
 
 def sequence_bits(parts: Int[ndarray, " n"]) -> float:
-    """Bits of naming classes, about."""
+    """Approximate bits that naming the classes takes."""
     often = np.bincount(parts)
     often = often[often > 0]
     if len(often) < 2:

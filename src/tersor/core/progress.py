@@ -8,7 +8,7 @@ Progress = Callable[[str, int, int], None]  # what, done, total
 
 
 def silent(*_: Any) -> None:
-    """Show nothing."""
+    """Report no progress."""
 
 
 @dataclass(frozen=True)

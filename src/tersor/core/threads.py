@@ -16,7 +16,7 @@ from torch import Tensor
 
 @contextmanager
 def threads(num_threads: int) -> Iterator[None]:
-    """Run on this many CPU threads inside the block."""
+    """Context in which PyTorch runs on this many CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:

@@ -55,7 +55,7 @@ def in_file_order(tensors: Iterable[Described], alignment: int = ALIGNMENT) -> l
 
 
 def size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor."""
+    """Bytes of a tensor of this dtype and shape."""
     return torch.Size(shape).numel() * dtype.itemsize
 
 
@@ -135,7 +135,7 @@ def check_file(path: Path) -> bool:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, with its errors translated."""
+    """Open a safetensors file, with its errors raised as ModelError."""
     refuse_pickle(path)
     try:
         if not path.is_file():

@@ -85,7 +85,7 @@ class Filling:
 
 
 class TersorQuantizer(HfQuantizer):
-    """Fills the models of artifacts."""
+    """The quantizer that lets `from_pretrained` fill a model from an artifact."""
 
     requires_calibration = True
 
@@ -110,7 +110,7 @@ class TersorQuantizer(HfQuantizer):
         return device_map
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Keeps what the model is to compute in."""
+        """Return the dtype that the model is to compute in, unchanged."""
         self.dtype = dtype
         return dtype
 
@@ -160,12 +160,12 @@ class TersorQuantizer(HfQuantizer):
         return model.to(dtype)
 
     def is_serializable(self) -> bool:
-        """A packed model writes an artifact (nn/pretrained.py)."""
+        """True: `save_pretrained` of a packed model writes an artifact (nn/pretrained.py)."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters on packed weights can be trained."""
+        """True: adapters on packed weights can be trained."""
         return True
 
     @property

@@ -37,7 +37,7 @@ IN_MEMORY = {"stats", "journal", "progress", "on_progress", "on_step"}  # the ke
 
 
 def numbers(given: int | Sequence[int]) -> tuple[int, ...]:
-    """One number, or several."""
+    """The numbers as a tuple, of one number or of several."""
     return (given,) if isinstance(given, int) else tuple(given)
 
 
@@ -52,7 +52,7 @@ COERCED: dict[str, Callable[[Any], Any]] = {
 
 
 def fields_of(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords that are fields of a group, as it takes them."""
+    """Those of the keywords that are fields of a group of arguments."""
     names = [field.name for field in fields(kind)]
     values = {name: given[name] for name in names if name in given}
     return {name: COERCED[name](v) if name in COERCED and v is not None else v for name, v in values.items()}
@@ -132,7 +132,7 @@ def compressed_in_memory(recipe: Any, model: Any, task: Any, more: Mapping[str, 
 
 
 def read_recipe(recipe: Recipe | str | Path | None) -> Recipe | None:
-    """A recipe, read from its file, or of one scheme."""
+    """A recipe: the given one, one read from a file, or one that applies a single scheme."""
     if isinstance(recipe, Path) or (isinstance(recipe, str) and Path(recipe).suffix in (".yaml", ".yml")):
         return Recipe.from_file(Path(recipe))
     return Recipe.of(recipe) if isinstance(recipe, str) else recipe

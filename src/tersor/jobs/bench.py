@@ -79,7 +79,7 @@ class MadeUp:
         return self.length is not None or self.shape is not None
 
     def feeds(self, session: Session, batch_size: int, seed: int = 0) -> Feeds:
-        """Inputs for one session."""
+        """Made-up inputs of one batch for a session, by name."""
         length = LENGTH if self.length is None else self.length
         return synthetic_feeds(session.inputs, batch_size=batch_size, length=length, shape=self.shape, seed=seed)
 

@@ -361,7 +361,7 @@ def defensible(trials: list[Trial], tolerance: Tolerance) -> Trial:
     best = smallest_within(trials)
     if best is None:
         raise BudgetError(
-            f"--drop {tolerance}: no size tried can be defended with {trials[0].verdict.num_examples} examples; "
+            f"--drop {tolerance}: no size that was tried is surely within it, judged by {trials[0].verdict.num_examples} examples; "
             f"nearest points: {nearest_points(trials)}. More examples or a larger --drop would help"
         )
     return best

@@ -25,7 +25,7 @@ ROWS = [*DOT, INT_MM, FLOAT, ONEDNN, INT8_PACK, INT4_PACK, UNPACK, KEPT, DECODE]
 
 @contextmanager
 def reference() -> Iterator[None]:
-    """Run everything by decoding to float, inside this block."""
+    """Context in which every packed layer decodes its weight and computes in float, without kernels."""
     before, CHOICE.enabled = CHOICE.enabled, False
     try:
         yield
@@ -103,7 +103,7 @@ class WeightKernels:
             self.clear()
 
     def layout(self, kernel: Kernel, encoded: Encoded, activation: Activation | None) -> Layout:
-        """A kernel's layout, made once."""
+        """The weight in a kernel's layout, converted once and kept."""
         if kernel.name not in self.layouts:
             params = activation.params.values() if activation is not None else ()
             self.seen += [(tensor, written(tensor)) for tensor in (*encoded.parts.values(), *params)]
@@ -284,7 +284,7 @@ def measured(
 def timed(
     kernel: Kernel, x: Tensor, encoded: Encoded, activation: Activation | None, layout: Layout, bias: Tensor | None
 ) -> float:
-    """Seconds of one run."""
+    """Seconds that one run takes."""
     started = time.perf_counter()
     kernel.run(x, encoded, activation, layout, bias)
     return time.perf_counter() - started

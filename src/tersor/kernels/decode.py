@@ -23,7 +23,7 @@ def nothing(encoded: Encoded, activation: Activation | None) -> Layout:
 def run_decoded(
     x: Tensor, encoded: Encoded, activation: Activation | None, layout: Layout, bias: Tensor | None
 ) -> Tensor:
-    """Decode the weight, use it, drop it: the reference."""
+    """The reference: decode the weight, multiply with it, and free it."""
     return F.linear(x if activation is None else activation.fake_quantize(x), encoded.decode(x.dtype), bias)
 
 

@@ -198,7 +198,7 @@ def one_column(
 
 
 def as_floats(b: Builder, values: Any, bits: int) -> Any:
-    """Codes of 16 rows as floats."""
+    """Convert the codes of 16 rows to floats."""
     if bits == 4:
         low = b.and_(values, ir.Constant(values.type, [15] * 8))
         high = b.lshr(values, ir.Constant(values.type, [4] * 8))

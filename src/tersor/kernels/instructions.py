@@ -24,7 +24,7 @@ def vector(element: ir.Type, length: int) -> ir.VectorType:
 
 
 def shuffled(b: Builder, value: ir.Value, lanes: list[int]) -> ir.Value:
-    """Some lanes of a vector, in this order."""
+    """A vector of some lanes of another, in this order."""
     indices = ir.Constant(vector(INT32, len(lanes)), lanes)
     return b.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), indices)
 
@@ -41,12 +41,12 @@ def load(b: Builder, address: ir.Value, kind: ir.Type) -> ir.Value:
 
 
 def store(b: Builder, value: ir.Value, address: ir.Value) -> None:
-    """Put a value where `load` finds it."""
+    """Store a value at an address, for `load` to read."""
     b.store(value, b.inttoptr(address, value.type.as_pointer()), align=1)
 
 
 def call(b: Builder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
-    """A function of LLVM, by its name."""
+    """Call an LLVM function by its name."""
     kind = ir.FunctionType(result, [arg.type for arg in args])
     function = b.module.globals.get(name) or ir.Function(b.module, kind, name)
     return b.call(function, args)

@@ -23,7 +23,7 @@ QLINEAR = "qlinear_pointwise"
 
 
 def is_int8(encoded: Encoded, activation: Activation | None, dtype: torch.dtype) -> bool:
-    """int8 codes with one scale per row, and inputs in int8."""
+    """True if a weight has int8 codes with one scale per row, and its inputs are int8."""
     if activation is None or activation.format not in ("int8-dynamic", "int8-static"):
         return False
     grid = encoded.integers
@@ -31,7 +31,7 @@ def is_int8(encoded: Encoded, activation: Activation | None, dtype: torch.dtype)
 
 
 def quantized(x: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
-    """Codes of the inputs, and their scale."""
+    """Quantize the inputs: codes, and their scales."""
     if activation.format == "int8-dynamic":
         return Int8Dynamic().quantize(x)
     return IntStatic(8).quantize(x, activation.params), activation.params["scale"]
@@ -53,7 +53,7 @@ def has_int_mm(encoded: Encoded, activation: Activation | None, dtype: torch.dty
 def run_int_mm(
     x: Tensor, encoded: Encoded, activation: Activation | None, layout: Layout, bias: Tensor | None
 ) -> Tensor:
-    """`torch._int_mm` (oneDNN; VNNI where the CPU has it)."""
+    """Multiply by `torch._int_mm` (oneDNN, with VNNI where the CPU has it)."""
     assert activation is not None
     codes, scale = quantized(x, activation)
     grid = grid_of(encoded)
@@ -105,7 +105,7 @@ def qlinear_layout(encoded: Encoded, activation: Activation | None) -> Layout:
 def run_qlinear(
     x: Tensor, encoded: Encoded, activation: Activation | None, layout: Layout, bias: Tensor | None
 ) -> Tensor:
-    """oneDNN's `qlinear_pointwise`, whose inputs are unsigned."""
+    """Multiply by oneDNN's `qlinear_pointwise`, whose inputs are unsigned."""
     assert activation is not None
     codes, scale = quantized(x, activation)
     unsigned = codes.view(torch.uint8).bitwise_xor_(128)  # code + 128
@@ -129,7 +129,7 @@ def float_layout(encoded: Encoded, activation: Activation | None) -> Layout:
 def run_float(
     x: Tensor, encoded: Encoded, activation: Activation | None, layout: Layout, bias: Tensor | None
 ) -> Tensor:
-    """A product of floats that are whole numbers."""
+    """Multiply codes as floats, which is exact for whole numbers of this size."""
     assert activation is not None
     codes, scale = quantized(x, activation)
     pieces = codes.float().split(EXACT_COLUMNS, 1)

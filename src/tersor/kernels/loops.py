@@ -56,7 +56,7 @@ class Span(NamedTuple):
 
 @intrinsic
 def pointer(typingctx: Any, address: Any) -> Any:
-    """An address as a pointer."""
+    """Convert an address to a pointer."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], ir.IntType(8).as_pointer())

@@ -133,7 +133,7 @@ class Pass(NamedTuple):
     places: list[tuple[int, int]]
 
     def at(self, base: Any, *steps: tuple[Any, int]) -> Any:
-        """An address, so many strides after a base."""
+        """The address that lies a number of strides after a base."""
         for stride, count in steps:
             base = self.b.add(base, self.b.mul(stride, INT64(count)))
         return base
@@ -155,7 +155,7 @@ class Pass(NamedTuple):
             self.finish(row, added[row * len(self.places) :][: len(self.places)])
 
     def start(self) -> list[Any]:
-        """Sums before the first column: minus the offsets."""
+        """The initial sums, which subtract the offsets of the inputs."""
         b, kind, zeros, started = self.b, self.kind, sums_of(self.kind) - 1, []
         for panel, first in self.places:
             offset = load(b, self.at(self.tile.offset, (INT64(4), PANEL * panel + first)), vector(INT32, kind.lanes))
@@ -168,7 +168,7 @@ class Pass(NamedTuple):
         return started
 
     def step(self, step: Any, totals: list[Any]) -> list[Any]:
-        """Four columns more."""
+        """Add the products of four more columns to the sums."""
         b, kind, tile = self.b, self.kind, self.tile
         at_weight, at_codes = b.mul(step, INT64(BYTES)), b.mul(step, INT64(kind.input_bytes))
         weights = [

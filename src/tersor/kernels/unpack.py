@@ -70,7 +70,7 @@ def decoded_layout(encoded: Encoded, activation: Activation | None) -> dict[str,
 
 
 def run_kept(x: Tensor, encoded: Encoded, activation: Activation | None, layout: Layout, bias: Tensor | None) -> Tensor:
-    """Multiply with the weight that was decoded once."""
+    """Multiply with a weight that was decoded once and stays in memory."""
     return F.linear(x, layout["weight"].to(x.dtype), bias)
 
 

@@ -97,7 +97,7 @@ def named(latency: Latency, work: str, num_calls: int, num_tokens: int) -> Laten
 
 
 def begin(decoder: Decoder, prompt: Int64[np.ndarray, "row token"]) -> None:
-    """Forget all, and read the prompt."""
+    """Reset the decoder and feed it the prompt."""
     decoder.reset()
     decoder.feed(prompt)
 

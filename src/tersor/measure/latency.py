@@ -29,7 +29,7 @@ MOST = 60  # rounds
 
 
 def now() -> float:
-    """Seconds on the wall."""
+    """Elapsed time in seconds (wall clock)."""
     return time.perf_counter()
 
 
@@ -49,7 +49,7 @@ class TimeLimit:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count what happens inside as timing."""
+        """Context whose duration counts as time spent on timing."""
         started = self.clock()
         try:
             yield
@@ -217,11 +217,11 @@ def ratio_interval(
 
 
 def nothing() -> None:
-    """To be called where there is nothing to do."""
+    """Do nothing."""
 
 
 def timed(call: Callable[[], object], clock: Callable[[], float]) -> float:
-    """Seconds of one call."""
+    """Seconds that one call takes."""
     started = clock()
     call()
     return clock() - started

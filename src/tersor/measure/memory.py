@@ -129,7 +129,7 @@ def least_bytes(opened: object, path: str) -> int:
 
 
 def resident(field: str) -> int:
-    """One field of /proc/self/status, in bytes."""
+    """One field of /proc/self/status, such as VmHWM, in bytes."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
 

@@ -235,7 +235,7 @@ def forward(task: Task, batch: Any, model: nn.Module) -> object:
 
 
 def machine() -> dict[str, Any]:
-    """Versions and hardware, for the record."""
+    """Versions of the libraries and a description of the hardware, for reports."""
     return {
         "tersor": version("tersor"),
         "python": platform.python_version(),

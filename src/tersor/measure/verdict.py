@@ -103,7 +103,7 @@ class Verdict:
     mcnemar_p: float | None = None
 
     def sentence(self) -> str:
-        """One line to paste in a review."""
+        """The verdict in one line: outcome, scores, drop with its interval, tolerance and number of examples."""
         digits = 4 if self.tolerance <= 0 else min(max(4, 1 - math.floor(math.log10(self.tolerance))), 12)
         numbers = (self.original, self.compressed, self.drop, *self.drop_interval, self.tolerance)
         original, compressed, drop, low, high, tolerance = (f"{number:.{digits}f}" for number in numbers)

@@ -66,7 +66,7 @@ Made with torch {about["torch"]}, transformers {about["transformers"]}, Python {
 
 
 def trained(curves: Sequence[Mapping[str, Any]]) -> str:
-    """A table of what was trained, empty where nothing was."""
+    """A table of the training steps and their losses; empty if nothing was trained."""
     if not curves:
         return ""
     rows = []
@@ -146,7 +146,7 @@ def latency_text(latency: Latency) -> str:
 
 
 def shared_extras(cards: Sequence[Scorecard]) -> list[str]:
-    """Names of the side results that every scorecard has."""
+    """Names of the additional results that every scorecard has."""
     return [key for key in cards[0].extras if all(key in card.extras for card in cards)]
 
 

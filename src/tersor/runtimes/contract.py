@@ -72,7 +72,7 @@ class Profile:
 
 @runtime_checkable
 class Session(Protocol):
-    """A model, opened and ready to run."""
+    """The contract of an opened model that is ready to run."""
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -87,7 +87,7 @@ class Session(Protocol):
 
 @runtime_checkable
 class Runtime(Protocol):
-    """Something that runs model files."""
+    """The contract of a runtime, which opens model files of some kinds."""
 
     @property
     def name(self) -> str:
@@ -144,7 +144,7 @@ class Decoder(Protocol):
 
 @runtime_checkable
 class Decodes(Protocol):
-    """A runtime that runs language models token by token."""
+    """The contract of a runtime that also runs language models token by token."""
 
     def open_decoder(self, path: str | Path, *, num_threads: int = 1) -> Decoder:
         """Raises as `open`, and ModelError for a file without a cache."""
@@ -158,13 +158,13 @@ class DecoderState:
 
     @property
     def length(self) -> int:
-        """Tokens of a row, padding included."""
+        """Number of tokens fed so far to each row, padding included."""
         return 0 if self.mask is None else self.mask.shape[1]
 
     def add(
         self, ids: Int64[np.ndarray, "row new"], mask: Int64[np.ndarray, "row new"] | None
     ) -> tuple[Int64[np.ndarray, "row token"], Int64[np.ndarray, "row new"]]:
-        """Count some more. Returns the whole mask, and the position of every new token in its text.
+        """Count new tokens. Returns the whole mask, and the position of every new token in its text.
 
         >>> DecoderState().add(np.array([[5, 7, 9]]), np.array([[0, 1, 1]]))
         (array([[0, 1, 1]]), array([[0, 0, 1]]))

@@ -36,7 +36,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class ExecuTorchRuntime:
-    """Runs `.pte` files."""
+    """The runtime `executorch`, which runs `.pte` files."""
 
     name: str = "executorch"
     suffixes: tuple[str, ...] = (".pte",)
@@ -67,7 +67,7 @@ class Pool:
 
 
 class ExecuTorchSession:
-    """A program, loaded."""
+    """A loaded ExecuTorch program."""
 
     def __init__(self, path: Path, num_threads: int):
         self.path, self.num_threads = path, num_threads

@@ -35,7 +35,7 @@ def read_profile(events: Iterable[Any], walls: list[float], num_warm: int, busy:
 
 
 def inside(name: str, event: str, seconds: float) -> LayerTime:
-    """An operator of XNNPACK: `Convolution (NHWC, QC8) IGEMM #1`."""
+    """The time of an XNNPACK operator, whose event reads `Convolution (NHWC, QC8) IGEMM #1`."""
     kernel = event.rsplit(" #", 1)[0]
     kind = kernel.split(" (")[0]
     if kind == "Convert":
@@ -49,7 +49,7 @@ def inside(name: str, event: str, seconds: float) -> LayerTime:
 
 
 def outside(name: str, operator: str, seconds: float) -> LayerTime:
-    """An operator of ExecuTorch's own: `embedding.out`."""
+    """The time of one of ExecuTorch's own operators, such as `embedding.out`."""
     kind = operator.split(".")[0]
     if kind in PRODUCTS_OUTSIDE:
         return LayerTime(name, kind, "product", seconds, operator, "fp32", "float")

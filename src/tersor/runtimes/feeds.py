@@ -41,7 +41,7 @@ def synthetic_feeds(
 
 
 def made_up(each: Input, batch_size: int, length: int, shape: Sequence[int] | None, seed: int) -> np.ndarray:
-    """Random values for one input."""
+    """Random values for one input, in its declared type and shape."""
     sizes = concrete(each, batch_size, length, shape)
     generator = np.random.default_rng([seed, *sizes])
     if each.dtype.kind == "f":

@@ -15,7 +15,7 @@ LONGEST = 2048  # tokens that a context holds at most, where the model's own is 
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """Runs `.gguf` files, one text at a time."""
+    """The runtime `llama.cpp`, which runs `.gguf` files, one text at a time."""
 
     name: str = "llama.cpp"
     suffixes: tuple[str, ...] = (".gguf",)

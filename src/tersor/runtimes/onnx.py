@@ -28,7 +28,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class OnnxRuntime:
-    """Runs `.onnx` files."""
+    """The runtime `onnx`, which runs `.onnx` files."""
 
     name: str = "onnx"
     suffixes: tuple[str, ...] = (".onnx",)
@@ -44,7 +44,7 @@ class OnnxRuntime:
 
 
 class OnnxSession:
-    """An ONNX file, opened."""
+    """An ONNX file opened in ONNX Runtime."""
 
     def __init__(self, path: Path, num_threads: int):
         self.path, self.num_threads = path, num_threads
@@ -104,7 +104,7 @@ def open_session(path: Path, num_threads: int, profile: Path | None = None) -> A
 
 
 def declared(path: Path, each: Any) -> Input:
-    """An input as the file declares it."""
+    """The name, type and shape of an input, as the file declares them."""
     if each.type not in TYPES:
         raise ModelError(f"{path}: input {each.name} is {each.type}, which cannot be fed from NumPy")
     shape = tuple(size if isinstance(size, int) and size > 0 else None for size in each.shape)

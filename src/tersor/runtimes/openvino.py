@@ -124,7 +124,7 @@ def read_model(path: Path) -> Any:
 
 
 def compile_model(model: Any, path: Path, settings: dict[str, Any]) -> Any:
-    """Compiled for the CPU."""
+    """Compile a model for the CPU."""
     try:
         return library().Core().compile_model(model, "CPU", settings)
     except Exception as error:
@@ -132,11 +132,11 @@ def compile_model(model: Any, path: Path, settings: dict[str, Any]) -> Any:
 
 
 def declared(port: Any) -> Input:
-    """An input as the model declares it."""
+    """The name, type and shape of an input, as the model declares them."""
     shape = tuple(None if size.is_dynamic else size.get_length() for size in port.get_partial_shape())
     return Input(name_of(port, "input"), np.dtype(port.get_element_type().to_dtype()), shape)
 
 
 def name_of(port: Any, otherwise: str) -> str:
-    """A port's name, where it has one."""
+    """A port's name, or `otherwise` if it has none."""
     return min(port.get_names(), default=otherwise)

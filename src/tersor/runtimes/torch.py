@@ -24,7 +24,7 @@ TEXT = ("input_ids", "attention_mask")  # of a Hugging Face model that reads tok
 
 @dataclass(frozen=True)
 class Torch:
-    """Runs model folders and factories."""
+    """The runtime `torch`, which runs model folders and factories."""
 
     name: str = "torch"
     suffixes: tuple[str, ...] = ("",)

@@ -101,7 +101,7 @@ def typical(runs: list[list[OperatorCall]]) -> list[OperatorCall]:
 
 
 def layer_of(calls: list[OperatorCall], module: nn.Module | None, macs: dict[str, int]) -> LayerTime:
-    """All calls of one part of one module."""
+    """The time of a layer: all calls of one part of one module, summed."""
     name, part, product = calls[0].module, calls[0].part, calls[0].part == "product"
     by_kernel: dict[str, float] = defaultdict(float)
     for call in calls:
@@ -123,7 +123,7 @@ def layer_of(calls: list[OperatorCall], module: nn.Module | None, macs: dict[str
 
 
 class Stopwatch(TorchFunctionMode):
-    """While it is entered, notes what every operator takes, and for which module."""
+    """A mode that records the time of every operator and the module that called it."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -153,7 +153,7 @@ class Stopwatch(TorchFunctionMode):
         self.path.pop()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """One operator that Python calls."""
+        """Run one operator that Python calls, and time it."""
         name = getattr(function, "__name__", str(function))
         if name in QUESTIONS:
             return function(*args, **(kwargs or {}))
@@ -216,7 +216,7 @@ PIECES = [
 
 @contextmanager
 def replaced(owner: type, name: str, new: Callable[..., Any]) -> Iterator[None]:
-    """A method of a class, exchanged inside the block."""
+    """Context in which a method of a class is replaced by another."""
     before = getattr(owner, name)
     setattr(owner, name, new)
     try:
@@ -227,7 +227,7 @@ def replaced(owner: type, name: str, new: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def removed(handle: Any) -> Iterator[None]:
-    """A hook, removed after the block."""
+    """Context after which a hook is removed."""
     try:
         yield
     finally:
@@ -283,7 +283,7 @@ def count_calls(run: Callable[[], object]) -> int:
 
 
 class CallCounter(TorchDispatchMode):
-    """Counts operators."""
+    """A dispatch mode that counts operators."""
 
     num_calls = 0
 

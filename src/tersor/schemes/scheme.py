@@ -156,7 +156,7 @@ def spell_options(made: Any) -> str:
 
 
 def parse_rule(text: str | None, sees_inputs: bool = False) -> Scheme | None:
-    """A scheme, or None for `keep`."""
+    """Parse a rule's value: a scheme, or None for `keep`."""
     return None if text is None or text.strip() == KEEP else Scheme.parse(text, sees_inputs)
 
 

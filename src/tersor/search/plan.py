@@ -249,12 +249,12 @@ def smallest_options(menus: list[Menu]) -> list[Option]:
 
 
 def smallest_size(model: nn.Module, menus: list[Menu]) -> int:
-    """Bytes of the smallest file the menus reach."""
+    """Bytes of the smallest file that the menus' options can give."""
     return planned_size(kept_layout(model, menus), menus, smallest_options(menus))
 
 
 def largest_size(model: nn.Module, menus: list[Menu]) -> int:
-    """Bytes of the largest file the menus reach."""
+    """Bytes of the largest file that the menus' options can give."""
     return planned_size(kept_layout(model, menus), menus, [max(m.options, key=lambda o: o.num_bytes) for m in menus])
 
 

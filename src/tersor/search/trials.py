@@ -90,7 +90,7 @@ class TrialJournal:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise InputError(f"{self.path}: trials cannot be kept here: {error.strerror}") from None
+            raise InputError(f"{self.path}: trials cannot be saved here: {error.strerror}") from None
 
     def remove(self) -> None:
         """The search has ended well."""
@@ -134,7 +134,7 @@ class Trials:
     best: Compressed | None = None
 
     def run(self, recipe: Recipe, num_trials: int = NUM_TRIALS) -> Trial:
-        """Make a model and judge it, or take what is known of it."""
+        """Make a model and judge it, or reuse the saved result of the same trial."""
         spec = replace(self.spec, recipe=recipe)
         known = self.journal.find(recipe, self.original)
         if known is None:

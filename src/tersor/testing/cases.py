@@ -12,12 +12,12 @@ from tersor.methods.stats import Stats
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
-    """Gaussian numbers, the same for the same seed."""
+    """A tensor of Gaussian numbers, the same for the same seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def odd_weights() -> dict[str, Tensor]:
-    """Weight matrices by what is odd about them."""
+    """Weight matrices of unusual content, by a description of it."""
     outliers = random(6, 256, seed=1)
     outliers[0, 3], outliers[2, 200], outliers[5, 0] = 300.0, -70.0, 1000.0
     islands = random(4, 256, seed=2)
@@ -59,7 +59,7 @@ def widened(weight: Tensor, format: Format) -> Tensor:
 
 
 def inputs() -> dict[str, Tensor]:
-    """Activations `[..., in]`, a token in each row."""
+    """Inputs of a layer, `[..., in]`, with a token in each row."""
     outliers = random(6, 128, seed=20)
     outliers[2, 5] = 500.0
     return {

@@ -62,13 +62,13 @@ def places() -> tuple[Site, ...]:
 
 @cache
 def encoded_in(format: str, shape: tuple[int, int]) -> Encoded:
-    """A weight of this shape in a format of the table."""
+    """A random weight of this shape, encoded in a format of the table."""
     weight = 0.05 * random(*shape)
     return FORMATS[format].encode(weight, FORMATS[format].fit(weight))
 
 
 def packed_in(site: Site, format: str, activation: str | None) -> PackedSite:
-    """A site in a scheme."""
+    """A packed site for the tests, in a given scheme."""
     quantizer = Activation(activation, params_for(ACTIVATIONS[activation])) if activation else None
     return PackedSite(site, encoded_in(format, site.shape), quantizer)
 

@@ -48,7 +48,7 @@ def what_is_stored_is_what_was_computed(format: Format, weight: Tensor) -> None:
 
 
 def decoded_is_finite_float32(format: Format, weight: Tensor) -> None:
-    """No weight, however odd, decodes to NaN or infinity."""
+    """Check that no weight, however unusual, decodes to NaN or infinity."""
     decoded = format.encode(weight, format.fit(weight)).decode()
     hold(decoded.dtype is torch.float32, f"decode gives {decoded.dtype}; it must give float32")
     hold(decoded.shape == weight.shape, f"decode gives the shape {list(decoded.shape)}, not {list(weight.shape)}")
@@ -57,14 +57,14 @@ def decoded_is_finite_float32(format: Format, weight: Tensor) -> None:
 
 
 def fake_quantize_is_idempotent(format: Format, weight: Tensor) -> None:
-    """A representable weight stays as it is."""
+    """Check that rounding a representable weight again does not change it."""
     params = format.fit(weight)
     once = format.fake_quantize(weight, params)
     hold_same(format.fake_quantize(once, params), once, "fake_quantize changes what it made itself")
 
 
 def fake_quantize_is_nearest(format: Format, weight: Tensor) -> None:
-    """No other weight of the set is closer, in any element: not what a neighbour of the weight is rounded to."""
+    """Check that no other representable weight is closer in any element; candidates come from nearby weights."""
     params = format.fit(weight)
     error = (format.fake_quantize(weight, params) - weight).abs()
     largest = weight.abs().amax(dim=1, keepdim=True)
@@ -108,7 +108,7 @@ def rows_decode_alone(format: Format, weight: Tensor) -> None:
 
 
 def parts_survive_a_file(format: Format, weight: Tensor) -> None:
-    """Through safetensors and back."""
+    """Check that the parts are the same after writing and reading a safetensors file."""
     encoded = format.encode(weight, format.fit(weight))
     read = safetensors.torch.load(safetensors.torch.save(encoded.parts))
     hold_same_parts(read, encoded.parts, "the parts changed after a save and load")
@@ -131,7 +131,7 @@ def inputs_are_left_alone(format: Format, weight: Tensor) -> None:
 
 
 def same_input_same_bytes(format: Format, weight: Tensor) -> None:
-    """Twice the same, whatever the strides."""
+    """Check that the same weight gives the same bytes twice, whatever its strides."""
     parts = format.encode(weight, format.fit(weight)).parts
     hold_same_parts(format.encode(weight, format.fit(weight)).parts, parts, "the same weight gives other bytes")
     strided = weight.t().contiguous().t()

@@ -19,7 +19,7 @@ Law = Callable[..., None]
 
 
 class LawBroken(TersorError, AssertionError):
-    """An entry does not do what everything of its kind must do."""
+    """Raised when a method, format, task or exporter breaks a law of its kind."""
 
 
 def hold(kept: bool, sentence: str) -> None:
@@ -56,7 +56,7 @@ def share(cases: Mapping[str, Any], of: int, *entries: object) -> dict[str, Any]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal to the last bit, signs of zeros included."""
+    """True if two tensors are equal to the last bit, signs of zeros included."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))

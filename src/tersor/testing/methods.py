@@ -86,7 +86,7 @@ def lands_on_the_format(method: Method, format: Format, weight: Tensor, stats: S
 
 
 def gives_the_same_bytes_twice(method: Method, format: Format, weight: Tensor, stats: Stats) -> None:
-    """And the weight and the statistics are left alone."""
+    """Check that a method gives the same bytes twice, and changes neither weight nor statistics."""
     weight = suited(method, format, weight)
     before = weight.clone()
     stats_before = {f.name: getattr(stats, f.name) for f in fields(stats)}

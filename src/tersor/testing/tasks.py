@@ -60,7 +60,7 @@ def batches_come_in_a_fixed_order(task: Task, model: nn.Module) -> None:
 
 
 def splits_share_no_rows(task: Task, model: nn.Module) -> None:
-    """No example that calibrates also judges."""
+    """Check that no calibration example is also an evaluation example."""
     both = sorted(rows_of(task, "calibration") & rows_of(task, "eval"))
     hold(not both, f"rows {both[:5]} are in the calibration split and in the eval split")
 

@@ -104,7 +104,7 @@ class Workbench:
 
 
 class Runner(Protocol):
-    """Something that runs trials."""
+    """The contract of a runner of trials."""
 
     def run(self, specs: Iterable[TrialSpec], what: str = "evaluating a trial") -> Iterator[TrialResult]:
         """The results, in the order of the specs, each as soon as it is there. Raises what a trial raises."""

@@ -52,12 +52,12 @@ here = SerialRunner()  # of a worker process: what its trials share stays open
 
 
 def begin(num_threads: int) -> None:
-    """Set a worker process up."""
+    """Set up a worker process."""
     torch.set_num_threads(num_threads)
 
 
 def work(spec: TrialSpec) -> TrialResult:
-    """One trial, in a worker process."""
+    """Run one trial in a worker process."""
     (result,) = here.run([spec])
     here.latest = None
     return result
