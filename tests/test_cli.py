@@ -402,7 +402,7 @@ def test_budget_below_every_format(digits, inside, capsys):
         capsys, inside, "compress", *digits_arguments(digits), *labelled(digits), "--size", "2KB", "-o", "out"
     )
     assert "the nearest reachable file is" in message
-    assert "What binds" in message
+    assert "bytes are stored as they are, and" in message
     reachable = message.split("--size ")[1].split(".")[0]
     made = tersor(
         capsys, "compress", *digits_arguments(digits), *labelled(digits), "--size", reachable, "-o", "out", "--json"

@@ -361,8 +361,8 @@ def defensible(trials: list[Trial], tolerance: Tolerance) -> Trial:
     best = smallest_within(trials)
     if best is None:
         raise BudgetError(
-            f"--drop {tolerance}: no size that was tried is surely within it, judged by {trials[0].verdict.num_examples} examples; "
-            f"nearest points: {nearest_points(trials)}. More examples or a larger --drop would help"
+            f"--drop {tolerance}: no size that was tried is surely within it by "
+            f"{trials[0].verdict.num_examples} examples; nearest points: {nearest_points(trials)}. More examples or a larger --drop would help"
         )
     return best
 

@@ -268,8 +268,8 @@ def why_infeasible(kept: Tensors, menus: list[Menu], limit: Limit) -> str:
     hint = f"; rules and excludes fix {pinned} sites" if pinned else ""
     return (
         f"{limit.text} ({limit.num_bytes:,} bytes) is below what any candidate format reaches: the nearest reachable "
-        f"file is {reachable:,} bytes, --size {-(-reachable // 1000)}KB. What binds: {floats:,} bytes are kept as they "
-        f"are, and {largest.site.name} alone takes {its_option.num_bytes:,} at {its_option.scheme}{hint}"
+        f"file is {reachable:,} bytes, --size {-(-reachable // 1000)}KB. Of these, {floats:,} bytes are stored as "
+        f"they are, and {largest.site.name} alone takes {its_option.num_bytes:,} at {its_option.scheme}{hint}"
     )
 
 
