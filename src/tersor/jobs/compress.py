@@ -362,7 +362,8 @@ def defensible(trials: list[Trial], tolerance: Tolerance) -> Trial:
     if best is None:
         raise BudgetError(
             f"--drop {tolerance}: no size that was tried is surely within it by "
-            f"{trials[0].verdict.num_examples} examples; nearest points: {nearest_points(trials)}. More examples or a larger --drop would help"
+            f"{trials[0].verdict.num_examples} examples; nearest points: "
+            f"{nearest_points(trials)}. More examples or a larger --drop would help"
         )
     return best
 
