@@ -12,6 +12,14 @@ def is_aligned(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu" or isinstance(tensor, FakeTensor) or tensor.data_ptr() % ALIGNMENT == 0
 
 
+def lies_here(tensor: Tensor) -> bool:
+    """True if the numbers of a tensor are in the memory of the CPU, at its address and as its strides say, so that
+    code which takes addresses can read them: an ordinary dense tensor, not a subclass (fake tensors lie nowhere), not
+    on another device, and no view that negates what it reads."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    return plain and tensor.device.type == "cpu" and not tensor.is_neg()
+
+
 def aligned(tensor: Tensor) -> Tensor:
     """The same tensor, or a copy that is aligned where it is not, as in a mapped file."""
     return tensor if is_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)

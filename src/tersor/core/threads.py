@@ -55,12 +55,21 @@ def shares(count: int, work: int) -> list[Share]:
 
 
 def spread(run: Callable[[int, int], None], parts: list[Share]) -> None:
-    """Call `run` for every share, each on a thread of its own; `run` must give up the interpreter's lock."""
+    """Call `run` for every share, each on a thread of its own; `run` must give up the interpreter's lock.
+
+    An interruption (Ctrl-C) does not stop the other threads: `run` has to hold what it reads and writes.
+    """
     if len(parts) == 1:
         run(*parts[0])
         return
-    futures = [pool().submit(run, *part) for part in parts[1:]]
-    run(*parts[0])
+    mine, futures = parts[:1], []
+    for part in parts[1:]:
+        try:
+            futures.append(pool().submit(run, *part))
+        except RuntimeError:  # no thread can be started: the interpreter is shutting down, or there are too many
+            mine.append(part)
+    for part in mine:
+        run(*part)
     for future in futures:
         future.result()
 

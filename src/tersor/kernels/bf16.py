@@ -17,7 +17,7 @@ def is_int8_in_bf16(encoded: Encoded, activation: Activation | None, dtype: torc
 
 def int8_pack_layout(encoded: Encoded, activation: Activation | None) -> Layout:
     """Scales of one: bfloat16 would round ours, which come after."""
-    return {"ones": torch.ones(encoded.shape[0], dtype=torch.bfloat16)}
+    return {"ones": torch.ones(encoded.shape[0], dtype=torch.bfloat16, device="cpu")}
 
 
 def run_int8_pack(

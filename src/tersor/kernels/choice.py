@@ -1,9 +1,10 @@
 """The choice of the kernel that runs a packed layer, from the table `ROWS` and by measurement."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersor.activations.quantizers import Activation
-from tersor.core.memory import aligned, is_aligned
+from tersor.core.memory import aligned, is_aligned, lies_here
 from tersor.formats.contract import Encoded
 from tersor.kernels.bf16 import INT4_PACK, INT8_PACK
 from tersor.kernels.contract import Kernel, Layout
@@ -52,19 +53,22 @@ class KernelTiming:
     microseconds: dict[str, float]
 
 
+Ready = tuple[Callable[[Tensor, Tensor | None], Tensor], tuple[int, int]]
+
+
 @dataclass
 class WeightKernels:
     """The kernels of one packed weight: those that fit an input type, those chosen, and their layouts.
 
     Attributes:
         keeps: False for a weight that is fetched whenever it is needed, of which no copy may stay.
-        ready: what `again` calls, by number of tokens, type and threads.
-        seen: the tensors that the layouts were made from, and how often each had been written to then.
+        ready: what `again` calls, and the shape of the weight, by number of tokens, type and threads.
+        seen: the tensors that the layouts were made from, where each lay, and how often it had been written to then.
     """
 
     keeps: bool = True
-    seen: list[tuple[Tensor, int]] = field(default_factory=list)
-    ready: dict[tuple[int, torch.dtype, int], Callable[[Tensor, Tensor | None], Tensor]] = field(default_factory=dict)
+    seen: list[tuple[Tensor, int, int]] = field(default_factory=list)
+    ready: dict[tuple[int, torch.dtype, int], Ready] = field(default_factory=dict)
     fitting: dict[torch.dtype, list[Kernel]] = field(default_factory=dict)
     chosen: dict[tuple[int, torch.dtype, int], Kernel] = field(default_factory=dict)
     layouts: dict[str, Layout] = field(default_factory=dict)
@@ -81,34 +85,46 @@ class WeightKernels:
 
     def kernels(self, encoded: Encoded, activation: Activation | None, dtype: torch.dtype) -> list[Kernel]:
         """Those that fit; only decoding takes parts from wherever they lie."""
-        if not all(map(is_aligned, encoded.parts.values())):
+        if not all(lies_here(part) and is_aligned(part) for part in encoded.parts.values()):
             return [DECODE]
         if dtype not in self.fitting:
             rows = ROWS if self.keeps else [INT_MM, DECODE]
             self.fitting[dtype] = [kernel for kernel in rows if kernel.fits(encoded, activation, dtype)] or [DECODE]
         return self.fitting[dtype]
 
-    def is_stale(self) -> bool:
-        """True if a tensor that a layout was made from has been written to since."""
-        return any(written(tensor) != times for tensor, times in self.seen)
+    def is_stale(self, now: Iterable[Tensor | None]) -> bool:
+        """True if a layout was made from other tensors than those of now, or one has been written to since."""
+        tensors = list(now)
+        return bool(self.seen) and (
+            len(tensors) != len(self.seen)
+            or any(
+                tensor is not then or then.data_ptr() != address or written(then) != times
+                for tensor, (then, address, times) in zip(tensors, self.seen, strict=True)
+            )
+        )
 
     def clear(self) -> None:
         """Forget everything about a weight that has changed or is about to: other codes may need another kernel."""
         for each in (self.ready, self.fitting, self.chosen, self.layouts, self.seen):
             each.clear()
 
-    def refresh(self) -> None:
-        """Begin anew where the weight or the scale of its input has been written to."""
-        if self.is_stale():
+    def refresh(self, encoded: Encoded, activation: Activation | None) -> None:
+        """Begin anew where the weight or the scale of its input is another, or has been written to."""
+        if self.is_stale(sources(encoded, activation)):
             self.clear()
 
     def layout(self, kernel: Kernel, encoded: Encoded, activation: Activation | None) -> Layout:
         """The weight in a kernel's layout, converted once and kept."""
         if kernel.name not in self.layouts:
-            params = activation.params.values() if activation is not None else ()
-            self.seen += [(tensor, written(tensor)) for tensor in (*encoded.parts.values(), *params)]
+            if self.keeps and not self.seen:
+                self.seen += [(each, each.data_ptr(), written(each)) for each in sources(encoded, activation)]
             self.layouts[kernel.name] = kernel.lay_out(encoded, activation)
         return self.layouts[kernel.name]
+
+
+def sources(encoded: Encoded, activation: Activation | None) -> list[Tensor]:
+    """The tensors that a layout is made from."""
+    return [*encoded.parts.values(), *(activation.params.values() if activation is not None else ())]
 
 
 def written(tensor: Tensor) -> int:
@@ -141,8 +157,11 @@ def fast(x: Tensor, *, compiling: bool = False) -> bool:
 
 
 def transformed() -> bool:
-    """True while `torch.jit.trace` or `torch.func` (grad, vmap) is at work: they follow plain operations only."""
-    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    """True while `torch.jit.trace`, `torch.func` (grad, vmap) or a dispatch mode (`make_fx`, a FLOP counter) is at work:
+    they follow plain operations only."""
+    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return True
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
 def linear(
@@ -159,35 +178,75 @@ def linear(
         return None
     if not fast(x, compiling=True) or not x.numel() or encoded.shape[0] == 0:
         return None
-    tokens = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    if not x.dim() or x.shape[-1] != encoded.shape[1]:
+        return None
     if torch.compiler.is_compiling():
-        kernel = INT_MM
+        kernel, tokens = INT_MM, x.reshape(-1, x.shape[-1])
         if not kernel.fits(encoded, activation, x.dtype):
             return None
-        layout = kernel.lay_out(encoded, activation)
-    else:
-        memory.refresh()
-        tokens = aligned(tokens)
-        kernel = CHOICE.choose(tokens, encoded, activation, bias, memory)
-        if kernel is DECODE:
-            return None
-        layout = memory.layout(kernel, encoded, activation)
-        if memory.keeps:
-            memory.ready[key_of(tokens)] = lambda x, bias: kernel.run(x, encoded, activation, layout, bias)
-    y = kernel.run(tokens, encoded, activation, layout, bias)
+        y = kernel.run(tokens, encoded, activation, kernel.lay_out(encoded, activation), bias)
+        return y.view(*x.shape[:-1], -1)
+    if not readable(x, bias, encoded.shape):
+        return None
+    if torch.is_autocast_enabled("cpu"):  # exact as ever, and the result in the type that others get then
+        with torch.autocast("cpu", enabled=False):
+            made = linear(x, encoded, activation, bias, memory)
+        return made if made is None else made.to(torch.get_autocast_dtype("cpu"))
+    memory.refresh(encoded, activation)
+    tokens = aligned(x.reshape(-1, x.shape[-1]))
+    kernel = CHOICE.choose(tokens, encoded, activation, bias, memory)
+    if kernel is DECODE:
+        return None
+    layout = memory.layout(kernel, encoded, activation)
+
+    def run(tokens: Tensor, bias: Tensor | None) -> Tensor:
+        return kernel.run(tokens, encoded, activation, layout, bias)
+
+    if memory.keeps:
+        memory.ready[key_of(tokens)] = run, encoded.shape
+    y = WithBias.apply(bias, lambda bias: run(tokens, bias)) if is_trained(bias) else run(tokens, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
 
 
-def again(x: Tensor, bias: Tensor | None, memory: WeightKernels) -> Tensor | None:
+class WithBias(torch.autograd.Function):
+    """A linear map of which only the bias is trained."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.dtype = bias.dtype
+        return run(bias.detach())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.sum(0).to(ctx.dtype), None
+
+
+def is_trained(bias: Tensor | None) -> bool:
+    """True if gradients flow to a bias."""
+    return bias is not None and bias.requires_grad and torch.is_grad_enabled()
+
+
+def readable(x: Tensor, bias: Tensor | None, shape: tuple[int, int]) -> bool:
+    """True if kernels can read an input and a bias, and these are as long as the weight says: kernels take addresses
+    and check nothing. The reference is for all others; it has PyTorch's own rules and messages."""
+    if x.shape[-1] != shape[1] or not x.is_floating_point() or not lies_here(x):
+        return False
+    return bias is None or (tuple(bias.shape) == tuple(shape[:1]) and lies_here(bias))
+
+
+def again(x: Tensor, bias: Tensor | None, memory: WeightKernels, *now: Mapping[str, Tensor | None]) -> Tensor | None:
     """The output of `linear` by the kernel it chose before for such inputs: a short path for layers called often.
 
-    None if no kernel was chosen yet, or gradients may flow.
+    `now` are the tensors of the weight and of its input's quantizer. None if no kernel was chosen yet, or gradients may
+    flow.
     """
-    if torch.is_grad_enabled() or not memory.ready or not fast(x) or memory.is_stale():
+    if torch.is_grad_enabled() or not memory.ready or not fast(x) or torch.is_autocast_enabled("cpu") or not x.numel():
+        return None
+    if not x.dim() or memory.is_stale(chain.from_iterable(tensors.values() for tensors in now)):
         return None
     tokens = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
-    run = memory.ready.get(key_of(tokens)) if tokens.shape[0] else None
-    if run is None:
+    run, shape = memory.ready.get(key_of(tokens), (None, (0, 0)))
+    if run is None or not readable(x, bias, shape):
         return None
     y = run(aligned(tokens), bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
@@ -313,6 +372,6 @@ def kernel_of(module: torch.nn.Module, num_tokens: int = 1) -> str:
     fitting = packed.memory.kernels(encoded, activation, packed.dtype)
     if not CHOICE.enabled or fitting == [DECODE]:
         return DECODE.name
-    x = torch.randn(num_tokens, encoded.shape[1]).to(packed.dtype)
+    x = torch.randn(num_tokens, encoded.shape[1], dtype=torch.float32, device="cpu").to(packed.dtype)
     with torch.no_grad():
         return CHOICE.choose(x, encoded, activation, getattr(module, "bias", None), packed.memory).name

@@ -30,8 +30,11 @@ NAMES = ("vpdpbusd", "vpdpbusd256", "vpmaddubsw", "vpmaddwd", "sdot", "widening"
 def instruction_named(name: str) -> Any:
     """An instruction of this processor; None if it has not got it."""
     # numba takes half a second to import.
+    from tersor.core.compiled import CAN_COMPILE
     from tersor.kernels.instructions import INSTRUCTIONS, features, name_of
 
+    if not CAN_COMPILE:
+        return None
     found = next(each for each in INSTRUCTIONS if name_of(each) == name)
     return found if any(needs <= features() for needs in found.needs) else None
 
@@ -44,9 +47,10 @@ def fits(name: str, encoded: Encoded, activation: Activation | None, dtype: torc
 
 
 def fastest_exact(encoded: Encoded) -> str:
-    """The first instruction of `NAMES` that this processor has, and that multiplies exactly with a weight."""
+    """The first instruction of `NAMES` that this processor has, and that multiplies exactly with a weight; an empty
+    name where nothing can be compiled (`NUMBA_DISABLE_JIT=1`)."""
     here = (name for name in NAMES if instruction_named(name) is not None)
-    return next(name for name in here if name != "vpmaddubsw" or keeps_pair_rule(grid_of(encoded).stored))
+    return next((name for name in here if name != "vpmaddubsw" or keeps_pair_rule(grid_of(encoded).stored)), "")
 
 
 def in_panels(codes: Tensor) -> Tensor:
@@ -56,6 +60,11 @@ def in_panels(codes: Tensor) -> Tensor:
     return padded.view(-1, PANEL, padded.shape[1] // STEP, STEP).transpose(1, 2).contiguous()
 
 
+def nothing_to_add(num_rows: int) -> Tensor:
+    """A bias for a layer that has none; it changes not even the sign of a zero."""
+    return torch.full((num_rows,), -0.0, dtype=torch.float32, device="cpu")
+
+
 def lay_out(name: str, encoded: Encoded, activation: Activation | None) -> Layout:
     """The weight in panels, a second copy, and the addresses that the loops take."""
     from tersor.kernels.loops import Weight
@@ -63,7 +72,7 @@ def lay_out(name: str, encoded: Encoded, activation: Activation | None) -> Layou
     instruction, codes = instruction_named(name), grid_of(encoded).stored
     num_rows, num_columns = encoded.shape
     beyond = -num_rows % PANEL
-    offset = offsets(encoded, activation).get("offset", torch.zeros(num_rows, dtype=torch.int32))
+    offset = offsets(encoded, activation).get("offset", torch.zeros(num_rows, dtype=torch.int32, device="cpu"))
     if instruction.unsigned:
         offset = offset + 128 * codes.sum(1, dtype=torch.int32)
     static = activation.params if activation is not None else {}
@@ -71,7 +80,7 @@ def lay_out(name: str, encoded: Encoded, activation: Activation | None) -> Layou
         "codes": in_panels(codes),
         "offset": torch.nn.functional.pad(offset, (0, beyond)),
         "scale": torch.nn.functional.pad(grid_of(encoded).scale.float().view(-1), (0, beyond)),
-        "nothing": torch.full((num_rows,), -0.0),  # to be added, and to change not even the sign of a zero
+        "nothing": nothing_to_add(num_rows),
         **({"input_scale": static["scale"].float(), "zero_point": static["zero_point"].float()} if static else {}),
     }
     at = {key: tensor.data_ptr() for key, tensor in tensors.items()}
@@ -95,19 +104,21 @@ class Loops:
     precision: str
 
     def multiply(self, loops: Callable[..., None], x: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
-        """Run loops on float tokens: each thread takes some tokens, or some panels where tokens are few."""
+        """Run loops on float tokens: each thread takes some tokens, or some panels where tokens are few. Threads hold
+        the tensors that they are given addresses of."""
         from tersor.kernels.loops import Span
 
         weight, dtype = layout["weight"], x.dtype
         x = x if dtype is torch.float32 and x.stride(1) == 1 else x.float().contiguous()
         addend = layout["nothing"] if bias is None else bias.float().contiguous()
         num_tokens, num_rows, stride = x.shape[0], weight.num_rows, 4 * x.stride(0)
-        y = torch.empty(num_tokens, num_rows)
-        at, to, from_bias, num_panels = x.data_ptr(), y.data_ptr(), addend.data_ptr(), -(-num_rows // PANEL)
+        y = torch.empty(num_tokens, num_rows, dtype=torch.float32, device="cpu")  # whatever the defaults are
+        num_panels = -(-num_rows // PANEL)
         by_token = num_tokens >= num_panels
         parts = shares(num_tokens if by_token else num_panels, num_tokens * num_rows * weight.num_columns)
 
         def part(first: int, last: int) -> None:
+            at, to, from_bias = x.data_ptr(), y.data_ptr(), addend.data_ptr()
             if by_token:
                 span = Span(from_bias, 0, to + 4 * num_rows * first, 4 * num_rows, 0, num_panels)
                 loops(weight, at + first * stride, stride, last - first, span)

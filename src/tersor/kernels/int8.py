@@ -96,8 +96,8 @@ def qlinear_layout(encoded: Encoded, activation: Activation | None) -> Layout:
     zero_point = int(activation.params["zero_point"]) if activation and activation.params else 0
     return {
         "weight": torch.ops.onednn.qlinear_prepack(grid_of(encoded).stored, None),
-        "scales": torch.ones(num_rows),
-        "zeros": torch.zeros(num_rows, dtype=torch.int64),
+        "scales": torch.ones(num_rows, dtype=torch.float32, device="cpu"),
+        "zeros": torch.zeros(num_rows, dtype=torch.int64, device="cpu"),
         "zero_point": zero_point + 128,
     }
 

@@ -13,7 +13,7 @@ from tersor.kernels.dot import DOT, Loops, fastest_exact
 
 def dot_kernel(encoded: Encoded, kernels: WeightKernels) -> Kernel:
     """The row of the table for an int8 weight of any size; found out once, with a look at all its codes."""
-    kernels.refresh()
+    kernels.refresh(encoded, None)
     name = next((kernel.name for kernel in DOT if kernel.name in kernels.layouts), "") or fastest_exact(encoded)
     return next(kernel for kernel in DOT if kernel.name == name)
 
@@ -33,12 +33,16 @@ def recurrent_steps(
     kernel = dot_kernel(encoded, kernels)
     layout = kernels.layout(kernel, encoded, Activation("int8-dynamic"))
     (h, c), (num_steps, batch, num_gates) = state, of_x.shape
-    outputs = torch.empty(num_steps, batch, encoded.shape[1])
+    outputs = torch.empty(num_steps, batch, encoded.shape[1], dtype=torch.float32, device="cpu")
     addend = layout["nothing"] if bias is None else bias.float().contiguous()
-    steps = Steps(
-        of_x.data_ptr(), addend.data_ptr(), h.data_ptr(), 0 if c is None else c.data_ptr(), outputs.data_ptr(),
-        num_steps, batch, int(reverse),
-    )  # fmt: skip
-    work, loops = num_steps * batch * num_gates * h.shape[1], Loops(kernel.name, "int8")
-    loops.over_time(lambda first, last: run_steps(layout["weight"], steps, first, last), batch, work)
+
+    def run(first: int, last: int) -> None:  # and hold the tensors
+        steps = Steps(
+            of_x.data_ptr(), addend.data_ptr(), h.data_ptr(), 0 if c is None else c.data_ptr(), outputs.data_ptr(),
+            num_steps, batch, int(reverse),
+        )  # fmt: skip
+        run_steps(layout["weight"], steps, first, last)
+
+    work = num_steps * batch * num_gates * h.shape[1]
+    Loops(kernel.name, "int8").over_time(run, batch, work)
     return outputs

@@ -14,14 +14,15 @@ from torch import Tensor
 from tersor.activations.quantizers import Activation
 from tersor.formats.contract import Encoded
 from tersor.kernels.contract import Kernel, Layout, grid_of
-from tersor.kernels.dot import PANEL, Loops
+from tersor.kernels.dot import PANEL, Loops, instruction_named, nothing_to_add
 from tersor.kernels.int8 import SMALL
 
 
 def is_packed(encoded: Encoded, activation: Activation | None, dtype: torch.dtype) -> bool:
     """Integers with scales, and inputs as they come; weights that repay compiling."""
     grid, plain = encoded.integers, dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return activation is None and grid is not None and plain and grid.shape[0] * grid.shape[1] >= SMALL
+    large = grid is not None and grid.shape[0] * grid.shape[1] >= SMALL
+    return activation is None and large and plain and instruction_named("widening") is not None
 
 
 def lay_out(encoded: Encoded, activation: Activation | None) -> Layout:
@@ -37,7 +38,7 @@ def lay_out(encoded: Encoded, activation: Activation | None) -> Layout:
         "codes": codes.contiguous(),
         "scale": by_panels(grid.scale.float()).contiguous(),
         "zero": by_panels(grid.zero_points.float()).contiguous(),
-        "nothing": torch.full((num_rows,), -0.0),
+        "nothing": nothing_to_add(num_rows),
     }
     at = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     kind = Bits4() if grid.bits <= 4 else Bits8()

@@ -221,11 +221,12 @@ class PackedLinear(Packed):
 
     def forward(self, input: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         x, packed = input, self.packed
-        y = again(x, self.bias, packed.memory)
+        quantizer = self.input_quantizer
+        y = again(x, self.bias, packed.memory, packed._buffers, {} if quantizer is None else quantizer._buffers)
         if y is not None:
             return y
         trained = is_trained(x)
-        activation = self.input_quantizer.activation if self.input_quantizer is not None else None
+        activation = quantizer.activation if quantizer is not None else None
         y = linear(x, packed.encoded, activation, self.bias, packed.memory)
         if y is not None:
             return y

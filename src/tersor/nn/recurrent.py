@@ -20,7 +20,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from tersor.activations.quantizers import Activation
 from tersor.core.errors import InputError
+from tersor.core.memory import lies_here
 from tersor.kernels import fast, linear
+from tersor.kernels.dot import instruction_named
 from tersor.kernels.int8 import is_int8
 from tersor.kernels.recurrence import dot_kernel, recurrent_steps
 from tersor.nn.in_place import Packed
@@ -61,6 +63,8 @@ class PackedRecurrent(Packed):
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | State | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor | State]:
+        if torch.is_autocast_enabled(input.data.device.type):
+            return self.run_autocast(input, hx)
         if isinstance(input, PackedSequence):
             return self.run_sequence(input, hx)
         if input.dim() not in (2, 3):
@@ -68,12 +72,30 @@ class PackedRecurrent(Packed):
         batch_axis = 0 if self.batch_first else 1
         x = input if input.dim() == 3 else input.unsqueeze(batch_axis)
         steps = x.transpose(0, 1) if self.batch_first else x
+        if not steps.shape[0]:
+            raise InputError(f"{self.mode}: the input {tuple(input.shape)} has no steps; give one or more")
         states = self.states(hx, steps, batched=input.dim() == 3)
         y, last = self.run(steps, states, None)
         y = y.transpose(0, 1) if self.batch_first else y
         if input.dim() == 2:
             y, last = y.squeeze(batch_axis), tuple(state.squeeze(1) for state in last)
         return y, last if self.mode == "LSTM" else last[0]
+
+    def run_autocast(
+        self, input: Tensor | PackedSequence, hx: Tensor | State | None
+    ) -> tuple[Tensor | PackedSequence, Tensor | State]:
+        """Run in the type of the weights, and give outputs and states in that of autocast, but for the cell of an LSTM:
+        as PyTorch's layers do."""
+        own, device = self.map_of("weight_ih_l0", None).weight.dtype, input.data.device.type
+        given = hx if isinstance(hx, tuple) or hx is None else (hx,)
+        states = None if given is None else tuple(state.to(own) for state in given)
+        first = states if self.mode == "LSTM" or states is None else states[0]
+        x = input._replace(data=input.data.to(own)) if isinstance(input, PackedSequence) else input.to(own)
+        with torch.autocast(device, enabled=False):
+            y, last = self.forward(x, first)
+        dtype = torch.get_autocast_dtype(device)
+        y = y._replace(data=y.data.to(dtype)) if isinstance(y, PackedSequence) else y.to(dtype)
+        return y, (last[0].to(dtype), last[1]) if isinstance(last, tuple) else last.to(dtype)
 
     def run_sequence(self, input: PackedSequence, hx: Tensor | State | None) -> tuple[PackedSequence, Tensor | State]:
         """Run examples of different lengths; beyond an example's end its states stay as they are."""
@@ -126,7 +148,7 @@ class PackedRecurrent(Packed):
             of_x, of_h = of_x + of_h, None
         gates = self.map_of(f"weight_ih_{suffix}", of_x)(x)
         recur = self.map_of(f"weight_hh_{suffix}", of_h)
-        if recur.is_int8 and fast(gates) and lengths is None and gates.dtype is torch.float32 and gates.numel():
+        if lengths is None and gates.numel() and recur.is_int8 and recur.takes(gates, *first):
             return run_int8(self.mode, gates, recur, first, reverse)
         step = lstm_step if self.mode == "LSTM" else gru_step
         product, state, outputs = recur.decoded(), first, [gates[0]] * len(gates)
@@ -160,7 +182,16 @@ class Map(NamedTuple):
             return False
         activation, encoded = self.quantizer.activation, self.weight.encoded
         large = encoded.shape[0] * encoded.shape[1] >= SMALLEST
-        return activation.format == "int8-dynamic" and large and is_int8(encoded, activation, torch.float32)
+        exact = large and is_int8(encoded, activation, torch.float32) and instruction_named("widening") is not None
+        return activation.format == "int8-dynamic" and exact
+
+    def takes(self, *floats: Tensor) -> bool:
+        """True if the loop over all steps, which takes addresses, can read these and the bias, and none is trained."""
+        if self.bias is not None and self.bias.shape != floats[0].shape[-1:]:
+            return False
+        given = floats if self.bias is None else (*floats, self.bias)
+        plain = all(fast(each) and lies_here(each) for each in given)
+        return plain and all(each.dtype is torch.float32 for each in floats)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Matrix product for all time steps at once."""
