@@ -157,8 +157,8 @@ def fast(x: Tensor, *, compiling: bool = False) -> bool:
 
 
 def transformed() -> bool:
-    """True while `torch.jit.trace`, `torch.func` (grad, vmap) or a dispatch mode (`make_fx`, a FLOP counter) is at work:
-    they follow plain operations only."""
+    """True while `torch.jit.trace`, `torch.func` (grad, vmap) or a dispatch mode (`make_fx`, a FLOP counter) is at
+    work: they follow plain operations only."""
     if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return True
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
