@@ -50,9 +50,9 @@ class SiteInfo:
 
     Attributes:
         bits: stored, with scales, tables and classes.
-        entropy: of the codes, and of exponents with signs and mantissas.
+        entropy: entropy of the codes, and of exponents with signs and mantissas.
         class_entropy: the same, given the classes of row and column.
-        overhead: what is stored beyond that.
+        overhead: bits stored beyond that.
         bound: rate-distortion bound for normal weights at this error.
         gap: from there to what is stored.
         num_states: of the trellis whose paths the columns are, 0 for none; entropies are then those of values that are

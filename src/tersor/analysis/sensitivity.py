@@ -43,10 +43,10 @@ class Sensitivity:
     """The loss of every scheme at every site.
 
     Attributes:
-        unit: of all losses.
+        unit: unit of all losses.
         sites: predicted loss by scheme and by site, the sites that can lose most first; schemes that do not fit a
             site's shape are left out.
-        sample: what was measured as well, the smallest prediction first.
+        sample: the pairs that were measured as well, the smallest prediction first.
     """
 
     unit: str

@@ -51,10 +51,10 @@ class TrainingMemory:
     """Bytes of a training run on one device.
 
     Attributes:
-        num_parameters: of the model and the adapters; packed weights count by their number.
-        num_trained: of those that are trained.
+        num_parameters: number of parameters of the model and the adapters; packed weights count by their number.
+        num_trained: number of the parameters that are trained.
         weights: parameters and buffers, packed ones as they lie in memory.
-        gradients: of what is trained.
+        gradients: bytes of the gradients.
         optimizer: its states.
         activations: what the forward pass keeps for the backward pass.
         copies: the last good weights, which the training loop keeps in the host's memory.
@@ -94,7 +94,7 @@ def training_memory(
         task: its first train batch is the one looked at.
         step: batch size, optimizer, precision and checkpointing count; of a `LoraStep`, base and adapters, too.
             `accumulate` does not: batches come one after another.
-        dtype: of the float weights; None: as they are.
+        dtype: type of the float weights; None: as they are.
 
     Raises:
         DataError: the task has no train split.

@@ -174,7 +174,7 @@ def load(
         model: for an artifact of a custom model: a fresh instance to fill (its weights are replaced); it stays on its
             device.
         packed: keep weights packed in memory; False decodes them into ordinary parameters.
-        dtype: what the model computes in; `torch.bfloat16` opens the kernels that multiply packed weights (see
+        dtype: type the model computes in; `torch.bfloat16` opens the kernels that multiply packed weights (see
             docs/static-int8.md). None: as it was saved.
         lazy: leave the sites of a `model.tersor` in the file and decode each whenever it runs, which is slower, with
             hardly more memory than one site takes.
@@ -212,7 +212,7 @@ class StoredTensors:
 
     Attributes:
         place: where they come from, for messages.
-        tensors: by name. Those on the meta device are there by type and shape alone.
+        tensors: tensors by name. Those on the meta device have only a type and a shape.
         matrices: float matrices that packed weights were decoded to already, by parameter.
         lazy: the file that packed weights stay in, and are read from whenever they run.
         decoded: the sites whose weights were placed as ordinary parameters.

@@ -34,11 +34,11 @@ class Converted:
     """A tensor of the model, made of some of the checkpoint when it is read.
 
     Attributes:
-        name: in the model.
+        name: name in the model.
         first: of what the operations make, the name that the table gives to all.
-        shape: in the model.
+        shape: shape in the model.
         converter: transformers' own.
-        model: which it is for.
+        model: the model that it belongs to.
     """
 
     name: str

@@ -80,7 +80,7 @@ def check_config(folder: Path, shapes: Sequence[tuple[int, ...]]) -> None:
     """Check the folder's `config.json` before transformers sees it.
 
     Args:
-        shapes: of all tensors of the weights files.
+        shapes: shapes of all tensors of the weights files.
 
     Raises:
         ValueError: it is no JSON object, counts more layers, experts or labels than the tensors can serve, or names

@@ -114,7 +114,7 @@ def open_model(
 
     Args:
         lazy: leave the entropy-coded sites of an artifact in their file until they run.
-        dtype: what the model computes in; None: as it was saved.
+        dtype: type the model computes in; None: the type it was saved in.
     """
     source = open_as_saved(name, weights, lazy)
     return source if dtype is None else cast(source, dtype)

@@ -35,7 +35,7 @@ def read_decoded(
     """All tensors of a `model.tersor`, and the float32 matrices that its `coded` sites stand for, decoded at once.
 
     Args:
-        shapes: of the matrices of those sites, by parameter.
+        shapes: shapes of the matrices of those sites, by parameter.
 
     Returns:
         The tensors by name, codes that were decoded to matrices on the meta device; and those matrices by parameter. A

@@ -65,7 +65,7 @@ def without_weights(
 
     Args:
         num_weights: that it may have at most.
-        bound: what allows no more, for the message.
+        bound: the file or setting that allows no more, for the message.
 
     Raises ValueError where it has more weights than it may.
     """

@@ -43,14 +43,14 @@ class Source:
     """A model as it came, and what is needed to write a smaller one beside it.
 
     Attributes:
-        model: in eval mode, on the CPU.
-        name: what the user called it.
+        model: the model in eval mode, on the CPU.
+        name: the name that the user gave.
         kind: `transformers`, `custom` or `artifact`.
         architecture: the class, or the factory.
         folder: where config and tokenizer files lie; None for custom models.
-        num_bytes: of the weight files.
+        num_bytes: bytes of the weight files.
         hashes: sha256 of each weight file.
-        notes: what the user should know, such as weights the checkpoint lacks.
+        notes: sentences for the user, such as on weights that the checkpoint lacks.
         dtypes: of parameters and buffers as they came, where the model computes in another type than it was saved in
             and what is written is to have them; else None.
     """

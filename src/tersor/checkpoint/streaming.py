@@ -51,7 +51,7 @@ class StreamedModel:
     Attributes:
         model: is compressed part by part.
         original: the same model to be left as it is; the two share what is read.
-        source: of the checkpoint, as `open_model` describes one.
+        source: a description of the checkpoint, as `open_model` describes one.
         block_names: the parts beside "".
     """
 
@@ -61,7 +61,7 @@ class StreamedModel:
         Args:
             output: the artifact's folder, which exists.
             on_block: called when a block has been written, with its number and how many there are.
-            dtype: what the model computes in; None: as it was saved.
+            dtype: type the model computes in; None: the type it was saved in.
 
         Raises:
             ModelError: the checkpoint lacks a tensor, or holds it in another shape, or cannot be read.

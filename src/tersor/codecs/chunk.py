@@ -62,8 +62,8 @@ def decode_chunk(
     """Fill some rows.
 
     Args:
-        kind: of the integers that were coded; those of `values` too, unless it is float32.
-        scales: of these rows and of all columns, for values in float32: `value * (row scale * column scale)`.
+        kind: type of the integers that were coded; those of `values` too, unless it is float32.
+        scales: scales of these rows and of all columns, for values in float32: `value * (row scale * column scale)`.
 
     Raises:
         ArtifactError: the bytes are damaged.

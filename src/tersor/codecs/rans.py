@@ -67,7 +67,7 @@ def decode(
 
     Args:
         scales: of the rows and of the columns, for values in float32: each is multiplied by the product of its two.
-        num_states: of the trellis whose paths the columns are, from its state 0 on; 0 if they are none.
+        num_states: states of the trellis whose paths the columns are, from its state 0 on; 0 if they are none.
         written: the values of the escapes, which the paths go through.
 
     Returns:

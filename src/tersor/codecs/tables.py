@@ -38,7 +38,7 @@ class TableSet:
         low: the value of symbol 1 is `low + 1`.
         logs: of each table's weights, as they are stored: 0 for a symbol it leaves out, else 1 plus eighths of an
             octave, `[table, symbol]`.
-        table_of: of each class.
+        table_of: number of the table of each class.
     """
 
     low: int

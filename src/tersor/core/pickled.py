@@ -156,7 +156,7 @@ def without_prefix(
 
     Args:
         prefixes: what may be taken off, such as `module.` of DataParallel.
-        names: of the model's own tensors; a prefix that they begin with stays.
+        names: names of the model's own tensors; a prefix that they begin with stays.
 
     >>> state, prefix = without_prefix({"module.a": torch.zeros(1), "module.b": torch.zeros(1)}, ("module.",))
     >>> list(state), prefix

@@ -16,11 +16,11 @@ class Events:
     """Functions that a job calls while it works; those that are not given do nothing.
 
     Attributes:
-        on_progress: with what is being done, how much of it is done, and of how much.
-        on_trial: with every trial of a search, when it is finished.
-        on_step: with the number of the step of the recipe, or of the streamed block, that is finished, and how many
-            there are.
-        on_note: with a sentence that the user should know.
+        on_progress: called with the work in words, how much of it is done, and of how much.
+        on_trial: called with every trial of a search, when it has finished.
+        on_step: called with the number of the step of the recipe, or of the streamed block, that is finished, and the
+            number of all.
+        on_note: called with a sentence for the user.
     """
 
     on_progress: Progress = silent

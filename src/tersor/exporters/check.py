@@ -40,11 +40,11 @@ class Check:
         runtime: name and version.
         difference: `|file - model| / |model|` of the outputs; of several outputs, the largest.
         input_rounding: the same between the model and one with its weights and float inputs: cost of rounding inputs.
-        latency: of the file at one row, in turn with the next in one process.
+        latency: latency of the file at one row, in turn with the next in one process.
         float_latency: of the same model with decoded weights and float inputs in the same runtime; of the model in
             PyTorch, where nothing is quantized.
         against: which of these two was timed, in words.
-        row: what the latencies are of, such as `one input of 1x16`.
+        row: the input that was timed, such as `one input of 1x16`.
     """
 
     runtime: str

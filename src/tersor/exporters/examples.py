@@ -29,7 +29,7 @@ class Examples:
     Attributes:
         inputs: by name, each `[row, ...]`, two rows or more.
         axes: of each input, the axes of any size, by position; all others have the examples' size for good.
-        keywords: whether the model takes the inputs by name; else by position.
+        keywords: True if the model takes the inputs by name; else by position.
         calibration: more such inputs, real ones; none where the examples are random numbers or texts.
         texts: whole texts, tokens and mask `[row, token]`, padded on the left, where the inputs are the last tokens of
             them together with the cache of those before (decoder.py); None for all other inputs.

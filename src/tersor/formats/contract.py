@@ -103,9 +103,9 @@ class Format(ABC):
     `decode(encode(w, p)) == fake_quantize(w, p)` bit for bit.
 
     Attributes:
-        entropy_coded: whether the file codes its whole numbers by their probabilities: it then takes what they say, and
+        entropy_coded: True if the file codes its whole numbers by their probabilities: it then takes what they say, and
             not what they are in memory.
-        sparse: whether its zeros are weights that were pruned, which nothing should fill again.
+        sparse: True if its zeros are weights that were pruned, which nothing should fill again.
     """
 
     entropy_coded: ClassVar[bool] = False
@@ -197,7 +197,7 @@ class Grid(Format):
     Attributes:
         search_range: where the best range of a group may lie, as parts of the plain one. Above 1 too as a rule, for
             uneven levels may do better with the largest weight below the highest of them.
-        refits_every_range: whether the search calls `refit` for every range, and not for the best alone.
+        refits_every_range: True if the search calls `refit` for every range, and not for the best alone.
     """
 
     search_range: ClassVar[tuple[float, float]] = (0.7, 1.7)

@@ -18,7 +18,7 @@ class IntegerView(NamedTuple):
     """A weight matrix as integers: `(codes - zero_points) * scale`.
 
     Attributes:
-        bits: of a code.
+        bits: bits of a code.
         group_size: how many neighbouring columns share a scale; None where a whole row does. The last group of a row
             may be shorter.
         shape: `(out, in)` of the matrix.

@@ -219,7 +219,7 @@ def export(
     Args:
         to: a name in `EXPORTS`; None: the one that writes files of that suffix.
         task, data, shape: where example inputs come from.
-        options: of the client, such as `{"decode": True}`.
+        options: options of the client, such as `{"decode": True}`.
         more: fields of `ModelSpec`, `Data` (`task_options` are its `options`) and `Events`; `fixed`, `num_threads`,
             `overwrite`.
     """

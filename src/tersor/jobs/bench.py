@@ -40,7 +40,7 @@ class Candidate:
 
     Attributes:
         weights: state dict or artifact folder of a model given as `package.module:factory`.
-        dtype: what PyTorch computes in; None: as it was saved.
+        dtype: type that PyTorch computes in; None: the type it was saved in.
     """
 
     model: str
@@ -67,7 +67,7 @@ class MadeUp:
 
     Attributes:
         length: tokens, or steps, of an example; 128 if not given.
-        shape: of one example, where the models leave it open.
+        shape: shape of one example, where the models leave it open.
     """
 
     length: int | None = None

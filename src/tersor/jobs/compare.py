@@ -26,8 +26,8 @@ class Compared:
 
     Attributes:
         scorecards: one for each model.
-        verdicts: of every model but the first, against the first.
-        task: what they were measured on, in words.
+        verdicts: verdicts of every model but the first, against the first.
+        task: the task and its data, in words.
         kernels: the kernels that multiplied packed weights, in words.
     """
 

@@ -64,15 +64,15 @@ class Result(Compressed):
     """A compressed model, how it was made, and what was measured of it.
 
     Attributes:
-        model: as it was loaded back from the folder that was written.
+        model: the compressed model, loaded back from the folder that was written.
         output: this folder.
-        scorecards: of the original and of the compressed model.
+        scorecards: scorecards of the original and of the compressed model.
         verdict: their paired comparison.
         limit: on the weights file, where one was asked for.
-        trials: of a search, in their order.
-        task: what it was measured on, in words.
+        trials: the trials of a search, in their order.
+        task: the task and its data, in words.
         manifest: all of this as `tersor.json` holds it.
-        kept: what lives as long as the result, such as a temporary folder that `output` is in.
+        kept: an object that lives as long as the result, such as the temporary folder that holds `output`.
     """
 
     output: Path = Path()

@@ -29,8 +29,8 @@ class DecodeTiming:
     Attributes:
         prompt: reading the prompt at once.
         token: one new token; the mean over those of a round.
-        tokens_per_second: of the median round.
-        difference: of the new tokens, from the first candidate.
+        tokens_per_second: speed of the median round.
+        difference: speed of generating tokens, compared with the first candidate.
     """
 
     candidate: Candidate
@@ -47,7 +47,7 @@ class DecodeBench:
     Attributes:
         timings: the candidates in their order, within thread counts.
         noise: 95 % interval of the first against itself, for each thread count.
-        memory: of each candidate; None if it was not asked for or the system does not report it.
+        memory: memory of each candidate; None if it was not asked for or the system does not report it.
     """
 
     timings: tuple[DecodeTiming, ...]

@@ -21,8 +21,8 @@ class Explained:
 
     Attributes:
         explanations: one for each candidate.
-        peaks: of this machine.
-        shapes: of the inputs, in words.
+        peaks: the peak rates of this machine.
+        shapes: shapes of the inputs, in words.
     """
 
     candidates: Sequence[Candidate]

@@ -43,7 +43,7 @@ class Exported:
     Attributes:
         output: the folder or file.
         to: the client's name in the table.
-        num_bytes: of everything written.
+        num_bytes: bytes of everything written.
         formats: the scheme stored for each layer, as recipes write it.
         notes: sentences for the user, such as that the client rounds a value.
         check: comparison of the file's outputs with the model's, for clients that run here.
@@ -65,7 +65,7 @@ class ExampleInputs:
 
     Attributes:
         data: a task whose examples are used; with none chosen, inputs are made up to suit the model.
-        shape: of one random example instead, for models of one array.
+        shape: shape of one random example instead, for models of one array.
         fixed: axes that keep the examples' size, such as `sequence`.
     """
 

@@ -84,7 +84,7 @@ class Training:
         step: trains the whole model, or adapters beside its weights.
         drop: the largest tolerated loss of the score.
         save_base: where the packed base of an adapter is written, too, as an artifact that `tersor merge` takes.
-        seed: of everything random.
+        seed: seed of all random numbers.
     """
 
     step: FinetuneStep | LoraStep

@@ -51,7 +51,7 @@ class Inspected:
     """The sites of a model, the tensors beside them, and what each format would make of the sites.
 
     Attributes:
-        file_bytes: of the weights as they are.
+        file_bytes: bytes of the weights as they are.
         kept: name, shape and bytes of every tensor that belongs to no site.
         formats: for each format its bytes in a file, bits per weight, relative error, and how many sites do not fit.
     """

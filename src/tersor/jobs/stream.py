@@ -39,7 +39,7 @@ def stream(
 
     Args:
         data: for calibration; the task is not scored.
-        choices: what comes to one weights step.
+        choices: must amount to one weights step.
         events: `on_step` is called when a block has been written.
 
     Raises a TersorError with the way out, and then leaves nothing behind.

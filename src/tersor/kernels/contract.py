@@ -19,10 +19,10 @@ class Kernel:
     """A way to run a linear map.
 
     Attributes:
-        fits: whether it computes what a site asks for, of its weight, its input's quantizer and the type of the input.
-        lay_out: what `run` takes besides the stored parts.
+        fits: True if it computes what a site needs, from its weight, its input's quantizer and the type of the input.
+        lay_out: makes the tensors that `run` takes besides the stored parts.
         run: `[token in]` to `[token out]`; the last argument is the bias.
-        rounding: of its result, relative to the largest output.
+        rounding: error of its result by rounding, relative to the largest output.
     """
 
     name: str

@@ -96,8 +96,8 @@ class Loops:
     """The compiled loops of one kernel: where all work beside PyTorch's own operators is done, and is timed.
 
     Attributes:
-        name: of the kernel.
-        precision: of what is multiplied, `int8` or `fp32`.
+        name: name of the kernel.
+        precision: type that is multiplied, `int8` or `fp32`.
     """
 
     name: str

@@ -37,7 +37,7 @@ class Codes(NamedTuple):
     Attributes:
         weight: codes of 4 or 8 bits, `bits * 2` bytes for each column, or floats.
         weight_stride: bytes from one panel to the next.
-        num_columns: of the weight.
+        num_columns: columns of the weight.
         group_size: columns that share a scale.
         scale: float32 `[panel, group, 16]`.
         zero: float32 `[panel, group, 16]`.

@@ -38,8 +38,8 @@ class Tile(NamedTuple):
     """Addresses of what a tile takes and gives, and the bytes from one token or panel to the next.
 
     Attributes:
-        num_steps: of four columns.
-        codes: of the inputs, each `input_bytes / 4` bytes.
+        num_steps: number of steps, of four columns each.
+        codes: codes of the inputs, each `input_bytes / 4` bytes.
         weight: panels of codes.
         offset: what is taken off every sum, int32, by row of the weight.
         token_scale: float32, by token.

@@ -48,8 +48,8 @@ def measure_decoding(
 
     Args:
         seconds: about how long both measurements take together, unless that is too short for a few rounds.
-        most_seconds: what they may take then.
-        clock: what calls are timed by.
+        most_seconds: limit on their time in that case.
+        clock: function that returns the time in seconds.
     """
     batch_size, num_new = len(ids), ids.shape[1] - num_prompt
     prompt = ids[:, :num_prompt]

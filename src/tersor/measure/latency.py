@@ -37,10 +37,10 @@ class TimeLimit:
     """The seconds that all timing of a job may take together.
 
     Args:
-        seconds: in all; None is a minute.
+        seconds: limit in all; None is a minute.
         work: seconds that the work took which the timing is about. Unless `seconds` says otherwise, timing takes no
             longer, or a second.
-        clock: what seconds are counted by.
+        clock: function that returns the time in seconds.
     """
 
     def __init__(self, seconds: float | None = None, work: float = MINUTE, clock: Callable[[], float] = now):
@@ -77,9 +77,9 @@ class Latency:
     `speedup_interval` (95 %) that contains 1 means: no difference was measured.
 
     Attributes:
-        spread: what lies between the quartiles, as a share of the median.
+        spread: distance between the quartiles, as a share of the median.
         work: what a call is: a `pass` over a batch, the `prompt` of a language model, or one new `token`.
-        tokens_per_second: of a prompt or of new tokens, all rows of the batch together; None for a pass.
+        tokens_per_second: speed of a prompt or of new tokens, all rows of the batch together; None for a pass.
     """
 
     batch_size: int
@@ -116,7 +116,7 @@ def measure_latency(
 
     Args:
         run: one forward pass.
-        batch_size: what `run` feeds, for the record.
+        batch_size: batch size that `run` feeds, for the record.
         num_threads: CPU threads while timing; put back afterwards.
         seconds: make no round that would end later than this, counted from now.
         most_seconds: the same for the first eight rounds; None is `seconds`. Each model is called twice at least.
@@ -151,7 +151,7 @@ def measure_calls(
 
     Args:
         clock: `time.process_time` counts what the processor did for this process, whatever else it was busy with.
-        before: what is called, untimed, before every single one of `calls`.
+        before: function that is called, untimed, before every single one of `calls`.
         wall: what `seconds` are counted by.
     """
     generator = np.random.default_rng(seed)

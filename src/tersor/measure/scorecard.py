@@ -47,8 +47,8 @@ class Scorecard:
     """Everything measured of one model.
 
     Attributes:
-        file_bytes: of the weights on disk; folder_bytes: of the whole folder, tokenizer and config included.
-        memory_bytes: of all tensors as they lie in memory.
+        file_bytes: bytes of the weights on disk; folder_bytes: of the whole folder, tokenizer and config included.
+        memory_bytes: bytes of all tensors as they lie in memory.
         macs: multiply-accumulates per example of the first evaluation batch.
         peak_memory: memory_bytes plus the most that one forward pass at the largest timed batch added, or a language
             model's reading of the prompt.
@@ -100,7 +100,7 @@ def measure(
 
     Args:
         batch_sizes: None is 1 and 32, and 1 alone for language models.
-        limit: what timing may take; None is a minute.
+        limit: time that timing may take; None is a minute.
     """
     limit = limit or TimeLimit()
     models = [subject.model for subject in subjects]

@@ -56,7 +56,7 @@ def open_session(
 
     Args:
         weights: the state dict, or the artifact, of a model given as `package.module:factory`.
-        dtype: what PyTorch computes in; None: as the model was saved.
+        dtype: type that PyTorch computes in; None: the type the model was saved in.
     """
     found = runtime_for(model, runtime)
     if isinstance(found, Torch):

@@ -32,8 +32,8 @@ class LayerTime:
     """The time of one layer of a model, per run.
 
     Attributes:
-        name: of the layer, as the runtime or the model names it.
-        kind: what the runtime runs there: an operator's name.
+        name: name of the layer, as the runtime or the model names it.
+        kind: name of the operator that the runtime runs there.
         part: `product` (matrix products, convolutions, attention), `decode` (a packed weight made float), `quantize`
             (a quantized input or output made, or made float again) or `other`.
         seconds: median over the runs.

@@ -18,7 +18,7 @@ def read_profile(events: Iterable[Any], walls: list[float], num_warm: int, busy:
     over the runs are taken.
 
     Args:
-        events: of the runs, as executorch.devtools.Inspector gives them.
+        events: events of the runs, as executorch.devtools.Inspector gives them.
         walls: seconds of each run.
         busy: the share of the time in which the process ran, and did not wait for other work of the machine.
     """

@@ -26,8 +26,8 @@ def synthetic_feeds(
     language model with its cache as inputs gets one token after `length` others.
 
     Args:
-        length: of every axis that is left open, but for the first, which is the batch; not of images.
-        shape: of one example, for inputs of three axes and more whose sizes are left open.
+        length: size of every axis that is left open, but for the first, which is the batch; not of images.
+        shape: shape of one example, for inputs of three axes and more whose sizes are left open.
 
     Raises InputError for sizes that the model does not take, or that nobody gave.
     """

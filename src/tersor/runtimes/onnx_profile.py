@@ -46,7 +46,7 @@ def read_profile(events: list[dict[str, Any]], graph: dict[str, Node], walls: li
     """The medians over the runs after the first `num_warm`; layers in the order they ran.
 
     Args:
-        events: what the profiler wrote.
+        events: the events that the profiler wrote.
         graph: nodes of the optimized graph by name.
         walls: seconds of each run.
     """

@@ -45,7 +45,7 @@ def read_profile(times: dict[str, float], seconds: float, compiled: Any, at_shap
 
     Args:
         times: seconds of each executed node.
-        seconds: of a whole run.
+        seconds: time of a whole run.
         compiled: the CompiledModel that ran.
         at_shapes: the file's Model at the shapes that ran.
     """

@@ -60,7 +60,7 @@ class OperatorCall:
 
     Attributes:
         module, part: what it served.
-        num_bytes: of the tensors that went in and came out, but for what is neither product nor piece.
+        num_bytes: bytes of the tensors that went in and came out, but for what is neither product nor piece.
     """
 
     module: str

@@ -60,7 +60,7 @@ class Scheme:
         """Raises UnknownName with the nearest name, or InputError when method and format do not go together.
 
         Args:
-            sees_inputs: whether calibration shows the inputs of the site, which decides on the usual method.
+            sees_inputs: True if calibration shows the inputs of the site, which decides on the usual method.
         """
         before, after, activation = parts_of(text)
         if before is None and after not in FORMATS and renamed(METHOD_NAMES, after.split("(")[0], METHODS) in METHODS:

@@ -51,7 +51,7 @@ class Choices:
         transforms: rewrites of the model before all else.
         bias_correction: change biases so that the mean of each output stays what it was.
         float_layers: `auto`, `none`, or how many of the sites that cost most stay float.
-        seed: of everything random.
+        seed: seed of all random numbers.
         cpu: where int8 products are exact: on `any` processor, or on those with `vnni` instructions alone.
     """
 

@@ -29,7 +29,7 @@ def measured_factors(
     Embeddings keep theirs: the calibration data shows them with too few of their rows.
 
     Args:
-        levels: of the sites to measure, at which `compressed` was made.
+        levels: levels of the sites to measure, at which `compressed` was made.
     """
     model = copy_but_sites(original)
     sites = {site.name: site for site in find_sites(model)}

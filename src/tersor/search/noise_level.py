@@ -50,7 +50,7 @@ class Forecast:
 
     Attributes:
         counts: histogram of the codes' deviations at level 1 over all sites, as `deviations` counts them.
-        num_states: of the trellis.
+        num_states: states of the trellis.
     """
 
     counts: Tensor
@@ -93,8 +93,8 @@ class NoiseLevelSearch:
     Attributes:
         step: its rules and excludes fix their sites.
         stats: the curvature of the loss at every site.
-        factors: of the level, by site.
-        num_states: of the trellis, 0 for none.
+        factors: factors of the level, by site.
+        num_states: states of the trellis, 0 for none.
     """
 
     model: nn.Module

@@ -50,7 +50,7 @@ class TrialJournal:
     What was kept for other inputs is thrown away; a line that a killed run left half written is skipped.
 
     Args:
-        path: of the file; None: nothing is kept.
+        path: path of the file; None: nothing is saved.
         inputs: all that the trials depend on.
     """
 
@@ -118,8 +118,8 @@ class Trials:
     """The trials of one search in their order, each judged at its share of the error that is allowed.
 
     Attributes:
-        spec: of all trials, but for the recipe.
-        runner: where they run.
+        spec: the spec of all trials, whose recipe is replaced.
+        runner: runs them.
         original: scores of the model that they are made from.
         best: the model of the smallest trial that is within, where it was made in this run and process.
     """

@@ -18,7 +18,7 @@ class Task(Protocol):
     A user's own task is any object with these members.
 
     Attributes:
-        name: what it is called in tables and in `tersor.json`.
+        name: the name in tables and in `tersor.json`.
         output: what `forward` gives: `logits` `[..., class]`, `embedding` `[example, dim]` of unit length, or `values`.
             It fixes the loss whose curvature weighs compression errors (KL for logits, squared distance otherwise).
         description: one line saying what was read, how it was split, and the protocol (context, stride, pooling).

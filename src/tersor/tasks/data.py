@@ -32,7 +32,7 @@ class Data:
         path: file or folder of the task's data; None: fidelity reads the standard library's docstrings.
         calibration: separate data to calibrate on; None: a part of the data is held out.
         train: separate data to train on.
-        options: of the task, such as `batch_size` or `max_length`.
+        options: options of the task, such as `batch_size` or `max_length`.
     """
 
     task: str | Task | None = None

@@ -21,7 +21,7 @@ class Batch:
     """Some examples, ready for the model.
 
     Attributes:
-        rows: which examples these are, `[row]`.
+        rows: numbers of the examples, `[row]`.
         inputs: the model's arguments by name, each `[row, ...]`, on the CPU.
     """
 

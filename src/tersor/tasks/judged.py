@@ -35,8 +35,8 @@ class Asked:
 
     Attributes:
         output: `logits`, `embedding` or `values`.
-        field: which of several outputs is judged, by name or number.
-        class_axis: of logits; 1 is the first after the examples.
+        field: the one of several outputs that is judged, by name or number.
+        class_axis: the axis of logits that holds the classes; 1 is the first after the examples.
     """
 
     output: Output | None = None

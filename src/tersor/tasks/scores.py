@@ -20,8 +20,8 @@ class Metric:
     """A number computed from per-example rows.
 
     Attributes:
-        name: what it is called in tables.
-        columns: what the columns of one row hold.
+        name: the name in tables.
+        columns: names of what the columns of one row hold.
         aggregate: rows `[..., example, column]` to values `[...]`; leading axes are bootstrap resamples.
         higher_is_better: the direction of "better".
         binary: one column of 0/1 per example, so that exact paired tests (McNemar) apply.

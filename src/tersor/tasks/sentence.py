@@ -33,7 +33,7 @@ class Embedder:
         head: modules applied after pooling, in evaluation mode.
         names: the steps in words, for the report.
         max_length: tokens, where the folder says so.
-        lower_case: whether texts are written in small letters first.
+        lower_case: True if texts are converted to lower case first.
     """
 
     pooling: tuple[str, ...] = ("mean",)

@@ -17,7 +17,7 @@ class DataSource:
         train: a separate file or folder to train on, or None.
         tokenizer: the model's Hugging Face tokenizer, or None.
         config: the model's Hugging Face configuration, or None.
-        model_folder: where the model lies (`1_Pooling/config.json` is read from it), or None.
+        model_folder: folder of the model (`1_Pooling/config.json` is read from it), or None.
     """
 
     data: Path | None = None

@@ -30,7 +30,7 @@ class Observer(Protocol):
     """A frozen dataclass whose fields are its whole configuration: in code, in recipes, on the command line.
 
     Attributes:
-        name: how schemes spell it.
+        name: the name in schemes.
         needs: the fields of `Stats` it reads.
     """
 

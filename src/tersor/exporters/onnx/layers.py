@@ -44,9 +44,9 @@ class Lowering:
     Attributes:
         dtype: type of all computations that are not integer.
         per_token: int8-dynamic inputs get a scale per token, as in the artifact, and not one for all of them.
-        accuracy_level: of MatMulNBits: 4 quantizes inputs to int8 in blocks, 0 leaves them float.
+        accuracy_level: accuracy level of MatMulNBits: 4 quantizes inputs to int8 in blocks, 0 leaves them float.
         decoded: sites written as their decoded weights.
-        rounds_inputs: whether the runtime itself rounds the float inputs of int8 weights to int8, as OpenVINO does;
+        rounds_inputs: True if the runtime itself rounds the float inputs of int8 weights to int8, as OpenVINO does;
             such sites are written as dequantized weights and float products, and nothing says so in the file.
         keep_blocks: leave the blocks of language models (blocks.py) as nodes of ours.
     """

@@ -23,10 +23,10 @@ class TracedModel:
     """A graph that still names its sites.
 
     Attributes:
-        graph: as `trace` made it.
-        sites: by name, as they will be written.
-        notes: what the user should know of sites that are not written as they are.
-        tables: of a language model's rotary positions (blocks.py), where they are small beside its weights.
+        graph: the traced graph, from `trace`.
+        sites: packed sites by name, as they will be written.
+        notes: sentences for the user on sites that are not written as they are.
+        tables: cosines and sines of a language model's rotary positions (blocks.py), if small beside its weights.
     """
 
     graph: ir.Model

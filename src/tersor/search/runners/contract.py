@@ -26,11 +26,11 @@ class TrialSpec:
     """One trial: names, paths, a recipe and numbers, from which any process makes the same model and the same scores.
 
     Attributes:
-        model: how the original is opened.
+        model: the name of the original, and how it is opened.
         data: how the task is opened.
-        recipe: what is done to the original.
-        seed: of everything random that the recipe does not seed itself.
-        curvature: whether the curvature of the loss is measured first, for the methods that weigh by it.
+        recipe: the steps done to the original.
+        seed: seed of everything random that the recipe does not seed itself.
+        curvature: True if the curvature of the loss is measured first, for the methods that weigh by it.
     """
 
     model: ModelSpec
@@ -59,10 +59,10 @@ class TrialResult:
     """The result of one trial.
 
     Attributes:
-        recipe: as it was done, with every method by name.
-        num_bytes: of the weights file.
-        scores: of the examples of the evaluation split.
-        losses: of the trainings, by name of the step: the last tenth of their steps, on average.
+        recipe: the steps that were done, with every method by name.
+        num_bytes: bytes of the weights file.
+        scores: scores of the examples of the evaluation split.
+        losses: losses of the trainings, by name of the step: the last tenth of their steps, on average.
     """
 
     spec: TrialSpec
