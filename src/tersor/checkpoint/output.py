@@ -1,4 +1,4 @@
-"""Outputs appear whole or not at all, and take the place of nothing but what tersor wrote.
+"""Outputs: written whole or not at all, and replacing nothing but what tersor wrote.
 
 Work is done in a hidden folder `.OUT.xxxxxxxx` beside OUT:
 
@@ -31,7 +31,7 @@ Foreign = Callable[[Path], str | None]  # why what stands at an output is not te
 
 
 def check_output(output: Path, overwrite: bool, foreign: Foreign = first_foreign, beside: Sequence[str] = ()) -> None:
-    """Before any work: the output can be written, nothing that tersor did not write is in the way, and no other run is
+    """Check that the output can be written, nothing that tersor did not write is in the way, and no other run is
     writing it. What a killed run left is removed. Raises InputError."""
     target = place_of(output, overwrite)
     training = journal_of(target) / LOCK
@@ -62,7 +62,7 @@ def claimed(
 
 
 def check_replaceable(output: Path, overwrite: bool, foreign: Foreign, beside: Sequence[str] = ()) -> None:
-    """Nothing is at the place of the output, nor at those of files `beside` it, or only what may be replaced.
+    """Check that nothing stands at the output or at the files `beside` it, or only what may be replaced.
 
     Raises InputError.
     """
@@ -130,7 +130,7 @@ def place_of(output: Path, overwrite: bool) -> Path:
 
 
 def short(name: str) -> str:
-    """The beginning of a name, so that what is put around it fits into 255 bytes."""
+    """A name cut short, so that it fits into 255 bytes with a prefix and a suffix."""
     return os.fsdecode(os.fsencode(name)[:200])
 
 
@@ -140,7 +140,7 @@ def journal_of(output: Path) -> Path:
 
 
 def busy(output: Path, lock: Path) -> str:
-    """The message for a user whose output another run is writing."""
+    """The error message for an output that another run is writing."""
     about = told_by(lock)
     who = f"process {about.get('process')} on {about.get('host')}"
     return f"{output}: {who} is writing it; wait for its end, or choose another --output"
@@ -205,7 +205,7 @@ class Taken(Exception):
 
 
 def flush_to_disk(paths: Sequence[Path]) -> None:
-    """Give files and folders the usual permissions, and have the disk hold all of their bytes."""
+    """Give files and folders the usual permissions, and flush their bytes to disk."""
     mask = umask()
     for path in [each for made in paths for each in (made, *made.rglob("*"))]:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
@@ -256,7 +256,7 @@ def replace(
 
 
 def restore(place: Path, target: Path) -> None:
-    """Take back what a run put in place without coming to an end, and put back what it set aside."""
+    """Undo the replacement of an output by a run that failed, and put back the files that it set aside."""
     made = place / NEW / target.name
     if os.path.lexists(target) and (not made.exists() or is_same(made, target)):
         return  # the target is the last to appear

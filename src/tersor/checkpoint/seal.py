@@ -55,7 +55,7 @@ def names_in(folder: Path) -> Iterator[str]:
 def seal(folder: Path) -> None:
     """List every file of a folder that is complete: in its manifest, if it is an artifact, else in `tersor-files.json`.
 
-    What is listed already is taken as it is.
+    Entries that are listed already are not computed again.
     """
     try:
         record = next((folder / name for name in RECORDS if (folder / name).exists()), folder / SEAL)
@@ -90,7 +90,7 @@ class Checked:
 
 
 def check_sealed(folder: Path) -> Checked:
-    """Hold every file of a folder against its list, and the list against the hash it has of itself.
+    """Compare every file of a folder with its list, and the list with the hash that it holds of itself.
 
     Raises:
         ArtifactError: a file differs, or is not there; names it.

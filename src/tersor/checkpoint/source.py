@@ -1,4 +1,4 @@
-"""Models in: a Hugging Face folder or hub id, a tersor artifact, or `package.module:factory` with a state dict.
+"""Reading of models: a Hugging Face folder or hub id, an artifact, or `package.module:factory` with a state dict.
 
 Weights that `tersor pack` made smaller open like those they came from.
 """
@@ -40,7 +40,7 @@ WRAPPED = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put b
 
 @dataclass(frozen=True)
 class Source:
-    """A model as it came, and what is needed to write a smaller one beside it.
+    """A model that was opened, and what is needed to write a smaller one like it.
 
     Attributes:
         model: the model in eval mode, on the CPU.
@@ -67,7 +67,7 @@ class Source:
 
     @property
     def title(self) -> str:
-        """The name for files that others read: of a folder its last part, for the rest says where it lay here."""
+        """The name for files that others read: for a folder its last part, which does not reveal local paths."""
         place = Path(self.name).expanduser()
         return place.resolve().name if place.exists() else self.name
 
@@ -83,7 +83,7 @@ class Source:
 
 
 def open_transformers(name: str, folder: Path) -> Source:
-    """A Hugging Face folder. Raises ModelError for damaged files, NaN, pickles that name code, and models quantized
+    """Open a Hugging Face folder. Raises ModelError for damaged files, NaN, pickles that name code, and models quantized
     already."""
     config, model_class, files = look_into(name, folder)
     packed, finite, prefix = files[0].name == CODED, False, ""
@@ -203,7 +203,7 @@ def is_inside(name: str, suffix: str = ".safetensors") -> bool:
 
 
 def unwrapped(prefix: str, file: Path) -> tuple[str, ...]:
-    """A note about what was taken off all names, none for nothing."""
+    """A note on the prefix that was removed from all names; none if there was no prefix."""
     if not prefix:
         return ()
     return (

@@ -1,4 +1,4 @@
-"""The contract of an export: a client's layout, what of it can hold which site, and how it is written."""
+"""The contract of an export to a client: the formats that its files can hold, and how they are written."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from tersor.nn.sites import Site
 
 
 class PackedSite(NamedTuple):
-    """A site of an artifact with what is stored for it. `activation` is None where the input stays float."""
+    """A packed weight of an artifact with its stored tensors; `activation` is None if the input stays float."""
 
     site: Site
     encoded: Encoded
@@ -72,7 +72,7 @@ def misfit_of(packed: PackedSite, holds: str, *, place: bool, fits: bool, instea
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An artifact, opened.
+    """An opened artifact, as exporters take it.
 
     Attributes:
         folder: the artifact, with `config.json` and the tokenizer's files.

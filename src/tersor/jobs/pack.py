@@ -65,5 +65,5 @@ def verify(artifact: Path, events: Events = Events()) -> Verified:
     if found.checked is not None and not found.checked.is_whole:
         events.on_note("only the weights could be checked: this folder has no list of all its files")
     for name in found.checked.unlisted if found.checked else ():
-        events.on_note(f"{name}: not listed, so nothing is known of it")
+        events.on_note(f"{name}: not listed, so it could not be checked")
     return found
