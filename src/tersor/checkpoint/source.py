@@ -83,8 +83,8 @@ class Source:
 
 
 def open_transformers(name: str, folder: Path) -> Source:
-    """Open a Hugging Face folder. Raises ModelError for damaged files, NaN, pickles that name code, and models quantized
-    already."""
+    """Open a Hugging Face folder. Raises ModelError for damaged files, NaN, pickles that name code, and models that
+    are quantized already."""
     config, model_class, files = look_into(name, folder)
     packed, finite, prefix = files[0].name == CODED, False, ""
     read = packed or is_pickle(files[0])
