@@ -15,6 +15,8 @@ import jaxtyping
 import pytest
 import torch
 
+collect_ignore = ["newcomer"]  # files that test_newcomer.py puts into a copy of the tree
+
 # Shape annotations become checks. Modules whose signatures name a Protocol that is not runtime checkable are left out.
 CHECKED = [
     *("activations.quantizers", "methods.nearest"),
@@ -37,9 +39,7 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def seed():
     """The same random numbers whichever tests run, in whichever order."""
-    torch.default_generator.manual_seed(
-        0
-    )  # torch.manual_seed also writes down where it was called, for devices to come
+    torch.default_generator.manual_seed(0)  # torch.manual_seed also writes down where it was called, for devices
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,7 @@ from tersor.cli.signals import Stopped
 from tersor.formats.overflow import keeps_pair_rule
 from tersor.recipe import Recipe
 from tersor.search import trials
+from tersor.search.runners import contract
 from tersor.tasks.progress import score
 
 FACTORY = """
@@ -144,7 +145,7 @@ def test_a_search_tells_its_trials_makes_the_winner_once_and_goes_on_where_it_wa
     digits, inside, capsys, monkeypatch
 ):
     scored, judge = [], trials.judge
-    monkeypatch.setattr(trials, "score", lambda *args: scored.append(args) or score(*args))
+    monkeypatch.setattr(contract, "score", lambda *args: scored.append(args) or score(*args))
 
     def stop_in_the_third(*args, **options):
         if len(scored) == 3:

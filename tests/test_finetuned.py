@@ -150,7 +150,7 @@ def test_adapters_on_an_artifact(inside, capsys):
         (["--lora", "r=4,init=pissa", "--base", "nf4"], "use init=eora"),
         (["--lora", "r=4", "--save-base", "b"], "add --lora r=16 and --base nf4"),
         (["--learning-rate", "0"], "learning_rate"),
-        (["--dtype", "int8"], "--dtype int8"),
+        (["--dtype", "int8"], "unknown --dtype 'int8'"),
         (["--task", "fidelity"], "--task perplexity"),
         (["--train", "missing.txt"], "no such file"),
     ],

@@ -114,7 +114,7 @@ def test_tables_show_names_as_they_are(capsys):
 
 
 def test_progress_and_errors_show_names_as_they_are(capsys):
-    with console.progress_bars(False) as report:
+    with console.progress_bars() as report:
         report("compressing a:b:c [red] \x1b[31m", 1, 1)
     with pytest.raises(SystemExit):
         console.fail("no site [red]a:b:c\x1b[31m", as_json=False)

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tersor
-from tersor.core.errors import FormatError, InputError, TersorError, UnknownName
+from tersor.core.errors import DataError, FormatError, InputError, TersorError, UnknownName
 from tersor.formats import FORMATS
 from tersor.methods import METHODS
 from tersor.nn.sites import find_sites, matches
+from tersor.pipeline import check_steps
 from tersor.recipe import Recipe
 from tersor.schemes.scheme import Scheme, parse_rule
 from tersor.steps import step_visitor
@@ -179,6 +180,8 @@ def test_a_format_that_does_not_fit_is_refused_before_any_work(monkeypatch):
         tersor.compress(model, Recipe.of("q4_k"))
     steps = [{"step": "finetune"}, {"scheme": "q4_k"}]
     with pytest.raises(FormatError, match=r"q4_k: 1 has in=24 columns.*--exclude '1'"):
+        check_steps(Recipe.validated({"steps": steps}, "test"), model, is_whole=False)
+    with pytest.raises(DataError, match="finetune: no task has no train split"):
         tersor.compress(model, Recipe.validated({"steps": steps}, "test"))
 
 

@@ -14,7 +14,8 @@ from torch import nn
 from cli_runner import tersor as run_tersor
 from tersor.core.errors import InputError
 from tersor.recipe import Recipe
-from tersor.training import Job, Masks, StudentStep
+from tersor.steps.preview import Preview, Pruning
+from tersor.training import StudentStep
 from tersor.training.student import evenly, make_student
 from zoo import SIZES, pretrained
 
@@ -214,7 +215,7 @@ def test_what_is_no_teacher_is_refused():
         make_student(pretrained("MambaForCausalLM", hidden_size=8, num_hidden_layers=2)(), StudentStep(layers=1))
     teacher = teacher_of("bert")
     with pytest.raises(InputError, match="after a step that prunes"):
-        StudentStep(layers=1).run(Job(teacher, teacher, None, masks=Masks({"x": torch.ones(1, 1, dtype=torch.bool)})))
+        StudentStep(layers=1).check(Preview(teacher, pruned={"x": Pruning(0.5)}))
 
 
 LOAD = """

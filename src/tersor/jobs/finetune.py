@@ -38,7 +38,7 @@ from tersor.tasks.scores import Scores
 from tersor.training import FinetuneStep, Job, LoraStep
 from tersor.training.journal import Journal, journal_for
 from tersor.training.loop import Curve
-from tersor.training.lora import check_lora, train_adapter
+from tersor.training.lora import Adapted, check_lora, train_adapter
 from tersor.training.settings import check_trainable
 
 TRAINING = "training.json"
@@ -128,8 +128,10 @@ def finetune(
     with journal_for(output.path) as folder, atomic_folder(output.path, output.overwrite) as place:
         journal = Journal(folder / "step-0.safetensors", key) if folder else None
         job = Job(source.model, source.model, task, training.seed, events.on_progress, journal=journal)
-        trained, curve = train_and_write(job, training, source, kinds, place, output)
+        trained, curve, adapted = train_and_write(job, training.step, source, kinds, place)
         after = score(task, trained, events.on_progress, "evaluating after training")
+        if adapted is not None and training.save_base is not None:  # which takes the adapters out
+            write_base(adapted.without(), kinds, training.save_base, source, output.overwrite)
         verdict = judge(before, after, Tolerance.parse(training.drop), ALPHA, training.seed)
         left = [] if isinstance(training.step, LoraStep) else left_behind(source.folder)
         notes = (*source.notes, *left, *curve.notes)
@@ -174,20 +176,19 @@ def open_trainable(model: ModelSpec, step: FinetuneStep | LoraStep) -> Source:
 
 
 def train_and_write(
-    job: Job, training: Training, source: Source, kinds: Mapping[str, torch.dtype], place: Path, output: Output
-) -> tuple[nn.Module, Curve]:
+    job: Job, step: FinetuneStep | LoraStep, source: Source, kinds: Mapping[str, torch.dtype], place: Path
+) -> tuple[nn.Module, Curve, Adapted | None]:
     """Train, and write what comes out into `place`: the model or the adapter. Returns the model as it is loaded back,
-    and how training went."""
-    if isinstance(training.step, LoraStep):
-        adapted, curve = train_adapter(job, training.step)
+    how training went, and the adapters in their model, if there are any."""
+    if isinstance(step, LoraStep):
+        adapted, curve = train_adapter(job, step)
         save_adapter(adapted.adapter, place, source.name)
-        if training.save_base is not None:
-            write_base(adapted.without(), kinds, training.save_base, source, output.overwrite)
-        return adapted.model, curve
-    training.step.run(job)
+        return adapted.model, curve, adapted
+    step.run(job)
     set_types(job.model, kinds)
     save_plain(job.model, place, source)
-    return open_model(str(place)).model if source.kind == "transformers" else job.model, job.curves[0]
+    loaded = open_model(str(place)).model if source.kind == "transformers" else job.model
+    return loaded, job.curves[0], None
 
 
 def write_base(

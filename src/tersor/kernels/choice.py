@@ -151,9 +151,13 @@ def fast(x: Tensor, *, compiling: bool = False) -> bool:
     Also not while PyTorch records or transforms the run, nor while it compiles, unless `compiling` allows that.
     """
     follows = transformed() or (torch.compiler.is_compiling() and not compiling)
-    return (
-        CHOICE.enabled and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad) and not follows
-    )
+    wanted = CHOICE.enabled and not (torch.is_grad_enabled() and x.requires_grad) and not follows
+    return wanted and x.device.type == "cpu" and is_plain(x)
+
+
+def is_plain(x: Tensor) -> bool:
+    """True if a tensor has numbers in memory, where kernels read them: subclasses may have shapes alone."""
+    return type(x) is Tensor or type(x) is torch.nn.Parameter
 
 
 def transformed() -> bool:
