@@ -185,3 +185,41 @@ def test_mistakes_are_named(inside, call, message):
         "api_model.py",
         "points.npz",
     ]
+
+
+class Net(nn.Module):
+    pass
+
+
+TEXTS, LOADER = ["one", "two"], torch.utils.data.DataLoader(torch.zeros(4, 2))
+WRONG = [
+    (tersor.compress, ("m", 4), {}, "recipe=4 is of type int; give a Recipe"),
+    (tersor.compress, ("m", {"format": "int4"}), {}, "recipe=.* is of type dict"),
+    (tersor.compress, ("m", nn.Linear), {}, "recipe=... is the class Linear"),
+    (tersor.compress, ("m", "w8a8"), {"data": LOADER}, "data=... is of type DataLoader; give the path"),
+    (tersor.compress, ("m", "w8a8"), {"calibration": TEXTS}, "calibration=.* is of type list; give the path"),
+    (tersor.compress, ("m", "w8a8"), {"task": LOADER}, "task=... is of type DataLoader"),
+    (tersor.compress, ("m",), {"ratio": 4, "formats": 4}, "formats=4 is of type int; give a name"),
+    (tersor.compress, ("m",), {"ratio": 4, "threads": 2.5}, "threads=2.5 is of type float"),
+    (tersor.compress, ("m", "w8a8"), {"seed": "x"}, "seed='x' is of type str; give a whole number"),
+    (tersor.compress, ("m",), {"ratio": 4, "on_progress": 3}, "on_progress=3 is of type int; give a function"),
+    (tersor.evaluate, ("m", "text", TEXTS), {}, "data=.* is of type list"),
+    (tersor.compare, (), {}, r"models=\(\) is of type tuple; give one model"),
+    (tersor.bench, (), {}, "models="),
+    (tersor.finetune, ("m", None, "text"), {}, "output=None is of type NoneType; give the path"),
+    (tersor.finetune, ("m", "out", "text"), {"lora": 16}, "lora=16 is of type int; give a mapping"),
+    (tersor.export, ("m", "a.onnx"), {"shape": "4"}, "shape='4' is of type str; give a list of whole numbers"),
+    (tersor.export, ("m", "a.onnx"), {"shape": [None, 64]}, "shape="),
+    (tersor.inspect, ("m", [4]), {}, r"formats=\[4\] is of type list"),
+    (tersor.load, (None,), {}, "folder=None"),
+    (tersor.load, ("nowhere",), {"model": Net}, "model=... is the class Net; give an instance"),
+    (tersor.load, ("nowhere",), {"dtype": "x"}, "dtype='x' is of type str"),
+    (tersor.verify, (4,), {}, "artifact=4 is of type int"),
+    (tersor.pack, (Net(), "out"), {}, "model=... is of type Net; give the path"),
+]
+
+
+@pytest.mark.parametrize(("verb", "args", "more", "message"), WRONG)
+def test_arguments_of_the_wrong_type_are_named_before_anything_is_done(inside, verb, args, more, message):
+    with pytest.raises(tersor.TersorError, match=message):
+        verb(*args, **more)

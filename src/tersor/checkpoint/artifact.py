@@ -40,6 +40,7 @@ from tersor.checkpoint.seal import first_foreign, listing
 from tersor.checkpoint.side_files import copy_side_files
 from tersor.checkpoint.skeleton import skeleton
 from tersor.checkpoint.source import open_transformers, read_state
+from tersor.core.arguments import Rule, checked
 from tersor.core.errors import ArtifactError, InputError
 from tersor.core.weights_file import check_finite, write_weights
 from tersor.nn.pretrained import guard
@@ -159,6 +160,11 @@ def describe(model: nn.Module, folder: Path, manifest: Mapping[str, Any]) -> Non
     write_manifest(folder, content)
 
 
+OWN_MODEL = Rule("an instance of the module to fill", lambda value: isinstance(value, nn.Module))
+TYPE = Rule("a type such as torch.bfloat16", lambda value: isinstance(value, torch.dtype))
+
+
+@checked(model=OWN_MODEL, dtype=TYPE)
 def load(
     folder: str | Path,
     *,

@@ -14,6 +14,7 @@ from torch import nn
 
 from tersor.checkpoint.open import ModelSpec, dtype_named
 from tersor.checkpoint.pack import PackedFolder
+from tersor.core.arguments import PATH, TASK, Rule, checked, has
 from tersor.core.errors import UnknownName
 from tersor.core.progress import Events
 from tersor.jobs import bench as benching
@@ -34,6 +35,9 @@ from tersor.tasks.data import Data
 
 Model = str | Path | nn.Module
 IN_MEMORY = {"stats", "journal", "progress", "on_progress", "on_step"}  # the keywords of a call that judges nothing
+
+# A module is compressed in memory with a task, or with what only has batches to calibrate with.
+IN_MEMORY_TASK = Rule(TASK.wanted, lambda value: TASK.holds(value) or has("batches")(value))
 
 
 def numbers(given: int | Sequence[int]) -> tuple[int, ...]:
@@ -73,6 +77,7 @@ def data_of(task: str | Task | None, data: str | Path | Data | None, given: Mapp
     return Data(task, None if data is None else Path(data), **fields_of(Data, given))
 
 
+@checked(task=IN_MEMORY_TASK)
 def compress(
     model: Model,
     recipe: Recipe | str | Path | None = None,
@@ -138,6 +143,7 @@ def read_recipe(recipe: Recipe | str | Path | None) -> Recipe | None:
     return Recipe.of(recipe) if isinstance(recipe, str) else recipe
 
 
+@checked()
 def evaluate(
     model: Model, task: str | Task | None = None, data: str | Path | Data | None = None, **more: Any
 ) -> evaluating.Evaluated:
@@ -151,6 +157,7 @@ def evaluate(
     )
 
 
+@checked()
 def compare(
     *models: Model,
     task: str | Task | None = None,
@@ -174,6 +181,7 @@ def compare(
     )
 
 
+@checked()
 def finetune(
     model: Model,
     output: str | Path,
@@ -203,6 +211,7 @@ def finetune(
     )
 
 
+@checked()
 def export(
     model: Model,
     output: str | Path,
@@ -238,6 +247,7 @@ def export(
     )
 
 
+@checked()
 def bench(
     *models: str | Path,
     runtime: str | Sequence[str] = (),
@@ -262,6 +272,7 @@ def bench(
     )
 
 
+@checked()
 def inspect(model: Model, formats: str | Sequence[str] = (), **more: Any) -> inspecting.Inspected:
     """The sites of a model, and what each format would make of them; `more` are fields of `ModelSpec` and `Events`."""
     check_known(more, ModelSpec, Events)
@@ -269,16 +280,19 @@ def inspect(model: Model, formats: str | Sequence[str] = (), **more: Any) -> ins
     return inspecting.inspect(spec, list(one_or_more(formats)), Events(**fields_of(Events, more)))
 
 
+@checked(model=PATH)
 def pack(model: str | Path, output: str | Path, overwrite: bool = False) -> PackedFolder:
     """Write a checkpoint or an artifact smaller without changing a bit."""
     return packing.pack(Path(model), Output(Path(output), overwrite))
 
 
+@checked(packed=PATH)
 def unpack(packed: str | Path, output: str | Path, overwrite: bool = False) -> PackedFolder:
     """Write plain safetensors again; an artifact's packed weights are decoded."""
     return packing.unpack(Path(packed), Output(Path(output), overwrite))
 
 
+@checked()
 def verify(artifact: str | Path) -> packing.Verified:
     """Read all of an artifact, and raise ArtifactError where it is not what was written."""
     return packing.verify(Path(artifact))

@@ -26,6 +26,7 @@ from tersor.checkpoint.output import atomic_folder, check_output, claimed
 from tersor.checkpoint.seal import MANIFEST, as_text, entry_of, listing
 from tersor.checkpoint.side_files import left_behind
 from tersor.checkpoint.source import Source
+from tersor.core.arguments import checked
 from tersor.core.errors import BudgetError, InputError
 from tersor.core.progress import Events
 from tersor.jobs.settings import Output, Timing
@@ -93,6 +94,7 @@ class Result(Compressed):
             f"{site.name}: {site.scheme}, {site.bits_per_weight:.2f} bits per weight" for site in self.sites
         )
 
+    @checked()
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the model with all that is known of it. Raises InputError where something is in the way."""
         output = Output(Path(folder), overwrite)
