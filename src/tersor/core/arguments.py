@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Rule(NamedTuple):
-    """What an argument may be, in words, and the test of it."""
+    """The words for the valid values of an argument, and the test of one."""
 
     wanted: str
     holds: Callable[[Any], bool]
@@ -51,7 +51,7 @@ def one_or(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 PATH = Rule("the path of a file or folder, as a string or a Path", is_path)
 TASK = Rule(
-    "the name of a task, or a task, an object or package.module:factory",
+    "the name of a task, or a task of your own",
     lambda value: is_path(value) or has("prepare")(value),
 )
 NAMES = Rule("a name or a list of names", lambda value: isinstance(value, str) or several(is_name)(value))
