@@ -89,7 +89,7 @@ def wide() -> nn.Module:
 
 def test_a_weight_only_model_that_is_slower_is_told_that_decoding_is_why(one_thread):
     model = wide()
-    packed = tersor.compress(wide(), tersor.Recipe.of("int4-g32")).model
+    packed = tersor.compress(wide(), tersor.Recipe.of("nf4")).model
     found = []
     for each in (model, packed):
         session = TorchSession(each, "wide")
