@@ -122,7 +122,7 @@ def written(model: Any, task: Any, folder: Path) -> list[str]:
 
 
 def scores(session: Any, task: Any) -> Any:
-    """What the file itself gets right, image by image."""
+    """The scores that a task gives an exported file, image by image."""
     import torch
     from torch import nn
 

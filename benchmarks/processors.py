@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def read(work: Path, name: str) -> Any:
-    """What was kept under a name; nothing where it was not measured."""
+    """The results saved under a name; empty where they were not measured."""
     file = work / f"{name}.json"
     return json.loads(file.read_text()) if file.exists() else {}
 

@@ -206,7 +206,7 @@ def of(file: Path, to: str) -> bool:
 
 
 def scores(session: Any, task: Any) -> Any:
-    """What the file itself gets right, image by image."""
+    """The scores that a task gives an exported file, image by image."""
     import torch
     from torch import nn
 

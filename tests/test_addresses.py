@@ -62,7 +62,7 @@ def test_an_input_of_another_width_is_refused(warm, columns):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @torch.no_grad()
 def test_default_types_and_devices_change_nothing(warm, dtype):
-    """What is written to is float32 in the memory of the CPU."""
+    """Outputs are always written as float32, in the memory of the CPU."""
     x = random(4, SHAPE[1])
     before = warm(x)
     torch.set_default_dtype(dtype)

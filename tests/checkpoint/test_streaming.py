@@ -72,7 +72,7 @@ def compress_streamed(folder, output, recipe, choice=Data(), **spec):
 
 
 def in_memory(folder, recipe, choice, output):
-    """What `tersor.compress` writes, without what it measures."""
+    """Writes the artifact that `tersor.compress` would write, and measures nothing."""
     source = ModelSpec(folder).open_to_run()
     made = compress(source.model, recipe, choice.open(source))
     tersor.checkpoint.artifact.save(as_it_came(made.model, source), output, source=folder)

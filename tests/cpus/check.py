@@ -160,7 +160,7 @@ def run_file(path: Path, net: str) -> np.ndarray:
 
 
 def differs(found: np.ndarray, expected: np.ndarray) -> str:
-    """In what two outputs differ; empty where they are the same."""
+    """The difference between two outputs in words; empty where they are the same."""
     largest = np.abs(expected).max()
     away = np.abs(found - expected) / largest
     if not np.isfinite(found).all() or away.max() > STEP:

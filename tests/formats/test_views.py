@@ -1,4 +1,4 @@
-"""What clients read of a packed weight: the very numbers that it decodes to."""
+"""The integers and scales that clients read of a packed weight give the very numbers that it decodes to."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What tests of timing share."""
+"""Fixtures that the tests of timing share."""
 
 import time
 from types import SimpleNamespace

@@ -126,7 +126,7 @@ def put_codes(weight, x, scale, codes):
 
 
 def new_codes(instruction, num_tokens, stride):
-    """Memory for codes of tokens, in the type that an instruction takes."""
+    """Memory for codes of tokens, in the type that an instruction takes; compiled loops run `typed_codes` for it."""
     raise NotImplementedError
 
 
